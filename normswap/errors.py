@@ -1,0 +1,70 @@
+"""Every error that normswap raises on purpose.
+
+    NormswapError            exit 1   cannot convert
+    ├── UsageError           exit 2   what was asked for cannot be understood, or lacks an input
+    ├── LoadError            exit 1   a model file cannot be read as a model
+    │   └── UnsafePickleError         ... because it wants to run code that nobody vouched for
+    ├── SwapError            exit 1   the plan could not be carried out on this model
+    ├── ExportError          exit 1   no ONNX file can be made of this model
+    └── ParityError          exit 3   converted, but the result is not the same function
+
+A message says what is wrong, where (the qualified name of the layer), and what was expected against what was found;
+`hint` says what to do next. Nothing else derives from `Exception` in this package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normswap.parity import Parity
+
+
+class NormswapError(Exception):
+    """The root: catch this to catch everything that normswap raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(NormswapError):
+    """What was asked for cannot be understood, or an input is missing."""
+
+    exit_code = 2
+
+
+class LoadError(NormswapError):
+    """A file or name does not lead to a model."""
+
+
+class UnsafePickleError(LoadError):
+    """The file is a pickle that wants to run code that nobody vouched for. `wanted` lists it."""
+
+    def __init__(self, message: str, *, hint: str | None = None, wanted: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.wanted = wanted
+
+
+class SwapError(NormswapError):
+    """The plan could not be carried out on this model."""
+
+
+class ExportError(NormswapError):
+    """No ONNX file can be made of this model."""
+
+
+class ParityError(NormswapError):
+    """The converted model is not the function it was promised to be. `parity` holds the measurements."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, parity: Parity, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.parity = parity

@@ -1,0 +1,78 @@
+"""What `verify` measured: frozen data.
+
+Error of a tensor:  max_rel = max|candidate - judge| / max|judge|,  judge = the reference run in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output, or one swapped layer, at the probe where it came off worst.
+
+    noise      max_rel of the reference in its own dtype against the judge: what rounding alone does to this tensor
+    tolerance  the largest max_rel that passes here
+    non_finite elements that are NaN or infinite in one of the two and not the same in the other
+    problem    why nothing could be compared (missing, wrong shape, wrong dtype), or None
+    """
+
+    name: str
+    probe: str
+    max_abs: float
+    max_rel: float
+    rel_l2: float
+    non_finite: int
+    noise: float
+    tolerance: float
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN fails: every comparison with NaN is False.
+        return self.problem is None and self.non_finite == 0 and self.max_rel <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Whether a candidate computes the reference's function, and how far it is from it.
+
+    outputs    one Difference per output; sites: one per swapped layer, in execution order
+    legs       what was compared, e.g. "torch.float32" or "onnxruntime (all)"
+    failure    why the comparison as a whole failed (nothing compared, candidate raised), or None
+    probes     the inputs that were compared; dropped: probes the reference itself could not run, with its reason
+    """
+
+    outputs: tuple[Difference, ...]
+    sites: tuple[Difference, ...] = ()
+    failure: str | None = None
+    candidate: str = ""
+    probes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    forward_passes: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None and bool(self.outputs) and all(d.passed for d in (*self.outputs, *self.sites))
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    @property
+    def max_abs(self) -> float:
+        return max((d.max_abs for d in self.outputs), default=float("nan"))
+
+    @property
+    def max_rel(self) -> float:
+        return max((d.max_rel for d in self.outputs), default=float("nan"))
+
+    @property
+    def smallest_tolerance(self) -> float:
+        """The smallest max_rel limit under which every output would have passed."""
+        return self.max_rel
+
+    @property
+    def first_bad(self) -> str | None:
+        """The first swapped layer, in execution order, that differs; else the first output that does."""
+        return next((d.name for d in (*self.sites, *self.outputs) if not d.passed), None)

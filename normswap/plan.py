@@ -1,0 +1,133 @@
+"""What is decided before anything is changed: frozen data, no behaviour beyond lookup.
+
+    Call   one execution of a layer in the traced model
+    Site   one normalization of the model, with all its names and calls
+    Rule   how one kind of source norm becomes a BatchlessNorm, or why it cannot
+    Swap   a Site that will be replaced          Skip   a Site that stays, and the reason
+    Plan   every Site of the model, each as a Swap or a Skip
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+Preserves = Literal["exact", "approximate"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalization found in a model: a module, or a functional call inside one.
+
+    name      first qualified name in `named_modules` order ("" if the model itself is the norm); a functional call is
+              `<owner>.<node>`, or `<node>` in the root module
+    aliases   every other name by which the same object is reachable
+    module    the norm as found; None for a functional call
+    function  the dotted name of the function for a functional call ("torch.nn.functional.batch_norm"); None for a module
+    arguments for a functional call, its arguments by parameter name where they are known constants or tensors
+    calls     how often one forward executes it; None when no back-end could run or trace a forward
+    producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module | None
+    calls: int | None
+    producer: str | None = None
+    function: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of source norm is recognised, judged and rebuilt.
+
+    recognises(site) -> bool           is this the kind of norm this rule speaks for?
+    check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
+    build(site, std) -> nn.Module      the replacement; called only when `check` returned None
+    """
+
+    kind: str
+    recognises: Callable[[Site], bool]
+    check: Callable[[Site], str | None]
+    build: Callable[[Site, str], nn.Module]
+    preserves: Preserves = "exact"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A site that will be replaced by a BatchlessNorm."""
+
+    site: Site
+    rule: Rule
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.site.aliases
+
+    @property
+    def calls(self) -> int | None:
+        return self.site.calls
+
+    @property
+    def producer(self) -> str | None:
+        return self.site.producer
+
+    @property
+    def kind(self) -> str:
+        return self.rule.kind
+
+    @property
+    def preserves(self) -> Preserves:
+        return self.rule.preserves
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A site that stays as it is, and why."""
+
+    site: Site
+    kind: str
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.site.aliases
+
+    @property
+    def calls(self) -> int | None:
+        return self.site.calls
+
+    @property
+    def producer(self) -> str | None:
+        return self.site.producer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every normalization of one model, in execution order where a back-end could see it.
+
+    backend   what found the call sites: "graph" (the model is one), "fx", "export", "walk" (hooks on a forward) or
+              "names" (no forward could be run: modules only)
+    notes     what the back-ends tried first could not do, one sentence each
+    """
+
+    swaps: tuple[Swap, ...]
+    skips: tuple[Skip, ...]
+    backend: str
+    notes: tuple[str, ...] = ()
