@@ -6,7 +6,9 @@ With a torchvision whose own operators load, this does nothing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import sys
 
 import torch
@@ -41,10 +43,12 @@ def _install() -> torch.library.Library | None:
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.impl("nms", _greedy_nms, "CPU")
-    import torchvision.ops.boxes as boxes
-
-    # Only nms: `torchvision.extension._has_ops` stays False, so roi_align goes on using torchvision's own plain-torch form.
-    boxes._assert_has_ops = lambda: None
+    importlib.import_module("torchvision.ops")
+    # Only nms: `torchvision.extension._has_ops` stays False, so roi_align goes on using torchvision's own plain-torch form, here
+    # as it is written rather than sent through torch.compile, which wants a C++ compiler.
+    sys.modules["torchvision.ops.boxes"].__dict__["_assert_has_ops"] = lambda: None
+    align = sys.modules["torchvision.ops.roi_align"].__dict__
+    align["_roi_align"] = inspect.unwrap(align["_roi_align"])
     return library
 
 
