@@ -5,7 +5,15 @@ Error of a tensor:  max_rel = max|candidate - judge| / max|judge|,  judge = the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; NaN if any is NaN or there is none. (`max` forgets a NaN or keeps it, by order.)"""
+    values = list(errors)
+    return float("nan") if not values or any(math.isnan(v) for v in values) else max(values)
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,11 @@ class Parity:
 
     @property
     def max_abs(self) -> float:
-        return max((d.max_abs for d in self.outputs), default=float("nan"))
+        return worst(d.max_abs for d in self.outputs)
 
     @property
     def max_rel(self) -> float:
-        return max((d.max_rel for d in self.outputs), default=float("nan"))
+        return worst(d.max_rel for d in self.outputs)
 
     @property
     def smallest_tolerance(self) -> float:

@@ -1,7 +1,7 @@
 """What is decided before anything is changed: frozen data, no behaviour beyond lookup.
 
-    Call   one execution of a layer in the traced model
     Site   one normalization of the model, with all its names and calls
+    Trace  every Site of a model, and what found them
     Rule   how one kind of source norm becomes a BatchlessNorm, or why it cannot
     Swap   a Site that will be replaced          Skip   a Site that stays, and the reason
     Plan   every Site of the model, each as a Swap or a Skip
@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -26,23 +26,42 @@ class Site:
               `<owner>.<node>`, or `<node>` in the root module
     aliases   every other name by which the same object is reachable
     module    the norm as found; None for a functional call
-    function  the dotted name of the function for a functional call ("torch.nn.functional.batch_norm"); None for a module
-    arguments for a functional call, its arguments by parameter name where they are known constants or tensors
-    calls     how often one forward executes it; None when no back-end could run or trace a forward
+    parents   the classes of the modules that hold it as a child
+    readers   graph nodes that read its tensors directly instead of calling it
+    calls     how often one forward in eval mode executes it; None when no back-end could run or trace a forward
     producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
+    function  for a functional call, the dotted name of the function ("torch.nn.functional.batch_norm"); None for a module
+    arguments for a functional call in a graph that can be rewritten, its arguments by parameter name: tensors and constants as
+              themselves, computed ones as fx.Node; None for a call in the code of a module
     """
 
     name: str
     aliases: tuple[str, ...]
     module: nn.Module | None
     calls: int | None
+    parents: tuple[type[nn.Module], ...] = ()
+    readers: tuple[str, ...] = ()
     producer: str | None = None
     function: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every site of a model, in execution order, then those that no forward pass reaches.
+
+    backend   what found the call sites: "graph" (the model is one), "fx", "walk" (hooks on one forward pass) or "names" (no forward
+              pass could be run: modules only)
+    notes     what the back-ends tried first could not do, one sentence each
+    """
+
+    sites: tuple[Site, ...]
+    backend: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,13 +70,16 @@ class Rule:
 
     recognises(site) -> bool           is this the kind of norm this rule speaks for?
     check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
-    build(site, std) -> nn.Module      the replacement; called only when `check` returned None
+    build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
+    preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
+
+    A rule for a module is asked about modules only as they are; the class alone decides `recognises` for a tracer's leaf.
     """
 
     kind: str
     recognises: Callable[[Site], bool]
     check: Callable[[Site], str | None]
-    build: Callable[[Site, str], nn.Module]
+    build: Callable[[Site, str], nn.Module] | None = None
     preserves: Preserves = "exact"
 
 
@@ -120,12 +142,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every normalization of one model, in execution order where a back-end could see it.
-
-    backend   what found the call sites: "graph" (the model is one), "fx", "export", "walk" (hooks on a forward) or
-              "names" (no forward could be run: modules only)
-    notes     what the back-ends tried first could not do, one sentence each
-    """
+    """Every normalization of one model, each swapped or skipped, in the order of the Trace; `backend` and `notes` are the Trace's."""
 
     swaps: tuple[Swap, ...]
     skips: tuple[Skip, ...]

@@ -1,0 +1,51 @@
+"""Trace + rules -> Plan: decides for every site, changes nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from normswap.errors import UsageError
+from normswap.plan import Plan, Rule, Site, Skip, Swap, Trace
+
+
+def match(trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan:
+    """Every site as a Swap or a Skip.
+
+    `include` and `exclude` are globs on a site's names and its kind; exclude wins. Raises UsageError for a pattern to which nothing
+    answers: it is a typing error more often than not.
+    """
+    decided = [_decide(site, rules, include, exclude) for site in trace.sites]
+    for pattern in (*include, *exclude):
+        if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
+            raise UsageError(
+                f"no normalization of the model is called {pattern!r} or is of that kind",
+                hint=f"the names are {_some(site.name for site in trace.sites)}; `normswap inspect` lists them",
+            )
+    return Plan(
+        swaps=tuple(d for d in decided if isinstance(d, Swap)),
+        skips=tuple(d for d in decided if isinstance(d, Skip)),
+        backend=trace.backend,
+        notes=trace.notes,
+    )
+
+
+def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str]) -> Swap | Skip:
+    rule = next((rule for rule in rules if rule.recognises(site)), None)
+    if rule is None:
+        return Skip(site, "unknown", f"no rule speaks for {site.function or type(site.module).__qualname__}")
+    if _answers(site, rule.kind, exclude):
+        return Skip(site, rule.kind, "was excluded by name or kind")
+    if include and not _answers(site, rule.kind, include):
+        return Skip(site, rule.kind, "is not among those that were asked for")
+    reason = rule.check(site)
+    return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
+
+
+def _answers(site: Site, kind: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (*site.names, kind))
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -1,0 +1,102 @@
+"""BatchNorm1d/2d/3d and SyncBatchNorm -> BatchlessNorm, exactly.
+
+In eval mode BatchNorm is       y = weight * (x - running_mean) / sqrt(running_var + eps) + bias
+and BatchlessNorm is            y = weight * (x - mean) / std + bias
+so   mean = running_mean,  std = sqrt(running_var + eps)   gives the same function, up to rounding.
+
+The std is computed in float64 and rounded once. affine=False: no weight and bias. momentum plays no part in eval mode.
+Shapes: x (N, C, *space); every parameter (C,).
+
+Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap import numerics
+from normswap.batchless import BatchlessNorm, Source
+from normswap.numerics import StdForm
+from normswap.plan import Rule, Site
+from normswap.rules import tensors
+from normswap.sharing import carry
+
+FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+
+
+def recognises(site: Site) -> bool:
+    return isinstance(site.module, _BatchNorm)
+
+
+def check(site: Site) -> str | None:
+    module = cast(_BatchNorm, site.module)
+    return tensors.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+
+
+def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> str | None:
+    """Why (mean, var) cannot become the statistics of a BatchlessNorm, or None."""
+    if mean is None or var is None:
+        return (
+            "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too; "
+            "a swap needs calibration data"
+        )
+    if mean.is_meta or var.is_meta:
+        return "is on the meta device, so its statistics have no values yet; load the weights first"
+    for name, statistic in (("running_mean", mean), ("running_var", var)):
+        bad = int((~statistic.isfinite()).sum())
+        if bad:
+            return f"has {bad} of {statistic.numel()} values of {name} that are not finite"
+    std = numerics.std_of_variance(var, eps)
+    flat = int((~(std > 0)).sum())
+    if flat:
+        return f"has {flat} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}), so they have no std to divide by"
+    return None
+
+
+def build(site: Site, std: str) -> nn.Module:
+    return from_statistics(cast(_BatchNorm, site.module), BatchlessNorm, std)
+
+
+def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: float | None = None) -> BatchlessNorm:
+    """A `cls` with the function of any layer that has BatchNorm's tensors under BatchNorm's names."""
+    mean, var = cast(Tensor, module.running_mean), cast(Tensor, module.running_var)
+    weight, bias = cast("Tensor | None", module.weight), cast("Tensor | None", module.bias)
+    eps = cast(float, module.eps) if eps is None else eps
+    layer = cls(
+        mean.shape[0],
+        affine=weight is not None or bias is not None,
+        std=cast(StdForm, std),
+        device=mean.device,
+        dtype=mean.dtype,
+    )
+    layer.set_statistics(mean, numerics.std_of_variance(var, eps))
+    # A layer whose weight is frozen, or that keeps everything in buffers, is not to be trained; one without a weight still learns.
+    trainable = isinstance(module, _BatchNorm) and (weight is None or weight.requires_grad)
+    for parameter in (layer.mean, layer.std_parameter):
+        parameter.requires_grad_(trainable)
+    with torch.no_grad():
+        for mine, source in ((layer.weight, weight), (layer.bias, bias)):
+            if mine is not None:
+                if source is not None:
+                    mine.copy_(source)
+                mine.requires_grad_(source is not None and source.requires_grad)
+    layer.source_mean = mean.detach().clone()
+    layer.source_var = var.detach().clone()
+    batches = getattr(module, "num_batches_tracked", None)
+    layer.source_batches = None if batches is None else batches.detach().clone()
+    layer.source = Source(
+        cls=type(module),
+        eps=eps,
+        attributes=tensors.plain_attributes(module),
+        parameters={name: p.dtype for name, p in module._parameters.items() if p is not None},
+        buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
+    )
+    carry(module, layer)
+    return layer
+
+
+RULE = Rule("batch_norm", recognises, check, build)

@@ -1,0 +1,49 @@
+"""timm's BatchNormAct2d -> BatchlessNormAct, exactly: BatchNorm followed by the layer's own dropout and activation.
+
+    y = act(drop(batch_norm(x)))   becomes   y = act(drop(batchless(x)))     `drop` and `act` are kept, under their names
+
+The formula of batch_norm is that of `batch_norm.py`. Shapes: x (N, C, H, W); every parameter (C,).
+
+Source: timm/layers/norm_act.py. timm is not imported: a class of that module, or one that inherits its forward, can only exist in a
+process where somebody else imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+from normswap.batchless import BatchlessNormAct
+from normswap.plan import Rule, Site
+from normswap.rules import tensors
+from normswap.rules.batch_norm import from_statistics, why_not_statistics
+
+
+def _timm_class(name: str) -> type[nn.Module] | None:
+    return getattr(sys.modules.get("timm.layers.norm_act"), name, None)
+
+
+def recognises(site: Site) -> bool:
+    classes = (_timm_class("BatchNormAct2d"), _timm_class("FrozenBatchNormAct2d"))
+    return site.module is not None and any(cls is not None and isinstance(site.module, cls) for cls in classes)
+
+
+def check(site: Site) -> str | None:
+    module = cast(Any, site.module)
+    forwards: set[Callable[..., Any]] = {
+        cls.forward for cls in (_timm_class("BatchNormAct2d"), _timm_class("FrozenBatchNormAct2d")) if cls is not None
+    }
+    return tensors.why_not_plain(site, forwards) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+
+
+def build(site: Site, std: str) -> nn.Module:
+    module = cast(Any, site.module)
+    layer = cast(BatchlessNormAct, from_statistics(module, BatchlessNormAct, std))
+    layer.drop, layer.act = module.drop, module.act
+    return layer
+
+
+RULE = Rule("batch_norm_act", recognises, check, build)

@@ -1,0 +1,45 @@
+"""What every rule for a module needs to ask: is it the plain layer that its class says, and what does it carry besides tensors?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from normswap.plan import Site
+
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+
+
+def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str | None:
+    """Why this module may do more than a layer with one of these `forward` functions, or None."""
+    module = site.module
+    assert module is not None
+    cls = type(module)
+    for what, holder in (("is", cls), *(("sits in", parent) for parent in site.parents)):
+        if holder.__module__.startswith(("torch.ao.", "torchao.")):
+            return f"{what} a quantised or quantisation-aware {holder.__name__}; convert the float model and quantise the result"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        return "is lazy and has no shape yet; run one forward pass before converting"
+    if hasattr(module, "parametrizations"):
+        names = ", ".join(sorted(module.parametrizations))  # type: ignore[arg-type]
+        return f"has a parametrized {names}; remove it with torch.nn.utils.parametrize.remove_parametrizations first"
+    if cls.forward not in forwards:
+        return f"is a {cls.__name__}, which overrides forward, so it may do more than normalize"
+    if cls.__call__ is not nn.Module.__call__:
+        return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the object, so it may do more than normalize"
+    computed = [name for name in ("weight", "bias") if name in module.__dict__ and module.__dict__[name] is not None]
+    if computed:
+        return f"has a {computed[0]} that a hook computes (spectral_norm or weight_norm?); remove that first"
+    if site.readers:
+        return f"has statistics that {', '.join(site.readers)} reads directly instead of calling the layer"
+    return None
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What the object carries besides tensors, children and nn.Module's own state."""
+    return {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}

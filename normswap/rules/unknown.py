@@ -1,0 +1,35 @@
+"""A module that calls itself a norm and that no other rule knows: listed, and left as it is.
+
+Recognised by name: "norm" in the class name (but not "normal...", as in Normalize), and no child that computes something of its own,
+so that containers such as ConvNormAct are not taken for a norm.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from normswap.batchless import BatchlessNorm
+from normswap.plan import Rule, Site
+
+_NAME = re.compile(r"norm(?!al)", re.IGNORECASE)
+
+
+def recognises(site: Site) -> bool:
+    module = site.module
+    if module is None or isinstance(module, BatchlessNorm) or not _NAME.search(type(module).__name__):
+        return False
+    return not any(_computes(child) for child in module.modules() if child is not module)
+
+
+def _computes(child: nn.Module) -> bool:
+    return any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(type(child).__name__))
+
+
+def check(site: Site) -> str:
+    cls = type(site.module)
+    return f"{cls.__module__}.{cls.__qualname__} is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it"
+
+
+RULE = Rule("unknown", recognises, check)
