@@ -1,0 +1,329 @@
+"""The command line: parses, calls `pipeline`, prints, exits. Decides nothing.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 cannot convert, 2 usage, 3 converted but parity failed, 130 Ctrl-C.
+torch and the stages are imported when a command runs, so that `normswap --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normswap.errors import NormswapError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PARITY_FAILED = 3
+
+app = typer.Typer(
+    help="Swap the normalization of a trained PyTorch model for Batchless normalization, without changing an output.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich would double the time of --help
+    pretty_exceptions_enable=False,
+)
+
+
+class Std(str, Enum):
+    """How the standard deviation is stored."""
+
+    log = "log"
+    abs = "abs"
+    inv = "inv"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A model file (.pt .pth .pt2 .safetensors), torchvision:NAME[@WEIGHTS], timm:NAME, hf:DIRECTORY or package.module:factory.",
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="SPEC", help="What a bare state dict belongs to: torchvision:NAME, package.module:factory ..."),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SPEC", help="Example input: 1x3x224x224[:dtype], or a .pt or .npz file. Repeat for more inputs."),
+]
+Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Swap only layers whose name matches. Repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name matches. Repeatable.")]
+Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write.")]
+TrustPackage = Annotated[
+    list[str] | None,
+    typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let a pickle run any code it wants. Only for files you would run as a program.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"normswap {metadata.version('normswap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./<stem of SRC>.normswap/")] = None,
+    arch: Arch = None,
+    inputs: Inputs = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    std: Annotated[Std, typer.Option(help="How the new layers store their standard deviation.")] = Std.log,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
+    opset: Opset = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Swap every norm it can, prove it, save it.
+
+    Swaps every normalization that can be swapped exactly, proves that the outputs are the same, saves the model, exports it to ONNX and
+    proves that too.
+    """
+    with _work(debug) as progress:
+        from normswap import pipeline
+
+        report, directory = pipeline.convert_files(
+            source,
+            output,
+            arch=arch,
+            inputs=inputs or (),
+            include=include or (),
+            exclude=exclude or (),
+            std=std.value,
+            onnx=onnx,
+            opset=opset,
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.json())
+    else:
+        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}")
+
+
+@app.command()
+def inspect(
+    source: Source,
+    arch: Arch = None,
+    inputs: Inputs = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List every norm and what would happen.
+
+    Lists every normalization of a model: what would happen to it, and why not. Changes and writes nothing.
+    """
+    with _work(debug):
+        from normswap import pipeline
+
+        report = pipeline.inspect(
+            source,
+            arch=arch,
+            inputs=inputs or (),
+            include=include or (),
+            exclude=exclude or (),
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+        )
+    if as_json:
+        _print_json(report.json())
+    else:
+        _print_table(report.table(), report.summary())
+
+
+@app.command()
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A model file, a converted directory or an .onnx file.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The same; it must compute what REFERENCE computes.")],
+    arch: Arch = None,
+    inputs: Inputs = None,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="X", help="Largest max|difference| / max|reference| that passes; default: by precision.")
+    ] = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure whether two models are the same.
+
+    Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
+    """
+    with _work(debug):
+        from normswap import pipeline
+        from normswap.report import parity_json, parity_summary, parity_table
+
+        parity = pipeline.verify_files(
+            reference,
+            candidate,
+            arch=arch,
+            inputs=inputs or (),
+            tolerance=tolerance,
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+        )
+    if as_json:
+        _print_json(parity_json(parity))
+    else:
+        _print_table(parity_table(parity), parity_summary(parity))
+    if not parity.passed:
+        raise typer.Exit(PARITY_FAILED)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A converted directory, or a model as for `convert`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")],
+    arch: Arch = None,
+    inputs: Inputs = None,
+    opset: Opset = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an ONNX file and prove it.
+
+    Writes an ONNX file with the normalization folded away, and proves that it is the same function.
+    """
+    with _work(debug):
+        from normswap import pipeline
+        from normswap.report import parity_json, parity_summary
+
+        result = pipeline.export_files(
+            source,
+            output,
+            inputs=inputs or (),
+            opset=opset,
+            arch=arch,
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+        )
+    if as_json:
+        facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue)}
+        _print_json({**facts, "parity": parity_json(result.parity)})
+    else:
+        residue = f"\n  not folded, left as Mul and Add: {', '.join(result.residue)}" if result.residue else ""
+        typer.echo(f"wrote {result.path}, opset {result.opset}\n  {parity_summary(result.parity)}{residue}")
+
+
+@app.command()
+def revert(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A converted directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The model file to write.")],
+    arch: Arch = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Give a converted model its BatchNorm back.
+
+    A layer that was not trained gets its recorded statistics bit for bit; a trained one gets variance = std^2 - eps.
+    """
+    with _work(debug):
+        from normswap import pipeline
+
+        path = pipeline.revert_files(source, output, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
+    typer.echo(f"wrote {path}")
+
+
+def main() -> None:
+    """The `normswap` command."""
+    # `package.module:factory` may name a file of the working directory; at the end, so that it can replace no installed package
+    sys.path.append(os.getcwd())
+    app(prog_name="normswap")
+
+
+# -- around a command ------------------------------------------------------------------------------------------------------------
+
+Progress = Callable[[str], AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def _work(debug: bool) -> Iterator[Progress]:
+    """What a command does before it prints its result: nothing reaches stdout, and every error ends as an exit code.
+
+    Gives the function that announces a stage while it runs.
+    """
+    try:
+        # models print while they load, and torch's exporter prints its progress
+        with contextlib.redirect_stdout(sys.stderr):
+            yield _progress()
+    except NormswapError as error:
+        _fail(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "", code=error.exit_code, debug=debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=INTERRUPTED, debug=debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"error: {where}{error.strerror or error}", code=1, debug=debug)
+    except Exception as error:
+        what = (str(error).strip().splitlines() or ["no message"])[0]
+        hint = "" if debug else "hint: normswap did not expect this; run it again with --debug to see where it comes from"
+        _fail(f"error: {type(error).__name__}: {what}", hint, code=1, debug=debug)
+
+
+def _fail(*lines: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    for line in filter(None, lines):
+        typer.echo(line, err=True)
+    raise typer.Exit(code) from None
+
+
+def _progress() -> Progress:
+    """A spinner with the stage's name on a terminal, silence elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return lambda stage: contextlib.nullcontext()
+    return lambda stage: console.status(f"{stage} ...")
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(result, indent=2, allow_nan=False))
+
+
+def _print_table(table: Table, *lines: str) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
+    if table.row_count:
+        console.print(table)
+    typer.echo("\n".join(lines))

@@ -1,0 +1,390 @@
+"""Says what was decided, what was measured and what was written: as JSON, as one HTML page, as a table. Measures nothing itself.
+
+docs/report.md documents the JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from normswap.parity import Difference, Parity
+from normswap.plan import Plan, Skip, Swap
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA_VERSION = 1
+PACKAGES = ("normswap", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
+
+Status = Literal["converted", "planned", "nothing to swap", "parity failed"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One conversion, or one plan where nothing was measured.
+
+    source    what was converted, as the user named it
+    parities  by leg ("torch", "onnxruntime (all)"), in the order they were measured; empty for a plan
+    onnx      opset, nodes by operator before and after folding, residue: the sites that stayed as Mul and Add; None without ONNX
+    seconds   by stage, in order
+    files     what was written, relative to the output directory
+    """
+
+    source: str
+    plan: Plan
+    parities: Mapping[str, Parity] = field(default_factory=dict)
+    onnx: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        if not all(parity.passed for parity in self.parities.values()):
+            return "parity failed"
+        if not self.plan.swaps:
+            return "nothing to swap"
+        return "converted" if self.parities else "planned"
+
+    def json(self) -> dict[str, Any]:
+        """Strict JSON, keys in the documented order. What JSON has no number for is the string "nan", "inf" or "-inf"."""
+        content: dict[str, Any] = {
+            "version": SCHEMA_VERSION,
+            "status": self.status,
+            "source": self.source,
+            "plan": {
+                "backend": self.plan.backend,
+                "notes": self.plan.notes,
+                "swaps": [{**_site(swap), "preserves": swap.preserves} for swap in self.plan.swaps],
+                "skips": [{**_site(skip), "reason": skip.reason} for skip in self.plan.skips],
+            },
+            "parities": {leg: parity_json(parity) for leg, parity in self.parities.items()},
+            "onnx": self.onnx,
+            "seconds": self.seconds,
+            "versions": self.versions,
+            "files": self.files,
+        }
+        return {key: _strict(value) for key, value in content.items()}
+
+    def summary(self) -> str:
+        """The verdict, then one line for each comparison and for each note of the plan. Plain text."""
+        lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
+
+    @property
+    def verdict(self) -> str:
+        """The status in one sentence."""
+        total = len(self.plan.swaps) + len(self.plan.skips)
+        count = f"{len(self.plan.swaps)} of {_norms(total)}"
+        nothing = f"none of {_norms(total)} can be swapped" if total else "the model has no normalization"
+        return {
+            "converted": f"converted: {count} swapped",
+            "planned": f"would swap {count}",
+            "nothing to swap": f"nothing to swap: {nothing}",
+            "parity failed": f"parity failed: {count} swapped, and the result is not the same function",
+        }[self.status]
+
+    def table(self) -> Table:
+        """One row for each normalization of the model."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("site", "kind", "what", "why not", "max error", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = table.columns[3].overflow = "fold"
+        table.columns[-1].justify = "right"
+        for column in (table.columns[2], table.columns[-1]):
+            column.no_wrap = True
+        for row in self._rows():
+            # Text, not str: the name of a layer may hold what rich would read as markup
+            cells = [Text(cell) for cell in row[:4]]
+            table.add_row(*cells, Text(row.error, style="" if row.passed else "bold red"))
+        return table
+
+    def html(self) -> str:
+        """One page that needs nothing from anywhere."""
+        rows = "".join(
+            f"<tr><td><code>{escape(row.site)}</code></td><td>{escape(row.kind)}</td><td class='what'>{escape(row.what)}</td>"
+            f"<td>{escape(row.why_not)}</td><td class='number{'' if row.passed else ' bad'}'>{escape(row.error)}</td></tr>"
+            for row in self._rows()
+        )
+        legs = "".join(_leg_html(leg, parity) for leg, parity in self.parities.items())
+        facts = [
+            ("found by", self.plan.backend),
+            *(("note", note) for note in self.plan.notes),
+            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items()),
+            ("files", _plain(self.files)),
+            ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())),
+            ("versions", _plain(self.versions)),
+        ]
+        return PAGE.format(
+            title=escape(f"normswap: {self.source}"),
+            source=escape(self.source),
+            colour="bad" if self.status == "parity failed" else "good",
+            verdict=escape(self.verdict),
+            legs=f"<section><h2>Measured</h2>{LEGEND}{legs}</section>" if legs else "",
+            rows=rows or "<tr><td colspan='5'>The model has no normalization.</td></tr>",
+            facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts if value),
+        )
+
+    def _rows(self) -> Iterator[Row]:
+        for swap in self.plan.swaps:
+            drifts = [d for parity in self.parities.values() for d in parity.sites if d.name == swap.name]
+            worst = _worst(drifts)
+            what = f"swapped, {swap.preserves}" if self.parities else f"would swap, {swap.preserves}"
+            yield Row(_names(swap), swap.kind, what, "", _error(worst) if worst else "", all(d.passed for d in drifts))
+        for skip in self.plan.skips:
+            yield Row(_names(skip), skip.kind, "kept", skip.reason, "", True)
+
+
+class Row(NamedTuple):
+    site: str
+    kind: str
+    what: str
+    why_not: str
+    error: str
+    passed: bool
+
+
+def report(
+    source: str,
+    plan: Plan,
+    parities: Mapping[str, Parity] | None = None,
+    *,
+    onnx: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    files: Iterable[str] = (),
+) -> Report:
+    """Collects what the stages found, and the versions that they ran with."""
+    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files))
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of each package that can change a number and is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# -- one Parity, which `verify` also shows alone ---------------------------------------------------------------------------------
+
+
+def parity_json(parity: Parity) -> dict[str, Any]:
+    """One comparison, as strict JSON."""
+    content: dict[str, Any] = {
+        "passed": parity.passed,
+        "candidate": parity.candidate,
+        "failure": parity.failure,
+        "max_abs": parity.max_abs,
+        "max_rel": parity.max_rel,
+        "smallest_tolerance": parity.smallest_tolerance,
+        "first_bad": parity.first_bad,
+        "probes": parity.probes,
+        "dropped": parity.dropped,
+        "forward_passes": parity.forward_passes,
+        "outputs": [{**asdict(d), "passed": d.passed} for d in parity.outputs],
+        "sites": [{**asdict(d), "passed": d.passed} for d in parity.sites],
+    }
+    return {key: _strict(value) for key, value in content.items()}
+
+
+def parity_summary(parity: Parity) -> str:
+    """One comparison in one line."""
+    worst = _worst(parity.outputs)
+    parts = []
+    if parity.failure is not None:
+        parts.append(parity.failure)
+    elif worst is None:
+        parts.append("nothing was compared")
+    elif worst.problem is not None:
+        parts.append(f"output {worst.name!r}: {worst.problem}")
+    else:
+        numbers = f"max error {worst.max_rel:.1e}, allowed {worst.tolerance:.1e}, rounding of the original {worst.noise:.1e}"
+        parts.append(f"{numbers}, over {len(parity.probes)} inputs")
+    if not parity.passed:
+        parts.insert(0, "FAILED")
+        if parity.first_bad is not None:
+            parts.append(f"first to differ: {parity.first_bad or ROOT}")
+        if parity.outputs and math.isfinite(parity.smallest_tolerance):
+            parts.append(f"the outputs would pass at tolerance {parity.smallest_tolerance:.1e}")
+    if parity.dropped:
+        parts.append(f"not compared: {', '.join(parity.dropped)}")
+    return "; ".join(parts)
+
+
+def parity_table(parity: Parity) -> Table:
+    """One row for each output, then one for each swapped layer."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("what", "max abs", "max rel", "rel L2", "allowed", "verdict", box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:5]:
+        column.justify, column.no_wrap = "right", True
+    for kind, differences in (("output", parity.outputs), ("layer", parity.sites)):
+        for d in differences:
+            numbers = [f"{number:.1e}" for number in (d.max_abs, d.max_rel, d.rel_l2, d.tolerance)]
+            table.add_row(Text(f"{kind} {d.name or ROOT}"), *numbers, Text(_verdict(d), style="" if d.passed else "bold red"))
+    return table
+
+
+# -- words and numbers -----------------------------------------------------------------------------------------------------------
+
+ROOT = "(the model)"
+
+
+def _norms(count: int) -> str:
+    return f"{count} normalization layer{'' if count == 1 else 's'}"
+
+
+def _names(decision: Swap | Skip) -> str:
+    name = decision.name or ROOT
+    if decision.aliases:
+        name += f" (also {', '.join(decision.aliases)})"
+    if decision.calls not in (None, 1):
+        name += f", called {decision.calls} times"
+    return name
+
+
+def _site(decision: Swap | Skip) -> dict[str, Any]:
+    return {
+        "name": decision.name,
+        "aliases": decision.aliases,
+        "kind": decision.kind,
+        "calls": decision.calls,
+        "producer": decision.producer,
+        "function": decision.site.function,
+    }
+
+
+def _worst(differences: Iterable[Difference]) -> Difference | None:
+    """The one that is furthest over, or least far under, what it is allowed. What cannot be compared is worst of all."""
+
+    def badness(d: Difference) -> tuple[bool, bool, float]:
+        share = d.max_rel / d.tolerance if d.tolerance else d.max_rel
+        return d.problem is not None, d.non_finite > 0 or math.isnan(share), 0.0 if math.isnan(share) else share
+
+    return max(differences, key=badness, default=None)
+
+
+def _verdict(d: Difference) -> str:
+    if d.passed:
+        return "same"
+    if d.problem is not None:
+        return d.problem
+    return f"{d.non_finite} not finite, at {d.probe}" if d.non_finite else f"differs, at {d.probe}"
+
+
+def _error(d: Difference) -> str:
+    return d.problem if d.problem is not None else f"{d.max_rel:.1e}"
+
+
+def _strict(value: Any) -> Any:
+    """`value` in the types that JSON has."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> str:
+    """A fact about the ONNX file, in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------------------
+
+DECADES = 18  # the scale of the page ends at 1; it starts below the rounding of float64
+
+
+def _position(error: float) -> float:
+    """Per cent of the way along a logarithmic scale."""
+    if math.isnan(error):
+        return 100.0
+    decades = math.log10(error) if error > 0 else -math.inf
+    return 100 * min(max(1 + decades / DECADES, 0.0), 1.0)
+
+
+def _leg_html(leg: str, parity: Parity) -> str:
+    worst = _worst(parity.outputs)
+    scale = ""
+    if worst is not None and worst.problem is None:
+        allowed, noise, error = map(_position, (worst.tolerance, worst.noise, worst.max_rel))
+        scale = (
+            f"<div class='scale'><i class='allowed' style='width:{allowed:.1f}%'></i>"
+            f"<i class='error' style='left:{error:.1f}%'></i><i class='noise' style='left:{noise:.1f}%'></i></div>"
+        )
+    colour = "good" if parity.passed else "bad"
+    return f"<div class='leg {colour}'><h3>{escape(leg)}</h3>{scale}<p>{escape(parity_summary(parity))}</p></div>"
+
+
+LEGEND = """<p class="legend">Largest error relative to the largest output, against the original run in float64, on a scale from 1e-18 to 1:
+<i class="error"></i> the converted model, <i class="noise"></i> the original in its own precision, <i class="allowed"></i> allowed.</p>"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #1c2128; --soft: #59636e; --line: #d5dae0; --page: #fff; --good: #1a7f4b; --bad: #c5221f;
+  --fill: #e4f3ea; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e4e8ed; --soft: #9aa5b1; --line: #363d46; --page: #14181d; --good: #55c58a; --bad: #ff7b72; --fill: #1d3a2b; }}
+}}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 62rem; margin: 3rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.05rem; font-weight: 500; color: var(--soft); margin: 0; }}
+h2 {{ font-size: 1.05rem; margin: 2.5rem 0 .5rem; }}
+h3 {{ font-size: 1rem; margin: 0; }}
+code {{ font: .92em ui-monospace, monospace; overflow-wrap: anywhere; }}
+.verdict {{ font-size: 1.6rem; font-weight: 600; line-height: 1.3; margin: .3rem 0 0; }}
+.good .verdict {{ color: var(--good); }} .bad .verdict, .bad p, td.bad {{ color: var(--bad); }}
+.legend, dt {{ color: var(--soft); }} .legend {{ font-size: .88rem; }}
+.leg {{ margin: 1.2rem 0; }} .leg p {{ margin: .3rem 0 0; font-variant-numeric: tabular-nums; }}
+.scale {{ position: relative; height: 1.1rem; margin-top: .4rem; border: 1px solid var(--line); border-radius: 4px; overflow: hidden;
+  background: repeating-linear-gradient(to right, transparent 0 calc(100% / 6 - 1px), var(--line) calc(100% / 6 - 1px) calc(100% / 6)); }}
+i.allowed {{ background: var(--fill); border-right: 2px solid var(--good); }} i.error {{ background: var(--good); }}
+i.noise {{ border: 2px solid var(--soft); box-sizing: border-box; }}
+.bad i.error {{ background: var(--bad); }}
+.scale i {{ position: absolute; }} .scale i.allowed {{ inset: 0 auto 0 0; opacity: .75; }}
+i.error, i.noise {{ width: .6rem; height: .6rem; border-radius: 50%; }} i.noise {{ width: .9rem; height: .9rem; }}
+.scale i.error {{ top: .25rem; margin-left: -.3rem; }} .scale i.noise {{ top: .1rem; margin-left: -.45rem; }}
+.legend i {{ display: inline-block; vertical-align: -.05rem; }} .legend i.allowed {{ width: 1.2rem; height: .7rem; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); }}
+th {{ font-weight: 600; color: var(--soft); font-size: .88rem; }}
+td.what {{ white-space: nowrap; }}
+th:last-child, .number {{ text-align: right; padding-right: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; font-size: .92rem; }} dd {{ margin: 0; }}
+</style>
+</head>
+<body>
+<header class="{colour}"><h1>normswap <code>{source}</code></h1><p class="verdict">{verdict}</p></header>
+{legs}
+<section><h2>Every normalization of the model</h2>
+<table><thead><tr><th>site</th><th>kind</th><th>what</th><th>why not</th><th>max error</th></tr></thead>
+<tbody>{rows}</tbody></table></section>
+<section><h2>Facts</h2><dl>{facts}</dl></section>
+</body>
+</html>
+"""
