@@ -81,8 +81,8 @@ class Report:
     def verdict(self) -> str:
         """The status in one sentence."""
         total = len(self.plan.swaps) + len(self.plan.skips)
-        count = f"{len(self.plan.swaps)} of {_norms(total)}"
-        nothing = f"none of {_norms(total)} can be swapped" if total else "the model has no normalization"
+        count = f"{len(self.plan.swaps)} of {total} normalization layer{'' if total == 1 else 's'}"
+        nothing = f"{count} can be" if total else "the model has no normalization"
         return {
             "converted": f"converted: {count} swapped",
             "planned": f"would swap {count}",
@@ -242,10 +242,6 @@ def parity_table(parity: Parity) -> Table:
 # -- words and numbers -----------------------------------------------------------------------------------------------------------
 
 ROOT = "(the model)"
-
-
-def _norms(count: int) -> str:
-    return f"{count} normalization layer{'' if count == 1 else 's'}"
 
 
 def _names(decision: Swap | Skip) -> str:

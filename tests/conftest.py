@@ -1,0 +1,28 @@
+"""What every test runs under: torchvision that imports, fixed seeds, two threads (so that a test costs the same everywhere)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# `fixtures` is a package of the repository, not of the installation
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pytest
+import torch
+import torchvision_shim  # noqa: F401  before anything imports torchvision
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def repository() -> Path:
+    return Path(__file__).parent.parent

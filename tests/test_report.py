@@ -1,0 +1,274 @@
+"""The report says what the plan and the measurements say, in three forms, and hides nothing."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from normswap.parity import Difference, Parity
+from normswap.plan import Plan, Rule, Site, Skip, Swap
+from normswap.report import Report, parity_json, parity_summary, parity_table, report
+
+RULE = Rule("BatchNorm2d", lambda site: True, lambda site: None, lambda site, std: nn.Identity())
+HOSTILE = "a[red]<script>alert('&')</script>"
+
+
+def swap(name: str, **facts: Any) -> Swap:
+    return Swap(Site(name, facts.pop("aliases", ()), None, facts.pop("calls", 1), **facts), RULE)
+
+
+def difference(name: str = "output", error: float = 2e-7, **facts: Any) -> Difference:
+    facts = {"max_abs": 3 * error, "rel_l2": error / 2, "non_finite": 0, "noise": 1e-7, "tolerance": 1e-6} | facts
+    return Difference(name, "batch of 3", max_rel=error, **facts)
+
+
+def parity(*outputs: Difference, **facts: Any) -> Parity:
+    return Parity(outputs, probes=("example", "batch of 1"), candidate="torch.float32", **facts)
+
+
+PLAN = Plan(
+    (swap("stem.norm", producer="stem.conv"), swap("body.norm", aliases=("body.again",), calls=2), swap("")),
+    (Skip(Site("head.norm", (), None, None), "LayerNorm", "normalizes each sample by its own statistics"),),
+    backend="fx",
+    notes=("one note",),
+)
+SITES = (difference("stem.norm", 1e-7), difference("body.norm", 2e-7), difference("body.norm", 4e-7), difference("", 3e-7))
+GOOD = parity(difference(), sites=SITES)
+BAD = parity(difference(error=5e-4), sites=(SITES[0], difference("body.norm", 4e-3)))
+NAN = parity(difference(error=math.nan), difference("other"), sites=(difference("stem.norm", math.inf),))
+
+
+def rendered(table: Table) -> list[list[str]]:
+    """The cells of each row."""
+    console = Console(file=io.StringIO(), width=400)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return [re.split(r"\s{2,}", line.strip()) for line in lines if line.strip() and "─" not in line][1:]
+
+
+# -- status and summary ------------------------------------------------------------------------------------------------------
+
+
+FAILED = "parity failed: {} normalization layers swapped, and the result is not the same function"
+
+
+@pytest.mark.parametrize(
+    ("plan", "parities", "status", "verdict"),
+    [
+        (PLAN, {"torch": GOOD}, "converted", "converted: 3 of 4 normalization layers swapped"),
+        (PLAN, {}, "planned", "would swap 3 of 4 normalization layers"),
+        (PLAN, {"torch": GOOD, "onnxruntime (all)": BAD}, "parity failed", FAILED.format("3 of 4")),
+        (PLAN, {"torch": NAN}, "parity failed", FAILED.format("3 of 4")),
+        (PLAN, {"torch": Parity(())}, "parity failed", FAILED.format("3 of 4")),
+        (Plan((), PLAN.skips, "fx"), {"torch": GOOD}, "nothing to swap", "nothing to swap: 0 of 1 normalization layer can be"),
+        (Plan((), (), "fx"), {}, "nothing to swap", "nothing to swap: the model has no normalization"),
+        (Plan((), (), "fx"), {"torch": BAD}, "parity failed", FAILED.format("0 of 0")),
+    ],
+)
+def test_status(plan: Plan, parities: dict[str, Parity], status: str, verdict: str) -> None:
+    result = report("model.pt", plan, parities)
+    assert result.status == status
+    assert result.summary().splitlines()[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("measured", "line"),
+    [
+        (GOOD, "max error 2.0e-07, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs"),
+        (
+            BAD,
+            "FAILED; max error 5.0e-04, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: body.norm; "
+            "the outputs would pass at tolerance 5.0e-04",
+        ),
+        (NAN, "FAILED; max error nan, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem.norm"),
+        (Parity(()), "FAILED; nothing was compared"),
+        (Parity((), failure="the candidate raised KeyError"), "FAILED; the candidate raised KeyError"),
+        (parity(difference(problem="is missing")), None),
+        (parity(difference(), dropped=("batch of 1 (needs two)",)), None),
+    ],
+)
+def test_parity_in_one_line(measured: Parity, line: str | None) -> None:
+    if line is not None:
+        assert parity_summary(measured) == line
+    assert ("FAILED" in parity_summary(measured)) == (not measured.passed)
+
+
+def test_what_could_not_be_compared_is_named() -> None:
+    missing = parity(difference("logits", math.nan, problem="is missing"), difference("aux", 1.0))
+    assert parity_summary(missing).startswith("FAILED; output 'logits': is missing; first to differ: logits")
+    dropped = parity(difference(), dropped=("batch of 1 (the model needs two)",))
+    assert parity_summary(dropped).endswith("; not compared: batch of 1 (the model needs two)")
+
+
+def test_the_worst_output_is_the_one_furthest_over_what_it_is_allowed() -> None:
+    large_but_allowed = difference("half", 2e-3, tolerance=5e-3)
+    small_but_not = difference("single", 2e-6)
+    assert "max error 2.0e-06, allowed 1.0e-06" in parity_summary(parity(large_but_allowed, small_but_not))
+
+
+# -- table -------------------------------------------------------------------------------------------------------------------
+
+
+def test_table_has_every_norm_and_the_worst_error_of_each() -> None:
+    rows = rendered(report("model.pt", PLAN, {"torch": GOOD, "onnxruntime (all)": BAD}).table())
+    assert rows == [
+        ["stem.norm", "BatchNorm2d", "swapped, exact", "1.0e-07"],
+        ["body.norm (also body.again), called 2 times", "BatchNorm2d", "swapped, exact", "4.0e-03"],
+        ["(the model)", "BatchNorm2d", "swapped, exact", "3.0e-07"],
+        ["head.norm", "LayerNorm", "kept", "normalizes each sample by its own statistics"],
+    ]
+
+
+def test_table_of_a_plan_promises_and_measures_nothing() -> None:
+    rows = rendered(report("model.pt", PLAN).table())
+    assert rows[0] == ["stem.norm", "BatchNorm2d", "would swap, exact"]
+
+
+def test_table_of_one_parity() -> None:
+    lost = parity(
+        difference(error=5e-4), difference("mask", non_finite=7), difference("box", math.nan, problem="is missing"), sites=SITES[:1]
+    )
+    assert rendered(parity_table(lost)) == [
+        ["output output", "1.5e-03", "5.0e-04", "2.5e-04", "1.0e-06", "differs, at batch of 3"],
+        ["output mask", "6.0e-07", "2.0e-07", "1.0e-07", "1.0e-06", "7 not finite, at batch of 3"],
+        ["output box", "nan", "nan", "nan", "1.0e-06", "is missing"],
+        ["layer stem.norm", "3.0e-07", "1.0e-07", "5.0e-08", "1.0e-06", "same"],
+    ]
+
+
+def test_names_are_not_markup() -> None:
+    plan = Plan((swap(HOSTILE),), (), "fx")
+    assert rendered(report("model.pt", plan).table())[0][0] == HOSTILE
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------------
+
+
+def full() -> Report:
+    return report(
+        "model.pt",
+        PLAN,
+        {"torch": GOOD, "onnxruntime (all)": NAN},
+        onnx={"opset": 20, "nodes_before": {"Conv": 3, "Mul": 3}, "nodes_after": {"Conv": 3}, "residue": ("body.norm",)},
+        seconds={"load": 0.25},
+        files=("model.onnx", "report.json"),
+    )
+
+
+def test_json_is_strict_and_says_not_a_number_in_words() -> None:
+    result = full().json()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result  # no tuple, no NaN, no key that is not a string
+    failed = result["parities"]["onnxruntime (all)"]
+    assert (failed["passed"], failed["max_rel"], failed["outputs"][0]["max_rel"], failed["sites"][0]["max_rel"]) == (
+        False,
+        "nan",
+        "nan",
+        "inf",
+    )
+    assert parity_json(NAN) == failed
+
+
+def test_json_holds_the_plan() -> None:
+    result = full().json()
+    assert list(result) == ["version", "status", "source", "plan", "parities", "onnx", "seconds", "versions", "files"]
+    assert result["version"] == 1
+    assert result["plan"]["swaps"][1] == {
+        "name": "body.norm",
+        "aliases": ["body.again"],
+        "kind": "BatchNorm2d",
+        "calls": 2,
+        "producer": None,
+        "function": None,
+        "preserves": "exact",
+    }
+    assert result["plan"]["skips"][0]["reason"] == "normalizes each sample by its own statistics"
+    assert result["onnx"]["residue"] == ["body.norm"]
+    assert result["versions"]["torch"].startswith("2.")
+
+
+def keys(value: object) -> Iterator[str]:
+    """Every key at every depth, where the keys are the schema's and not data."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            if key == "parities":
+                yield from (inner for leg in item.values() for inner in keys(leg))
+            elif key not in {"seconds", "versions", "nodes_before", "nodes_after"}:
+                yield from keys(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from keys(item)
+
+
+def test_the_documented_keys_are_the_keys(repository: Path) -> None:
+    documented = set(re.findall(r"^\| `(\w+)` \|", (repository / "docs/report.md").read_text(), re.MULTILINE))
+    assert documented == set(keys(full().json()))
+
+
+# -- HTML --------------------------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in {"src", "href"}]
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone_and_is_well_formed() -> None:
+    page = full().html()
+    parsed = Page(page)
+    assert parsed.open == []
+    assert parsed.links == []
+    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
+    assert "http" not in page
+    assert "url(" not in page
+
+
+def test_page_says_what_the_report_says() -> None:
+    page = full().html()
+    for text in (
+        "parity failed: 3 of 4",
+        "model.pt",
+        "stem.norm",
+        "normalizes each sample",
+        "onnxruntime (all)",
+        "Conv 3, Mul 3",
+        "one note",
+    ):
+        assert text in page
+
+
+def test_page_escapes_names() -> None:
+    skip = Skip(Site(HOSTILE, (), None, 1), HOSTILE, HOSTILE)
+    page = report(
+        HOSTILE, Plan((swap(HOSTILE),), (skip,), HOSTILE, (HOSTILE,)), {HOSTILE: parity(difference(HOSTILE, problem=HOSTILE))}
+    ).html()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") >= 9
+
+
+def test_page_of_an_empty_plan() -> None:
+    assert "The model has no normalization." in report("model.pt", Plan((), (), "fx")).html()
