@@ -1,0 +1,613 @@
+"""From a model with BatchlessNorm layers to an ONNX file: the only writer of ONNX.
+
+1. In a copy that shares the model's tensors, every call of a BatchlessNorm becomes one node `normswap::Affine` that says which norm it is.
+2. torch.onnx.export makes a graph of that copy. Every use of every tensor is explicit in it, whatever the model's Python looks like.
+3. Each Affine is folded into a neighbour where that is exact (`normswap.folding`), and becomes a Mul and an Add elsewhere. Both are
+   computed in float64 from the parameters and rounded once.
+4. The file is checked, and appears under its name by rename, whole or not at all.
+
+An ExportedProgram cannot be changed in step 1; there, the Mul and Add that torch makes of a BatchlessNorm are found in step 3.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import functools
+import inspect
+import itertools
+import logging
+import os
+import re
+import secrets
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.utils import _pytree as pytree
+
+from normswap.batchless import BatchlessNorm
+from normswap.errors import ExportError, UsageError
+from normswap.parity import Parity
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from normswap.folding import Affine, Constants
+
+DEFAULT_OPSET = 20
+_TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
+_DOMAIN = "normswap"
+_STREAMED = 1 << 16  # bytes from which on a tensor is written straight from memory instead of through protobuf
+_INLINE_LIMIT = 3 << 29  # bytes of tensors beyond which they go to a file of their own; protobuf ends at 2 GiB
+_NO_ONNX = "`--no-onnx` writes the converted model without an ONNX file"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An ONNX file that was written.
+
+    nodes     how often each operator occurs, by its type ("domain::type" outside of ai.onnx)
+    folded    the norms that vanished into a neighbour, residue: those that stayed a Mul and an Add; one entry per call site
+    dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
+    parity    what comparing the file to the model gave, once somebody did
+    """
+
+    path: Path
+    opset: int
+    nodes: Mapping[str, int]
+    folded: tuple[str, ...]
+    residue: tuple[str, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic: bool = True
+    notes: tuple[str, ...] = ()
+    parity: Parity | None = None
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: Path,
+    *,
+    opset: int | None = None,
+    dynamic: bool = True,
+) -> Export:
+    """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
+
+    Args:
+        args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
+        opset: of the file; DEFAULT_OPSET unless given.
+        dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
+
+    Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
+    """
+    import onnx
+
+    opset = DEFAULT_OPSET if opset is None else opset
+    newest = onnx.defs.onnx_opset_version()
+    if not 7 <= opset <= newest:
+        raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
+    sites: tuple[_Site, ...] = ()
+    if isinstance(model, nn.Module):
+        model, sites = _marked_copy(model)
+    graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
+    del model
+    folded, residue = _fold(graph, sites)
+    del sites
+    _tidy(graph, names)
+    inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
+    free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
+    proto, tensors = _skeleton(graph)
+    del graph
+    proto = _at_opset(proto, opset)
+    _check(proto)
+    nodes = _census(proto.graph)
+    _write(proto, tensors, Path(path))
+    return Export(
+        path=Path(path),
+        opset=opset,
+        nodes=nodes,
+        folded=folded,
+        residue=residue,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic=free,
+        notes=notes,
+    )
+
+
+# 1. A copy of the model with a mark for every norm --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Site:
+    name: str
+    norm: BatchlessNorm
+
+
+class _Mark(BatchlessNorm):
+    """A BatchlessNorm that leaves a mark in the graph instead of computing: `number` says which of the sites it is."""
+
+    number: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _mark_op()(x, self.number)
+
+
+@functools.cache
+def _mark_op() -> Callable[[Tensor, int], Tensor]:
+    # An operator of its own, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may rely on.
+    _LIBRARY.define("onnx_affine(Tensor x, int site) -> Tensor")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{_DOMAIN}::onnx_affine", lambda x, site: torch.empty_like(x), lib=_LIBRARY)
+    return cast(Callable[[Tensor, int], Tensor], torch.ops.normswap.onnx_affine.default)
+
+
+_LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor):
+                memo[id(tensor)] = tensor
+    try:
+        twin = copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} cannot be copied for the export: {_first_line(error)}", hint=_NO_ONNX) from error
+    sites = tuple(_Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
+    for number, site in enumerate(sites):
+        # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around
+        # BatchlessNorm.forward it still does, as _Mark comes right before BatchlessNorm in the order of resolution.
+        cls = type(site.norm)
+        site.norm.__class__ = _Mark if cls is BatchlessNorm else type(cls.__name__, (cls, _Mark), {})
+        cast(_Mark, site.norm).number = number
+    return twin, sites
+
+
+# 2. The graph, by torch -------------------------------------------------------------------------------------------------------------
+
+
+def _graph_of(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: bool
+) -> tuple[ir.Model, list[str], tuple[str, ...]]:
+    """(the graph, the names that its outputs should have, notes)."""
+    choices = _dynamic_shapes(model, args, kwargs) if dynamic and isinstance(model, nn.Module) else [None]
+    failures: list[Exception] = []
+    for shapes in choices:
+        try:
+            with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                program: Any = torch.onnx.export(
+                    model,
+                    args,
+                    kwargs=kwargs,
+                    dynamic_shapes=shapes,
+                    opset_version=opset,
+                    custom_translation_table={cast(Any, _mark_op()): _onnx_mark()},
+                    dynamo=True,
+                    verbose=False,
+                )
+            break
+        except Exception as error:
+            failures.append(error)
+    else:
+        raise ExportError(f"torch cannot make an ONNX graph of this model: {_reason(failures[-1])}", hint=_NO_ONNX) from failures[-1]
+    fixed = len(choices) > 1 and shapes is None
+    notes = (f"the batch size is fixed, as torch refuses a free one: {_reason(failures[0])}",) if fixed else ()
+    return program.model, _output_names(program.exported_program), notes
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What to try as torch's `dynamic_shapes`, best first."""
+    arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    leaves, structure = pytree.tree_flatten(arguments)
+    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
+    batch = next((size for size in sizes if size is not None), None)
+    if batch is None:
+        return [None]
+    same = [size == batch for size in sizes]
+    choices = [same]
+    if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
+        choices.append([i == same.index(True) for i in range(len(same))])
+    return [pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure) for choice in choices] + [None]
+
+
+@functools.cache
+def _onnx_mark() -> Callable[..., Any]:
+    """What torch.onnx makes of a mark: a node that ONNX does not know, which `_fold` replaces."""
+    import onnx
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema(
+        "Affine",
+        _DOMAIN,
+        1,
+        inputs=[onnx.defs.OpSchema.FormalParameter("x", "T")],
+        outputs=[onnx.defs.OpSchema.FormalParameter("y", "T")],
+        type_constraints=[("T", [f"tensor({t})" for t in ("float16", "bfloat16", "float", "double")], "")],
+        attributes=[onnx.defs.OpSchema.Attribute("site", onnx.defs.OpSchema.AttrType.INT)],
+    )
+    operator = values.Op(values.Opset(_DOMAIN, 1), "Affine", schema)
+    return lambda x, site: operator(x, site=site)
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Keys where the model returns a dict or a named tuple, else "output", "output_1" and so on."""
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    structure = program.call_spec.out_spec
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(specs))), structure))[0]]
+    except Exception:  # a container that has no names for its items
+        paths = [()] * len(specs)
+    names: list[str] = []
+    for spec, path in zip(specs, paths, strict=True):
+        if isinstance(spec.arg, ConstantArgument):
+            continue  # torch leaves out what is no tensor
+        words = [key.key if isinstance(key, pytree.MappingKey) else getattr(key, "name", None) for key in path]
+        names.append(_unused("_".join(str(word) for word in words if word is not None) or "output", names))
+    return names
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    return next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Results alone go to stdout, and what torch.onnx says about its own code goes nowhere."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        for category, message in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+_KNOWN_WARNINGS = ((FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),)
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says, in one line: the operator that ONNX lacks, or the line of the model that cannot be traced."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    text = "\n".join(map(str, chain))
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>", text)
+    if missing:
+        return f"ONNX has no operator for {missing[1]}.{missing[2]}"
+    line = next((line for e in chain if not type(e).__module__.startswith("torch.onnx") and (line := _first_line(e))), _first_line(error))
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    mine = [place for place in places if not any(package in place[0] for package in ("/torch/", "/onnxscript/", "<"))]
+    where = f" ({mine[-1][0]}, line {mine[-1][1]}, in {mine[-1][2]})" if mine else ""
+    return f"{line}{where}"
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+# 3. The norms ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Fold every norm where that is exact; the names of those that vanished, and of those that stayed."""
+    from normswap.folding import REWRITES, Constants
+
+    constants = Constants(model.graph)
+    folded: list[str] = []
+    residue: list[str] = []
+    for node in list(model.graph.all_nodes()):
+        affine = _marked(node, sites) or _spelled_out(node, constants)
+        if affine is None:
+            continue
+        with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
+            done = any(rewrite(affine, constants) for rewrite in REWRITES)
+            if not done and node.domain == _DOMAIN:
+                _spell_out(affine, sites[node.attributes.get_int("site")].norm, constants)
+        (folded if done else residue).append(affine.name)
+    return tuple(folded), tuple(residue)
+
+
+def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
+    """The affine of a normswap::Affine."""
+    from normswap.folding import Affine
+
+    x = node.inputs[0] if node.domain == _DOMAIN else None
+    if x is None:
+        return None
+    site = sites[node.attributes.get_int("site")]
+    assert x.shape is not None
+    scale, shift = (t.cpu().numpy() for t in site.norm.folded(len(x.shape)))
+    return Affine(site.name, x, node.outputs[0], (node,), scale, shift)
+
+
+def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants) -> None:
+    """Mul and Add in the norm's precision, with casts around them if x has less, as BatchlessNorm.forward computes it."""
+    import onnx_ir as ir
+
+    assert affine.x.dtype is not None
+    double = norm.mean.dtype == torch.float64 or affine.x.dtype == ir.DataType.DOUBLE
+    wide = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
+    scale, shift = (
+        constants.add(f"{affine.name}.{name}", array.astype(wide.numpy()))
+        for name, array in (("scale", affine.scale), ("shift", affine.shift))
+    )
+    steps: list[tuple[str, list[ir.Value], list[ir.Attr]]] = [("Mul", [scale], []), ("Add", [shift], [])]
+    if affine.x.dtype != wide:
+        steps = [("Cast", [], [ir.AttrInt64("to", wide)]), *steps, ("Cast", [], [ir.AttrInt64("to", affine.x.dtype)])]
+    value = affine.x
+    mark = affine.nodes[0]
+    for op_type, others, attributes in steps:
+        node = ir.Node("", op_type, [value, *others], attributes, name=f"{affine.name}.{op_type}")
+        mark.prepend(node)
+        value = node.outputs[0]
+        value.shape = affine.y.shape
+        value.type = ir.TensorType(ir.DataType(attributes[0].as_int()) if attributes else wide)
+    affine.replace_by(value)
+
+
+def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
+    """The affine that torch has written as (Cast,) Mul, Add (, Cast), if `node` is its Add: a BatchlessNorm of an ExportedProgram."""
+    from normswap.folding import Affine
+    from normswap.folding.affine import only_use
+
+    name = _norm_around(node)
+    if node.op_type != "Add" or name is None:
+        return None
+    product, shift = _and_constant(node, constants)
+    multiply = None if product is None or not only_use(product) else product.producer()
+    if multiply is None or multiply.op_type != "Mul":
+        return None
+    x, scale = _and_constant(multiply, constants)
+    if x is None or x.shape is None:
+        return None
+    y, nodes, shape = node.outputs[0], [multiply, node], x.shape
+    casts = x.producer(), next(iter(y.consumers()), None)
+    if only_use(x) and only_use(y) and all(c is not None and c.op_type == "Cast" and _norm_around(c) == name for c in casts):
+        before, after = cast(tuple["ir.Node", "ir.Node"], casts)
+        x, y, nodes = cast("ir.Value", before.inputs[0]), after.outputs[0], [before, *nodes, after]
+    scale, shift = (a.astype(np.float64).reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in (scale, shift))
+    return Affine(name, x, y, tuple(nodes), scale, shift)
+
+
+def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
+    """The two inputs of a node, the constant one second and as an array; (None, None) unless one of them is constant."""
+    for value, other in (node.inputs, node.inputs[::-1]):
+        array = constants.of(other)
+        if array is not None:
+            return value, array
+    return None, None
+
+
+def _norm_around(node: ir.Node) -> str | None:
+    """The qualified name of the BatchlessNorm that torch traced this node in."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
+    if not scopes or not classes:
+        return None
+    pairs = zip(ast.literal_eval(scopes), ast.literal_eval(classes), strict=False)
+    return next((scope for scope, cls in pairs if cls.startswith(f"{BatchlessNorm.__module__}.BatchlessNorm")), None)
+
+
+# 4. The file ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _tidy(model: ir.Model, names: Sequence[str]) -> None:
+    """Remove what nothing needs, give the outputs their names, and say who made this."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    graph = model.graph
+    seen: set[ir.Value] = set()
+    for index, value in enumerate(graph.outputs):
+        if value in seen or value.is_graph_input() or value.is_initializer():  # an output must be what one node computes
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        seen.add(graph.outputs[index])
+    common.RemoveUnusedNodesPass()(model)  # unused constants, too
+    model.opset_imports.pop(_DOMAIN, None)
+
+    fixed = {str(value.name) for value in graph.inputs} | set(graph.initializers)
+    finals: list[str] = []
+    for name in names:
+        finals.append(_unused(name, {*fixed, *finals}))
+    inner = [value for node in graph.all_nodes() for value in node.outputs if value not in seen]
+    taken = {*fixed, *finals, *(str(value.name) for value in inner)}
+    for value in inner:
+        if value.name in finals:
+            value.name = _unused(f"{value.name}_", taken)
+            taken.add(value.name)
+    for value, name in zip(graph.outputs, finals, strict=True):
+        value.name = name
+
+    # What torch notes holds the paths of this machine.
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs, *inner):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """(the model with its large constants as inputs, those constants): ONNX's own tools copy a model several times."""
+    import onnx_ir as ir
+
+    large: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes >= _STREAMED and tensor.dtype.bitwidth % 8 == 0:
+            large[name] = tensor
+            value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+            del model.graph.initializers[name]
+            model.graph.inputs.append(value)
+    return ir.to_proto(model), large
+
+
+def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    import onnx
+
+    if _opset_of(proto) > opset:
+        try:
+            proto = onnx.version_converter.convert_version(proto, opset)
+        except Exception as error:
+            raise ExportError(
+                f"this model cannot be written in opset {opset}: {_first_line(error)}",
+                hint=f"opset {_TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
+            ) from error
+    if _opset_of(proto) != opset:
+        raise ExportError(
+            f"opset {opset} was asked for, but this model came out in opset {_opset_of(proto)}",
+            hint=f"the default is opset {DEFAULT_OPSET}",
+        )
+    onnx.helper.set_model_props(proto, {"normswap_version": _version()})
+    return proto
+
+
+def _version() -> str:
+    try:
+        return metadata.version("normswap")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
+
+
+def _opset_of(proto: onnx.ModelProto) -> int:
+    return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(f"the ONNX graph that torch made is not valid: {_first_line(error)}", hint=_NO_ONNX) from error
+
+
+def _census(graph: onnx.GraphProto) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+
+    def count(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    count(inner)
+
+    count(graph)
+    return dict(counts.most_common())
+
+
+def _write(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:
+    """Write the model, its large constants straight from memory; beyond _INLINE_LIMIT to `<path>.data`."""
+    for value in [value for value in proto.graph.input if value.name in tensors]:
+        proto.graph.input.remove(value)
+    if sum(tensor.nbytes for tensor in tensors.values()) > _INLINE_LIMIT:
+        data = path.with_name(f"{path.name}.data")
+        entries = _external_entries(tensors, data.name)
+        with _replacing(data) as file:
+            for tensor in tensors.values():
+                file.write(_bytes_of(tensor))
+        proto.graph.initializer.extend(entries)
+        tensors = {}
+    with _replacing(path) as file:
+        _write_inline(proto, tensors, file)
+
+
+def _external_entries(tensors: Mapping[str, ir.TensorProtocol], location: str) -> list[onnx.TensorProto]:
+    import onnx
+
+    entries, offset = [], 0
+    for name, tensor in tensors.items():
+        entry = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape.numpy(), data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in (("location", location), ("offset", offset), ("length", tensor.nbytes)):
+            entry.external_data.add(key=key, value=str(value))
+        entries.append(entry)
+        offset += tensor.nbytes
+    return entries
+
+
+def _write_inline(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], file: BinaryIO) -> None:
+    """The bytes of `proto` with `tensors` among its initializers, without ever holding them.
+
+    A protobuf message is a list of fields in any order, each a key and a value; a message inside a message is a key, a length and its
+    own fields. So the large tensors can be appended to the serialized rest of the graph, as long as the lengths are known.
+    """
+    import onnx
+
+    graph = proto.graph.SerializeToString()
+    heads = [onnx.TensorProto(name=n, data_type=t.dtype, dims=t.shape.numpy()).SerializeToString() for n, t in tensors.items()]
+    raw_data, initializer, graph_field = (
+        message.DESCRIPTOR.fields_by_name[name].number
+        for message, name in ((onnx.TensorProto, "raw_data"), (onnx.GraphProto, "initializer"), (onnx.ModelProto, "graph"))
+    )
+    prefixes, length = [], len(graph)
+    for head, tensor in zip(heads, tensors.values(), strict=True):
+        body = head + _field(raw_data, tensor.nbytes)
+        prefixes.append(_field(initializer, len(body) + tensor.nbytes) + body)
+        length += len(prefixes[-1]) + tensor.nbytes
+    proto.ClearField("graph")
+    file.write(proto.SerializeToString() + _field(graph_field, length) + graph)
+    for prefix, tensor in zip(prefixes, tensors.values(), strict=True):
+        file.write(prefix)
+        file.write(_bytes_of(tensor))
+
+
+def _field(number: int, length: int) -> bytes:
+    """Key and length of a protobuf field of `length` bytes (wire type 2), as varints: seven bits a byte, lowest first."""
+    result = bytearray()
+    for value in (number << 3 | 2, length):
+        while value > 0x7F:
+            result.append(value & 0x7F | 0x80)
+            value >>= 7
+        result.append(value)
+    return bytes(result)
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """The tensor as ONNX stores it, little-endian, without a copy where the memory is so."""
+    if sys.byteorder == "big":
+        return tensor.tobytes()
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears as `path` once it is complete and on the disk, and not at all if anything fails before."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
