@@ -1,0 +1,82 @@
+"""normswap: swap the normalization of a trained PyTorch model for Batchless normalization, without changing an output.
+
+    conversion = normswap.convert(model)        # .model .plan .parity; the original is untouched
+
+Everything that is public is listed in `__all__`. Names are imported when they are first used, so `import normswap` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normswap.batchless import BatchlessNorm as BatchlessNorm
+    from normswap.commands import export_onnx as export_onnx
+    from normswap.commands import load as load
+    from normswap.commands import save as save
+    from normswap.commands import verify as verify
+    from normswap.errors import NormswapError as NormswapError
+    from normswap.errors import ParityError as ParityError
+    from normswap.export import Export as Export
+    from normswap.parity import Parity as Parity
+    from normswap.pipeline import Conversion as Conversion
+    from normswap.pipeline import convert as convert
+    from normswap.pipeline import plan as plan
+    from normswap.plan import Plan as Plan
+    from normswap.plan import Rule as Rule
+    from normswap.plan import Skip as Skip
+    from normswap.plan import Swap as Swap
+    from normswap.rules import DEFAULT_RULES as DEFAULT_RULES
+    from normswap.swap import revert as revert
+
+_HOMES = {
+    "BatchlessNorm": "batchless",
+    "Conversion": "pipeline",
+    "DEFAULT_RULES": "rules",
+    "Export": "export",
+    "NormswapError": "errors",
+    "Parity": "parity",
+    "ParityError": "errors",
+    "Plan": "plan",
+    "Rule": "plan",
+    "Skip": "plan",
+    "Swap": "plan",
+    "convert": "pipeline",
+    "export_onnx": "commands",
+    "load": "commands",
+    "plan": "pipeline",
+    "revert": "swap",
+    "save": "commands",
+    "verify": "commands",
+}
+
+__all__ = list(_HOMES)
+
+
+class _Package(types.ModuleType):
+    """The package, with its public names computed on first use.
+
+    They are properties because some of them (`plan`, `verify`, `save`, `load`) are also names of submodules: importing a submodule sets it as
+    an attribute of the package, and would replace the function. A property stands above that.
+    """
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+def _public(name: str, home: str) -> property:
+    def get(package: types.ModuleType) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+    def ignore(package: types.ModuleType, submodule: types.ModuleType) -> None:
+        pass
+
+    return property(get, ignore)
+
+
+for _name, _home in _HOMES.items():
+    setattr(_Package, _name, _public(_name, _home))
+sys.modules[__name__].__class__ = _Package

@@ -7,12 +7,8 @@ The judge is the reference in float64. A tensor passes if its error, max|candida
 so the limit follows what rounding alone does to this model at this input. It fails closed: NaN, a missing output, another shape or dtype,
 or nothing to compare all fail, and one failing output or layer fails all.
 
-Forward passes: 5 probes x (judge, reference, candidate) = 15 for a torch candidate and 5 more for every further candidate:
-
-    the example inputs; a seeded batch of 1; a seeded batch of 3; the batch of 1 with its floats x 1e-3, and x 1e3
-
-Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example.
-A probe that the reference itself refuses (a fixed batch size, say) is dropped and named.
+Forward passes: 5 probes (`probes.py`) x (judge, reference, candidate) = 15 for the first candidate and 5 for every further one. A probe
+that the reference itself refuses (a fixed batch size, say) is dropped and named.
 
 Memory: the judge runs first and is freed before the reference runs, and both before a candidate is made. Of a swapped layer's output, at
 most TAP_SIZE evenly spread values per probe and call are kept; the model's outputs are kept whole.
@@ -20,41 +16,25 @@ most TAP_SIZE evenly spread values per probe and call are kept; the model's outp
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from normswap.errors import UsageError
 from normswap.parity import Difference, Parity
+from normswap.probes import Probe, probes
+from normswap.runners import BY_POSITION, Runner, Values, module_runner, onnx_float64_runner, onnx_runner
 from normswap.sharing import converted, shadow, to_float64
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NOISE_FACTOR = 10
-TAP_SIZE = 4096
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One set of arguments for a forward pass. `like_example`: it has the example's shapes."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    like_example: bool = True
-
-
-Values = dict[str, Tensor]
-# Runs one probe; returns the outputs by name and the tapped layers by (name, call).
-Runner = Callable[[Probe], tuple[Values, Values]]
+LEVELS = ("disabled", "basic", "extended", "all")  # of onnxruntime's graph optimisation
 
 
 @dataclass(frozen=True)
@@ -80,7 +60,7 @@ class Judgement:
 
 
 def verify(
-    reference: nn.Module,
+    reference: nn.Module | Path,
     candidate: nn.Module | Path,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -88,56 +68,50 @@ def verify(
     sites: Sequence[str] = (),
     tolerance: float | None = None,
 ) -> Parity:
-    """Judge `reference`, then hold `candidate` (a module, or an ONNX file) against it."""
-    return compare(judge(reference, args, kwargs, sites=sites), candidate, tolerance=tolerance)
+    """Judge `reference`, then hold `candidate` against it. Each is a module, or an ONNX file."""
+    return compare(judge(reference, args, kwargs, sites=sites), candidate, sites=sites, tolerance=tolerance)
 
 
-def judge(reference: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, sites: Sequence[str] = ()) -> Judgement:
+def judge(reference: nn.Module | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, sites: Sequence[str] = ()) -> Judgement:
     """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
 
     sites: names of modules whose outputs are tapped. Raises UsageError if the reference cannot run on the example inputs.
     """
-    probes = list(_probes(args, kwargs))
-    outputs: dict[str, Values] = {}
-    taps: dict[str, Values] = {}
+    is_module = isinstance(reference, nn.Module)
     dropped: list[str] = []
-    passes = 0
-    judge_run = _module_runner(converted(reference, to_float64), sites, in_float64=True)
-    for probe in probes:
-        try:
-            outputs[probe.name], taps[probe.name] = judge_run(_cast(probe, to_float64))
-            passes += 1
-        except Exception as error:  # the user's model may raise anything
-            if probe is probes[0]:
-                raise UsageError(
-                    f"the model cannot run on the example inputs in float64, the precision it is judged in: {_first_line(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python)",
-                ) from error
-            dropped.append(f"{probe.name}: {_first_line(error)}")
-    del judge_run
-    result = Judgement([p for p in probes if p.name in outputs], {}, {}, dropped, torch.float64)
-    own_run = _module_runner(shadow(reference), sites)
-    dtypes = {t.dtype for t in (*reference.parameters(), *reference.buffers()) if t.is_floating_point()}
-    for probe in list(result.probes):
-        try:
-            own_outputs, own_taps = own_run(probe)
-        except Exception as error:  # as above
-            if probe is probes[0]:
-                raise UsageError(
-                    f"the model cannot run on the example inputs: {_first_line(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python)",
-                ) from error
-            dropped.append(f"{probe.name}: {_first_line(error)}")
-            result.probes.remove(probe)
-            continue
-        passes += 1
-        dtypes |= {t.dtype for t in (*own_outputs.values(), *own_taps.values()) if t.is_floating_point()}
-        result.outputs[probe.name] = _truths(outputs[probe.name], own_outputs)
-        result.sites[probe.name] = _truths(taps.pop(probe.name), own_taps)
+    asked = list(probes(args, kwargs))
+    run = module_runner(converted(reference, to_float64), sites, in_float64=True) if is_module else onnx_float64_runner(reference)
+    judged = _run_all(run, [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked], dropped, " in float64, as it is judged")
+    del run  # and with it the float64 weights
+    usable = [p for p in asked if p.name in judged]
+    run = module_runner(shadow(reference), sites) if is_module else onnx_runner(reference, "disabled")
+    own = _run_all(run, usable, dropped, "")
     # The coarsest dtype that takes part sets the limits: half precision inside a float32 model is half precision.
-    result.dtype = max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda d: torch.finfo(d).eps)
-    result.passes = passes
-    return result
+    weights = [*reference.parameters(), *reference.buffers()] if is_module else []
+    seen = {t.dtype for t in (*weights, *(t for values in own.values() for part in values for t in part.values()))}
+    return Judgement(
+        probes=[p for p in usable if p.name in own],
+        outputs={name: _truths(judged[name][0], values[0]) for name, values in own.items()},
+        sites={name: _truths(judged[name][1], values[1]) for name, values in own.items()},
+        dropped=dropped,
+        dtype=max(seen & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps),
+        passes=len(judged) + len(own),
+    )
+
+
+def _run_all(run: Runner, asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
+    found = {}
+    for probe in asked:
+        try:
+            found[probe.name] = run(probe)
+        except Exception as error:  # the user's model may raise anything
+            if probe.name == "example":
+                raise UsageError(
+                    f"the model cannot run on the example inputs{how}: {_first_line(error)}",
+                    hint="give inputs that the model takes with --input (example_inputs in Python)",
+                ) from error
+            dropped.append(f"{probe.name}: {_first_line(error)}")
+    return found
 
 
 def compare(
@@ -154,14 +128,14 @@ def compare(
     level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size.
     """
     name = f"onnxruntime ({level})" if isinstance(candidate, Path) else str(judgement.dtype)
-    probes = [p for p in judgement.probes if p.like_example or not only_like_example]
+    held = [p for p in judgement.probes if p.like_example or not only_like_example]
     worst: dict[str, Difference] = {}
     worst_site: dict[str, Difference] = {}
     passes = 0
     failure: str | None = None
     try:
-        run = _onnx_runner(candidate, level) if isinstance(candidate, Path) else _module_runner(shadow(candidate), sites)
-        for probe in probes:
+        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites)
+        for probe in held:
             outputs, taps = run(probe)
             passes += 1
             _keep_worst(worst, _differences(judgement.outputs[probe.name], outputs, probe, judgement.dtype, tolerance))
@@ -180,157 +154,10 @@ def compare(
         sites=tuple(sorted(by_site.values(), key=lambda d: order.get(d.name, 0))),
         failure=failure,
         candidate=name,
-        probes=tuple(p.name for p in probes),
+        probes=tuple(p.name for p in held),
         dropped=tuple(judgement.dropped),
         forward_passes=judgement.passes + passes,
     )
-
-
-# --- probes ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
-    leaves, _ = tree_flatten((args, dict(kwargs)))
-    batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}
-    batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary
-    yield Probe("example", args, kwargs)
-    single = _seeded(args, kwargs, batch, 1, seed=1)
-    one, three = (f"batch {n}" if batch is not None else f"seed {n}" for n in (1, 3))
-    yield Probe(one, *single, like_example=batch in (None, 1))
-    yield Probe(three, *_seeded(args, kwargs, batch, 3, seed=2), like_example=batch in (None, 3))
-    for factor in (1e-3, 1e3):
-        scaled = _mapped(single, lambda t, f=factor: t * f if t.is_floating_point() or t.is_complex() else t)
-        yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
-
-
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-
-
-def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
-    leaves, spec = tree_flatten((arguments[0], dict(arguments[1])))
-    args, kwargs = tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-    return args, kwargs
-
-
-def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:
-    generator = torch.Generator().manual_seed(seed)
-
-    def redraw(tensor: Tensor) -> Tensor:
-        resized = tensor.dim() > 0 and batch is not None
-        shape = (size, *tensor.shape[1:]) if resized else tuple(tensor.shape)
-        if tensor.is_floating_point() or tensor.is_complex():
-            if tensor.numel() == 0:
-                return tensor.new_zeros(shape)
-            index = torch.randint(tensor.numel(), (math.prod(shape),), generator=generator)
-            return tensor.detach().reshape(-1)[index.to(tensor.device)].reshape(shape)
-        return tensor[torch.arange(size, device=tensor.device) % max(tensor.shape[0], 1)] if resized else tensor
-
-    return _mapped((args, kwargs), redraw)
-
-
-def _cast(probe: Probe, function: Callable[[Tensor], Tensor]) -> Probe:
-    args, kwargs = _mapped((probe.args, probe.kwargs), function)
-    return Probe(probe.name, args, kwargs, probe.like_example)
-
-
-# --- runners --------------------------------------------------------------------------------------------------------------------------
-
-
-class _Float64(TorchFunctionMode):
-    """Makes a model that asks for a narrower dtype in its code (`x.float()`, `dtype=torch.float32`) compute in float64 all the same."""
-
-    NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
-    CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        def widen(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in self.NARROW else value
-
-        if func in self.CASTS:
-            func = Tensor.double
-        return func(*(widen(a) for a in args), **{k: widen(v) for k, v in (kwargs or {}).items()})
-
-
-@contextlib.contextmanager
-def _default_float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.autocast("cpu", enabled=False), _Float64():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = False) -> Runner:
-    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back."""
-    taps: Values = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    calls: dict[str, int] = {}
-
-    def tap(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                calls[name] = calls.get(name, 0) + 1
-                flat = output.detach().reshape(-1)
-                # An odd step, so that it does not fall in with even channel counts and always hit the same channels.
-                taps[f"{name}@{calls[name]}"] = flat[:: (flat.numel() // TAP_SIZE) | 1].clone()
-
-        return record
-
-    for name in sites:
-        if name in modules:
-            modules[name].register_forward_hook(tap(name))
-
-    def run(probe: Probe) -> tuple[Values, Values]:
-        taps.clear()
-        calls.clear()
-        # A model may write into its inputs; the probes must stay what they are.
-        args, kwargs = _mapped((probe.args, probe.kwargs), torch.clone)
-        with torch.no_grad(), torch.random.fork_rng(), _default_float64() if in_float64 else contextlib.nullcontext():
-            torch.manual_seed(0)
-            output = model(*args, **kwargs)
-        return _named(output), dict(taps)
-
-    return run
-
-
-def _named(output: Any) -> Values:
-    """The tensors of a model's output, in order, each under its path."""
-    found = {}
-    for path, leaf in tree_flatten_with_path(output)[0]:
-        if isinstance(leaf, (bool, int, float)):
-            leaf = torch.tensor(leaf)
-        if isinstance(leaf, Tensor):
-            found[f"output{keystr(path)}"] = leaf.detach()
-    return found
-
-
-def _onnx_runner(path: Path, level: str) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = {
-        "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    }[level]
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-
-    def run(probe: Probe) -> tuple[Values, Values]:
-        tensors = [leaf for leaf in tree_flatten((probe.args, dict(probe.kwargs)))[0] if isinstance(leaf, Tensor)]
-        if len(tensors) != len(names):
-            raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(tensors)} tensors were given")
-        found = session.run(None, {name: tensor.numpy(force=True) for name, tensor in zip(names, tensors, strict=True)})
-        return {f"#{i}": torch.from_numpy(value) for i, value in enumerate(found)}, {}
-
-    return run
-
-
-# --- numbers --------------------------------------------------------------------------------------------------------------------------
 
 
 def _error(candidate: Tensor, truth: Tensor, unusable: Tensor | None) -> tuple[float, float, float, int]:
@@ -381,7 +208,7 @@ def _differences(
     *,
     tapped: bool = False,
 ) -> dict[str, Difference]:
-    if found and all(name.startswith("#") for name in found):  # an ONNX file has outputs by position
+    if any(name.startswith(BY_POSITION) for name in (*truths, *found)):  # then position is all that they have in common
         found = dict(zip([*truths, *list(found)[len(truths) :]], found.values(), strict=False))
     result = {}
     for name in dict.fromkeys((*truths, *found)):

@@ -1,0 +1,383 @@
+"""What the command line does, and the part of the Python surface that deals with files: `load` in front of the pipeline, `save`, `export`
+and `report` behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from normswap import outputs, pipeline
+from normswap.errors import LoadError, ParityError, UsageError
+from normswap.export import Export, export
+from normswap.inputs import Inputs, as_inputs, infer, make, parse
+from normswap.load import Loaded, build
+from normswap.load import load as load_source
+from normswap.parity import Parity
+from normswap.exported import as_module
+from normswap.report import Report, report
+from normswap.runners import onnx_inputs
+from normswap.save import RECIPE, load_weights, read_recipe, sites_of
+from normswap.save import save as save_directory
+from normswap.swap import revert, swap
+from normswap.verify import LEVELS, Judgement, compare, judge
+
+Model = nn.Module | ExportedProgram
+Progress = Callable[[str], AbstractContextManager[Any]]
+REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
+
+
+def _silent(stage: str) -> AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+# --- Python -------------------------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    reference: Model | str | Path, candidate: Model | str | Path, inputs: Any = None, *, tolerance: float | None = None, **loading: Any
+) -> Parity:
+    """Measure whether `candidate` computes what `reference` computes. Never raises on a mismatch: ask `bool(parity)`.
+
+    Each side is a module, an ExportedProgram, a model file, a converted directory or an .onnx file. inputs: a tensor, a tuple, or a dict of
+    keyword arguments; None takes those of a converted directory, or infers them. tolerance: the largest max|difference| / max|reference|
+    that passes, in place of the limits described in `verify.py`.
+
+    Raises LoadError if a side cannot be read, UsageError if the reference cannot run on the inputs or none are known.
+    """
+    sides = [_open(side, **loading) for side in (reference, candidate)]
+    known = as_inputs(inputs) if inputs is not None else next(filter(None, map(_inputs_of, (reference, candidate), sides)), None)
+    if known is None:
+        raise UsageError("no inputs are known that both models take", hint="give them: --input 1x3x224x224, or inputs=... in Python")
+    a, b = sides
+    sites = []
+    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+        ours = dict(a.named_modules(remove_duplicate=False))
+        sites = [site["name"] for site in sites_of(b) if site["name"] in ours]
+    return compare(judge(a, known.args, known.kwargs, sites=sites), b, sites=sites, tolerance=tolerance)
+
+
+def export_onnx(
+    model: Model | pipeline.Conversion[Any],
+    example_inputs: Any = None,
+    path: str | Path = "model.onnx",
+    *,
+    opset: int | None = None,
+    dynamic: bool = True,
+) -> Export:
+    """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
+
+    example_inputs: as for `convert`; not needed for a Conversion. opset: that of the file. dynamic: leave the batch size free.
+
+    Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
+    """
+    conversion = model if isinstance(model, pipeline.Conversion) else None
+    target: Model = conversion.model if conversion else model  # type: ignore[assignment]
+    inputs = as_inputs(example_inputs) if example_inputs is not None else conversion.inputs if conversion else _inputs_of(target, as_module(target))
+    if inputs is None:
+        raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
+    with outputs.file(Path(path)) as partial:
+        result, parities = _export(target, inputs, partial, opset=opset, dynamic=dynamic)
+        for parity in parities.values():
+            pipeline.check(parity)
+    return dataclasses.replace(result, path=Path(path), parity=list(parities.values())[-1])
+
+
+def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
+    """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them."""
+    conversion = model if isinstance(model, pipeline.Conversion) else None
+    module = as_module(conversion.model if conversion else model)  # type: ignore[arg-type]
+    with outputs.directory(Path(directory), marker=RECIPE) as partial:
+        save_directory(module, partial, inputs=_describe(conversion.inputs) if conversion else ())
+    return Path(directory)
+
+
+def load(
+    directory: str | Path, factory: Callable[[], nn.Module] | None = None, *, trust_packages: Sequence[str] = (), trust_pickle: bool = False
+) -> Model:
+    """The converted model in `directory`.
+
+    factory: builds the original architecture, with any weights. None takes the pickled model in the directory, or the spec that the model
+    was made from (`torchvision:resnet18`). Raises LoadError if the directory, or the architecture, is not the one that was saved.
+    """
+    directory = Path(directory)
+    recipe = read_recipe(directory)
+    if factory is None and recipe.module is not None:
+        return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+    if factory is None and recipe.factory is None:
+        raise LoadError(
+            f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"
+        )
+    model = build(recipe.factory) if factory is None else factory()  # type: ignore[arg-type]
+    wanted = {site["name"]: site["std"] for site in recipe.sites}
+    if wanted:
+        decided = pipeline.plan(model)
+        chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
+        model = swap(model, chosen, std=next(iter(wanted.values())))
+    load_weights(model, directory, recipe)
+    return model
+
+
+# --- the commands -------------------------------------------------------------------------------------------------------------------
+
+
+def convert_files(
+    source: str,
+    output: Path | None,
+    *,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    std: str = "log",
+    onnx: bool = True,
+    opset: int | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+    progress: Progress = _silent,
+) -> tuple[Report, Path]:
+    """Convert SRC into a directory. Raises ParityError after writing a directory that holds the report alone."""
+    if output is not None:
+        outputs.check(output, marker=REPORT)
+    given = parse(inputs) if inputs else None
+    clock = _Clock(progress)
+    with clock("load"):
+        loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    output = output or Path(f"{loaded.stem}.normswap")
+    with outputs.directory(output, marker=REPORT) as partial:
+        with clock("convert and verify"):
+            conversion = pipeline.attempt(loaded.model, given, include=include, exclude=exclude, std=std)
+        form, factory = loaded.form, loaded.factory
+        del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
+        gc.collect()
+        parities = {"torch": conversion.parity}
+        facts: dict[str, Any] | None = None
+        if conversion.parity:
+            with clock("save"):
+                _save(conversion, partial, form=form, source=source, factory=factory)
+            if onnx:
+                with clock("export and verify"):
+                    exported, legs = _export(
+                        conversion.model, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=conversion.judgement
+                    )
+                parities.update(legs)
+                facts = _onnx_facts(exported)
+        failed = next((parity for parity in parities.values() if not parity), None)
+        if failed is not None:
+            for file in partial.iterdir():
+                file.unlink()
+        files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
+        result = report(source, conversion.plan, parities, onnx=facts, seconds=clock.seconds, files=files)
+        (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / PAGE).write_text(result.html(), encoding="utf-8")
+    if failed is not None:
+        try:
+            pipeline.check(failed)
+        except ParityError as error:
+            error.hint = f"{output / PAGE} has every measurement; nothing else was written"
+            raise
+    return result, output
+
+
+def inspect(
+    source: str,
+    *,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+) -> Report:
+    """The plan for SRC, and nothing else."""
+    loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    given = parse(inputs) if inputs else None
+    return report(source, pipeline.plan(loaded.model, given, include=include, exclude=exclude))
+
+
+def verify_files(
+    reference: str,
+    candidate: str,
+    *,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    tolerance: float | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+) -> Parity:
+    """`verify` for the command line."""
+    given = parse(inputs) if inputs else None
+    return verify(
+        reference,
+        candidate,
+        given,
+        tolerance=tolerance,
+        arch=arch,
+        trust_packages=trust_packages,
+        trust_pickle=trust_pickle,
+    )
+
+
+def export_files(
+    source: str,
+    output: Path,
+    *,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    opset: int | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+) -> Export:
+    """`export_onnx` for the command line: SRC is a converted directory, or any model."""
+    given = parse(inputs) if inputs else None
+    model = _load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    known = given or _inputs_of(source, as_module(model))
+    return export_onnx(model, known, output, opset=opset)
+
+
+def revert_files(
+    source: str, output: Path, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False
+) -> Path:
+    """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
+
+    A name that ends in .safetensors gets the state dict; any other a pickled module if the directory holds one, else a state dict.
+    """
+    directory = Path(source)
+    recipe = read_recipe(directory)
+    converted = load(directory, _factory(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
+    if isinstance(converted, ExportedProgram):
+        raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
+    model = revert(converted)
+    pipeline.check(verify(converted, model, _inputs_of(source, converted)))
+    with outputs.file(output) as partial:
+        if output.suffix == ".safetensors":
+            from safetensors.torch import save_model
+
+            save_model(model, str(partial), metadata={"format": "pt"})
+        else:
+            torch.save(model if recipe.module else model.state_dict(), partial)
+    return output
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Announces a stage while it runs and keeps how long it took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.seconds = progress, dict[str, float]()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.progress(stage):
+            yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def _export(
+    model: Model, inputs: Inputs, path: Path, *, opset: int | None, dynamic: bool, judgement: Judgement | None = None
+) -> tuple[Export, Mapping[str, Parity]]:
+    """Write the file, and hold it against the model it was made from, or what that was made from, at every optimisation level."""
+    if judgement is None:
+        judgement = judge(as_module(model), inputs.args, inputs.kwargs)
+    result = export(model, inputs.args, inputs.kwargs, path, opset=opset, dynamic=dynamic)
+    legs = {}
+    for level in LEVELS:
+        parity = compare(judgement, path, level=level, only_like_example=not result.dynamic)
+        legs[parity.candidate] = parity
+    return result, legs
+
+
+def _onnx_facts(exported: Export) -> dict[str, Any]:
+    return {
+        "opset": exported.opset,
+        "dynamic_batch": exported.dynamic,
+        "nodes": dict(exported.nodes),
+        "folded": list(exported.folded),
+        "residue": list(exported.residue),
+        "notes": list(exported.notes),
+    }
+
+
+def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, source: str, factory: str | None) -> None:
+    model, name = conversion.model, None
+    if isinstance(model, ExportedProgram):
+        name = "model.pt2"
+        torch.export.save(model, directory / name)
+    elif form == "module":
+        name = "model.pt"
+        torch.save(model, directory / name)
+    save_directory(as_module(model), directory, source=source, factory=factory, module=name, inputs=_describe(conversion.inputs))
+
+
+def _describe(inputs: Inputs) -> list[dict[str, Any]]:
+    """Shape and dtype of each input, if each is one tensor; else nothing."""
+    named = [*((None, a) for a in inputs.args), *inputs.kwargs.items()]
+    if not all(isinstance(value, Tensor) for _, value in named):
+        return []
+    return [{"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for name, value in named]
+
+
+def _described(entries: Sequence[Mapping[str, Any]]) -> Inputs | None:
+    """Seeded inputs of the recorded shapes."""
+    if not entries:
+        return None
+    tensors = [(entry["name"], make(entry["shape"], getattr(torch, entry["dtype"]), seed=i)) for i, entry in enumerate(entries)]
+    return Inputs(tuple(t for name, t in tensors if name is None), {name: t for name, t in tensors if name is not None})
+
+
+def _factory(arch: str | None) -> Callable[[], nn.Module] | None:
+    return None if arch is None else lambda: build(arch)
+
+
+def _load_any(source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False) -> Model:
+    if Path(source).is_dir():
+        return load(source, _factory(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
+    loaded: Loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    return loaded.model
+
+
+def _open(side: Model | str | Path, **loading: Any) -> nn.Module | Path:
+    """A module, or the path of an ONNX file."""
+    if not isinstance(side, (str, Path)):
+        return as_module(side)
+    if Path(side).suffix == ".onnx":
+        if not Path(side).is_file():
+            raise LoadError(f"{side} does not exist", hint="give the path of an .onnx file")
+        return Path(side)
+    if not _takes_arch(str(side)):
+        loading = {**loading, "arch": None}
+    return as_module(_load_any(str(side), **loading))
+
+
+def _takes_arch(source: str) -> bool:
+    """Whether --arch may be meant for this side: a file of weights, or a directory."""
+    return Path(source).is_dir() or Path(source).suffix in (".safetensors", ".pt", ".pth")
+
+
+def _inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:
+    """The inputs that one side knows: those it was saved with, those it declares, or inferred ones."""
+    if isinstance(side, (str, Path)) and Path(side).is_dir():
+        known = _described(read_recipe(Path(side)).inputs)
+        if known:
+            return known
+    if isinstance(side, ExportedProgram) and side.example_inputs:
+        return Inputs(tuple(side.example_inputs[0]), dict(side.example_inputs[1]), "program")
+    if isinstance(opened, Path):
+        declared = onnx_inputs(opened)
+        return None if declared is None else Inputs(declared)
+    return infer(opened)
+

@@ -1,0 +1,52 @@
+"""An ExportedProgram as the graph module that it is, and a rewritten graph module as an ExportedProgram again."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from normswap.errors import SwapError
+from normswap.inputs import Inputs
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
+
+
+def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The model itself, or the graph module of an ExportedProgram."""
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:
+    """`swapped` as the kind that `model` is: exported again if `model` is an ExportedProgram, with the same dynamic axes."""
+    if not isinstance(model, ExportedProgram):
+        return cast(M, swapped)
+    try:
+        program = torch.export.export(swapped, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_shapes(model, inputs))
+    except Exception as error:  # torch.export raises what its tracer raises
+        raise SwapError(f"the rewritten program cannot be exported again: {str(error).splitlines()[0]}") from error
+    return cast(M, program)
+
+
+def _dynamic_shapes(program: ExportedProgram, inputs: Inputs) -> Any:
+    """Dim.DYNAMIC on every axis of an input whose size the program left open."""
+    names = set(program.graph_signature.user_inputs)
+    values = iter([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names])
+
+    def axes(tensor: torch.Tensor) -> dict[int, Any]:
+        value = next(values)
+        return {axis: Dim.DYNAMIC for axis, size in enumerate(getattr(value, "shape", ())) if isinstance(size, torch.SymInt)}
+
+    shapes = tree_map_only(torch.Tensor, axes, (inputs.args, dict(inputs.kwargs)))
+    args, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", shapes)
+    return {**dict(zip(_positional_names(program, len(args)), args, strict=True)), **kwargs}
+
+
+def _positional_names(program: ExportedProgram, count: int) -> list[str]:
+    import inspect
+
+    parameters = list(inspect.signature(program.module().forward).parameters)
+    return parameters[:count]

@@ -1,0 +1,157 @@
+"""The stages in order: read this first.
+
+    trace -> match -> judge -> swap -> compare
+
+`plan` stops after match; `convert` goes through. `commands.py` puts `load` in front and `save`, `export` and `report` behind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from normswap.errors import ParityError, UsageError
+from normswap.inputs import Inputs, as_inputs, infer
+from normswap.match import match
+from normswap.numerics import STD_FORMS
+from normswap.parity import Parity
+from normswap.plan import Plan, Rule, Site
+from normswap.exported import as_module, like
+from normswap.rules import DEFAULT_RULES
+from normswap.swap import swap
+from normswap.trace import trace
+from normswap.verify import Judgement, compare, judge
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
+
+
+@dataclass(frozen=True)
+class Conversion(Generic[M]):
+    """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
+
+    judgement: what the original computes, to hold further candidates (an ONNX file) against.
+    """
+
+    model: M
+    plan: Plan
+    parity: Parity
+    inputs: Inputs = field(repr=False)
+    judgement: Judgement = field(repr=False)
+
+
+def plan(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> Plan:
+    """Decide for every normalization of `model` whether it is swapped, and why not. Changes nothing.
+
+    example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only where the model's graph cannot be had without
+    running it. include, exclude: globs on qualified names and kinds. Raises UsageError for a glob that matches nothing.
+    """
+    return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules)
+
+
+def convert(
+    model: M,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    std: str = "log",
+) -> Conversion[M]:
+    """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
+
+    example_inputs: as for `plan`; None infers a shape from the first layer. std: how the layers store it, see BatchlessNorm.
+
+    Raises ParityError if the copy is not the same function within the limits of `verify`, UsageError if inputs are needed or do not fit,
+    SwapError if the model cannot be copied.
+    """
+    conversion = attempt(model, example_inputs, include=include, exclude=exclude, rules=rules, std=std)
+    check(conversion.parity)
+    return conversion
+
+
+def attempt(
+    model: M,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    std: str = "log",
+) -> Conversion[M]:
+    """`convert` without the last word: the parity may have failed."""
+    if std not in STD_FORMS:
+        raise UsageError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
+    module, resolve = as_module(model), _resolver(model, example_inputs)
+    decided = _plan(module, resolve, include, exclude, rules)
+    inputs = resolve()
+    if inputs is None:
+        raise UsageError(
+            "no example inputs that the model takes could be inferred from its layers, so nothing can be verified",
+            hint="give them: --input 1x3x224x224 on the command line, example_inputs=... in Python",
+        )
+    sites = [s.name for s in decided.swaps]
+    judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
+    swapped = swap(module, decided, std=std)
+    parity = compare(judgement, swapped, sites=sites)
+    return Conversion(like(model, swapped, inputs), decided, parity, inputs, judgement)
+
+
+def check(parity: Parity) -> None:
+    """Raise ParityError unless the measurement passed."""
+    if parity.passed:
+        return
+    bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
+    what = parity.failure or (
+        f"{bad.name} {bad.problem}"
+        if bad and bad.problem
+        else f"first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
+        f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
+        if bad
+        else "nothing was compared"
+    )
+    raise ParityError(
+        f"converted, but {parity.candidate} is not the same function: {what}",
+        parity=parity,
+        hint="exclude the layer that differs, or report this with the model's architecture",
+    )
+
+
+def _plan(
+    module: nn.Module, resolve: functools.partial[Inputs | None] | Any, include: Sequence[str], exclude: Sequence[str], rules: Sequence[Rule]
+) -> Plan:
+    def is_norm(candidate: nn.Module) -> bool:
+        site = Site("", (), candidate, None)
+        return any(rule.recognises(site) for rule in rules)
+
+    def forward() -> tuple[tuple[Any, ...], Any] | None:
+        inputs = resolve()
+        return None if inputs is None else (inputs.args, inputs.kwargs)
+
+    return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude)
+
+
+def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Any:
+    """A function that gives the inputs: those that were given, those that the program came with, or inferred ones. Inferred once."""
+
+    @functools.cache
+    def resolve() -> Inputs | None:
+        if example_inputs is not None:
+            return as_inputs(example_inputs)
+        if isinstance(model, ExportedProgram):
+            example = model.example_inputs
+            return Inputs(tuple(example[0]), dict(example[1]), "program") if example else None
+        return infer(model)
+
+    return resolve

@@ -1,0 +1,73 @@
+"""The inputs at which a model is judged: a fixed number, made from one set of example inputs.
+
+    the example inputs; a seeded batch of 1; a seeded batch of 3; the batch of 1 with its floats x 1e-3, and x 1e3
+
+Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. The
+batch is the first axis if all tensors agree on it; otherwise shapes stay and only the values are drawn anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One set of arguments for a forward pass. `like_example`: it has the example's shapes."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    like_example: bool = True
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Arguments:
+        """The arguments with `function` applied to each tensor."""
+        return _mapped((self.args, self.kwargs), function)
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Tensor)]
+
+
+def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
+    leaves, _ = tree_flatten((args, dict(kwargs)))
+    batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}
+    batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary
+    yield Probe("example", args, kwargs)
+    single = _seeded(args, kwargs, batch, 1, seed=1)
+    one, three = (f"batch {n}" if batch is not None else f"seed {n}" for n in (1, 3))
+    yield Probe(one, *single, like_example=batch in (None, 1))
+    yield Probe(three, *_seeded(args, kwargs, batch, 3, seed=2), like_example=batch in (None, 3))
+    for factor in (1e-3, 1e3):
+        scaled = _mapped(single, lambda t, f=factor: t * f if t.is_floating_point() or t.is_complex() else t)
+        yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
+
+
+def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
+    leaves, spec = tree_flatten((arguments[0], dict(arguments[1])))
+    args, kwargs = tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    return args, kwargs
+
+
+def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:
+    generator = torch.Generator().manual_seed(seed)
+
+    def redraw(tensor: Tensor) -> Tensor:
+        resized = tensor.dim() > 0 and batch is not None
+        shape = (size, *tensor.shape[1:]) if resized else tuple(tensor.shape)
+        if tensor.is_floating_point() or tensor.is_complex():
+            if tensor.numel() == 0:
+                return tensor.new_zeros(shape)
+            index = torch.randint(tensor.numel(), (math.prod(shape),), generator=generator)
+            return tensor.detach().reshape(-1)[index.to(tensor.device)].reshape(shape)
+        return tensor[torch.arange(size, device=tensor.device) % max(tensor.shape[0], 1)] if resized else tensor
+
+    return _mapped((args, kwargs), redraw)

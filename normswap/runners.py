@@ -1,0 +1,189 @@
+"""Run a model, whatever it is, at a probe: a torch module in its own dtype or in float64, an ONNX file in onnxruntime or in float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from normswap.probes import Probe
+
+TAP_SIZE = 4096
+BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...
+
+Values = dict[str, Tensor]
+# Runs one probe; returns the outputs by name and the tapped layers by "name@call".
+Runner = Callable[[Probe], tuple[Values, Values]]
+
+
+class _Float64(TorchFunctionMode):
+    """Makes a model that asks for a narrower dtype in its code (`x.float()`, `dtype=torch.float32`) compute in float64 all the same."""
+
+    NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        def widen(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value in self.NARROW else value
+
+        if func in self.CASTS:
+            func = Tensor.double
+        return func(*(widen(a) for a in args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def _default_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", enabled=False), _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = False) -> Runner:
+    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back."""
+    taps: Values = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls: dict[str, int] = {}
+
+    def tap(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                calls[name] = calls.get(name, 0) + 1
+                flat = output.detach().reshape(-1)
+                # An odd step, so that it does not fall in with even channel counts and always hit the same channels.
+                taps[f"{name}@{calls[name]}"] = flat[:: (flat.numel() // TAP_SIZE) | 1].clone()
+
+        return record
+
+    for name in sites:
+        if name in modules:
+            modules[name].register_forward_hook(tap(name))
+
+    def run(probe: Probe) -> tuple[Values, Values]:
+        taps.clear()
+        calls.clear()
+        # A model may write into its inputs; the probes must stay what they are.
+        args, kwargs = probe.mapped(torch.clone)
+        with torch.no_grad(), torch.random.fork_rng(), _default_float64() if in_float64 else contextlib.nullcontext():
+            torch.manual_seed(0)
+            output = model(*args, **kwargs)
+        return _named(output), dict(taps)
+
+    return run
+
+
+def _named(output: Any) -> Values:
+    """The tensors of a model's output, in order, each under its path."""
+    found = {}
+    for path, leaf in tree_flatten_with_path(output)[0]:
+        if isinstance(leaf, (bool, int, float)):
+            leaf = torch.tensor(leaf)
+        if isinstance(leaf, Tensor):
+            found[f"output{keystr(path)}"] = leaf.detach()
+    return found
+
+
+def onnx_runner(path: Path, level: str) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = {
+        "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }[level]
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    return lambda probe: (_by_position(session.run(None, _feeds(names, probe))), {})
+
+
+def onnx_float64_runner(path: Path) -> Runner:
+    """The file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv. Slow."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    model = onnx.load(path)
+    _widen(model)
+    evaluator = ReferenceEvaluator(model)
+    names = list(evaluator.input_names)
+    return lambda probe: (_by_position(evaluator.run(None, _feeds(names, probe))), {})
+
+
+def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
+    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free."""
+    import numpy as np
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {i.name for i in graph.initializer}
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for value in graph.input:
+        if value.name in constants:
+            continue
+        kind = value.type.tensor_type
+        sizes = [dim.dim_value if dim.HasField("dim_value") else batch if i == 0 else None for i, dim in enumerate(kind.shape.dim)]
+        shape = [size for size in sizes if size is not None]
+        if len(shape) < len(sizes):
+            return None
+        dtype = torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))).dtype
+        floating = dtype.is_floating_point
+        found.append((torch.randn(shape, generator=generator) if floating else torch.randint(2, shape, generator=generator)).to(dtype))
+    return tuple(found)
+
+
+def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
+    tensors = probe.tensors()
+    if len(tensors) != len(names):
+        raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(tensors)} tensors were given")
+    return {name: tensor.numpy(force=True) for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _by_position(found: Sequence[Any]) -> Values:
+    return {f"{BY_POSITION}{i}": torch.as_tensor(value) for i, value in enumerate(found)}
+
+
+def _widen(model: Any) -> None:
+    """Turn float32, float16 and bfloat16 into float64 everywhere in an ONNX model: tensors, declared types, casts."""
+    import onnx
+    from onnx import numpy_helper
+
+    narrow = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+    def widen_tensor(tensor: Any) -> None:
+        if tensor.data_type in narrow:
+            values = numpy_helper.to_array(tensor).astype("float64")
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    def widen_graph(graph: Any) -> None:
+        for tensor in graph.initializer:
+            widen_tensor(tensor)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in narrow:
+                value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+        widen_nodes(graph.node)
+
+    def widen_nodes(nodes: Any) -> None:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.TENSOR:
+                    widen_tensor(attribute.t)
+                elif attribute.type == onnx.AttributeProto.GRAPH:
+                    widen_graph(attribute.g)
+                elif attribute.name in ("to", "dtype") and attribute.i in narrow:
+                    attribute.i = onnx.TensorProto.DOUBLE
+
+    widen_graph(model.graph)
+    for function in model.functions:
+        widen_nodes(function.node)

@@ -1,0 +1,125 @@
+"""A model with BatchlessNorm layers <-> recipe.json + model.safetensors.
+
+The recipe says which layers are BatchlessNorm and of which form; the weights are the model's state dict, so any safetensors reader can load
+them into a converted model. Nothing is pickled: the architecture comes from the user's own factory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.batchless import BatchlessNorm
+from normswap.errors import LoadError
+
+RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a converted directory holds.
+
+    sites    one entry per BatchlessNorm: its names and its form
+    factory  the SRC that builds the original architecture (`torchvision:resnet18`), if the model came from one
+    module   the file with the whole model, if the source was one ("model.pt", "model.pt2")
+    inputs   shape and dtype of each example input
+    """
+
+    sites: Sequence[Mapping[str, Any]]
+    source: str | None = None
+    factory: str | None = None
+    module: str | None = None
+    inputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+def save(model: nn.Module, directory: Path, *, source: str | None = None, factory: str | None = None, **more: Any) -> None:
+    """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name."""
+    from safetensors.torch import save_model
+
+    recipe = {
+        "version": VERSION,
+        "normswap": metadata.version("normswap"),
+        "torch": metadata.version("torch"),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "source": source,
+        "factory": factory,
+        "module": more.get("module"),
+        "inputs": list(more.get("inputs", ())),
+        "sites": [dict(site) for site in sites_of(model)],
+    }
+    (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    save_model(model, str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def sites_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Every BatchlessNorm of a model, with its names and its form, in `named_modules` order."""
+    names: dict[BatchlessNorm, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchlessNorm):
+            names.setdefault(module, []).append(name)
+    return [
+        {
+            "name": first,
+            "aliases": aliases,
+            "class": type(layer).__name__,
+            "num_features": list(layer.sizes),
+            "channel_axis": list(layer.channel_axis),
+            "shared_axes": list(layer.shared_axes),
+            "affine": layer.affine,
+            "std": layer.std,
+            "eps": None if layer.source is None else layer.source.eps,
+        }
+        for layer, (first, *aliases) in names.items()
+    ]
+
+
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe of a converted directory. Raises LoadError if it is not one, or of a version that this normswap does not know."""
+    path = directory / RECIPE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["version"]
+        recipe = Recipe(**{name: content[name] for name in ("sites", "source", "factory", "module", "inputs")})
+    except FileNotFoundError as error:
+        raise LoadError(
+            f"{directory} is not a converted directory: it has no {RECIPE}", hint="`normswap convert SRC -o DIR` writes one"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{path} is not a recipe that normswap wrote: {error}") from error
+    if version != VERSION:
+        raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it, or a newer one")
+    return recipe
+
+
+def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Load the saved weights into a model whose norms were swapped; raises LoadError if it is not the model that was saved."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    found = {site["name"]: site for site in sites_of(model)}
+    for site in recipe.sites:
+        mine = found.get(site["name"])
+        different = sorted(key for key in site if mine is not None and mine.get(key) != site[key])
+        if mine is None or different:
+            what = "no BatchlessNorm" if mine is None else f"{different[0]} {mine[different[0]]!r}"
+            wanted = f"a {site['class']}" if mine is None else f"{site[different[0]]!r}"
+            raise LoadError(
+                f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {wanted}",
+                hint="the factory must build the model that was converted",
+            )
+    try:
+        load_model(model, str(directory / WEIGHTS), strict=True)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{directory / WEIGHTS} cannot be read: {error}", hint="was the file copied whole?") from error
+    except RuntimeError as error:
+        detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise LoadError(
+            f"{directory / WEIGHTS} does not fit the given architecture: {detail}", hint="the factory must build the model that was converted"
+        ) from error
