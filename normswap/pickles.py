@@ -57,6 +57,7 @@ _CODE_CARRIERS = re.compile(r"torch\.(jit|fx|package|export|ao|_\w+)(\..*)?")
 _VALUE_CLASSES = re.compile(
     r"torch\.nn\.modules\.(activation|batchnorm|instancenorm|normalization|linear|conv|dropout|pooling|flatten)\.\w+"
     r"|timm\.layers\.(norm|norm_act|activations|activations_me|frozen_bn|filter_response_norm|evo_norm)\.\w+"
+    r"|timm\.models\.nextvit\.Next(Conv|Transformer)Block"
 )
 
 # Functions that a model may keep as an attribute and call: tensor mathematics, harmless with any arguments.
@@ -83,6 +84,7 @@ OBJECTS = frozenset(
         "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
         "torchvision.models.detection.image_list.ImageList",
         "torchvision.ops.poolers.LevelMapper",
+        "timm.models._features.FeatureInfo",
         "transformers.generation.configuration_utils.GenerationConfig",
     }
 )
@@ -407,7 +409,9 @@ CALLS: Mapping[str, Callable[[_Tuple], bool]] = {
     "builtins.complex": _plain(float, float),
     "_codecs.encode": lambda args: _plain(str, str)(args) and args.items[1] == "latin1",  # how protocol 2 spells bytes
     "functools.partial": _partial,
+    "timm.layers.format.Format": _plain(str),  # an Enum, by value
 }
+_NOT_TORCHS = frozenset({"functools.partial", "timm.layers.format.Format"})  # what torch does not allow by itself
 _TENSOR_CALLS = [path for path in CALLS if "_rebuild_" in path]
 _PASSIVE = frozenset({"collections.OrderedDict", "collections.Counter"})  # made by the interpreter itself
 
@@ -448,9 +452,9 @@ class _Judge:
         """Import what a passed name means, and see that it is what such a name should mean."""
         path = name.path
         if path in self.objects or path in _PASSIVE | _DTYPES | _STORAGES | _TENSOR_TYPES:
-            return
-        if path in CALLS and path != "functools.partial":
-            return  # torch allows these by itself
+            return None
+        if path in CALLS and path not in _NOT_TORCHS:
+            return None
         try:
             found = _resolve(name)
         except AttributeError:
