@@ -1,4 +1,4 @@
-"""The command line: parses, calls `pipeline`, prints, exits. Decides nothing.
+"""The command line: parses, calls `commands`, prints, exits. Decides nothing.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 cannot convert, 2 usage, 3 converted but parity failed, 130 Ctrl-C.
 torch and the stages are imported when a command runs, so that `normswap --help` answers at once.
@@ -109,9 +109,9 @@ def convert(
     proves that too.
     """
     with _work(debug) as progress:
-        from normswap import pipeline
+        from normswap import commands
 
-        report, directory = pipeline.convert_files(
+        report, directory = commands.convert_files(
             source,
             output,
             arch=arch,
@@ -148,9 +148,9 @@ def inspect(
     Lists every normalization of a model: what would happen to it, and why not. Changes and writes nothing.
     """
     with _work(debug):
-        from normswap import pipeline
+        from normswap import commands
 
-        report = pipeline.inspect(
+        report = commands.inspect(
             source,
             arch=arch,
             inputs=inputs or (),
@@ -184,10 +184,10 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
-        from normswap import pipeline
+        from normswap import commands
         from normswap.report import parity_json, parity_summary, parity_table
 
-        parity = pipeline.verify_files(
+        parity = commands.verify_files(
             reference,
             candidate,
             arch=arch,
@@ -221,10 +221,10 @@ def export(
     Writes an ONNX file with the normalization folded away, and proves that it is the same function.
     """
     with _work(debug):
-        from normswap import pipeline
+        from normswap import commands
         from normswap.report import parity_json, parity_summary
 
-        result = pipeline.export_files(
+        result = commands.export_files(
             source,
             output,
             inputs=inputs or (),
@@ -235,10 +235,13 @@ def export(
         )
     if as_json:
         facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue)}
-        _print_json({**facts, "parity": parity_json(result.parity)})
+        _print_json({**facts, "parity": result.parity and parity_json(result.parity)})
     else:
-        residue = f"\n  not folded, left as Mul and Add: {', '.join(result.residue)}" if result.residue else ""
-        typer.echo(f"wrote {result.path}, opset {result.opset}\n  {parity_summary(result.parity)}{residue}")
+        typer.echo(f"wrote {result.path}, opset {result.opset}")
+        if result.parity is not None:
+            typer.echo(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+        if result.residue:
+            typer.echo(f"  not folded, left as Mul and Add: {', '.join(result.residue)}")
 
 
 @app.command()
@@ -255,16 +258,14 @@ def revert(
     A layer that was not trained gets its recorded statistics bit for bit; a trained one gets variance = std^2 - eps.
     """
     with _work(debug):
-        from normswap import pipeline
+        from normswap import commands
 
-        path = pipeline.revert_files(source, output, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
+        path = commands.revert_files(source, output, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
     typer.echo(f"wrote {path}")
 
 
 def main() -> None:
     """The `normswap` command."""
-    # `package.module:factory` may name a file of the working directory; at the end, so that it can replace no installed package
-    sys.path.append(os.getcwd())
     app(prog_name="normswap")
 
 

@@ -1,0 +1,85 @@
+"""The documentation runs: Python blocks are executed, command lines name commands and options that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from normswap.cli import app
+
+REPOSITORY = Path(__file__).parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+COMMANDS = typer.main.get_command(app)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def command_lines(page: str) -> list[str]:
+    """Every `normswap ...` in a block of code, without the remark that may follow after two spaces."""
+    code = re.findall(r"^```sh\n(.*?)^```$|^ {4}([^\n]*)$", page, re.MULTILINE | re.DOTALL)
+    return re.findall(r"(?:^|&& (?:\.venv/bin/)?)(normswap .*?)(?: {2,}.*)?$", "\n".join(a or b for a, b in code), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs(page: Path, tmp_path: Path) -> None:
+    """All blocks of a page, as one script, where only the fixtures are at hand."""
+    (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    script = "\n".join(blocks(page, "python"))
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_name_what_exists(page: Path) -> None:
+    for line in command_lines(page.read_text()):
+        _, name, *words = shlex.split(line)
+        if name == "COMMAND":
+            continue
+        command = COMMANDS.commands[name]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        used = {word.strip("[]") for word in words if word.strip("[").startswith("-")}
+        assert used <= known, line
+
+
+def test_command_lines_are_found() -> None:
+    text = "    normswap inspect SRC     what is there\n```sh\nA && .venv/bin/normswap convert x -o out/\n```\nthe `normswap x`"
+    assert command_lines(text) == ["normswap inspect SRC", "normswap convert x -o out/"]
+
+
+def test_every_command_and_exit_code_is_documented() -> None:
+    documented = (REPOSITORY / "docs/cli.md").read_text()
+    for name in COMMANDS.commands:  # type: ignore[attr-defined]
+        assert f"    normswap {name} " in documented
+    for code in (0, 1, 2, 3, 130):
+        assert f"| {code} |" in documented
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = {
+            re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+        }
+        assert not anchor or anchor in headings, link
+
+
+def test_the_readme_commands_use_the_tested_versions() -> None:
+    convert, test = blocks(REPOSITORY / "README.md", "sh")
+    for command in (convert, test):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
+        assert len(command.splitlines()) == 1
+    assert test.endswith("&& .venv/bin/python -m pytest\n")  # .ci/run splits it there
