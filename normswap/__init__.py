@@ -59,8 +59,8 @@ __all__ = list(_HOMES)
 class _Package(types.ModuleType):
     """The package, with its public names computed on first use.
 
-    They are properties because some of them (`plan`, `verify`, `save`, `load`) are also names of submodules: importing a submodule sets it as
-    an attribute of the package, and would replace the function. A property stands above that.
+    They are properties because some of them (`plan`, `verify`, `save`, `load`) are also names of submodules: importing a submodule sets it
+    as an attribute of the package, and would replace the function. A property stands above that.
     """
 
     def __dir__(self) -> list[str]:

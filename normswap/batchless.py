@@ -181,12 +181,12 @@ class BatchlessNorm(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.is_floating_point() and moved.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize):
-                return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32) if tensor.dtype.itemsize > 4 else tensor.dtype)
+                return tensor.to(moved.device, torch.float32 if tensor.dtype.itemsize > 4 else tensor.dtype)
             return moved
 
         # Children (a source layer's own activation) follow the model's dtype as ever; only these parameters do not.
         for child in self.children() if recurse else ():
-            child._apply(fn)
+            child._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 

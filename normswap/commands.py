@@ -21,11 +21,11 @@ from torch.export import ExportedProgram
 from normswap import outputs, pipeline
 from normswap.errors import LoadError, ParityError, UsageError
 from normswap.export import Export, export
+from normswap.exported import as_module
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
-from normswap.exported import as_module
 from normswap.report import Report, report
 from normswap.runners import onnx_inputs
 from normswap.save import RECIPE, load_weights, read_recipe, sites_of
@@ -84,7 +84,11 @@ def export_onnx(
     """
     conversion = model if isinstance(model, pipeline.Conversion) else None
     target: Model = conversion.model if conversion else model  # type: ignore[assignment]
-    inputs = as_inputs(example_inputs) if example_inputs is not None else conversion.inputs if conversion else _inputs_of(target, as_module(target))
+    inputs: Inputs | None
+    if example_inputs is not None:
+        inputs = as_inputs(example_inputs)
+    else:
+        inputs = conversion.inputs if conversion else _inputs_of(target, as_module(target))
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with outputs.file(Path(path)) as partial:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -16,12 +16,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.errors import ParityError, UsageError
+from normswap.exported import as_module, like
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS
 from normswap.parity import Parity
 from normswap.plan import Plan, Rule, Site
-from normswap.exported import as_module, like
 from normswap.rules import DEFAULT_RULES
 from normswap.swap import swap
 from normswap.trace import trace
@@ -129,7 +129,7 @@ def check(parity: Parity) -> None:
 
 
 def _plan(
-    module: nn.Module, resolve: functools.partial[Inputs | None] | Any, include: Sequence[str], exclude: Sequence[str], rules: Sequence[Rule]
+    module: nn.Module, resolve: Callable[[], Inputs | None], include: Sequence[str], exclude: Sequence[str], rules: Sequence[Rule]
 ) -> Plan:
     def is_norm(candidate: nn.Module) -> bool:
         site = Site("", (), candidate, None)
@@ -142,7 +142,7 @@ def _plan(
     return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude)
 
 
-def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Any:
+def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callable[[], Inputs | None]:
     """A function that gives the inputs: those that were given, those that the program came with, or inferred ones. Inferred once."""
 
     @functools.cache

@@ -8,6 +8,7 @@ batch is the first axis if all tensors agree on it; otherwise shapes stay and on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
     yield Probe(one, *single, like_example=batch in (None, 1))
     yield Probe(three, *_seeded(args, kwargs, batch, 3, seed=2), like_example=batch in (None, 3))
     for factor in (1e-3, 1e3):
-        scaled = _mapped(single, lambda t, f=factor: t * f if t.is_floating_point() or t.is_complex() else t)
+        scaled = _mapped(single, functools.partial(_scaled, factor=factor))
         yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
 
 
@@ -55,6 +56,10 @@ def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Argum
     leaves, spec = tree_flatten((arguments[0], dict(arguments[1])))
     args, kwargs = tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
     return args, kwargs
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor * factor if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
 def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:

@@ -94,7 +94,7 @@ def read_recipe(directory: Path) -> Recipe:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} is not a recipe that normswap wrote: {error}") from error
     if version != VERSION:
-        raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it, or a newer one")
+        raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it or a newer one")
     return recipe
 
 
@@ -121,5 +121,6 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     except RuntimeError as error:
         detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
         raise LoadError(
-            f"{directory / WEIGHTS} does not fit the given architecture: {detail}", hint="the factory must build the model that was converted"
+            f"{directory / WEIGHTS} does not fit the given architecture: {detail}",
+            hint="the factory must build the model that was converted",
         ) from error

@@ -7,11 +7,12 @@ refers to it, whether as a child under any number of names, in a list, or as the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normswap.errors import SwapError
 
@@ -42,41 +43,19 @@ def copy_with(model: M, memo: dict[int, Any]) -> M:
         ) from error
 
 
-def own_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, Tensor]]:
-    """(module, its dictionary, name, tensor) of every registered parameter and buffer, under every module that holds it once."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield module, tensors, name, tensor
-
-
-def shadow(model: M) -> M:
+def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
     """A copy in eval mode that shares the parameters and has buffers of its own: safe to trace and run, cheap in memory."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    copied = copy_with(model, memo)
-    copied.eval()
-    return copied
-
-
-def converted(model: M, convert: Callable[[Tensor], Tensor]) -> M:
-    """A copy in eval mode whose parameters and buffers went through `convert`, each made once: no second set of weights exists."""
-    memo: dict[int, Any] = {}
-    for _, _, _, tensor in own_tensors(model):
-        if id(tensor) not in memo:
-            new = convert(tensor.detach())
-            new = new.clone() if new.data_ptr() == tensor.data_ptr() else new
-            memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+    memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     copied = copy_with(model, memo)
     copied.eval()
     return copied
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """float64 of a floating tensor, complex128 of a complex one, and any other as it is."""
-    if tensor.is_floating_point():
-        return tensor.double()
-    return tensor.to(torch.complex128) if tensor.is_complex() else tensor
+    """A copy: in float64 if it is floating, in complex128 if it is complex, else in its own dtype."""
+    wide = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
+    return tensor.to(wide, copy=True)
 
 
 def carry(source: nn.Module, target: nn.Module) -> None:

@@ -166,7 +166,7 @@ def _source_of(layer: BatchlessNorm, source: Source) -> nn.Module:
         tensor = tensors[name]
         dtype = source.parameters.get(name) or source.buffers.get(name)
         value = None if tensor is None or dtype is None else tensor.detach().to(_follow(dtype, layer)).clone()
-        if name in source.buffers or name not in source.parameters and name not in ("weight", "bias"):
+        if name in source.buffers or (name not in source.parameters and name not in ("weight", "bias")):
             module.register_buffer(name, value)
         else:
             trainable = tensor is not None and tensor.requires_grad

@@ -100,9 +100,9 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Call
         notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
         return _result(names, None, "names", notes)
     copied = shadow(model)  # a new one: the tracer may have left proxies in the other
-    seen, error = _Watch(copied, _Names(copied, is_norm)).run(*arguments)
-    if error is not None:
-        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {_first_line(error)}")
+    seen, failed = _Watch(copied, _Names(copied, is_norm)).run(*arguments)
+    if failed is not None:
+        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {_first_line(failed)}")
     return _result(names, seen, "walk", notes)
 
 

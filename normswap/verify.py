@@ -10,8 +10,8 @@ or nothing to compare all fail, and one failing output or layer fails all.
 Forward passes: 5 probes (`probes.py`) x (judge, reference, candidate) = 15 for the first candidate and 5 for every further one. A probe
 that the reference itself refuses (a fixed batch size, say) is dropped and named.
 
-Memory: the judge runs first and is freed before the reference runs, and both before a candidate is made. Of a swapped layer's output, at
-most TAP_SIZE evenly spread values per probe and call are kept; the model's outputs are kept whole.
+Memory: the judge shares the reference's weights and widens each where an operation reads it. Of a swapped layer's output, at most TAP_SIZE
+evenly spread values per probe and call are kept; the model's outputs are kept whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from normswap.errors import UsageError
 from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
 from normswap.runners import BY_POSITION, Runner, Values, module_runner, onnx_float64_runner, onnx_runner
-from normswap.sharing import converted, shadow, to_float64
+from normswap.sharing import shadow, to_float64
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -77,17 +77,20 @@ def judge(reference: nn.Module | Path, args: tuple[Any, ...], kwargs: Mapping[st
 
     sites: names of modules whose outputs are tapped. Raises UsageError if the reference cannot run on the example inputs.
     """
-    is_module = isinstance(reference, nn.Module)
     dropped: list[str] = []
     asked = list(probes(args, kwargs))
-    run = module_runner(converted(reference, to_float64), sites, in_float64=True) if is_module else onnx_float64_runner(reference)
+    run = (
+        onnx_float64_runner(reference)
+        if isinstance(reference, Path)
+        else module_runner(shadow(reference, to_float64), sites, in_float64=True)
+    )
     judged = _run_all(run, [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked], dropped, " in float64, as it is judged")
-    del run  # and with it the float64 weights
+    del run
     usable = [p for p in asked if p.name in judged]
-    run = module_runner(shadow(reference), sites) if is_module else onnx_runner(reference, "disabled")
+    run = onnx_runner(reference, "disabled") if isinstance(reference, Path) else module_runner(shadow(reference), sites)
     own = _run_all(run, usable, dropped, "")
     # The coarsest dtype that takes part sets the limits: half precision inside a float32 model is half precision.
-    weights = [*reference.parameters(), *reference.buffers()] if is_module else []
+    weights = [] if isinstance(reference, Path) else [*reference.parameters(), *reference.buffers()]
     seen = {t.dtype for t in (*weights, *(t for values in own.values() for part in values for t in part.values()))}
     return Judgement(
         probes=[p for p in usable if p.name in own],
@@ -188,7 +191,8 @@ def _truths(judged: Values, own: Values) -> dict[str, _Truth]:
     for name, value in judged.items():
         mine = own.get(name)
         if mine is None or mine.shape != value.shape:
-            raise ValueError(f"{name} has the shape {tuple(value.shape)} in float64 and {None if mine is None else tuple(mine.shape)} otherwise")
+            shape = None if mine is None else tuple(mine.shape)
+            raise ValueError(f"{name} has the shape {tuple(value.shape)} in float64 and {shape} in the model's own dtype")
         finite = mine.isfinite()
         noise = _error(mine, value, ~finite)[1]
         truths[name] = _Truth(value, mine.dtype, noise, None if bool(finite.all()) else ~finite.cpu())

@@ -1,4 +1,4 @@
-"""One file per source norm. `DEFAULT_RULES` lists them in the order in which they are asked: the first that recognises a site speaks for it."""
+"""One file per source norm. `DEFAULT_RULES` lists them in order: the first that recognises a site speaks for it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
     std = numerics.std_of_variance(var, eps)
     flat = int((~(std > 0)).sum())
     if flat:
-        return f"has {flat} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}), so they have no std to divide by"
+        return f"has {flat} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}): no std to divide by"
     return None
 
 
@@ -87,7 +87,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
     layer.source_mean = mean.detach().clone()
     layer.source_var = var.detach().clone()
     batches = getattr(module, "num_batches_tracked", None)
-    layer.source_batches = None if batches is None else batches.detach().clone()
+    layer.register_buffer("source_batches", None if batches is None else batches.detach().clone())
     layer.source = Source(
         cls=type(module),
         eps=eps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -21,10 +21,10 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str |
     for what, holder in (("is", cls), *(("sits in", parent) for parent in site.parents)):
         if holder.__module__.startswith(("torch.ao.", "torchao.")):
             return f"{what} a quantised or quantisation-aware {holder.__name__}; convert the float model and quantise the result"
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and has no shape yet; run one forward pass before converting"
     if hasattr(module, "parametrizations"):
-        names = ", ".join(sorted(module.parametrizations))  # type: ignore[arg-type]
+        names = ", ".join(sorted(cast(nn.ModuleDict, module.parametrizations)))
         return f"has a parametrized {names}; remove it with torch.nn.utils.parametrize.remove_parametrizations first"
     if cls.forward not in forwards:
         return f"is a {cls.__name__}, which overrides forward, so it may do more than normalize"
