@@ -209,11 +209,11 @@ def test_usage(arguments: list[str]) -> None:
     assert "Usage:" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "export", "revert"])
-def test_a_source_that_is_not_there(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "code"), [("convert", 2), ("inspect", 2), ("export", 2), ("revert", 1)])
+def test_a_source_that_is_not_there(command: str, code: int, tmp_path: Path) -> None:
     output = [] if command == "inspect" else ["-o", tmp_path / "out"]
     result = run(command, tmp_path / "missing.pt", *output)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("error: ")
     assert "missing.pt" in result.stderr
     assert names(tmp_path) == []
