@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 aten = torch.ops.aten
-
-_TORCH_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-_TORCH_INSTANCE_NORM = ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
 
 # function -> (dotted name, the kind of norm it computes)
 FUNCTIONS: Mapping[Callable[..., Any], tuple[str, str]] = {
@@ -27,6 +24,13 @@ FUNCTIONS: Mapping[Callable[..., Any], tuple[str, str]] = {
     aten._native_batch_norm_legit_functional.default: ("aten._native_batch_norm_legit_functional", "batch_norm"),
     aten._native_batch_norm_legit.default: ("aten._native_batch_norm_legit", "batch_norm"),
     aten._native_batch_norm_legit.no_stats: ("aten._native_batch_norm_legit.no_stats", "batch_norm"),
+    torch.native_batch_norm: ("torch.native_batch_norm", "batch_norm"),
+    aten.native_batch_norm.default: ("aten.native_batch_norm", "batch_norm"),
+    aten.cudnn_batch_norm.default: ("aten.cudnn_batch_norm", "batch_norm"),
+    aten.miopen_batch_norm.default: ("aten.miopen_batch_norm", "batch_norm"),
+    aten._batch_norm_no_update.default: ("aten._batch_norm_no_update", "batch_norm"),
+    aten._batch_norm_with_update.default: ("aten._batch_norm_with_update", "batch_norm"),
+    aten._batch_norm_with_update_functional.default: ("aten._batch_norm_with_update_functional", "batch_norm"),
     F.layer_norm: ("torch.nn.functional.layer_norm", "layer_norm"),
     torch.layer_norm: ("torch.layer_norm", "layer_norm"),
     aten.layer_norm.default: ("aten.layer_norm", "layer_norm"),
@@ -46,6 +50,22 @@ FUNCTIONS: Mapping[Callable[..., Any], tuple[str, str]] = {
 KINDS: Mapping[str, str] = dict(FUNCTIONS.values())
 
 
+_ALWAYS_TRAINING = {aten._batch_norm_with_update.default, aten._batch_norm_with_update_functional.default}
+
+
+def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload | None:
+    """The aten operator that a function is; None for one that is written in Python. Built-ins (torch.batch_norm) have no signature."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function
+    return cast(torch._ops.OpOverload, getattr(aten, function.__name__).default) if inspect.isbuiltin(function) else None
+
+
+def returns_a_tuple(function: Callable[..., Any]) -> bool:
+    """Whether a call gives (output, statistics ...) instead of the output."""
+    operator = _operator(function)
+    return operator is not None and len(operator._schema.returns) > 1
+
+
 def name_of(function: object) -> str | None:
     """The dotted name of a function that normalizes; None for any other."""
     try:
@@ -56,14 +76,17 @@ def name_of(function: object) -> str | None:
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by parameter name, defaults filled in."""
-    if isinstance(function, torch._ops.OpOverload):
-        schema = function._schema.arguments
+    """The arguments of a call by parameter name, defaults filled in, under the names that torch.nn.functional gives them."""
+    operator = _operator(function)
+    if operator is not None:
+        schema = operator._schema.arguments
         bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-        return {**bound, **dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
-    builtin = {torch.batch_norm: _TORCH_BATCH_NORM, torch.instance_norm: _TORCH_INSTANCE_NORM}.get(function)
-    if builtin:
-        return {**dict(zip(builtin, args, strict=False)), **kwargs}
+        bound = {**bound, **dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+        if "epsilon" in bound:  # cudnn's and miopen's name for it
+            bound["eps"] = bound.pop("epsilon")
+        if operator in _ALWAYS_TRAINING:
+            bound["training"] = True
+        return bound
     arguments = inspect.signature(function).bind(*args, **kwargs)
     arguments.apply_defaults()
     return dict(arguments.arguments)

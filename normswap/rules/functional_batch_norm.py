@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.batchless import BatchlessNorm
@@ -40,15 +40,18 @@ def check(site: Site) -> str | None:
     if site.arguments is None:
         return IN_CODE.format(function=site.function)
     arguments = site.arguments
-    if arguments.get("training", False) is not False:
+    training = arguments.get("training", False)
+    if isinstance(training, fx.Node):
+        return f"takes a training flag that the graph computes ({training}), so it is not a constant"
+    if training and arguments.get("running_mean") is not None:
         return "normalizes by each batch's own statistics (training=True was traced); trace the model in eval mode"
     for name in ("running_mean", "running_var", "weight", "bias"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, Tensor):
             return f"takes a {name} that the graph computes ({value}), so it is not a constant"
-    if not isinstance(arguments["eps"], float):
+    if not isinstance(arguments["eps"], (int, float)):
         return f"takes an eps that the graph computes ({arguments['eps']}), so it is not a constant"
-    return why_not_statistics(arguments["running_mean"], arguments["running_var"], arguments["eps"])
+    return why_not_statistics(arguments.get("running_mean"), arguments.get("running_var"), arguments["eps"])
 
 
 def build(site: Site, std: str) -> nn.Module:
