@@ -6,17 +6,19 @@ refers to it, whether as a child under any number of names, in a list, or as the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from normswap.errors import SwapError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 # The attributes in which nn.Module keeps hooks. RemovableHandles of the source stay bound to the source.
 HOOKS = (
@@ -31,24 +33,43 @@ HOOKS = (
 )
 
 
-def copy_with(model: M, memo: dict[int, Any]) -> M:
-    """`copy.deepcopy(model, memo)`, with the reason and a way out when the model cannot be copied."""
+def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
+    """`copy.deepcopy(model, memo)`, with the reason and a way out when the model cannot be copied. `what`: how the message calls it."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    for buffer in (b for module in modules for b in module._buffers.values() if b is not None):
+        if is_lazy(buffer):  # an UninitializedParameter can be copied, an UninitializedBuffer not
+            memo.setdefault(id(buffer), cast(Any, UninitializedBuffer)(False, buffer.device, buffer.dtype))
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        for module in modules:
+            if isinstance(module, fx.GraphModule) and isinstance(memo.get(id(module)), fx.GraphModule):
+                _restore_attributes(module, memo[id(module)], memo)
+        return copied
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
         raise SwapError(
-            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{what or type(model).__name__} cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="copy.deepcopy(model) must work; a tensor of an earlier forward pass that a module keeps is the usual cause: "
             "delete it, or convert before the first forward pass",
         ) from error
 
 
+def _restore_attributes(source: fx.GraphModule, target: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Give `target` what GraphModule.__deepcopy__ forgets: attributes that somebody set on the object."""
+    for name, value in source.__dict__.items():
+        if name not in target.__dict__:
+            target.__dict__[name] = copy.deepcopy(value, memo)
+
+
 def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
-    """A copy in eval mode that shares the parameters and has buffers of its own: safe to trace and run, cheap in memory."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    """A copy in eval mode that shares the parameters and has buffers of its own: safe to trace and run, cheap in memory.
+
+    Lazy parameters are not shared: a forward pass gives them a shape.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     copied = copy_with(model, memo)
-    copied.eval()
+    with contextlib.suppress(NotImplementedError):  # of an exported program's module, whose mode was settled by the export
+        copied.eval()
     return copied
 
 
@@ -59,7 +80,10 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 def carry(source: nn.Module, target: nn.Module) -> None:
-    """Hooks and the training flag of `source`, onto `target`. The dictionaries are copies: removing a hook here leaves it there."""
+    """Hooks and the training flag of `source`, onto `target`. The dictionaries are copies: removing a hook here leaves it there.
+
+    The hooks themselves are still the source's; whoever puts `target` into a copy of a model copies them through its memo.
+    """
     target.training = source.training
     for name in HOOKS:
         setattr(target, name, copy.copy(getattr(source, name)))

@@ -6,14 +6,14 @@ names, in lists, as the owner of a bound method, as the model itself. Functional
 
 from __future__ import annotations
 
-import copy
 import operator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from normswap import numerics
+from normswap import functional, numerics
 from normswap.batchless import BatchlessNorm, Source
 from normswap.errors import SwapError
 from normswap.plan import Plan, Swap
@@ -53,9 +53,10 @@ def _replaced(model: M, replacements: dict[nn.Module, nn.Module]) -> M:
             if isinstance(memo.setdefault(id(parameter), mine), nn.Parameter):
                 target._parameters[name] = memo[id(parameter)]
     copied = copy_with(model, memo)
-    for target in replacements.values():
-        for name, child in target._modules.items():
-            target._modules[name] = copy.deepcopy(child, memo)
+    for source, target in replacements.items():
+        # What a replacement took over from its source (children, hooks, attributes) may refer to any part of the model.
+        taken = {name: value for name, value in target.__dict__.items() if name not in ("_parameters", "_buffers")}
+        target.__dict__.update(copy_with(taken, memo, f"what belongs to a {type(source).__name__}"))
     _check(model, copied, replacements)
     return copied
 
@@ -76,12 +77,17 @@ def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn
 def _rewrite(graph_module: fx.GraphModule, calls: list[Swap], std: str) -> None:
     """Turn each functional call into a call of a new submodule, and drop the tensors that nothing reads any more."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    targets: dict[tuple[Any, ...], str] = {}
     for s in calls:
         assert s.site.arguments is not None
         node = nodes[s.site.arguments["node"]]
-        target = _free_name(graph_module, f"{node.name}_batchless")
-        graph_module.add_submodule(target, _build(s, std))
-        source = s.site.arguments["input"]
+        # Calls with the same tensors were one layer before they were traced, and are one again.
+        tensors = (id(s.site.arguments[name]) for name in ("running_mean", "running_var", "weight", "bias"))
+        layer = (*tensors, s.site.arguments["eps"])
+        if layer not in targets:
+            targets[layer] = _free_name(graph_module, f"{node.name}_batchless")
+            graph_module.add_submodule(targets[layer], _build(s, std))
+        target, source = targets[layer], s.site.arguments["input"]
         with graph_module.graph.inserting_before(node):
             call = graph_module.graph.call_module(target, (nodes[source.name],))
         call.meta = dict(node.meta)
@@ -98,7 +104,7 @@ def _rewrite(graph_module: fx.GraphModule, calls: list[Swap], std: str) -> None:
 def _replace_uses(node: fx.Node, call: fx.Node, name: str) -> None:
     """Let every user of the call's output read `call`; the functional aten forms return (output, statistics...)."""
     getitems = [user for user in node.users if user.target is operator.getitem]
-    if not getitems or "batch_norm_legit" not in str(node.target):
+    if not getitems or not functional.returns_a_tuple(cast("Callable[..., Any]", node.target)):
         node.replace_all_uses_with(call)
         return
     for user in getitems:
@@ -118,7 +124,7 @@ def _free_name(module: nn.Module, base: str) -> str:
 
 
 def _drop_unread(graph_module: fx.GraphModule, target: str) -> None:
-    """Delete a parameter or buffer that only erased nodes read; its owner too, once it is empty and nothing calls it."""
+    """Delete a parameter or buffer that only erased nodes read, unless it belongs to a module that is called."""
     if any(node.op == "get_attr" and node.target == target for node in graph_module.graph.nodes):
         return
     owner_name, _, attribute = target.rpartition(".")
@@ -189,8 +195,8 @@ def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, 
         var, eps = numerics.variance_of_std(std, source.eps)
         return mean, var, eps
     stored = numerics.parameter_of(numerics.std_of_variance(recorded_var, source.eps), layer.std)
-    # As it was stored at the swap: rounded to float32 or wider, and perhaps widened since.
-    as_swapped = stored.to(torch.promote_types(recorded_var.dtype, torch.float32)).to(layer.std_parameter.dtype)
+    # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so recorded_var's dtype is no witness.
+    as_swapped = stored.to(torch.promote_types(source.buffers["running_var"], torch.float32)).to(layer.std_parameter.dtype)
     same_mean = recorded_mean.to(mean.dtype) == mean
     same_std = as_swapped == layer.std_parameter
     if bool(same_std.all()):

@@ -46,6 +46,8 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
         )
     if mean.is_meta or var.is_meta:
         return "is on the meta device, so its statistics have no values yet; load the weights first"
+    if mean.numel() == 0:
+        return "has no channels"
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         bad = int((~statistic.isfinite()).sum())
         if bad:
@@ -96,6 +98,12 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
         buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
     )
     carry(module, layer)
+    # Children (a norm-act's activation, an observer that a hook calls) and attributes that others set on the layer stay in their places.
+    layer._modules.update(module._modules)
+    settings = {*cast("list[str]", getattr(module, "__constants__", ())), "eps"}
+    for name, value in layer.source.attributes.items():
+        if name not in settings and not hasattr(layer, name):
+            setattr(layer, name, value)
     return layer
 
 

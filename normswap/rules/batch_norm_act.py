@@ -40,10 +40,7 @@ def check(site: Site) -> str | None:
 
 
 def build(site: Site, std: str) -> nn.Module:
-    module = cast(Any, site.module)
-    layer = cast(BatchlessNormAct, from_statistics(module, BatchlessNormAct, std))
-    layer.drop, layer.act = module.drop, module.act
-    return layer
+    return from_statistics(cast(nn.Module, site.module), BatchlessNormAct, std)
 
 
 RULE = Rule("batch_norm_act", recognises, check, build)

@@ -10,7 +10,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from normswap.plan import Site
 
-_MODULE_STATE = frozenset(nn.Module().__dict__)
+_MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
+KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str | None:
@@ -32,9 +33,13 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str |
         return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the object, so it may do more than normalize"
-    computed = [name for name in ("weight", "bias") if name in module.__dict__ and module.__dict__[name] is not None]
+    held = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
     if computed:
-        return f"has a {computed[0]} that a hook computes (spectral_norm or weight_norm?); remove that first"
+        return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first"
+    more = sorted(held.keys() - KNOWN)
+    if more:
+        return f"holds {', '.join(more)} besides the tensors of a BatchNorm, so it may do more than normalize"
     if site.readers:
         return f"has statistics that {', '.join(site.readers)} reads directly instead of calling the layer"
     return None
