@@ -15,6 +15,7 @@ def match(trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), e
     `include` and `exclude` are globs on a site's names and its kind; exclude wins. Raises UsageError for a pattern to which nothing
     answers: it is a typing error more often than not.
     """
+    include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings too
     decided = [_decide(site, rules, include, exclude) for site in trace.sites]
     for pattern in (*include, *exclude):
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):

@@ -8,13 +8,18 @@ Back-ends, in the order in which they are tried; each sees all that the next one
     names   no forward pass can be run: norm modules only, calls unknown
 
 Whatever the back-end sees, the modules themselves come from `named_modules`, so none is lost. Everything runs on a copy in eval mode that
-shares only the parameters: tracing may leave proxies behind, and a forward pass may change buffers.
+shares only the parameters, with the random state put back: tracing may leave proxies behind, and a forward pass may change buffers.
+
+Code that reads the statistics of a norm instead of calling it would find none in a BatchlessNorm, so every back-end looks for such
+readers: get_attr nodes in a graph, the tracer's attribute look-ups, the functions of a forward pass. Weight and bias stay, so they may be
+read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +27,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap import functional
+from normswap.errors import SwapError
 from normswap.plan import Site, Trace
 from normswap.sharing import shadow
 
@@ -38,9 +45,14 @@ class _Seen:
 
     order: list[str] = field(default_factory=list)  # names of sites, at their first execution
     calls: Counter[str] = field(default_factory=Counter)
+    unclear: set[str] = field(default_factory=set)  # names of norms inside something that was not looked into
     producers: dict[str, str | None] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     functional: dict[str, Site] = field(default_factory=dict)
+
+    def read(self, name: str, reader: str) -> None:
+        if reader not in self.readers.setdefault(name, []):
+            self.readers[name].append(reader)
 
     def call(self, name: str, producer: str | None) -> None:
         if name not in self.calls:
@@ -69,6 +81,13 @@ class _Names:
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(key)
         self.shares_a_weight = {key for keys in owners.values() if len(keys) > 1 for key in keys}
+        # The tensors that a norm has and its replacement has not.
+        self.statistics = {
+            id(tensor): module
+            for module in self.norms.values()
+            for name, tensor in module._buffers.items()
+            if tensor is not None and name not in ("weight", "bias")
+        }
 
     def first(self, module: nn.Module) -> str:
         return self.all[id(module)][0]
@@ -78,23 +97,34 @@ class _Names:
         plain = type(module) in PRODUCERS and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
         return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
 
+    def inside(self, module: nn.Module) -> list[nn.Module]:
+        return [part for part in module.modules() if id(part) in self.norms]
+
 
 def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Callable[[nn.Module], bool]) -> Trace:
     """Find every norm of `model`. `forward` gives the arguments of one forward pass; it is asked only if the graph cannot be had."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SwapError(
+            "the model is TorchScript, whose layers cannot be replaced", hint="convert the model that it was scripted or traced from"
+        )
     names = _Names(model, is_norm)
     notes: list[str] = []
     if isinstance(model, fx.GraphModule):
         return _result(names, _see_graph(model, model.graph, names, rewritable=True), "graph", notes)
     if id(model) in names.norms:
         return _result(names, _Seen(order=[""], calls=Counter({"": 1})), "fx", notes)
-    copied = shadow(model)
-    copied_names = _Names(copied, is_norm)
-    try:
-        graph = _Tracer(is_norm).trace(copied)
-    except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
-        notes.append(f"torch.fx could not trace the model: {_first_line(error)}")
+    if "forward" in model.__dict__:
+        notes.append("torch.fx cannot trace the model: it reads the forward of the class, and this object has one of its own")
     else:
-        return _result(names, _see_graph(copied, graph, copied_names, rewritable=False), "fx", notes)
+        copied = shadow(model)
+        tracer = _Tracer(copied, _Names(copied, is_norm))
+        try:
+            with torch.random.fork_rng():
+                graph = tracer.trace(copied)
+        except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
+            notes.append(f"torch.fx could not trace the model: {_first_line(error)}")
+        else:
+            return _result(names, _see_graph(copied, graph, tracer.names, rewritable=False, seen=tracer.seen), "fx", notes)
     arguments = forward()
     if arguments is None:
         notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
@@ -119,57 +149,67 @@ def _result(names: _Names, seen: _Seen | None, backend: str, notes: list[str]) -
             name=first,
             aliases=tuple(aliases),
             module=module,
-            calls=None if seen is None else seen.calls[first],
+            calls=None if seen is None or first in seen.unclear else seen.calls[first],
             parents=tuple(type(parent) for parent in names.parents.get(key, ())),
             readers=() if seen is None else tuple(seen.readers.get(first, ())),
             producer=None if seen is None else seen.producers.get(first),
         )
-    found = {**modules, **(seen.functional if seen else {})}
+    calls = {name: dataclasses.replace(site, producer=seen.producers.get(name)) for name, site in seen.functional.items()} if seen else {}
+    found = {**modules, **calls}
     order = [name for name in (seen.order if seen else ()) if name in found]
     rest = [name for name in found if name not in set(order)]
     return Trace(tuple(found[name] for name in (*order, *rest)), backend, tuple(notes))
 
 
 class _Tracer(fx.Tracer):
-    """Keeps every norm as one node, whatever package its class is from."""
+    """Keeps every norm as one node, whatever package its class is from, and looks into everything that holds one."""
 
-    def __init__(self, is_norm: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, names: _Names) -> None:
         super().__init__()
-        self._is_norm = is_norm
+        self.model, self.names, self.seen = model, names, _Seen()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return id(m) in self.names.norms or (super().is_leaf_module(m, module_qualified_name) and not self.names.inside(m))
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        norm = self.names.statistics.get(id(attr_val))
+        if norm is not None:
+            self.seen.read(self.names.first(norm), f"the forward of {self.scope.module_path or type(self.model).__name__}")
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, *, rewritable: bool) -> _Seen:
+def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, *, rewritable: bool, seen: _Seen | None = None) -> _Seen:
     """Read the calls of norms off a graph whose module targets are names in `root`."""
-    seen = _Seen()
+    seen = seen or _Seen()
     called = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
+    called.update(id(owner) for node in graph.nodes if node.op == "get_attr" and (owner := _owner(root, node)))  # a weight that code reads
     for node in graph.nodes:
         if node.op == "call_module":
             module = root.get_submodule(str(node.target))
             if id(module) in names.norms:
-                seen.call(names.first(module), _producer_of(node, root, names, called))
+                seen.call(names.first(module), None if module._forward_pre_hooks else _producer_of(node, root, names, called))
+            else:
+                seen.unclear.update(names.first(norm) for norm in names.inside(module))
         elif node.op == "get_attr":
-            owner = str(node.target).rpartition(".")[0]
-            module = root.get_submodule(owner) if owner and _has_submodule(root, owner) else root
-            if id(module) in names.norms:
-                seen.readers.setdefault(names.first(module), []).append(_name_of_node(node))
+            norm = names.statistics.get(id(getattr(_owner(root, node), str(node.target).rpartition(".")[2], None)))
+            if norm is not None:
+                for user in node.users:
+                    seen.read(names.first(norm), _name_of_node(user))
         elif node.op == "call_function" and (function := functional.name_of(node.target)):
             name = _name_of_node(node)
             arguments = _bound(node, root) if rewritable else None
-            site = Site(name, (), None, 1, function=function, arguments=arguments, producer=_producer_of(node, root, names, called))
-            seen.functional[name] = site
-            seen.call(name, site.producer)
+            seen.functional[name] = Site(name, (), None, 1, function=function, arguments=arguments)
+            seen.call(name, _producer_of(node, root, names, called))
     return seen
 
 
-def _has_submodule(root: nn.Module, name: str) -> bool:
+def _owner(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that holds what a get_attr node reads."""
+    path = str(node.target).rpartition(".")[0]
     try:
-        root.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+        return root.get_submodule(path)
+    except AttributeError:  # an attribute of something that is not a module
+        return None
 
 
 def _name_of_node(node: fx.Node) -> str:
@@ -179,16 +219,16 @@ def _name_of_node(node: fx.Node) -> str:
 
 
 def _bound(node: fx.Node, root: nn.Module) -> dict[str, Any]:
-    """The arguments of a functional call, with tensors behind get_attr nodes looked up."""
+    """The arguments of a functional call, with tensors behind get_attr nodes looked up; the input stays a node."""
 
     def value(argument: Any) -> Any:
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
-            owner, _, attribute = str(argument.target).rpartition(".")
-            return getattr(root.get_submodule(owner), attribute)
+            return getattr(_owner(root, argument), str(argument.target).rpartition(".")[2], argument)
         return argument
 
     assert callable(node.target)
-    return {**{name: value(a) for name, a in functional.bind(node.target, node.args, node.kwargs).items()}, "node": node.name}
+    bound = functional.bind(node.target, node.args, node.kwargs)
+    return {**{name: a if name == "input" else value(a) for name, a in bound.items()}, "node": node.name}
 
 
 def _producer_of(node: fx.Node, root: nn.Module, names: _Names, called: Counter[int]) -> str | None:
@@ -200,74 +240,108 @@ def _producer_of(node: fx.Node, root: nn.Module, names: _Names, called: Counter[
     return names.first(module) if called[id(module)] == 1 and names.may_produce(module) else None
 
 
-class _Watch(TorchFunctionMode):
-    """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output.
+@dataclass
+class _Output:
+    """The output of a conv or linear, and how often something read it."""
 
-    Tensors are told apart by identity and kept alive until the end, so that no id is used twice.
-    """
+    maker: nn.Module
+    uses: int = 0
+
+
+# Functions whose result is a plain number and yet depends on the values of a tensor. Others that give no tensor (shape, dtype) do not.
+_VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"})
+
+
+class _Watch(TorchFunctionMode):
+    """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output."""
 
     def __init__(self, model: nn.Module, names: _Names) -> None:
         super().__init__()
         self.model, self.names, self.seen = model, names, _Seen()
         self.stack: list[nn.Module] = []
-        # may_produce is asked before this pass puts its own hooks on the modules
+        # asked before this pass puts its own hooks on the modules
         self.candidates = {key for key, module in names.modules.items() if names.may_produce(module)}
-        self.produced: dict[int, tuple[Tensor, nn.Module]] = {}  # output of a conv or linear
-        self.uses: Counter[int] = Counter()
+        self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}
+        self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
+        self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
         self.module_calls: Counter[int] = Counter()
-        self.fed: dict[str, Tensor] = {}  # norm -> the input of its only call so far
+        self.fed: dict[str, _Output] = {}  # norm -> what its only call so far was given
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Seen, Exception | None]:
         for module in self.names.modules.values():
-            module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         failed: Exception | None = None
         try:
-            with torch.random.fork_rng(), torch.no_grad(), self:
+            with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"), self:
                 output = self.model(*args, **kwargs)
-            self.uses.update(id(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            self._use(output)
         except Exception as error:  # the user's model may raise anything; what was seen until then stays true
             failed = error
-        for name, tensor in self.fed.items():
-            made = self.produced.get(id(tensor))
-            if made and self.uses[id(tensor)] == 1 and self.module_calls[id(made[1])] == 1 and self.seen.calls[name] == 1:
-                self.seen.producers[name] = self.names.first(made[1])
+        for name, given in self.fed.items():
+            if given.uses == 1 and self.module_calls[id(given.maker)] == 1 and self.seen.calls[name] == 1:
+                self.seen.producers[name] = self.names.first(given.maker)
         return self.seen, failed
 
     def _inside_norm(self) -> bool:
         return any(id(module) in self.names.norms for module in self.stack)
 
+    def _use(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            if tensor in self.outputs:
+                self.outputs[tensor].uses += 1
+
+    def _feed(self, name: str, given: Any) -> None:
+        """A norm is called with these arguments."""
+        self.seen.call(name, None)
+        first = next(_tensors(given), None)
+        if first is not None and first in self.outputs:
+            self.fed[name] = self.outputs[first]
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._inside_norm():
             self.module_calls[id(module)] += 1
             if id(module) in self.names.norms:
-                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                self.uses.update(id(t) for t in tensors)
-                name = self.names.first(module)
-                self.seen.call(name, None)
-                if tensors:
-                    self.fed[name] = tensors[0]
+                self._use((args, kwargs))
+                self._feed(self.names.first(module), () if id(module) in self.hooked else (args, kwargs))
         self.stack.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.stack:
             self.stack.pop()
         if isinstance(output, Tensor) and id(module) in self.candidates:
-            self.produced[id(output)] = (output, module)
+            self.outputs[output] = _Output(module)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        outside = not self._inside_norm()
-        if outside and (function := functional.name_of(func)):
-            owner = self.names.first(self.stack[-1]) if self.stack else ""
-            base = f"{owner}.{func.__name__}" if owner else func.__name__
+        if self._inside_norm():
+            return func(*args, **kwargs)
+        given = list(_tensors((args, kwargs)))
+        owner = self.names.first(self.stack[-1]) if self.stack else ""
+        base = f"{owner}.{func.__name__}" if owner else func.__name__
+        for tensor in given:
+            if id(tensor) in self.names.statistics:
+                self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
+            if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
+                self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
+        if function := functional.name_of(func):
             name = next(n for n in _numbered(base) if n not in self.seen.functional)
             self.seen.functional[name] = Site(name, (), None, 1, function=function)
-            self.seen.call(name, None)
+            self._feed(name, (args, kwargs))
         result = func(*args, **kwargs)
-        if outside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self.uses.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if result is None or func.__name__ in _VALUES or next(_tensors(result), None) is not None:
+            self._use(given)
         return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers, and in the attributes of objects in them (a model may return an object of its own)."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from (part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor))
 
 
 def _numbered(base: str) -> Iterator[str]:
@@ -276,4 +350,3 @@ def _numbered(base: str) -> Iterator[str]:
     while True:
         yield f"{base}_{number}"
         number += 1
-

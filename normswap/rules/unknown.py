@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 
 from normswap.batchless import BatchlessNorm
@@ -18,17 +19,25 @@ _NAME = re.compile(r"norm(?!al)", re.IGNORECASE)
 
 def recognises(site: Site) -> bool:
     module = site.module
-    if module is None or isinstance(module, BatchlessNorm) or not _NAME.search(type(module).__name__):
+    if module is None or isinstance(module, BatchlessNorm) or not _NAME.search(_class_name(module)):
+        return False
+    if type(module).__module__ == nn.utils.parametrizations.__name__:  # spectral_norm and weight_norm: of weights
         return False
     return not any(_computes(child) for child in module.modules() if child is not module)
 
 
+def _class_name(module: nn.Module) -> str:
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+
+
 def _computes(child: nn.Module) -> bool:
-    return any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(type(child).__name__))
+    return any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(_class_name(child)))
 
 
 def check(site: Site) -> str:
     cls = type(site.module)
+    if isinstance(site.module, torch.jit.ScriptModule):
+        return f"is TorchScript ({_class_name(site.module)}), which cannot be replaced; convert the model before it is scripted"
     return f"{cls.__module__}.{cls.__qualname__} is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it"
 
 
