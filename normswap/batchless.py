@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,16 +32,24 @@ class Source:
     buffers: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
+def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that broadcasts `sizes` on `axes` against x. ValueError if x has not exactly these sizes there, or is not floating."""
+    needed = max((axis + 1 if axis >= 0 else -axis for axis in axes), default=0)
+    if x.dim() < needed or any(x.shape[axis] != size for axis, size in zip(axes, sizes, strict=True)):
+        raise ValueError(
+            f"BatchlessNorm has {' x '.join(map(str, sizes))} channels on axis {', '.join(map(str, axes))}, "
+            f"but its input has the shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():  # the result would be rounded to x's dtype
+        raise ValueError(f"BatchlessNorm takes floating-point inputs, but its input is {x.dtype}")
+    return numerics.axes_shape(sizes, axes, x.dim())
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
-    shape = numerics.axes_shape(scale.shape, axes, x.dim())
-    for size, found in zip(shape, x.shape, strict=True):
-        if size != 1 and size != found:
-            raise ValueError(
-                f"BatchlessNorm has {tuple(scale.shape)} channels on axes {axes}, but its input has the shape {tuple(x.shape)}; "
-                f"expected {' x '.join('any' if s == 1 else str(s) for s in shape)}"
-            )
-    # The statistics are float32 or wider, so half precision inputs are computed in float32 and rounded once.
-    return torch.addcmul(shift.view(shape), x.to(torch.promote_types(x.dtype, scale.dtype)), scale.view(shape)).to(x.dtype)
+    shape = _shape(x, scale.shape, axes)
+    # The statistics are float32 or wider, so half precision inputs are widened inside the operation (what is saved for backward is x
+    # as it came) and the result is rounded once.
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 # A leaf for torch.fx: it looks at the input's shape, which a tracer cannot.
@@ -103,6 +112,8 @@ class BatchlessNorm(nn.Module):
             raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}")
         if len(sizes) != len(axes) or any(size < 1 for size in sizes):
             raise ValueError(f"num_features {sizes} must give one positive size for each of the channel axes {axes}")
+        if any((a < 0) == (b < 0) and a >= b for a, b in itertools.pairwise(axes)):
+            raise ValueError(f"channel_axis {axes} must be distinct and ascending")
         if not set(shared_axes) <= set(axes):
             raise ValueError(f"shared_axes {tuple(shared_axes)} are not all channel axes; the channel axes are {axes}")
         self.num_features = num_features
@@ -129,9 +140,10 @@ class BatchlessNorm(nn.Module):
         """The parameter that stores the standard deviation: `log_std`, `abs_std` or `inv_std`."""
         return cast(nn.Parameter, getattr(self, PARAMETER_OF_FORM[self.std]))
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """(mean, std), differentiable. Everything reads the statistics here and nowhere else."""
-        return self.mean, numerics.std_of(self.std_parameter, self.std)
+    def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else."""
+        mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
+        return mean, numerics.std_of(parameter, self.std)
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only."""
@@ -141,9 +153,8 @@ class BatchlessNorm(nn.Module):
     @torch.no_grad()
     def folded(self, ndim: int) -> tuple[Tensor, Tensor]:
         """`affine_map` computed in float64 and shaped to broadcast against an input with `ndim` dimensions."""
-        mean, std = (t.double() for t in self.statistics())
-        if self.std == "log":  # exp in float64: rounding it to float32 first is the largest error of the whole fold
-            std = self.std_parameter.double().exp()
+        # exp in float64: rounding it to float32 first is the largest error of the whole fold
+        mean, std = self.statistics(torch.float64)
         weight, bias = (None if t is None else t.double() for t in (self.weight, self.bias))
         scale, shift = (t.expand(self.sizes) for t in numerics.affine_of(mean, std, weight, bias))
         shape = numerics.axes_shape(self.sizes, self.channel_axis, ndim)
@@ -163,6 +174,7 @@ class BatchlessNorm(nn.Module):
 
         See `numerics.gaussian_nll` for the formula.
         """
+        _shape(x, self.sizes, self.channel_axis)
         shape = numerics.axes_shape(self.mean.shape, self.channel_axis, x.dim())
         mean, std = self.statistics()
         return numerics.gaussian_nll(x, mean.view(shape), std.view(shape), reduction=self.reduction, gauge=gauge)

@@ -94,8 +94,10 @@ def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction =
     with m = mean(x) and S = mean((x - mean)^2) over batch and space.
 
     x: any shape, any float dtype; mean, std: broadcastable to it, with size 1 on the axes that share them. The result has the widest
-    of the dtypes, at least float32.
+    of the dtypes, at least float32. Of an empty x (a Poisson-sampled batch may be one) L and its gradients are 0.
     """
+    if x.numel() == 0:
+        return 0 * (mean.sum() + std.sum())
     dtype = torch.promote_types(torch.promote_types(x.dtype, std.dtype), torch.float32)
     z = (x.detach().to(dtype) - mean) / std
     log_std = std.to(dtype).log().mean()
