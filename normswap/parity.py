@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def worst(errors: Iterable[float]) -> float:
@@ -22,7 +22,7 @@ class Difference:
 
     noise      max_rel of the reference in its own dtype against the judge: what rounding alone does to this tensor
     tolerance  the largest max_rel that passes here
-    non_finite elements that are NaN or infinite in one of the two and not the same in the other
+    non_finite elements that are NaN or infinite in one of the two and not in the other, or not the same that the judge has there
     problem    why nothing could be compared (missing, wrong shape, wrong dtype), or None
     """
 
@@ -47,9 +47,10 @@ class Parity:
     """Whether a candidate computes the reference's function, and how far it is from it.
 
     outputs    one Difference per output; sites: one per swapped layer, in execution order
-    legs       what was compared, e.g. "torch.float32" or "onnxruntime (all)"
+    candidate  what was compared, e.g. "torch.float32" or "onnxruntime (all)"
     failure    why the comparison as a whole failed (nothing compared, candidate raised), or None
     probes     the inputs that were compared; dropped: probes the reference itself could not run, with its reason
+    all_outputs  one Difference per output and probe, where `outputs` holds the worst of them
     """
 
     outputs: tuple[Difference, ...]
@@ -59,6 +60,7 @@ class Parity:
     probes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     forward_passes: int = 0
+    all_outputs: tuple[Difference, ...] = field(default=(), repr=False)
 
     @property
     def passed(self) -> bool:
@@ -69,16 +71,20 @@ class Parity:
 
     @property
     def max_abs(self) -> float:
-        return worst(d.max_abs for d in self.outputs)
+        """The largest absolute error of any output at any probe; NaN if one could not be compared."""
+        return worst(d.max_abs for d in self.all_outputs or self.outputs)
 
     @property
     def max_rel(self) -> float:
-        return worst(d.max_rel for d in self.outputs)
+        """The largest error of any output at any probe, relative to max|judge|; NaN if one could not be compared."""
+        return worst(d.max_rel for d in self.all_outputs or self.outputs)
 
     @property
     def smallest_tolerance(self) -> float:
-        """The smallest max_rel limit under which every output would have passed."""
-        return self.max_rel
+        """The smallest `tolerance` under which every output would have passed; NaN if none would do."""
+        rows = self.all_outputs or self.outputs
+        hopeless = self.failure is not None or any(d.problem is not None or d.non_finite for d in rows)
+        return math.nan if hopeless else worst(d.max_rel for d in rows)
 
     @property
     def first_bad(self) -> str | None:

@@ -2,8 +2,10 @@
 
     the example inputs; a seeded batch of 1; a seeded batch of 3; the batch of 1 with its floats x 1e-3, and x 1e3
 
-Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. The
-batch is the first axis if all tensors agree on it; otherwise shapes stay and only the values are drawn anew.
+Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. If
+every floating tensor of the example holds one value only (`torch.zeros(1, 3, 224, 224)`), a model cannot be told from another by it: then
+they are drawn from a normal distribution. The batch is the first axis if all tensors agree on it; otherwise shapes stay and only the values
+are drawn anew.
 """
 
 from __future__ import annotations
@@ -64,15 +66,19 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
 
 def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
+    tensors = [leaf for leaf in tree_flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
+    blank = all(bool((t == t.reshape(-1)[:1]).all()) for t in tensors if t.is_floating_point() and t.dim())
 
     def redraw(tensor: Tensor) -> Tensor:
         resized = tensor.dim() > 0 and batch is not None
         shape = (size, *tensor.shape[1:]) if resized else tuple(tensor.shape)
+        if tensor.numel() == 0:
+            return tensor.new_zeros(shape)
+        if blank and tensor.is_floating_point() and tensor.dim():
+            return torch.randn(shape, generator=generator).to(tensor)
         if tensor.is_floating_point() or tensor.is_complex():
-            if tensor.numel() == 0:
-                return tensor.new_zeros(shape)
             index = torch.randint(tensor.numel(), (math.prod(shape),), generator=generator)
             return tensor.detach().reshape(-1)[index.to(tensor.device)].reshape(shape)
-        return tensor[torch.arange(size, device=tensor.device) % max(tensor.shape[0], 1)] if resized else tensor
+        return tensor[torch.arange(size, device=tensor.device) % tensor.shape[0]] if resized else tensor
 
     return _mapped((args, kwargs), redraw)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,20 @@ class _Float64(TorchFunctionMode):
         return torch.float64 if isinstance(value, torch.dtype) and value in self.NARROW else value
 
 
+class _Seen(TorchFunctionMode):
+    """Collects the dtypes that a model computes in, those of an autocast region inside it included."""
+
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        super().__init__()
+        self.dtypes = dtypes
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)
+        return result
+
+
 @contextlib.contextmanager
 def _default_float64() -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -70,8 +87,12 @@ def _default_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = False) -> Runner:
-    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back."""
+def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = False, dtypes: set[torch.dtype] | None = None) -> Runner:
+    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
+
+    dtypes: a set into which the dtypes that the model computes in are put.
+    """
+    mode = _default_float64 if in_float64 else contextlib.nullcontext if dtypes is None else functools.partial(_Seen, dtypes)
     taps: Values = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[str, int] = {}
@@ -81,8 +102,7 @@ def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = 
             if isinstance(output, Tensor):
                 calls[name] = calls.get(name, 0) + 1
                 flat = output.detach().reshape(-1)
-                # An odd step, so that it does not fall in with even channel counts and always hit the same channels.
-                taps[f"{name}@{calls[name]}"] = flat[:: (flat.numel() // TAP_SIZE) | 1].clone()
+                taps[f"{name}@{calls[name]}"] = flat[:: _step(flat.numel())].clone()
 
         return record
 
@@ -95,7 +115,7 @@ def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = 
         calls.clear()
         # A model may write into its inputs; the probes must stay what they are.
         args, kwargs = probe.mapped(torch.clone)
-        with torch.no_grad(), torch.random.fork_rng(), _default_float64() if in_float64 else contextlib.nullcontext():
+        with torch.no_grad(), torch.random.fork_rng(), mode():
             torch.manual_seed(0)
             output = model(*args, **kwargs)
         return _named(output), dict(taps)
@@ -103,14 +123,29 @@ def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = 
     return run
 
 
-def _named(output: Any) -> Values:
-    """The tensors of a model's output, in order, each under its path."""
-    found = {}
-    for path, leaf in tree_flatten_with_path(output)[0]:
-        if isinstance(leaf, (bool, int, float)):
-            leaf = torch.tensor(leaf)
+def _step(count: int) -> int:
+    """The step with which at most TAP_SIZE of `count` values are taken. Coprime to every axis, so that no channel is always left out."""
+    step = max(1, math.ceil(count / TAP_SIZE))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
+
+
+def _named(output: Any, path: str = "output") -> Values:
+    """The tensors and numbers of a model's output, in order, each under its path; also those in dataclasses and dicts of any class."""
+    found: Values = {}
+    for keys, leaf in tree_flatten_with_path(output)[0]:
+        name = f"{path}{keystr(keys)}"
         if isinstance(leaf, Tensor):
-            found[f"output{keystr(path)}"] = leaf.detach()
+            found[name] = leaf.detach()
+        elif isinstance(leaf, (bool, int, float)):
+            found[name] = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                found |= _named(getattr(leaf, field.name), f"{name}.{field.name}")
+        elif isinstance(leaf, Mapping):
+            for key, value in leaf.items():
+                found |= _named(value, f"{name}[{key!r}]")
     return found
 
 
@@ -140,6 +175,22 @@ def onnx_float64_runner(path: Path) -> Runner:
     evaluator = ReferenceEvaluator(model)
     names = list(evaluator.input_names)
     return lambda probe: (_by_position(evaluator.run(None, _feeds(names, probe))), {})
+
+
+def onnx_dtypes(path: Path) -> set[torch.dtype]:
+    """The floating dtypes of the file's weights and casts: those that it computes in."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    known = {
+        onnx.TensorProto.FLOAT16: torch.float16,
+        onnx.TensorProto.BFLOAT16: torch.bfloat16,
+        onnx.TensorProto.FLOAT: torch.float32,
+        onnx.TensorProto.DOUBLE: torch.float64,
+    }
+    attributes = [a for nodes in (model.graph, *model.functions) for node in nodes.node for a in node.attribute]
+    found = {tensor.data_type for tensor in model.graph.initializer} | {a.i for a in attributes if a.name == "to"}
+    return {known[dtype] for dtype in found & known.keys()}
 
 
 def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
@@ -178,6 +229,7 @@ def _by_position(found: Any) -> Values:
 
 def _widen(model: Any) -> None:
     """Turn float32, float16 and bfloat16 into float64 everywhere in an ONNX model: tensors, declared types, casts."""
+    import numpy as np
     import onnx
     from onnx import numpy_helper
 
@@ -199,7 +251,10 @@ def _widen(model: Any) -> None:
     def widen_nodes(nodes: Any) -> None:
         for node in nodes:
             for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.TENSOR:
+                if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                    values = np.asarray(onnx.helper.get_attribute_value(attribute), np.float64)
+                    attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
+                elif attribute.type == onnx.AttributeProto.TENSOR:
                     widen_tensor(attribute.t)
                 elif attribute.type == onnx.AttributeProto.GRAPH:
                     widen_graph(attribute.g)

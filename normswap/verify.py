@@ -4,8 +4,9 @@ The judge is the reference in float64. A tensor passes if its error, max|candida
 
     min(max(10 x noise, FLOOR), CAP)        noise: the error of the reference in its own dtype; FLOOR and CAP by that dtype
 
-so the limit follows what rounding alone does to this model at this input. It fails closed: NaN, a missing output, another shape or dtype,
-or nothing to compare all fail, and one failing output or layer fails all.
+so the limit follows what rounding alone does to this model at this input. FLOOR goes by the coarsest dtype of weights, outputs and layers,
+CAP by the coarsest that anything is computed in. It fails closed: NaN, a missing output, another shape or dtype, or nothing to compare all
+fail, and one failing output or layer fails all.
 
 Forward passes: 5 probes (`probes.py`) x (judge, reference, candidate) = 15 for the first candidate and 5 for every further one. A probe
 that the reference itself refuses (a fixed batch size, say) is dropped and named.
@@ -16,6 +17,7 @@ evenly spread values per probe and call are kept; the model's outputs are kept w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +30,13 @@ from torch import Tensor, nn
 from normswap.errors import UsageError
 from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
-from normswap.runners import BY_POSITION, Runner, Values, module_runner, onnx_float64_runner, onnx_runner
+from normswap.runners import BY_POSITION, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
 from normswap.sharing import shadow, to_float64
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NOISE_FACTOR = 10
+NOTHING_FINITE = "has no finite value to compare"
 LEVELS = ("disabled", "basic", "extended", "all")  # of onnxruntime's graph optimisation
 
 
@@ -44,18 +47,22 @@ class _Truth:
     value: Tensor
     dtype: torch.dtype
     noise: float
-    unusable: Tensor | None  # where the reference itself is not finite
+    unusable: Tensor | None  # where the reference overflows, or is NaN, in its own dtype only
 
 
 @dataclass
 class Judgement:
-    """What the reference computes, in float64, at every probe: made once, held against any number of candidates."""
+    """What the reference computes, in float64, at every probe: made once, held against any number of candidates.
+
+    dtype: the coarsest of its weights, outputs and layers; computed_in: the coarsest that any of its operations returns.
+    """
 
     probes: list[Probe]
     outputs: dict[str, dict[str, _Truth]]
     sites: dict[str, dict[str, _Truth]]
     dropped: list[str]
     dtype: torch.dtype
+    computed_in: torch.dtype
     passes: int = 0
 
 
@@ -87,19 +94,36 @@ def judge(reference: nn.Module | Path, args: tuple[Any, ...], kwargs: Mapping[st
     judged = _run_all(run, [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked], dropped, " in float64, as it is judged")
     del run
     usable = [p for p in asked if p.name in judged]
-    run = onnx_runner(reference, "disabled") if isinstance(reference, Path) else module_runner(shadow(reference), sites)
+    computed_in: set[torch.dtype] = set()
+    if isinstance(reference, Path):
+        run = onnx_runner(reference, "disabled")
+        seen = onnx_dtypes(reference)
+    else:
+        run = module_runner(shadow(reference), sites, dtypes=computed_in)
+        seen = {t.dtype for t in (*reference.parameters(), *reference.buffers())}
     own = _run_all(run, usable, dropped, "")
-    # The coarsest dtype that takes part sets the limits: half precision inside a float32 model is half precision.
-    weights = [] if isinstance(reference, Path) else [*reference.parameters(), *reference.buffers()]
-    seen = {t.dtype for t in (*weights, *(t for values in own.values() for part in values for t in part.values()))}
+    seen |= {t.dtype for values in own.values() for part in values for t in part.values()}
+    outputs, taps = {}, {}
+    for probe in (p for p in usable if p.name in own):
+        try:
+            truths = [_truths(*pair) for pair in zip(judged[probe.name], own[probe.name], strict=True)]
+        except ValueError as error:  # shapes that depend on values may come out differently in float64
+            _refuse(probe, error, dropped, " in float64 as in its own dtype")
+        else:
+            outputs[probe.name], taps[probe.name] = truths
     return Judgement(
-        probes=[p for p in usable if p.name in own],
-        outputs={name: _truths(judged[name][0], values[0]) for name, values in own.items()},
-        sites={name: _truths(judged[name][1], values[1]) for name, values in own.items()},
+        probes=[p for p in usable if p.name in outputs],
+        outputs=outputs,
+        sites=taps,
         dropped=dropped,
-        dtype=max(seen & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps),
+        dtype=_coarsest(seen),
+        computed_in=_coarsest(seen | computed_in),
         passes=len(judged) + len(own),
     )
+
+
+def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
+    return max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _run_all(run: Runner, asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
@@ -108,13 +132,18 @@ def _run_all(run: Runner, asked: Sequence[Probe], dropped: list[str], how: str) 
         try:
             found[probe.name] = run(probe)
         except Exception as error:  # the user's model may raise anything
-            if probe.name == "example":
-                raise UsageError(
-                    f"the model cannot run on the example inputs{how}: {_first_line(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python)",
-                ) from error
-            dropped.append(f"{probe.name}: {_first_line(error)}")
+            _refuse(probe, error, dropped, how)
     return found
+
+
+def _refuse(probe: Probe, error: Exception, dropped: list[str], how: str) -> None:
+    """Without the example nothing can be judged; any other probe is dropped and named."""
+    if probe.name == "example":
+        raise UsageError(
+            f"the model cannot run on the example inputs{how}: {_first_line(error)}",
+            hint="give inputs that the model takes with --input (example_inputs in Python)",
+        ) from error
+    dropped.append(f"{probe.name}: {_first_line(error)}")
 
 
 def compare(
@@ -132,34 +161,39 @@ def compare(
     """
     name = f"onnxruntime ({level})" if isinstance(candidate, Path) else str(judgement.dtype)
     held = [p for p in judgement.probes if p.like_example or not only_like_example]
-    worst: dict[str, Difference] = {}
-    worst_site: dict[str, Difference] = {}
+    outputs: list[dict[str, Difference]] = []
+    taps: list[dict[str, Difference]] = []
     passes = 0
     failure: str | None = None
     try:
         run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites)
         for probe in held:
-            outputs, taps = run(probe)
+            values, tapped = run(probe)
             passes += 1
-            _keep_worst(worst, _differences(judgement.outputs[probe.name], outputs, probe, judgement.dtype, tolerance))
+            outputs.append(_differences(judgement, judgement.outputs[probe.name], values, probe, tolerance))
             if sites:
-                _keep_worst(worst_site, _differences(judgement.sites[probe.name], taps, probe, judgement.dtype, tolerance, tapped=True))
+                taps.append(_differences(judgement, judgement.sites[probe.name], tapped, probe, tolerance, tapped=True))
     except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
         failure = f"the candidate raised {_first_line(error)}"
-    if failure is None and not worst:
+    truths = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
+    if failure is None and not any(outputs):
         failure = "nothing was compared: the model returns no tensor"
-    by_site: dict[str, Difference] = {}
-    for difference in worst_site.values():  # calls of one layer become one row
-        _keep_worst(by_site, {difference.name: difference})
+    elif failure is None and not any(truth.value.numel() for truth in truths):
+        failure = "nothing was compared: every tensor that the model returns is empty"
+    by_output, by_call = _telling(outputs), _telling(taps)
+    by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
+    for found in by_call.values():
+        by_site.setdefault(found[0].name, []).extend(found)
     order = {site: i for i, site in enumerate(sites)}
     return Parity(
-        outputs=tuple(worst.values()),
-        sites=tuple(sorted(by_site.values(), key=lambda d: order.get(d.name, 0))),
+        outputs=tuple(map(_worst, by_output.values())),
+        sites=tuple(sorted(map(_worst, by_site.values()), key=lambda d: order.get(d.name, 0))),
         failure=failure,
         candidate=name,
         probes=tuple(p.name for p in held),
         dropped=tuple(judgement.dropped),
         forward_passes=judgement.passes + passes,
+        all_outputs=tuple(itertools.chain.from_iterable(by_output.values())),
     )
 
 
@@ -167,9 +201,11 @@ def _error(candidate: Tensor, truth: Tensor, unusable: Tensor | None) -> tuple[f
     """(max_abs, max_rel, rel_l2, non-finite mismatches) of a candidate against the judge's value of the same shape."""
     wide = torch.complex128 if truth.is_complex() else torch.float64
     a, b = candidate.to("cpu", wide).reshape(-1), truth.to("cpu", wide).reshape(-1)
-    usable = b.isfinite() if unusable is None else b.isfinite() & ~unusable.reshape(-1)
-    # Where the reference itself overflows, the candidate has to overflow too; elsewhere it must not.
-    mismatches = int((a.isfinite() != usable).sum())
+    overflows = torch.zeros_like(b, dtype=torch.bool) if unusable is None else unusable.reshape(-1)
+    usable = b.isfinite() & ~overflows
+    # Where the reference itself overflows, the candidate has to overflow too; where the function is infinite or NaN, it has to be the same;
+    # elsewhere it must not.
+    mismatches = int(((a.isfinite() != usable) | ~(usable | overflows | _same(a, b))).sum())
     both = usable & a.isfinite()
     if not bool(both.any()):
         return (0.0, 0.0, 0.0, mismatches) if a.numel() == 0 else (math.nan, math.nan, math.nan, mismatches)
@@ -180,6 +216,10 @@ def _error(candidate: Tensor, truth: Tensor, unusable: Tensor | None) -> tuple[f
         _ratio(difference.norm().item(), reference.norm().item()),
         mismatches,
     )
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _ratio(error: float, scale: float) -> float:
@@ -193,21 +233,22 @@ def _truths(judged: Values, own: Values) -> dict[str, _Truth]:
         if mine is None or mine.shape != value.shape:
             shape = None if mine is None else tuple(mine.shape)
             raise ValueError(f"{name} has the shape {tuple(value.shape)} in float64 and {shape} in the model's own dtype")
-        finite = mine.isfinite()
-        noise = _error(mine, value, ~finite)[1]
-        truths[name] = _Truth(value, mine.dtype, noise, None if bool(finite.all()) else ~finite.cpu())
+        unusable = ~mine.isfinite().cpu() & ~_same(mine.cpu(), value.cpu())
+        noise = _error(mine, value, unusable)[1]
+        truths[name] = _Truth(value, mine.dtype, noise, unusable if bool(unusable.any()) else None)
     return truths
 
 
-def _limit(noise: float, dtype: torch.dtype) -> float:
-    return min(max(NOISE_FACTOR * noise, FLOOR[dtype]), CAP[dtype]) if math.isfinite(noise) else CAP[dtype]
+def _limit(noise: float, judgement: Judgement) -> float:
+    cap = CAP[judgement.computed_in]
+    return min(max(NOISE_FACTOR * noise, FLOOR[judgement.dtype]), cap) if math.isfinite(noise) else cap
 
 
 def _differences(
+    judgement: Judgement,
     truths: Mapping[str, _Truth],
     found: Values,
     probe: Probe,
-    dtype: torch.dtype,
     tolerance: float | None,
     *,
     tapped: bool = False,
@@ -228,19 +269,29 @@ def _differences(
         else:
             errors = _error(value, truth.value, truth.unusable)
             if math.isnan(errors[1]) and errors[3] == 0:
-                problem = "has no finite value to compare"
+                problem = NOTHING_FINITE
         noise = math.nan if truth is None else truth.noise
-        limit = tolerance if tolerance is not None else _limit(noise, dtype)
+        limit = tolerance if tolerance is not None else _limit(noise, judgement)
         row = name.rpartition("@")[0] if tapped else name
         result[name] = Difference(row, probe.name, *errors, noise=noise, tolerance=limit, problem=problem)
     return result
 
 
-def _keep_worst(worst: dict[str, Difference], found: Mapping[str, Difference]) -> None:
-    for key, difference in found.items():
-        before = worst.get(key)
-        if before is None or (before.passed and (not difference.passed or _share(difference) > _share(before))):
-            worst[key] = difference
+def _telling(outcomes: Sequence[Mapping[str, Difference]]) -> dict[str, list[Difference]]:
+    """By key, what was found at each probe, without the probes that tell nothing.
+
+    Where reference and candidate agree in that nothing is finite (half precision x 1e3), nothing is learnt: such a row counts only if there
+    is no other.
+    """
+    rows: dict[str, list[Difference]] = {}
+    for key, difference in itertools.chain.from_iterable(outcome.items() for outcome in outcomes):
+        rows.setdefault(key, []).append(difference)
+    return {key: [d for d in found if d.problem != NOTHING_FINITE] or found for key, found in rows.items()}
+
+
+def _worst(found: Sequence[Difference]) -> Difference:
+    """The first that failed, else the one that came closest to failing."""
+    return next((d for d in found if not d.passed), None) or max(found, key=_share)
 
 
 def _share(difference: Difference) -> float:
