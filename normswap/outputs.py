@@ -64,12 +64,13 @@ def _take_the_place_of(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    os.rename(path, aside / "old")
+    aside = new.with_suffix(".old")  # `new` has a name of its own, so this one is free too
     try:
+        os.rename(path, aside)
         os.rename(new, path)
     except BaseException:
-        os.rename(aside / "old", path)
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
