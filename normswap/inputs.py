@@ -1,14 +1,15 @@
 """Example inputs: given, read from the command line or a file, or inferred from the model's own layers.
 
-    as_inputs(x)     a tensor, a tuple, or a dict of keyword arguments
-    infer(model)     the first shape that the model accepts, or None
-    parse(specs)     --input 1x3x224x224[:dtype], or a .pt or .npz file
+as_inputs(x)     a tensor, a tuple, or a dict of keyword arguments
+infer(model)     the first shape that the model accepts, or None
+parse(specs)     --input 1x3x224x224[:dtype], or a .pt or .npz file
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,10 @@ from normswap.errors import UsageError
 SEED = 0
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(?P<dtype>\w+))?")
 _EXPECTED = "expected a shape such as 1x3x224x224, with a dtype if it is not float32: 1x128:int64, or a .pt or .npz file"
-_DTYPES = {name: getattr(torch, name) for name in "float16 bfloat16 float32 float64 int8 uint8 int16 int32 int64 bool complex64".split()}
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ["float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool", "complex64"]
+}
 _DTYPES |= {"half": torch.float16, "float": torch.float32, "double": torch.float64, "int": torch.int32, "long": torch.int64}
 
 # Sizes of images and clips that models are trained on, the likeliest first. 8 and 28 are the digits of scikit-learn and of MNIST.
@@ -78,19 +82,27 @@ def _trial(model: nn.Module) -> nn.Module | None:
     """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        return copy.deepcopy(model, memo).eval()
+        trial = copy.deepcopy(model, memo).eval()
     except Exception:  # locks, handles, non-leaf tensors: not to be copied, so not to be tried
         return None
+    for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return trial
 
 
 def _accepts(trial: nn.Module, guess: Tensor) -> bool:
     devices = [guess.device] if guess.device.type == "cuda" else []
+    state = random.getstate(), np.random.get_state()
     with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trial(guess)
         except Exception:  # any complaint is a no
             return False
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
     return True
 
 
@@ -151,7 +163,9 @@ def parse(specs: Sequence[str]) -> Inputs:
     """Each spec is one positional argument; a file holds all of them."""
     files = [spec for spec in specs if Path(spec).suffix in (".pt", ".pth", ".npz", ".npy")]
     if files and len(specs) > 1:
-        raise UsageError(f"--input {files[0]} is a file, which holds all inputs, but there are {len(specs)} --input", hint="give one file or only shapes")
+        raise UsageError(
+            f"--input {files[0]} is a file, which holds all inputs, but there are {len(specs)} --input", hint="give one file or only shapes"
+        )
     if files:
         return _from_file(Path(files[0]))
     return Inputs(tuple(_from_spec(spec, SEED + index) for index, spec in enumerate(specs)))
@@ -174,13 +188,13 @@ def _from_file(path: Path) -> Inputs:
     if not path.is_file():
         raise UsageError(f"--input {path}: there is no such file", hint=_EXPECTED)
     try:
-        if path.suffix in (".npz", ".npy"):
-            found = _from_numpy(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        numpy = path.suffix in (".npz", ".npy")
+        found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen types, for a damaged file
         first_line = (str(error).splitlines() or [""])[0][:200]
-        raise UsageError(f"--input {path} cannot be read: {first_line}", hint="torch.save tensors, or a tuple or dict of tensors, or numpy.savez arrays") from error
+        raise UsageError(
+            f"--input {path} cannot be read: {first_line}", hint="torch.save tensors, or a tuple or dict of tensors, or numpy.savez arrays"
+        ) from error
     if isinstance(found, list):
         found = tuple(found)
     return as_inputs(found)

@@ -58,11 +58,11 @@ def load(source: str, *, arch: str | None = None, trust_packages: Sequence[str] 
     if _is_spec(source) and not Path(source).exists():
         if arch is not None:
             raise UsageError(f"--arch is for files that hold a state dict; {source} builds its own architecture", hint="leave --arch out")
-        model = build(source)
-        return Loaded(model, source, _stem_of_spec(source), "factory", source)
+        return Loaded(build(source), source, _stem_of_spec(source), "factory", source)
 
     path = _existing_file(source)
     found = _read(path, trust_packages, trust_pickle)
+    model: nn.Module | torch.export.ExportedProgram
     form: Literal["module", "state_dict", "exported_program"]
     if isinstance(found, torch.export.ExportedProgram):
         model, form = found, "exported_program"
@@ -139,8 +139,10 @@ def _transformers(directory: str) -> nn.Module:
             hint="hf: takes a local directory, as model.save_pretrained(DIRECTORY) writes it; nothing is fetched from the hub",
         )
     transformers = _import("transformers", "hf:")
+    bars = transformers.utils.logging.is_progress_bar_enabled()
     try:
         with _quiet():
+            transformers.utils.logging.disable_progress_bar()
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             # The class that was saved, not the bare AutoModel: that one would silently lose the head
             name = (config.architectures or ["AutoModel"])[0]
@@ -152,6 +154,9 @@ def _transformers(directory: str) -> nn.Module:
         raise
     except Exception as error:
         raise LoadError(f"transformers cannot load {directory}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
         raise LoadError(f"{directory} lacks weights of {name}: {_few(missing)}", hint="they would be random numbers")
     return _module(model, directory)
@@ -160,27 +165,31 @@ def _transformers(directory: str) -> nn.Module:
 def _factory(spec: str) -> nn.Module:
     match = _FACTORY.fullmatch(spec)
     assert match
-    with _working_directory_importable():
-        try:
-            found: Any = importlib.import_module(match["module"])
-        except ModuleNotFoundError as error:
-            if error.name and match["module"].startswith(error.name):
-                hint = f"it is looked for among the installed packages and in {os.getcwd()}"
-                raise LoadError(f"{spec}: there is no module {error.name}", hint=hint) from error
-            raise LoadError(f"{spec}: importing {match['module']} needs the module {error.name}, which is not installed") from error
-        except Exception as error:
-            raise LoadError(f"{spec}: importing {match['module']} raised {type(error).__name__}: {_first_line(error)}") from error
-        for attribute in match["attribute"].split("."):
-            if not hasattr(found, attribute):
-                raise LoadError(f"{spec}: {match['module']} has no {match['attribute']}", hint="after the colon stands a function or class of that module")
-            found = getattr(found, attribute)
-        if not callable(found) or isinstance(found, nn.Module):
-            raise LoadError(f"{spec} is {_a(found)}, not something to call", hint="name a function or class that takes no arguments and returns the model")
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-                model = found()
-        except Exception as error:
-            raise LoadError(f"{spec}() raised {type(error).__name__}: {_first_line(error)}") from error
+    _make_working_directory_importable()
+    try:
+        found: Any = importlib.import_module(match["module"])
+    except ModuleNotFoundError as error:
+        if error.name and match["module"].startswith(error.name):
+            hint = f"it is looked for among the installed packages and in {os.getcwd()}"
+            raise LoadError(f"{spec}: there is no module {error.name}", hint=hint) from error
+        raise LoadError(f"{spec}: importing {match['module']} needs the module {error.name}, which is not installed") from error
+    except Exception as error:
+        raise LoadError(f"{spec}: importing {match['module']} raised {type(error).__name__}: {_first_line(error)}") from error
+    for attribute in match["attribute"].split("."):
+        if not hasattr(found, attribute):
+            raise LoadError(
+                f"{spec}: {match['module']} has no {match['attribute']}", hint="after the colon stands a function or class of that module"
+            )
+        found = getattr(found, attribute)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise LoadError(
+            f"{spec} is {_a(found)}, not something to call", hint="name a function or class that takes no arguments and returns the model"
+        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            model = found()
+    except Exception as error:
+        raise LoadError(f"{spec}() raised {type(error).__name__}: {_first_line(error)}") from error
     return _module(model, f"{spec}()")
 
 
@@ -196,7 +205,9 @@ def _import(module: str, prefix: str) -> Any:
         with _quiet():
             return importlib.import_module(module)
     except ImportError as error:
-        raise LoadError(f"{prefix} needs the package {package}, which cannot be imported: {_first_line(error)}", hint=f"pip install {package}") from error
+        raise LoadError(
+            f"{prefix} needs the package {package}, which cannot be imported: {_first_line(error)}", hint=f"pip install {package}"
+        ) from error
     except RuntimeError as error:
         raise pickles.mismatched_torchvision(error) or error from error
 
@@ -208,7 +219,10 @@ def _fetching(what: str) -> Iterator[None]:
         with _quiet():
             yield
     except OSError as error:  # urllib, requests and huggingface_hub all derive theirs from it
-        raise LoadError(f"the weights of {what} cannot be fetched: {_first_line(error)}", hint="is there a network? without the @ the weights are random") from error
+        raise LoadError(
+            f"the weights of {what} cannot be fetched: {_first_line(error)}",
+            hint="is there a network? without the @ the weights are random",
+        ) from error
     except RuntimeError as error:
         if "hash" in str(error):
             raise LoadError(f"the weights of {what} arrived damaged: {_first_line(error)}", hint="try again") from error
@@ -219,7 +233,10 @@ def _unknown(package: str, name: str, names: Sequence[str]) -> LoadError:
     import difflib
 
     close = difflib.get_close_matches(name, names, 3)
-    return LoadError(f"{package} has no model {name!r}", hint=f"did you mean {' or '.join(close)}?" if close else f"python -c 'import {package}' and list_models() lists them")
+    return LoadError(
+        f"{package} has no model {name!r}",
+        hint=f"did you mean {' or '.join(close)}?" if close else f"python -c 'import {package}' and list_models() lists them",
+    )
 
 
 def _is_spec(text: str) -> bool:
@@ -241,10 +258,12 @@ def _existing_file(source: str) -> Path:
     path = Path(source)
     if path.is_dir():
         if (path / "recipe.json").is_file():
-            raise UsageError(f"{source} was converted already", hint="give the model that it was made from; normswap revert undoes a conversion")
+            raise UsageError(
+                f"{source} was converted already", hint="give the model that it was made from; normswap revert undoes a conversion"
+            )
         hint = f"hf:{source} loads it" if (path / "config.json").is_file() else "give a file in it"
         raise UsageError(f"{source} is a directory", hint=hint)
-    if not path.exists():
+    if not path.is_file():
         raise UsageError(f"there is no file {source}", hint=f"a source is a .pt, .pth, .pt2 or .safetensors file, or {SPECS}")
     return path
 
@@ -261,24 +280,32 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
         start = file.read(1024)
         if not start:
             raise LoadError(f"{path.name} is empty", hint="copy or save it again")
+        if start.startswith(b"version https://git-lfs"):
+            raise LoadError(f"{path.name} is a git-lfs pointer, not the file itself", hint="git lfs pull fetches it")
         if start[257:262] == b"ustar":
-            raise LoadError(f"{path.name} is a tar file, the format of torch before 0.2, which cannot be read safely", hint="load it with an old torch, save again")
+            raise LoadError(
+                f"{path.name} is a tar file, the format of torch before 0.2, which cannot be read safely",
+                hint="load it with an old torch, save again",
+            )
         if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20):
             return _safetensors(path)
         if start[:4] == b"PK\x03\x04":
+            if zipfile.is_zipfile(file) and "serialized_exported_program.json" in zipfile.ZipFile(file).namelist():
+                raise LoadError(
+                    f"{path.name} is in the format of torch.export before torch 2.8, which cannot be read safely",
+                    hint="load it with the torch that wrote it, and save it with a newer one",
+                )
             records = set(pickles.open_archive(file, path.name).get_all_records())
-            if "archive_format" in records or "serialized_exported_program.json" in records or "models/model.json" in records:
+            if "archive_format" in records or "models/model.json" in records:
                 return _program(file, path.name, trust_pickle)
             if "constants.pkl" in records or any(record.startswith("code/") for record in records):
                 raise LoadError(
                     f"{path.name} is TorchScript: a compiled program, in which layers can no longer be replaced",
-                    hint="load what it was compiled from: the nn.Module (torch.save(model, path)), its state dict with --arch, or a .pt2 from torch.export.save",
+                    hint="load what it was compiled from: the nn.Module, its state dict with --arch, or a .pt2 from torch.export.save",
                 )
         if trust_packages or trust_pickle:
-            with _working_directory_importable():
-                found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
-        else:
-            found = pickles.read(file, path.name)
+            _make_working_directory_importable()
+        found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
     return found if isinstance(found, nn.Module) else _state_dict(found, path.name)
 
 
@@ -325,16 +352,63 @@ _SYMBOLIC_OPERATORS = re.compile(
 )
 # What srepr of sympy writes, and torch's own symbolic functions
 _ARITHMETIC = frozenset(
-    "Add Mul Pow Integer Rational Float Symbol Max Min And Or Not Equality Unequality StrictLessThan StrictGreaterThan LessThan "
-    "GreaterThan Eq Ne Lt Gt Le Ge FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift "
-    "PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity".split()
+    [
+        "Add",
+        "Mul",
+        "Pow",
+        "Integer",
+        "Rational",
+        "Float",
+        "Symbol",
+        "Max",
+        "Min",
+        "And",
+        "Or",
+        "Not",
+        "Equality",
+        "Unequality",
+        "StrictLessThan",
+        "StrictGreaterThan",
+        "LessThan",
+        "GreaterThan",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Gt",
+        "Le",
+        "Ge",
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+        "PythonMod",
+        "Mod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+        "TruncToFloat",
+        "TruncToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "ToFloat",
+        "Identity",
+    ]
 )
 _GUARD_METHODS = frozenset({"size", "stride", "storage_offset"})
 
 
 def _program(file: IO[bytes], name: str, trust_pickle: bool) -> torch.export.ExportedProgram:
     if not trust_pickle:
-        problems = sorted(set(_program_problems(file, name)))
+        try:
+            problems = sorted(set(_program_problems(file, name)))
+        except (AttributeError, KeyError, LookupError, RecursionError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise LoadError(f"{name} is damaged: its program makes no sense", hint="copy or save it again") from error
         if problems:
             raise LoadError(
                 f"{name} is a torch.export program that cannot be loaded safely: {_few(problems)}",
@@ -343,18 +417,22 @@ def _program(file: IO[bytes], name: str, trust_pickle: bool) -> torch.export.Exp
     file.seek(0)
     try:
         with _quiet():
-            return torch.export.load(file)  # type: ignore[arg-type]
+            return torch.export.load(file)
     except Exception as error:
-        raise LoadError(f"{name} cannot be loaded as a torch.export program: {_first_line(error)}", hint="save it again with this version of torch") from error
+        raise LoadError(
+            f"{name} cannot be loaded as a torch.export program: {_first_line(error)}", hint="save it again with this version of torch"
+        ) from error
 
 
 def _program_problems(file: IO[bytes], name: str) -> Iterator[str]:
     archive = pickles.open_archive(file, name)
     records = set(archive.get_all_records())
     if "models/model.json" not in records or "version" in zipfile.ZipFile(file).namelist():
-        yield "it is in the format of torch before 2.8"  # torch would fall back to that reader, which unpickles everything
+        yield "it has no models/model.json, or a second version"  # torch would fall back to an older reader, which unpickles everything
         return
-    known = re.compile(r"models/model\.json|(archive_format|archive_version|byteorder|\.data/\w+|\.?version)|extra/.*|data/(weights|constants|sample_inputs)/\w+(\.pt|\.json)?")
+    known = re.compile(
+        r"models/model\.json|(archive_format|archive_version|byteorder|\.data/\w+|\.?version)|extra/.*|data/(weights|constants|sample_inputs)/\w+(\.pt|\.json)?"
+    )
     yield from (f"the part {record!a}" for record in records if not known.fullmatch(record))
     if len({record.casefold() for record in records}) != len(records):
         yield "two parts of one name"
@@ -374,11 +452,11 @@ def _program_problems(file: IO[bytes], name: str) -> Iterator[str]:
     for record in pickled:
         content = archive.get_record(record)
         if content:
-            part = io.BytesIO(content)
-            if content[:4] == b"PK\x03\x04" and "constants.pkl" in pickles.open_archive(part, record).get_all_records():
+            inner = io.BytesIO(content)
+            if content[:4] == b"PK\x03\x04" and "constants.pkl" in pickles.open_archive(inner, record).get_all_records():
                 yield f"TorchScript in {record}"
             else:
-                pickles.review(part, f"{name}: {record}")
+                pickles.review(inner, f"{name}: {record}")
 
 
 def _json_problems(node: Any, key: str = "") -> Iterator[str]:
@@ -401,9 +479,7 @@ def _json_problems(node: Any, key: str = "") -> Iterator[str]:
         elif key in _EXPRESSIONS:
             if not _is_arithmetic(node):
                 yield f"the expression {node[:80]!a}"
-        elif key in _SPECS and node:
-            yield from _json_problems(json.loads(node), "spec")
-        elif key == "context":  # JSON in JSON: the keys of a dict
+        elif (key in _SPECS and node) or key == "context":
             yield from _json_problems(json.loads(node), "spec")
         elif key == "torch_version":
             if not re.fullmatch(r"[\w.+]*", node):
@@ -433,7 +509,9 @@ def _is_arithmetic(expression: str) -> bool:
         tree = ast.parse(expression, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    harmless = ast.Expression | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.operator | ast.unaryop | ast.boolop | ast.cmpop | ast.Load
+    harmless = (
+        ast.Expression | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.operator | ast.unaryop | ast.boolop | ast.cmpop | ast.Load
+    )
     for node in ast.walk(tree):
         match node:
             case ast.Constant(value=str(text)):
@@ -443,7 +521,9 @@ def _is_arithmetic(expression: str) -> bool:
             case ast.Name(id=name):
                 ok = name in _ARITHMETIC or name == "L" or re.fullmatch(r"z?u?[sufz]+\d+", name) is not None
             case ast.Call(func=ast.Name(id=name), keywords=keywords):
-                ok = name in _ARITHMETIC and all(word.arg in ("positive", "nonnegative", "integer", "real", "precision", "evaluate") for word in keywords)
+                ok = name in _ARITHMETIC and all(
+                    word.arg in ("positive", "nonnegative", "integer", "real", "precision", "evaluate") for word in keywords
+                )
             case ast.Call(func=ast.Attribute(), args=args, keywords=[]):
                 ok = not args
             case ast.Attribute(attr=name):
@@ -472,7 +552,10 @@ def _state_dict(found: Any, name: str) -> nn.Module | dict[str, torch.Tensor]:
         if len(dicts) == 1:
             return {str(key): value for key, value in found[dicts[0]].items()}
         if dicts:
-            raise LoadError(f"{name} holds {len(dicts)} models: {_few([str(key) for key in dicts])}", hint="save the one that is meant to a file of its own")
+            raise LoadError(
+                f"{name} holds {len(dicts)} models: {_few([str(key) for key in dicts])}",
+                hint="save the one that is meant to a file of its own",
+            )
     raise LoadError(f"{name} holds {_a(found)}, neither a model nor a state dict", hint="save the model with torch.save(model, path)")
 
 
@@ -500,7 +583,10 @@ def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str, arch
     problems = [f"missing: {_few(missing)}"] * bool(missing) + [f"unexpected: {_few(unexpected)}"] * bool(unexpected)
     problems += [f"of another shape (model against file): {_few(shapes)}"] * bool(shapes)
     if problems:
-        raise LoadError(f"{name} does not hold the weights of {arch}\n  " + "\n  ".join(problems), hint="is --arch the right architecture, with the right number of classes?")
+        raise LoadError(
+            f"{name} does not hold the weights of {arch}\n  " + "\n  ".join(problems),
+            hint="is --arch the right architecture, with the right number of classes?",
+        )
     dtypes = {value.dtype for value in weights.values() if isinstance(value, torch.Tensor) and value.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())  # half stays half, double stays double: copying into float32 would round
@@ -513,15 +599,15 @@ def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str, arch
 
 def _check_package(package: str) -> None:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", package) or package.partition(".")[0] in sys.stdlib_module_names:
-        raise UsageError(f"--trust-package takes the name of a package with models in it, not {package!r}", hint="for example --trust-package my_models")
+        raise UsageError(
+            f"--trust-package takes the name of a package with models in it, not {package!r}", hint="for example --trust-package my_models"
+        )
 
 
-@contextlib.contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """As `python -m` has it, and the console script has not. It stays: a model may import when it runs."""
+def _make_working_directory_importable() -> None:
+    """As `python -m` has it and the console script has not. It stays so: a model may import when it runs."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    yield
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import struct
 import sys
 import types
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -35,18 +36,19 @@ from torch import nn
 
 from normswap.errors import LoadError, UnsafePickleError
 
-MAX_PICKLE = 128 << 20  # bytes of program, weights not counted; the largest of all torchvision and timm models has under 2 MB
+MAX_PICKLE = 16 << 20  # bytes of program, weights not counted; the largest of all torchvision and timm models has under 2 MB
 MAX_EXPANSION = 1 << 20  # elements of a tensor that repeats its storage (an expanded buffer)
 
 # --- what is reviewed -----------------------------------------------------------------------------------------------------------
 
 # Where nn.Module classes may come from. Importing one of these modules defines classes and does nothing else: no scripts (the
-# convert_* files of transformers), no compilers of code (torch.fx, torch.jit, torch.package), nothing quantised.
+# convert_* files of transformers), no compilers of code (torch.fx, torch.jit, torch.package), nothing quantised. Of transformers,
+# not the four families whose forward fetches compiled kernels from the hub.
 _PLACES = re.compile(
     r"""torch\.nn\.modules\.[a-z]\w*
     | torchvision\.(models|ops)(\._?[a-z]\w*)*
     | timm\.(models|layers)(\._?[a-z]\w*)*
-    | transformers\.(activations|pytorch_utils|modeling_layers|models\.\w+\.modeling_\w+)
+    | transformers\.(activations|pytorch_utils|modeling_layers|models\.(?!rwkv|yoso|sam3_video|mra\b)\w+\.modeling_\w+)
     | normswap(\.(?!cli)[a-z]\w*)+""",
     re.VERBOSE,
 )
@@ -65,11 +67,44 @@ FUNCTIONS = frozenset(
     {"torch._C._nn.gelu", "torch._C._nn.silu", "torch.tanh", "torch.sigmoid", "torch.relu"}
     | {
         f"torch.nn.functional.{name}"
-        for name in (
-            "celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish prelu relu relu6 rrelu selu sigmoid "
-            "silu softmax softplus softshrink softsign tanh tanhshrink layer_norm group_norm batch_norm instance_norm rms_norm "
-            "normalize dropout interpolate max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"
-        ).split()
+        for name in [
+            "celu",
+            "elu",
+            "gelu",
+            "glu",
+            "hardshrink",
+            "hardsigmoid",
+            "hardswish",
+            "hardtanh",
+            "leaky_relu",
+            "logsigmoid",
+            "mish",
+            "prelu",
+            "relu",
+            "relu6",
+            "rrelu",
+            "selu",
+            "sigmoid",
+            "silu",
+            "softmax",
+            "softplus",
+            "softshrink",
+            "softsign",
+            "tanh",
+            "tanhshrink",
+            "layer_norm",
+            "group_norm",
+            "batch_norm",
+            "instance_norm",
+            "rms_norm",
+            "normalize",
+            "dropout",
+            "interpolate",
+            "max_pool2d",
+            "avg_pool2d",
+            "adaptive_avg_pool2d",
+            "adaptive_max_pool2d",
+        ]
     }
     | {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
 )
@@ -92,7 +127,7 @@ OBJECTS = frozenset(
 _DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 _STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes)
 _TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
-_MODULE = nn.Module
+_KNOWN = frozenset({"torch", "torchvision", "timm", "transformers", "normswap", "__main__", "__builtin__"})
 
 
 # --- descriptions of what a pickle makes --------------------------------------------------------------------------------------------
@@ -160,12 +195,13 @@ class _Storage:
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
-def _show(thing: Any) -> str:
+def _show(thing: Any, depth: int = 3) -> str:
     """For the list of what a file wanted: short, and never a repr that the file has a say in."""
     if isinstance(thing, _Global):
         return thing.path
     if isinstance(thing, _Tuple):
-        return f"({', '.join(_show(item) for item in thing.items[:4])}{', ...' if len(thing.items) > 4 else ''})"
+        shown = [_show(item, depth - 1) for item in thing.items[:4]] if depth else []
+        return f"({', '.join(shown)}{', ...' if len(thing.items) > len(shown) else ''})"
     if isinstance(thing, _PLAIN):
         text = ascii(thing)
         return text if len(text) <= 80 else f"{text[:77]}..."
@@ -190,6 +226,7 @@ class _UnknownOpcode(Exception):
 class _Interpreter:
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
+        self.left = MAX_PICKLE
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -206,7 +243,8 @@ class _Interpreter:
             raise _Broken from error
 
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size) if size <= MAX_PICKLE else b""
+        self.left -= size
+        data = self.stream.read(size) if self.left >= 0 else b""
         if len(data) < size:
             raise _Broken
         return data
@@ -335,6 +373,10 @@ def _is_tensor(thing: Any) -> bool:
     return isinstance(thing, _Call) and thing.path in _TENSOR_CALLS
 
 
+def _is_object(thing: Any) -> bool:
+    return isinstance(thing, _Object)
+
+
 def _attributes_of_tensor(state: Any) -> bool:
     """New names with plain values: nothing that a Tensor has already may be replaced (`data`, `grad_fn`, `_backward_hooks`, ...)."""
     return isinstance(state, _Dict) and all(
@@ -352,7 +394,7 @@ def _tensor(args: _Tuple) -> bool:
             numel = math.prod(size.items)
             last = offset + sum((n - 1) * step for n, step in zip(size.items, stride.items, strict=True))
             # torch would grow the storage to fit, to any size and without a word
-            return numel == 0 or (last < storage.numel and numel <= max(storage.numel, MAX_EXPANSION))
+            return bool(numel == 0 or (last < storage.numel and numel <= max(storage.numel, MAX_EXPANSION)))
     return False
 
 
@@ -371,7 +413,7 @@ def _typed_tensor(args: _Tuple) -> bool:
         case [_Global(path=func), _Global(path=kind), _Tuple() as inner, state]:
             args.spoken_for = (0, 1)
             allowed = func in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter") and kind in _TENSOR_TYPES
-            return allowed and CALLS[func](inner) and _attributes_of_tensor(state)
+            return bool(allowed and CALLS[func](inner) and _attributes_of_tensor(state))
     return False
 
 
@@ -389,7 +431,7 @@ def _set(args: _Tuple) -> bool:
 def _partial(args: _Tuple) -> bool:
     match args.items:
         case [_Global(path=path)]:
-            return path in FUNCTIONS or _VALUE_CLASSES.fullmatch(path) is not None
+            return path in FUNCTIONS or bool(_VALUE_CLASSES.fullmatch(path))
     return False
 
 
@@ -416,6 +458,9 @@ _TENSOR_CALLS = [path for path in CALLS if "_rebuild_" in path]
 _PASSIVE = frozenset({"collections.OrderedDict", "collections.Counter"})  # made by the interpreter itself
 
 
+_NAMED = frozenset(CALLS) | _PASSIVE | FUNCTIONS | OBJECTS | _DTYPES | _STORAGES | _TENSOR_TYPES
+
+
 # --- the judge ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -435,18 +480,23 @@ class _Judge:
     def refuse(self, what: str) -> None:
         self.wanted[what] = None
 
-    def is_place(self, module: str) -> bool:
+    def is_place(self, module: str, configs: bool = False) -> bool:
         if _CODE_CARRIERS.fullmatch(module) or "__main__" in module.split("."):
             return False
+        if configs and _CONFIGS.fullmatch(module):
+            return True
         return _PLACES.fullmatch(module) is not None or any(module == pkg or module.startswith(f"{pkg}.") for pkg in self.trusted)
 
     def may_name(self, name: _Global) -> bool:
         """By the words alone: nothing is imported here."""
         if not name.name.isidentifier() or not all(part.isidentifier() for part in name.module.split(".")):
             return False
-        path = name.path
-        known = path in CALLS or path in FUNCTIONS or path in OBJECTS or path in _DTYPES or path in _STORAGES or path in _TENSOR_TYPES
-        return known or path in _PASSIVE or self.is_place(name.module) or _CONFIGS.fullmatch(name.module) is not None
+        if name.path in _NAMED:
+            return True
+        if _CONFIGS.fullmatch(name.module) or _PLACES.fullmatch(name.module):
+            # a class, by its looks: spares an import to find out that it is a function
+            return self.is_place(name.module, configs=True) and name.name.lstrip("_")[:1].isupper()
+        return self.is_place(name.module)
 
     def learn(self, name: _Global) -> None:
         """Import what a passed name means, and see that it is what such a name should mean."""
@@ -455,16 +505,17 @@ class _Judge:
             return None
         if path in CALLS and path not in _NOT_TORCHS:
             return None
+        top = name.module.partition(".")[0]
         try:
             found = _resolve(name)
         except AttributeError:
-            return self.refuse(path)
-        except ImportError as error:
             raise LoadError(
-                f"the file needs {path}, which cannot be imported: {error}", hint=f"install {name.module.partition('.')[0]}, of the version it was saved with"
+                f"the file needs {path}, which the installed {top} does not have", hint=f"install the {top} that it was saved with"
+            ) from None
+        except Exception as error:  # an import runs the package, which may raise anything
+            raise mismatched_torchvision(error) or LoadError(
+                f"the file needs {path}, which cannot be imported: {_first_line(error)}", hint=f"install the {top} that it was saved with"
             ) from error
-        except RuntimeError as error:
-            raise mismatched_torchvision(error) or error from None
         known = path in CALLS or path in FUNCTIONS or path in OBJECTS
         if not (known or self.is_module_class(found) or self.is_config(found)):
             return self.refuse(path)
@@ -527,7 +578,7 @@ class _Judge:
             case _Tuple(items=["module", *_]):  # the form before torch 1.6: a class together with its source text
                 raise LoadError(
                     "a whole model in the file format of torch before 1.6 cannot be read safely",
-                    hint="load it with torch.load and save it again with torch.save(model, path), or save model.state_dict() and use --arch",
+                    hint="torch.load it and save it again with torch.save(model, path), or save model.state_dict() and use --arch",
                 )
             case _:
                 self.refuse(f"the persistent object {_show(thing.pid)}")
@@ -541,7 +592,9 @@ class _Judge:
             for state in thing.states:
                 match state:
                     case _Tuple(items=[func, _Tuple(), (_Dict() as kwargs), (None | _Dict()) as extra]) if (
-                        _partial(_Tuple([func])) and all(isinstance(key, str) for key, _ in kwargs.pairs) and (extra is None or _empty(extra))
+                        _partial(_Tuple([func]))
+                        and all(isinstance(key, str) for key, _ in kwargs.pairs)
+                        and (extra is None or _empty(extra))
                     ):
                         state.spoken_for = (0,)
                     case _:
@@ -577,7 +630,7 @@ class _Judge:
 def _itemsize(storage: str) -> int:
     if storage in ("UntypedStorage", "TypedStorage"):
         return 1
-    return int(torch.serialization.StorageType(storage).dtype.itemsize)
+    return int(torch.serialization.StorageType(storage).dtype.itemsize)  # type: ignore[no-untyped-call]
 
 
 def _may_set(cls: type, key: str, value: Any) -> bool:
@@ -588,13 +641,13 @@ def _may_set(cls: type, key: str, value: Any) -> bool:
         return False  # forward = ..., and every other method
     if "implementation" in key:  # transformers reads names of attention kernels on the hub from these
         return value is None or (isinstance(value, str) and value.isidentifier())
-    if not issubclass(cls, _MODULE):
+    if not issubclass(cls, nn.Module):
         return True
     if "hook" in key or key == "_compiled_call_impl":
         return value is None or isinstance(value, bool) or _empty(value) or (isinstance(value, _Call) and value.path == "builtins.set")
-    holds = {"_parameters": _is_tensor, "_buffers": _is_tensor, "_modules": lambda item: isinstance(item, _Object)}.get(key)
-    if holds is None:
+    if key not in ("_parameters", "_buffers", "_modules"):
         return True
+    holds = _is_object if key == "_modules" else _is_tensor
     return isinstance(value, _Dict) and all(isinstance(name, str) and (item is None or holds(item)) for name, item in value.pairs)
 
 
@@ -622,12 +675,16 @@ def review(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) ->
     judge = _Judge(trust_packages)
     if file.read(4) == b"PK\x03\x04":
         archive = open_archive(file, name)
+        if not archive.has_record("data.pkl"):
+            raise LoadError(f"{name} is a zip archive without a model in it", hint="give a file that torch.save wrote")
         try:
             program = io.BytesIO(archive.get_record("data.pkl"))
-        except RuntimeError:
-            raise LoadError(f"{name} is a zip archive without a model in it") from None
+        except Exception as error:  # what the reader raises on a damaged archive has no common type
+            raise _damaged(name, _first_line(error)) from None
         if len(program.getbuffer()) > MAX_PICKLE:
-            raise LoadError(f"{name} describes its model in {len(program.getbuffer()) >> 20} MiB, more than the {MAX_PICKLE >> 20} MiB that are read")
+            raise LoadError(
+                f"{name} describes its model in {len(program.getbuffer()) >> 20} MiB, more than the {MAX_PICKLE >> 20} MiB that are read"
+            )
         storages = [made for made in _judged(program, judge, name) if isinstance(made, _Storage)]
         for storage in storages:
             record = f"data/{storage.key}"
@@ -692,6 +749,8 @@ def _interpreted(stream: IO[bytes], name: str) -> tuple[Any, list[Any]]:
 def _names_of_any_protocol(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
     """What a pickle names, roughly: for the text of a refusal, never for a decision."""
     strings: list[str] = []
+    memo: dict[int, str] = {}
+    top = ""
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in ("GLOBAL", "INST"):
@@ -701,8 +760,14 @@ def _names_of_any_protocol(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
                 yield strings[-2], strings[-1]
             elif opcode.name in ("EXT1", "EXT2", "EXT4"):
                 yield "copyreg", f"extension_{argument}"
-            elif isinstance(argument, str):
-                strings.append(argument)
+            if opcode.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+                memo[len(memo) if argument is None else int(str(argument))] = top
+                continue
+            if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+                argument = memo.get(int(str(argument)))
+            top = argument if isinstance(argument, str) else ""
+            if top:
+                strings.append(top)
     except Exception:  # garbage past the interesting part
         return
 
@@ -713,7 +778,11 @@ def open_archive(file: IO[bytes], name: str) -> Any:
     try:
         archive = torch._C.PyTorchFileReader(file)
         held = sum(archive.get_record_size(record) for record in archive.get_all_records())
-    except RuntimeError as error:
+    except Exception as error:  # RuntimeError of the reader, OSError of a seek to where it was told to
+        if zipfile.is_zipfile(file):
+            raise LoadError(
+                f"{name} is a zip archive without a model in it", hint="give a file that torch.save or torch.export.save wrote"
+            ) from None
         raise _damaged(name, _first_line(error)) from None
     if held > (size := _size(file)):  # torch.save does not compress
         raise _damaged(name, f"its parts unpack to {held} bytes, more than its own {size}")
@@ -728,7 +797,7 @@ def _size(file: IO[bytes]) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    return (str(error).splitlines() or [""])[0].partition("  (Could this error")[0][:300] or type(error).__name__
 
 
 def _damaged(name: str, why: str) -> LoadError:
@@ -760,16 +829,21 @@ def _raise_wanted(judge: _Judge, name: str) -> None:
         return
     wanted = tuple(judge.wanted)
     listed = "".join(f"\n  {item}" for item in wanted[:20]) + (f"\n  ... and {len(wanted) - 20} more" if len(wanted) > 20 else "")
-    raise UnsafePickleError(f"{name} is a pickle that wants to run code that nobody vouched for:{listed}", hint=_advice(wanted), wanted=wanted)
+    raise UnsafePickleError(
+        f"{name} is a pickle that wants to run code that nobody vouched for:{listed}", hint=_advice(wanted, judge.trusted), wanted=wanted
+    )
 
 
-def _advice(wanted: Sequence[str]) -> str:
-    otherwise = "a state dict (torch.save(model.state_dict(), path)) with --arch, or --trust-pickle if you trust whoever made this file with your account"
-    tops = {item.partition(".")[0] for item in wanted if re.fullmatch(r"[\w.]+", item)}
+def _advice(wanted: Sequence[str], trusted: Sequence[str]) -> str:
+    """What to do, if the file is worth it."""
+    tops = {re.split(r"\W", item)[0] for item in wanted}
+    by_arch = "save model.state_dict() and load that with --arch"
     if tops == {"__main__"}:
-        return f"the class was defined in a script that is not running now; use {otherwise}"
-    strangers = sorted(tops - set(sys.stdlib_module_names) - {"torch", "torchvision", "timm", "transformers", "normswap", "__main__", "__builtin__"})
-    if strangers and len(tops) == len(strangers):
+        return f"its class was defined in a script, and scripts are not run here: {by_arch}"
+    strangers = sorted(
+        top for top in tops if top not in sys.stdlib_module_names and top not in _KNOWN and top not in trusted and top.isidentifier()
+    )
+    if strangers and len(strangers) == len(tops):
         flags = " ".join(f"--trust-package {name}" for name in strangers)
-        return f"{flags} allows the nn.Module classes of {', '.join(strangers)} (importing runs the package); else use {otherwise}"
-    return f"use {otherwise}"
+        return f"{flags} allows nn.Module classes from there, if you trust that package; or {by_arch}"
+    return f"{by_arch}; or, if you trust whoever made this file with everything on this account, --trust-pickle"

@@ -1,0 +1,606 @@
+"""Every way in: files, specs, state dicts and programs; and what is said where there is no way in."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision_shim  # noqa: F401
+from torch import nn
+
+from normswap.errors import LoadError, NormswapError, UnsafePickleError, UsageError
+from normswap.load import build, load
+
+NET = "load_test_net"
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+class Config:
+    pass
+
+class Odd(Net):
+    def __init__(self):
+        super().__init__()
+        self.config = Config()
+
+def net():
+    print("built")
+    return Net()
+
+def broken():
+    raise ValueError("no such data set")
+
+def wrong():
+    return [1]
+
+def needs(size):
+    return Net()
+
+instance = Net()
+nested = type("Holder", (), {"make": staticmethod(net)})
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's own code in the working directory, which is not on sys.path."""
+    (tmp_path / f"{NET}.py").write_text(CODE)
+    (tmp_path / f"{NET}_bad.py").write_text("1 / 0")
+    (tmp_path / f"{NET}_needy.py").write_text("import no_such_package_at_all")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith(NET)]:
+        del sys.modules[name]
+
+
+def own_model(cls: str = "Net") -> nn.Module:
+    return load(f"{NET}:{cls}").model  # type: ignore[return-value]
+
+
+def fails(source: str | Path, kind: type[NormswapError] = LoadError, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        load(str(source), **options)
+    assert type(caught.value) is kind
+    assert caught.value.message.count("\n") < 8
+    return str(caught.value)
+
+
+# --- specs --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "stem", "cls"),
+    [
+        ("torchvision:resnet18", "resnet18", "ResNet"),
+        ("torchvision:deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "DeepLabV3"),  # its backbone would download
+        ("torchvision:ssdlite320_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "SSD"),
+        ("timm:resnet10t", "resnet10t", "ResNet"),
+        ("timm:resnet10t.c3_in1k", "resnet10t.c3_in1k", "ResNet"),
+        ("torch.nn:Flatten", "Flatten", "Flatten"),
+    ],
+)
+def test_specs_build_models(spec: str, stem: str, cls: str) -> None:
+    pytest.importorskip("torchvision" if "vision" in spec else "timm")
+    loaded = load(spec)
+    assert type(loaded.model).__name__ == cls
+    assert (loaded.source, loaded.stem, loaded.form, loaded.factory) == (spec, stem, "factory", spec)
+
+
+def test_building_draws_the_same_numbers_and_leaves_the_generator() -> None:
+    before = torch.get_rng_state()
+    first, second = build("torchvision:resnet18").state_dict(), build("torchvision:resnet18").state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_user_factories(package: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert type(load(f"{NET}:net").model).__name__ == "Net"
+    assert load(f"{NET}:nested.make").stem == "make"
+    assert load(f"{NET}:Net").stem == "Net"
+    assert "built" not in capfd.readouterr().out  # stdout is for results
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("no_such_module_at_all:net", "there is no module no_such_module_at_all"),
+        (f"{NET}.sub:net", f"there is no module {NET}.sub"),
+        (f"{NET}:nothing", f"{NET} has no nothing"),
+        (f"{NET}_bad:net", "raised ZeroDivisionError: division by zero"),
+        (f"{NET}_needy:net", "needs the module no_such_package_at_all, which is not installed"),
+        (f"{NET}:broken", "raised ValueError: no such data set"),
+        (f"{NET}:wrong", "returned a list, not an nn.Module"),
+        (f"{NET}:needs", "raised TypeError"),
+        (f"{NET}:instance", "is a Net, not something to call"),
+        ("torchvision:resnet19", "torchvision has no model 'resnet19'\nhint: did you mean resnet1"),
+        ("timm:resnet10", "timm has no model 'resnet10'"),
+        ("timm:hf-hub:someone/model", "timm has no model"),
+        ("timm:local-dir:/tmp", "timm has no model"),
+        ("hf:/no/such/directory", "has no config.json"),
+    ],
+)
+def test_specs_that_lead_nowhere(package: Path, spec: str, text: str) -> None:
+    assert text in fails(spec)
+
+
+@pytest.mark.parametrize("spec", ["resnet18", "torchvision:", "timm:", "a:b:c", "", "package.module:", "-:x"])
+def test_arch_that_is_no_spec(tmp_path: Path, spec: str) -> None:
+    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert "does not name an architecture" in fails(tmp_path / "w.safetensors", UsageError, arch=spec)
+
+
+def test_weights_that_do_not_exist() -> None:
+    assert "choose from IMAGENET1K_V1, DEFAULT" in fails("torchvision:resnet18@IMAGENET9", UsageError).replace(
+        "IMAGENET1K_V1, IMAGENET1K_V1", "X"
+    )
+    assert "choose from DEFAULT, c3_in1k" in fails("timm:resnet10t@other", UsageError)
+
+
+def test_weights_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    text = fails("torchvision:resnet18@IMAGENET1K_V1")
+    assert "the weights of torchvision:resnet18@IMAGENET1K_V1 cannot be fetched: Name or service not known" in text
+    assert "is there a network?" in text
+    assert capfd.readouterr().out == ""
+
+
+def test_nothing_is_downloaded_without_the_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", forbidden)
+    monkeypatch.setattr("torch.hub.download_url_to_file", forbidden)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", forbidden)
+    for name in ("fcn_resnet50", "lraspp_mobilenet_v3_large", "retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "googlenet"):
+        load(f"torchvision:{name}")
+
+
+def test_mismatched_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mismatched(name: str, package: str | None = None) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.import_module", mismatched)
+        text = fails("torchvision:resnet18")
+    assert "are builds that do not fit each other" in text
+    assert "install both from the same place" in text
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "timm: needs the package timm, which cannot be imported" in fails("timm:resnet18")
+
+
+def test_transformers_directory_keeps_its_head(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    model = transformers.ResNetForImageClassification(config)
+    model.save_pretrained(tmp_path / "saved")
+    capfd.readouterr()
+    loaded = load(f"hf:{tmp_path / 'saved'}")
+    assert type(loaded.model) is type(model)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.model.state_dict().items())
+    assert loaded.stem == "saved"
+    assert capfd.readouterr() == ("", "")
+    weights = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    weights.pop("classifier.1.weight")
+    safetensors.torch.save_file(weights, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    assert "lacks weights of ResNetForImageClassification: classifier.1.weight" in fails(f"hf:{tmp_path / 'saved'}")
+
+
+# --- state dicts --------------------------------------------------------------------------------------------------------------------
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in own_model().state_dict().items()}
+
+
+WRAPPINGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "bare": lambda w: w,
+    "ordered": OrderedDict,
+    "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "model": lambda w: {"model": w, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}},
+    "ddp": lambda w: {f"module.{key}": value for key, value in w.items()},
+    "compiled": lambda w: {f"_orig_mod.{key}": value for key, value in w.items()},
+    "lightning": lambda w: {"state_dict": {f"model.{key}": value for key, value in w.items()}},
+    "ddp of compiled": lambda w: {f"module._orig_mod.{key}": value for key, value in w.items()},
+}
+
+
+@pytest.mark.parametrize("new_form", [True, False])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_state_dicts(package: Path, wrapping: str, new_form: bool) -> None:
+    expected = weights()
+    torch.save(WRAPPINGS[wrapping](expected), package / "w.pt", _use_new_zipfile_serialization=new_form)
+    loaded = load(str(package / "w.pt"), arch=f"{NET}:net")
+    assert (loaded.form, loaded.factory, loaded.stem) == ("state_dict", f"{NET}:net", "w")
+    found = loaded.model.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_state_dicts_keep_their_dtype(package: Path, dtype: torch.dtype) -> None:
+    safetensors.torch.save_file(
+        {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights().items()}, package / "w.safetensors"
+    )
+    assert load("w.safetensors", arch=f"{NET}:net").model.state_dict()["conv.weight"].dtype == dtype
+
+
+def test_state_dicts_that_do_not_fit(package: Path) -> None:
+    found = weights()
+    del found["norm.weight"]
+    found |= {f"extra{i}": torch.ones(1) for i in range(9)}
+    found["conv.weight"] = torch.ones(4, 1, 3, 3)
+    torch.save(found, package / "w.pt")
+    text = fails("w.pt", arch=f"{NET}:net")
+    assert "w.pt does not hold the weights of load_test_net:net" in text
+    assert "missing: norm.weight\n" in text
+    assert "unexpected: extra0, extra1, extra2, extra3, extra4 ... and 4 more" in text
+    assert "of another shape (model against file): conv.weight (2, 1, 3, 3) against (4, 1, 3, 3)" in text
+
+
+def test_a_state_dict_asks_for_its_architecture(package: Path) -> None:
+    torch.save(weights(), package / "w.pt")
+    text = fails("w.pt", UsageError)
+    assert "holds the weights of a model (7 tensors), not the model" in text
+    assert "--arch torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory" in text
+
+
+def test_arch_where_there_is_an_architecture(package: Path) -> None:
+    torch.save(nn.Linear(2, 3), package / "m.pt")
+    assert "m.pt holds the whole model" in fails("m.pt", UsageError, arch="torch.nn:Flatten")
+    assert "builds its own architecture" in fails("torch.nn:Flatten", UsageError, arch="torch.nn:Flatten")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "holds 2 models: a, b"),
+        ({"epoch": 3}, "holds a dict, neither a model nor a state dict"),
+        ({}, "holds a dict"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        (None, "holds None"),
+    ],
+)
+def test_files_without_a_model(tmp_path: Path, content: object, text: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    assert text in fails(tmp_path / "x.pt")
+
+
+def test_a_module_beside_other_things(tmp_path: Path) -> None:
+    torch.save({"model": nn.Linear(2, 3), "epoch": 1}, tmp_path / "x.pt")
+    assert load(str(tmp_path / "x.pt")).form == "module"
+
+
+# --- trust --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_of_the_users_own(package: Path) -> None:
+    torch.save(own_model(), package / "own.pt")
+    for name in [name for name in sys.modules if name.startswith(NET)]:
+        del sys.modules[name]
+    text = fails("own.pt", UnsafePickleError)
+    assert f"{NET}.Net" in text
+    assert f"--trust-package {NET} allows nn.Module classes from there" in text
+    assert "--arch" in text
+    assert NET not in sys.modules
+    assert type(load("own.pt", trust_packages=[NET]).model).__name__ == "Net"
+    assert type(load("own.pt", trust_pickle=True).model).__name__ == "Net"
+
+
+def test_trusting_a_package_trusts_its_layers_only(package: Path) -> None:
+    torch.save(own_model("Odd"), package / "odd.pt")
+    with pytest.raises(UnsafePickleError) as caught:
+        load("odd.pt", trust_packages=[NET])
+    assert caught.value.wanted == (f"{NET}.Config",)
+    assert type(load("odd.pt", trust_pickle=True).model).__name__ == "Odd"
+
+
+def test_a_class_of_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Linear):
+        pass
+
+    Net.__module__, Net.__qualname__ = "__main__", "Net"
+    monkeypatch.setattr(sys.modules["__main__"], "Net", Net, raising=False)
+    torch.save(Net(2, 3), tmp_path / "main.pt")
+    monkeypatch.delattr(sys.modules["__main__"], "Net")
+    text = fails(tmp_path / "main.pt", UnsafePickleError)
+    assert "__main__.Net" in text
+    assert "its class was defined in a script" in text
+    text = fails(tmp_path / "main.pt", trust_pickle=True)
+    assert "Net" in text
+    assert "use a state dict with --arch" in text
+
+
+@pytest.mark.parametrize("package", ["os", "no such", "", "../x", "os.path"])
+def test_packages_that_cannot_be_trusted(package: str) -> None:
+    assert "--trust-package takes the name of a package" in fails("torch.nn:Flatten", UsageError, trust_packages=[package])
+
+
+def test_trusting_torch_does_not_open_its_compilers(tmp_path: Path) -> None:
+    torch.save(torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), tmp_path / "fx.pt")
+    assert "torch.fx.graph_module.reduce_graph_module" in fails(tmp_path / "fx.pt", UnsafePickleError, trust_packages=["torch"])
+
+
+def test_a_class_that_the_installed_package_does_not_have(tmp_path: Path) -> None:
+    torch.save(nn.ReLU(), tmp_path / "m.pt")
+    old, new = zipfile.ZipFile(tmp_path / "m.pt"), zipfile.ZipFile(tmp_path / "n.pt", "w")
+    with old, new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry).replace(b"ReLU", b"ReLX"))
+    assert "the file needs torch.nn.modules.activation.ReLX, which the installed torch does not have" in fails(tmp_path / "n.pt")
+
+
+# --- files that are no models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("x.pt", b"", "x.pt is empty"),
+        ("x.pt", b"hello, this is text\n" * 9, "x.pt is not a model file"),
+        ("x.pt", b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(500), "x.pt is not a model file"),
+        ("x.pt", b"\x89PNG\r\n\x1a\n" + bytes(500), "x.pt is not a model file"),
+        ("x.pt", bytes(5000), "x.pt is not a model file"),
+        ("x.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-lfs pointer"),
+        ("x.pt", b"PK\x03\x04" + bytes(100), "x.pt is damaged"),
+        ("x.pt", b"\x80\x02" + bytes(100), "x.pt"),
+        ("x.pt", bytes(257) + b"ustar" + bytes(300), "is a tar file"),
+        ("x.onnx", b"\x08\x07", "is an ONNX file; a PyTorch model is needed"),
+        ("x.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00garbage", "cannot be read as safetensors"),
+        ("x.safetensors", b"\xff" * 50, "cannot be read as safetensors"),
+        ("x.pt", pickle.dumps([1, 2], protocol=2), "is a pickle, but not one that torch.save wrote"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert text in fails(tmp_path / name)
+
+
+@pytest.mark.parametrize("start", [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02X\xff\xff\xff\xff", b"\x80\x02]"])
+def test_huge_files(tmp_path: Path, start: bytes) -> None:
+    with (tmp_path / "huge.pt").open("wb") as out:
+        out.write(start)
+        out.truncate(20 << 30)  # sparse: no blocks on disk
+    fails(tmp_path / "huge.pt")
+
+
+def test_missing_files_and_directories(tmp_path: Path) -> None:
+    assert "there is no file nowhere.pt" in fails("nowhere.pt", UsageError)
+    assert "there is no file resnet18" in fails("resnet18", UsageError)
+    assert "is a directory\nhint: give a file in it" in fails(tmp_path, UsageError)
+    (tmp_path / "config.json").write_text("{}")
+    assert f"hint: hf:{tmp_path} loads it" in fails(tmp_path, UsageError)
+    (tmp_path / "recipe.json").write_text("{}")
+    assert "was converted already" in fails(tmp_path, UsageError)
+
+
+def test_other_zip_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as out:
+        out.writestr("folder/readme.txt", "hello")
+    assert "is a zip archive without a model in it" in fails(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("trust", [False, True])
+def test_torchscript(tmp_path: Path, trust: bool) -> None:
+    torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)).save(tmp_path / "script.pt")
+    text = fails(tmp_path / "script.pt", trust_pickle=trust)
+    assert "script.pt is TorchScript" in text
+    assert "a .pt2 from torch.export.save" in text
+
+
+def test_a_whole_model_of_the_old_form(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 3), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert "file format of torch before 1.6 cannot be read safely" in fails(tmp_path / "old.pt")
+    assert load(str(tmp_path / "old.pt"), trust_pickle=True).form == "module"
+
+
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str], repository: Path) -> None:
+    load(str(repository / "fixtures" / "digits_cnn.pt"))
+    load("torchvision:resnet18")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_digits_fixture(repository: Path) -> None:
+    loaded = load(str(repository / "fixtures" / "digits_cnn.pt"))
+    assert (loaded.stem, loaded.form, loaded.factory) == ("digits_cnn", "module", None)
+    assert isinstance(loaded.model, nn.Sequential)
+
+
+# --- programs -----------------------------------------------------------------------------------------------------------------------
+
+
+class Branchy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)
+        self.register_buffer("scale", torch.tensor([2.0]), persistent=False)
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = nn.functional.gelu(self.norm(self.conv(x)), approximate="tanh") * self.scale
+        return {"out": y, "size": y.flatten().sum() * (x.shape[0] + 1), "masked": y.masked_fill(mask, 0.0)}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("programs") / "net.pt2"
+    inputs = (torch.rand(2, 3, 5, 5),), {"mask": torch.zeros(2, 4, 5, 5).bool()}
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Branchy().eval(), *inputs, dynamic_shapes={"x": {0: batch}, "mask": {0: batch}})
+    torch.export.save(exported, path)
+    return path
+
+
+def test_programs_are_read(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = load(str(program))
+    assert (loaded.form, loaded.stem) == ("exported_program", "net")
+    assert capfd.readouterr() == ("", "")
+    model = loaded.model
+    assert isinstance(model, torch.export.ExportedProgram)
+    assert model.example_inputs is not None
+    x = torch.rand(5, 3, 5, 5)
+    out = model.module()(x, mask=torch.ones(5, 4, 5, 5).bool())
+    assert out["out"].shape == (5, 4, 5, 5)
+    assert out["masked"].abs().max() == 0
+
+
+def edited(program: Path, target: Path, part: str, change: Callable[[Any], Any], *, extra: dict[str, bytes] | None = None) -> Path:
+    """The program with one part changed: JSON as what it says, others as bytes."""
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(target, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        for entry in old.namelist():
+            data = old.read(entry)
+            if entry.endswith(part):
+                data = json.dumps(change(json.loads(data))).encode() if part.endswith(".json") else change(data)
+            new.writestr(entry, data)
+        for entry, data in (extra or {}).items():
+            new.writestr(entry.format(root=root), data)
+    return target
+
+
+def set_in(*path: str | int) -> Callable[[Any], Callable[[Any], Any]]:
+    def with_value(value: Any) -> Callable[[Any], Any]:
+        def change(tree: Any) -> Any:
+            node = tree
+            for step in path[:-1]:
+                node = node[step]
+            node[path[-1]] = value
+            return tree
+
+        return change
+
+    return with_value
+
+
+GRAPH = ("graph_module", "graph")
+OPERATOR = set_in(*GRAPH, "nodes", 0, "target")
+INJECTED = "x): __import__('os').system('touch {marker}') #"
+EDITS: dict[str, tuple[Callable[[str], Callable[[Any], Any]], str]] = {
+    "torch.hub.load": (lambda m: OPERATOR("torch.hub.load"), "the operator 'torch.hub.load'"),
+    "torch.load": (lambda m: OPERATOR("torch.load"), "the operator 'torch.load'"),
+    "a file is written": (lambda m: OPERATOR("torch.ops.aten.save.default"), "aten.save"),
+    "a file is mapped": (lambda m: OPERATOR("torch.ops.aten.from_file.default"), "aten.from_file"),
+    "an extension": (lambda m: OPERATOR("#evil:x"), "the operator '#evil:x'"),
+    "attributes of an operator": (lambda m: OPERATOR("torch.ops.aten.relu.default.__class__"), "the operator"),
+    "an attribute of torch.ops": (lambda m: OPERATOR("torch.ops.load_library"), "the operator"),
+    "_operator": (lambda m: OPERATOR("_operator.methodcaller"), "the operator '_operator.methodcaller'"),
+    "guards": (lambda m: set_in("guards_code")([f"__import__('os').system('touch {m}')"]), "the expression"),
+    "guards by attributes": (lambda m: set_in("guards_code")(["L.__class__"]), "the expression 'L.__class__'"),
+    "guards without end": (lambda m: set_in("guards_code")(["9**9**9**9 > 1"]), "the expression"),
+    "a name of an input": (lambda m: set_in(*GRAPH, "inputs", 0, "as_tensor", "name")(INJECTED.format(marker=m)), "the name"),
+    "a name of a parameter": (
+        lambda m: set_in("graph_module", "signature", "input_specs", 0, "parameter", "parameter_name")('a"); import os; ("'),
+        "the name",
+    ),
+    "names of arguments": (
+        lambda m: set_in("graph_module", "module_call_graph", 0, "signature", "forward_arg_names")([INJECTED.format(marker=m)]),
+        "the name",
+    ),
+    "names of keywords": (
+        lambda m: lambda tree: json.loads(json.dumps(tree).replace("mask", "mask=print()")),
+        "the name",
+    ),
+    "a key": (lambda m: set_in(*GRAPH, "tensor_values", "x y")(None), "the name 'x y'"),
+    "a symbolic size": (
+        lambda m: lambda tree: json.loads(json.dumps(tree).replace("Symbol(", f"__import__('os').system('touch {m}') or Symbol(")),
+        "the expression",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_programs_that_say_more_than_a_program_are_refused(program: Path, tmp_path: Path, edit: str) -> None:
+    change, text = EDITS[edit]
+    marker = tmp_path / "marker"
+    bad = edited(program, tmp_path / "bad.pt2", "models/model.json", change(str(marker)))
+    message = fails(bad)
+    assert "bad.pt2 is a torch.export program that cannot be loaded safely" in message
+    assert text in message
+    assert not marker.exists()
+
+
+def test_an_edit_that_changes_nothing_is_read(program: Path, tmp_path: Path) -> None:
+    assert load(str(edited(program, tmp_path / "same.pt2", "models/model.json", lambda tree: tree))).form == "exported_program"
+
+
+class _Payload:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (self.marker, "w")
+
+
+def test_pickles_inside_a_program_are_reviewed(program: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    evil = io.BytesIO()
+    torch.save((_Payload(str(marker)),), evil)
+    bad = tmp_path / "bad.pt2"
+    edited(program, bad, "data/sample_inputs/model.pt", lambda data: evil.getvalue())
+    assert "io.open" in fails(bad, UnsafePickleError)
+    edited(program, bad, "nothing", lambda data: data, extra={"{root}/data/weights/model.pt": evil.getvalue()})
+    assert "io.open" in fails(bad, UnsafePickleError)
+
+    def pickled(config: Any) -> Any:
+        next(iter(config["config"].values())).update(use_pickle=True, path_name="weight_evil")
+        return config
+
+    edited(program, bad, "model_weights_config.json", pickled, extra={"{root}/data/weights/weight_evil": evil.getvalue()})
+    assert "io.open" in fails(bad, UnsafePickleError)
+
+    def opaque(config: Any) -> Any:
+        config["config"]["evil"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+        return config
+
+    edited(
+        program,
+        bad,
+        "model_constants_config.json",
+        opaque,
+        extra={"{root}/data/constants/opaque_obj_0": pickle.dumps(_Payload(str(marker)))},
+    )
+    assert "the object 'opaque_obj_0' in the constants" in fails(bad)
+    edited(program, bad, "nothing", lambda data: data, extra={"{root}/data/aotinductor/model/a.so": b"\x7fELF"})
+    assert "the part 'data/aotinductor/model/a.so'" in fails(bad)
+    edited(program, bad, "nothing", lambda data: data, extra={"version": b"8.8", "serialized_state_dict.pt": evil.getvalue()})
+    fails(bad)
+    with zipfile.ZipFile(bad, "w") as out:
+        for part in ("version", "serialized_exported_program.json", "serialized_state_dict.pt", "serialized_constants.pt"):
+            out.writestr(part, evil.getvalue())
+    assert "the format of torch.export before torch 2.8" in fails(bad)
+    assert not marker.exists()
+
+
+def test_damaged_programs(program: Path, tmp_path: Path) -> None:
+    whole = program.read_bytes()
+    for length in range(10, len(whole), 997):
+        (tmp_path / "cut.pt2").write_bytes(whole[:length])
+        fails(tmp_path / "cut.pt2")
+    bad = edited(program, tmp_path / "bad.pt2", "models/model.json", lambda tree: [])
+    assert "bad.pt2 cannot be loaded as a torch.export program" in fails(bad)
