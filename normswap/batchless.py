@@ -34,15 +34,15 @@ class Source:
 
 def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that broadcasts `sizes` on `axes` against x. ValueError if x has not exactly these sizes there, or is not floating."""
-    needed = max((axis + 1 if axis >= 0 else -axis for axis in axes), default=0)
-    if x.dim() < needed or any(x.shape[axis] != size for axis, size in zip(axes, sizes, strict=True)):
+    ndim = x.dim()
+    if any(not -ndim <= axis < ndim or x.shape[axis] != size for axis, size in zip(axes, sizes, strict=True)):
         raise ValueError(
             f"BatchlessNorm has {' x '.join(map(str, sizes))} channels on axis {', '.join(map(str, axes))}, "
             f"but its input has the shape {tuple(x.shape)}"
         )
     if not x.is_floating_point():  # the result would be rounded to x's dtype
         raise ValueError(f"BatchlessNorm takes floating-point inputs, but its input is {x.dtype}")
-    return numerics.axes_shape(sizes, axes, x.dim())
+    return numerics.axes_shape(sizes, axes, ndim)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
