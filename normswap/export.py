@@ -15,7 +15,9 @@ import ast
 import contextlib
 import copy
 import functools
+import gc
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from normswap.batchless import BatchlessNorm
@@ -106,17 +108,22 @@ def export(
         model, sites = _marked_copy(model)
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
+    weights = list(graph.graph.initializers.values())
     folded, residue = _fold(graph, sites)
     del sites
-    _tidy(graph, names)
+    _tidy(graph, *names)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
     proto, tensors = _skeleton(graph)
-    del graph
+    for value in weights:
+        value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
+    del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
     nodes = _census(proto.graph)
     _write(proto, tensors, Path(path))
+    del tensors
+    gc.collect()  # a graph refers to itself all over; with it go the folded weights
     return Export(
         path=Path(path),
         opset=opset,
@@ -145,18 +152,18 @@ class _Mark(BatchlessNorm):
     number: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mark_op()(x, self.number)
+        return cast(Tensor, torch.ops.normswap.onnx_affine(x, self.number))
 
 
 @functools.cache
-def _mark_op() -> Callable[[Tensor, int], Tensor]:
+def _mark_op() -> Any:
     # An operator of its own, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may rely on.
     _LIBRARY.define("onnx_affine(Tensor x, int site) -> Tensor")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{_DOMAIN}::onnx_affine", lambda x, site: torch.empty_like(x), lib=_LIBRARY)
-    return cast(Callable[[Tensor, int], Tensor], torch.ops.normswap.onnx_affine.default)
+    return torch.ops.normswap.onnx_affine.default
 
 
-_LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # its operators live as long as it does
 
 
 def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
@@ -184,8 +191,9 @@ def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
 
 def _graph_of(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: bool
-) -> tuple[ir.Model, list[str], tuple[str, ...]]:
-    """(the graph, the names that its outputs should have, notes)."""
+) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
+    """(the graph, the names that its inputs and outputs should have, notes)."""
+    marks = {_mark_op(): _onnx_mark()}
     choices = _dynamic_shapes(model, args, kwargs) if dynamic and isinstance(model, nn.Module) else [None]
     failures: list[Exception] = []
     for shapes in choices:
@@ -197,7 +205,7 @@ def _graph_of(
                     kwargs=kwargs,
                     dynamic_shapes=shapes,
                     opset_version=opset,
-                    custom_translation_table={cast(Any, _mark_op()): _onnx_mark()},
+                    custom_translation_table=marks,
                     dynamo=True,
                     verbose=False,
                 )
@@ -208,7 +216,9 @@ def _graph_of(
         raise ExportError(f"torch cannot make an ONNX graph of this model: {_reason(failures[-1])}", hint=_NO_ONNX) from failures[-1]
     fixed = len(choices) > 1 and shapes is None
     notes = (f"the batch size is fixed, as torch refuses a free one: {_reason(failures[0])}",) if fixed else ()
-    return program.model, _output_names(program.exported_program), notes
+    signature = program.exported_program.graph_signature
+    inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+    return program.model, (inputs, _output_names(program.exported_program)), notes
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -268,10 +278,11 @@ def _unused(name: str, taken: Container[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Results alone go to stdout, and what torch.onnx says about its own code goes nowhere."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """What torch prints and logs about its own code goes nowhere, and neither does what the model prints; warnings still show."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         for category, message in _KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message, category)
         try:
@@ -281,8 +292,11 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+    for w in caught:
+        warnings.showwarning(w.message, w.category, w.filename, w.lineno)
 
 
+_TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 _KNOWN_WARNINGS = ((FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),)
 
 
@@ -303,8 +317,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line[:300]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
+    return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"
 
 
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
@@ -312,8 +327,12 @@ def _first_line(error: BaseException) -> str:
 
 def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Fold every norm where that is exact; the names of those that vanished, and of those that stayed."""
+    from onnxscript import optimizer
+
     from normswap.folding import REWRITES, Constants
 
+    if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+        optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
     constants = Constants(model.graph)
     folded: list[str] = []
     residue: list[str] = []
@@ -413,8 +432,8 @@ def _norm_around(node: ir.Node) -> str | None:
 # 4. The file ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _tidy(model: ir.Model, names: Sequence[str]) -> None:
-    """Remove what nothing needs, give the outputs their names, and say who made this."""
+def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Remove what nothing needs, and give the inputs and outputs their names."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -430,17 +449,17 @@ def _tidy(model: ir.Model, names: Sequence[str]) -> None:
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)
 
-    fixed = {str(value.name) for value in graph.inputs} | set(graph.initializers)
-    finals: list[str] = []
-    for name in names:
-        finals.append(_unused(name, {*fixed, *finals}))
     inner = [value for node in graph.all_nodes() for value in node.outputs if value not in seen]
-    taken = {*fixed, *finals, *(str(value.name) for value in inner)}
+    names = {*input_names, *graph.initializers}
+    outputs: list[str] = []
+    for name in output_names:
+        outputs.append(_unused(name, {*names, *outputs}))
+    taken = {*names, *outputs, *(str(value.name) for value in inner)}
     for value in inner:
-        if value.name in finals:
+        if value.name in {*input_names, *outputs}:
             value.name = _unused(f"{value.name}_", taken)
             taken.add(value.name)
-    for value, name in zip(graph.outputs, finals, strict=True):
+    for value, name in zip((*graph.inputs, *graph.outputs), (*input_names, *outputs), strict=True):
         value.name = name
 
     # What torch notes holds the paths of this machine.
@@ -463,6 +482,7 @@ def _skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProt
         if tensor.nbytes >= _STREAMED and tensor.dtype.bitwidth % 8 == 0:
             large[name] = tensor
             value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+            value.const_value = None
             del model.graph.initializers[name]
             model.graph.inputs.append(value)
     return ir.to_proto(model), large
@@ -472,6 +492,7 @@ def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     import onnx
 
     if _opset_of(proto) > opset:
+        _drop_defaults(proto)
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
         except Exception as error:
@@ -486,6 +507,16 @@ def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         )
     onnx.helper.set_model_props(proto, {"normswap_version": _version()})
     return proto
+
+
+def _drop_defaults(proto: onnx.ModelProto) -> None:
+    """Remove attributes that say what is so without them: an older opset may not know their names."""
+    import onnx
+
+    for node in proto.graph.node:
+        known = onnx.defs.get_schema(node.op_type, _opset_of(proto), node.domain).attributes
+        for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
+            node.attribute.remove(attribute)
 
 
 def _version() -> str:
@@ -505,7 +536,9 @@ def _check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        raise ExportError(f"the ONNX graph that torch made is not valid: {_first_line(error)}", hint=_NO_ONNX) from error
+        line = _first_line(error)
+        hint = "most operators take bfloat16 from opset 22 on" if "bfloat16" in line else _NO_ONNX
+        raise ExportError(f"the ONNX graph that torch made is not valid: {line}", hint=hint) from error
 
 
 def _census(graph: onnx.GraphProto) -> dict[str, int]:
