@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from normswap.errors import UsageError
 
 SEED = 0
-_SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(?P<dtype>\w+))?")
+_SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
 _EXPECTED = "expected a shape such as 1x3x224x224, with a dtype if it is not float32: 1x128:int64, or a .pt or .npz file"
 _DTYPES = {
     name: getattr(torch, name)
@@ -175,7 +175,7 @@ def _from_spec(spec: str, seed: int) -> Tensor:
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise UsageError(f"--input {spec} is not a shape", hint=_EXPECTED)
-    name = (match["dtype"] or "float32").removeprefix("torch.")
+    name = match["dtype"] or "float32"
     if name not in _DTYPES:
         raise UsageError(f"--input {spec}: there is no dtype {name}", hint=f"choose from {', '.join(_DTYPES)}")
     shape = [int(size) for size in match["shape"].split("x")]

@@ -290,7 +290,7 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
         if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20):
             return _safetensors(path)
         if start[:4] == b"PK\x03\x04":
-            if zipfile.is_zipfile(file) and "serialized_exported_program.json" in zipfile.ZipFile(file).namelist():
+            if "serialized_exported_program.json" in _zip_names(file):
                 raise LoadError(
                     f"{path.name} is in the format of torch.export before torch 2.8, which cannot be read safely",
                     hint="load it with the torch that wrote it, and save it with a newer one",
@@ -307,6 +307,13 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
             _make_working_directory_importable()
         found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
     return found if isinstance(found, nn.Module) else _state_dict(found, path.name)
+
+
+def _zip_names(file: IO[bytes]) -> list[str]:
+    try:
+        return zipfile.ZipFile(file).namelist()
+    except Exception:  # of a damaged archive; whoever reads it next says so
+        return []
 
 
 def _trusted(file: IO[bytes], name: str) -> Any:
