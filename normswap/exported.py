@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from normswap.errors import SwapError
 from normswap.inputs import Inputs
@@ -36,11 +36,13 @@ def _dynamic_shapes(program: ExportedProgram, inputs: Inputs) -> Any:
     names = set(program.graph_signature.user_inputs)
     values = iter([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names])
 
-    def axes(tensor: torch.Tensor) -> dict[int, Any]:
+    def axes(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, torch.Tensor):
+            return None
         value = next(values)
         return {axis: Dim.DYNAMIC for axis, size in enumerate(getattr(value, "shape", ())) if isinstance(size, torch.SymInt)}
 
-    shapes = tree_map_only(torch.Tensor, axes, (inputs.args, dict(inputs.kwargs)))
+    shapes = tree_map(axes, (inputs.args, dict(inputs.kwargs)))
     args, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", shapes)
     return {**dict(zip(_positional_names(program, len(args)), args, strict=True)), **kwargs}
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.errors import SwapError
 
@@ -39,8 +42,16 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
     for buffer in (b for module in modules for b in module._buffers.values() if b is not None):
         if is_lazy(buffer):  # an UninitializedParameter can be copied, an UninitializedBuffer not
             memo.setdefault(id(buffer), cast(Any, UninitializedBuffer)(False, buffer.device, buffer.dtype))
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            # What such a hook computes is a tensor with a history, which cannot be copied; before it is read it is computed anew.
+            computed = module.__dict__.get(hook.name) if isinstance(hook, (SpectralNorm, WeightNorm)) else None
+            if computed is not None:
+                memo.setdefault(id(computed), computed.detach().clone())
     try:
-        copied = copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # torch's, of the pytree spec in an exported program's module
+            copied = copy.deepcopy(model, memo)
         for module in modules:
             if isinstance(module, fx.GraphModule) and isinstance(memo.get(id(module)), fx.GraphModule):
                 _restore_attributes(module, memo[id(module)], memo)
