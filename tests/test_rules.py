@@ -1,0 +1,420 @@
+"""Every rule: what it fires on, and what it declines or leaves to others, with the sentence that says so. Sizes are pairwise different."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from surgery import error, swapped
+from torch import Tensor, nn
+
+import normswap
+from fixtures.nets import RenamedBatchNorm, ShiftedBatchNorm, randomise
+from normswap.plan import Site
+from normswap.rules import DEFAULT_RULES
+
+N, C, D, H, W = 2, 5, 3, 7, 4
+
+
+def timm_act(name: str, **options: Any) -> nn.Module:
+    from timm.layers import norm_act
+
+    return cast(nn.Module, getattr(norm_act, name)(C, **options))
+
+
+def frozen(**options: Any) -> nn.Module:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return cast(nn.Module, FrozenBatchNorm2d(C, **options))
+
+
+def flag_off(norm: nn.BatchNorm2d) -> nn.Module:
+    """Lightning's way of freezing: the flag is off, the buffers are there and are used in eval mode."""
+    norm.track_running_stats = False
+    return norm
+
+
+def materialised() -> nn.Module:
+    lazy = nn.LazyBatchNorm2d()
+    lazy(torch.randn(N, C, H, W))
+    return lazy
+
+
+def half_affine() -> nn.Module:
+    norm = nn.BatchNorm2d(C)
+    norm.bias = None
+    return norm
+
+
+@torch.no_grad()
+def set_to(norm: Any, **tensors: float) -> Any:
+    for name, value in tensors.items():
+        getattr(norm, name)[1] = value
+    return norm
+
+
+class OwnCheck(nn.BatchNorm2d):
+    """Takes any rank; `forward` is BatchNorm's."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+# kind, layer, shape of its input
+FIRES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": ("batch_norm", lambda: nn.BatchNorm1d(C), (N, C)),
+    "1d sequence": ("batch_norm", lambda: nn.BatchNorm1d(C), (N, C, W)),
+    "2d": ("batch_norm", lambda: nn.BatchNorm2d(C), (N, C, H, W)),
+    "3d": ("batch_norm", lambda: nn.BatchNorm3d(C), (N, C, D, H, W)),
+    "sync": ("batch_norm", lambda: nn.SyncBatchNorm(C), (N, C, H, W)),
+    "affine=False": ("batch_norm", lambda: nn.BatchNorm2d(C, affine=False), (N, C, H, W)),
+    "weight only": ("batch_norm", half_affine, (N, C, H, W)),
+    "momentum=None": ("batch_norm", lambda: nn.BatchNorm2d(C, momentum=None), (N, C, H, W)),
+    "eps=0": ("batch_norm", lambda: nn.BatchNorm2d(C, eps=0.0), (N, C, H, W)),
+    "eps=2": ("batch_norm", lambda: nn.BatchNorm2d(C, eps=2.0), (N, C, H, W)),
+    "flag off, buffers there": ("batch_norm", lambda: flag_off(nn.BatchNorm2d(C)), (N, C, H, W)),
+    "lazy, materialised": ("batch_norm", materialised, (N, C, H, W)),
+    "subclass": ("batch_norm", lambda: RenamedBatchNorm(C), (N, C, H, W)),
+    "subclass of another rank": ("batch_norm", lambda: OwnCheck(C), (N, C, W)),
+    "tiny variance": ("batch_norm", lambda: set_to(nn.BatchNorm2d(C, eps=0.0), running_var=1e-12), (N, C, H, W)),
+    "weight 0": ("batch_norm", lambda: set_to(nn.BatchNorm2d(C), weight=0.0), (N, C, H, W)),
+    "torchvision's frozen": ("frozen_batch_norm", frozen, (N, C, H, W)),
+    "frozen, eps=0": ("frozen_batch_norm", lambda: frozen(eps=0.0), (N, C, H, W)),
+    "norm-act": ("batch_norm_act", lambda: timm_act("BatchNormAct2d"), (N, C, H, W)),
+    "norm-act, frozen": ("batch_norm_act", lambda: timm_act("FrozenBatchNormAct2d"), (N, C, H, W)),
+    "norm-act, no affine": ("batch_norm_act", lambda: timm_act("BatchNormAct2d", affine=False), (N, C, H, W)),
+    "norm-act, prelu": ("batch_norm_act", lambda: timm_act("BatchNormAct2d", act_layer=nn.PReLU), (N, C, H, W)),
+}
+
+
+@pytest.mark.parametrize("what", FIRES)
+def test_fires(what: str) -> None:
+    kind, make, shape = FIRES[what]
+    norm = make()
+    if what not in ("tiny variance", "weight 0"):
+        randomise(norm, 1)
+    model = nn.Sequential(norm).eval()
+    x = torch.randn(shape)
+    (swap,) = normswap.plan(model, x).swaps
+    assert (swap.kind, swap.preserves) == (kind, "exact")
+    assert error(model, swapped(model, x), x) <= 1e-6
+
+
+# -- declined ------------------------------------------------------------------------------------------------------------------
+
+
+def own_forward(norm: nn.Module) -> nn.Module:
+    norm.forward = types.MethodType(lambda self, x: x + 1, norm)  # type: ignore[method-assign]
+    return norm
+
+
+class OwnCall(nn.BatchNorm2d):
+    def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return cast(Tensor, super().__call__(x)) + 1
+
+
+class OwnWeight(nn.BatchNorm2d):
+    """Its weight is an expression."""
+
+    def __init__(self) -> None:
+        super().__init__(C, affine=False)
+        del self.weight
+        self.log_weight = nn.Parameter(torch.zeros(C))
+
+    weight = property(lambda self: self.log_weight.exp(), lambda self, value: None)  # type: ignore[assignment]
+
+
+def with_more() -> nn.Module:
+    norm = nn.BatchNorm2d(C)
+    norm.register_buffer("temperature", torch.ones(1))
+    return norm
+
+
+def no_stats(**options: Any) -> nn.Module:
+    return nn.BatchNorm2d(C, track_running_stats=False, **options)
+
+
+def fused() -> nn.Module:
+    return torch.ao.nn.intrinsic.ConvBn2d(nn.Conv2d(4, C, 1), nn.BatchNorm2d(C))  # type: ignore[no-untyped-call]
+
+
+def qat() -> nn.Module:
+    from torch.ao.nn.intrinsic.qat import ConvBn2d
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    return ConvBn2d(4, C, 1, qconfig=get_default_qat_qconfig("fbgemm"))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def quantised() -> nn.Module:
+    return torch.ao.nn.quantized.BatchNorm2d(C)  # type: ignore[no-untyped-call]
+
+
+class Custom_RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(W))
+
+
+class GlobalResponseNorm(nn.Module):
+    pass
+
+
+# kind, layer, the sentence (from its start)
+DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
+    "no statistics": (
+        "batch_norm",
+        no_stats,
+        "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too; "
+        "a swap needs calibration data",
+    ),
+    "no statistics, no affine": ("batch_norm", lambda: no_stats(affine=False), "has no running statistics to start from"),
+    "lazy": ("batch_norm", nn.LazyBatchNorm2d, "is lazy and has no shape yet; run one forward pass before converting"),
+    "no channels": ("batch_norm", lambda: nn.BatchNorm2d(0), "has no channels"),
+    "meta": (
+        "batch_norm",
+        lambda: nn.BatchNorm2d(C, device="meta"),
+        "is on the meta device, so its statistics have no values yet; load the weights first",
+    ),
+    "NaN mean": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_mean=torch.nan),
+        "has 1 of 5 values of running_mean that are not finite",
+    ),
+    "infinite variance": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=torch.inf),
+        "has 1 of 5 values of running_var that are not finite",
+    ),
+    "variance 0, eps 0": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C, eps=0.0), running_var=0.0),
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=0): no std to divide by",
+    ),
+    "variance -1": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=-1.0),
+        "has 1 of 5 channels whose running_var + eps is not positive",
+    ),
+    "subclass": (
+        "batch_norm",
+        lambda: ShiftedBatchNorm(C),
+        "is a ShiftedBatchNorm, which overrides forward, so it may do more than normalize",
+    ),
+    "call": ("batch_norm", lambda: OwnCall(C), "is a OwnCall, which overrides __call__, so it may do more than normalize"),
+    "object's forward": (
+        "batch_norm",
+        lambda: own_forward(nn.BatchNorm2d(C)),
+        "has a forward of its own, set on the object, so it may do more than normalize",
+    ),
+    "parametrized": (
+        "batch_norm",
+        lambda: torch.nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", nn.Softplus()),
+        "has a parametrized weight; remove it with torch.nn.utils.parametrize.remove_parametrizations first",
+    ),
+    "weight_norm": (
+        "batch_norm",
+        lambda: old_weight_norm(nn.BatchNorm2d(C)),
+        "has a weight that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first",
+    ),
+    "property": ("batch_norm", OwnWeight, "has a weight that is computed (by spectral_norm or weight_norm?)"),
+    "more tensors": ("batch_norm", with_more, "holds temperature besides the tensors of a BatchNorm, so it may do more than normalize"),
+    "fused for QAT": (
+        "batch_norm",
+        fused,
+        "sits in a quantised or quantisation-aware ConvBn2d; convert the float model and quantise the result",
+    ),
+    "QAT": ("batch_norm", qat, "sits in a quantised or quantisation-aware ConvBn2d"),
+    "quantised": ("batch_norm", quantised, "is a quantised or quantisation-aware BatchNorm2d"),
+    "frozen, NaN": (
+        "frozen_batch_norm",
+        lambda: set_to(frozen(), running_var=torch.nan),
+        "has 1 of 5 values of running_var that are not finite",
+    ),
+    "frozen, forward": ("frozen_batch_norm", lambda: own_forward(frozen()), "has a forward of its own, set on the object"),
+    "norm-act, no statistics": (
+        "batch_norm_act",
+        lambda: timm_act("BatchNormAct2d", track_running_stats=False),
+        "has no running statistics to start from",
+    ),
+    "norm-act, forward": ("batch_norm_act", lambda: own_forward(timm_act("BatchNormAct2d")), "has a forward of its own, set on the object"),
+    "layer norm": (
+        "layer_norm",
+        lambda: nn.LayerNorm(W),
+        "LayerNorm takes its statistics from each sample, so an exact swap does not exist; an approximate one needs calibration data",
+    ),
+    "group norm": ("group_norm", lambda: nn.GroupNorm(1, C), "GroupNorm takes its statistics from each sample"),
+    "instance norm": ("instance_norm", lambda: nn.InstanceNorm2d(C), "InstanceNorm2d takes its statistics from each sample"),
+    "rms norm": ("rms_norm", lambda: nn.RMSNorm(W), "RMSNorm takes its statistics from each sample"),
+    "a norm of one's own": (
+        "unknown",
+        Custom_RMSNorm,
+        f"{__name__}.Custom_RMSNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
+    ),
+    "a norm without parameters": (
+        "unknown",
+        GlobalResponseNorm,
+        f"{__name__}.GlobalResponseNorm is not a normalization that normswap knows",
+    ),
+    "torch's response norm": ("unknown", lambda: nn.LocalResponseNorm(3), "torch.nn.modules.normalization.LocalResponseNorm is not"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:torch.ao.quantization is deprecated", "ignore:Lazy modules")
+@pytest.mark.parametrize("what", DECLINES)
+def test_declines(what: str) -> None:
+    kind, make, reason = DECLINES[what]
+    decided = normswap.plan(Container(make()).eval())  # its forward needs what nobody has: the names are enough
+    assert decided.swaps == ()
+    (skip,) = decided.skips
+    assert skip.kind == kind
+    assert skip.reason.startswith(reason)
+
+
+class Container(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor, *needs: Tensor) -> Tensor:
+        return cast(Tensor, self.part(x)) if needs[0] else x
+
+
+def old_weight_norm(norm: nn.Module) -> nn.Module:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nn.utils.weight_norm(norm)
+
+
+# -- not a norm ----------------------------------------------------------------------------------------------------------------
+
+
+class ConvNormAct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, C, 1), nn.ReLU()
+
+
+class PreNorm(nn.Module):
+    """A block that holds a norm: the norm is listed, the block is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.body = nn.Identity(), nn.Linear(W, W)
+
+
+class Normalize(nn.Module):
+    pass
+
+
+class NormalizedEmbedding(nn.Module):
+    pass
+
+
+NOT_A_NORM: dict[str, Callable[[], nn.Module]] = {
+    "container": ConvNormAct,
+    "pre-norm block": PreNorm,
+    "preprocessing": Normalize,
+    "normalized": NormalizedEmbedding,
+    "batchless": lambda: normswap.BatchlessNorm(C),
+    "spectral norm of a conv": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, C, 1)),
+    "weight norm of a conv": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, C, 1)),
+    "softmax": lambda: nn.Softmax(dim=1),
+    "identity": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("what", NOT_A_NORM)
+def test_not_a_norm(what: str) -> None:
+    decided = normswap.plan(Container(NOT_A_NORM[what]()).eval())
+    assert (decided.swaps, decided.skips) == ((), ())
+
+
+def test_at_least_as_many_must_not_fire_as_must() -> None:
+    assert len(DECLINES) + len(NOT_A_NORM) >= len(FIRES)
+    spoken_for = {kind for kind, *_ in (*FIRES.values(), *DECLINES.values())} | {"functional_batch_norm"}  # test_graph_modules.py
+    assert spoken_for == {rule.kind for rule in DEFAULT_RULES}
+
+
+# -- calls in graphs -----------------------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, Any] = {
+    "node": "batch_norm",
+    "input": None,
+    "running_mean": torch.zeros(C),
+    "running_var": torch.ones(C),
+    "weight": torch.ones(C),
+    "bias": torch.zeros(C),
+    "training": False,
+    "momentum": 0.1,
+    "eps": 1e-5,
+}
+NODE = torch.fx.Graph().placeholder("computed")
+
+
+CALLS: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"eps": 0}, None),
+    ({"weight": None, "bias": None}, None),
+    ({"weight": None}, None),
+    ({"training": 0}, None),
+    ({"training": True}, "normalizes by each batch's own statistics (training=True was traced); trace the model in eval mode"),
+    ({"training": NODE}, "takes a training flag that the graph computes (computed), so it is not a constant"),
+    ({"training": True, "running_mean": None, "running_var": None}, "has no running statistics to start from (track_running_stats=False)"),
+    ({"running_mean": NODE}, "takes a running_mean that the graph computes (computed), so it is not a constant"),
+    ({"weight": NODE}, "takes a weight that the graph computes (computed), so it is not a constant"),
+    ({"eps": NODE}, "takes an eps that the graph computes (computed), so it is not a constant"),
+    ({"running_var": torch.zeros(C), "eps": 0.0}, "has 5 of 5 channels whose running_var + eps is not positive"),
+    ({"running_mean": torch.full((C,), torch.nan)}, "has 5 of 5 values of running_mean that are not finite"),
+]
+CALLS_DECLINED = [reason for _, reason in CALLS if reason]
+
+
+@pytest.mark.parametrize(("change", "reason"), CALLS)
+def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
+    site = Site("batch_norm", (), None, 1, function="torch.nn.functional.batch_norm", arguments={**ARGUMENTS, **change})
+    rule = next(rule for rule in DEFAULT_RULES if rule.recognises(site))
+    assert rule.kind == "functional_batch_norm"
+    found = rule.check(site)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+    if reason is None:
+        assert rule.build is not None
+        torch.testing.assert_close(rule.build(site, "log")(torch.ones(N, C)), torch.full((N, C), (1 + 1e-5) ** -0.5), rtol=1e-4, atol=0)
+
+
+# reasons that need more than one layer to come about: tested in test_trace.py, test_match.py and test_swap.py
+OTHER_REASONS = [
+    "is a call of torch.batch_norm in the code of a module, which can only be replaced in a traced model",
+    "has statistics that batch_norm reads directly instead of calling the layer",
+    "was excluded by name or kind",
+    "is not among those that were asked for",
+    "is TorchScript (BatchNorm2d), which cannot be replaced; convert the model before it is scripted",
+    "no rule speaks for BatchNorm2d",
+]
+
+
+def test_a_call_in_code() -> None:
+    site = Site("batch_norm", (), None, 1, function="torch.batch_norm")
+    rule = next(rule for rule in DEFAULT_RULES if rule.recognises(site))
+    assert rule.check(site) == (
+        "is a call of torch.batch_norm in the code of a module, which can only be replaced in a traced model; "
+        "make it a layer, or convert the model's torch.fx graph or exported program"
+    )
+
+
+def test_every_reason_is_documented(repository: Path) -> None:
+    """docs/rules.md quotes each reason up to where it speaks of one layer only."""
+    page = (repository / "docs" / "rules.md").read_text()
+    quoted = [
+        re.compile(re.escape(q).replace("\\.\\.\\.", ".*") + ".*", re.DOTALL) for q in re.findall(r"^\\| `([^`]+)`", page, re.MULTILINE)
+    ]
+    every = [reason for _, _, reason in DECLINES.values()] + list(CALLS_DECLINED)
+    undocumented = [reason for reason in every if not any(quote.match(reason) for quote in quoted)]
+    assert undocumented == []
+    assert [quote.pattern for quote in quoted if not any(quote.match(reason) for reason in (*every, *OTHER_REASONS))] == []
