@@ -67,7 +67,7 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
 def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
     tensors = [leaf for leaf in tree_flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
-    blank = all(bool((t == t.reshape(-1)[:1]).all()) for t in tensors if t.is_floating_point() and t.dim())
+    blank = all(bool((t == t.reshape(-1)[:1]).all()) for t in tensors if t.is_floating_point() and t.dim() and t.numel())
 
     def redraw(tensor: Tensor) -> Tensor:
         resized = tensor.dim() > 0 and batch is not None
