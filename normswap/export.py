@@ -297,7 +297,10 @@ def _quiet() -> Iterator[None]:
 
 
 _TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
-_KNOWN_WARNINGS = ((FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),)
+_KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # torch copies its own tree of the inputs
+    (UserWarning, r"# The axis name: batch will not be used"),  # ... for a second input: it has the first one's
+)
 
 
 def _reason(error: BaseException) -> str:
@@ -336,14 +339,16 @@ def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[tuple[str, ...], tup
     constants = Constants(model.graph)
     folded: list[str] = []
     residue: list[str] = []
-    for node in list(model.graph.all_nodes()):
+    nodes = list(model.graph.all_nodes())
+    names = {str(node.name) for node in nodes}
+    for node in nodes:
         affine = _marked(node, sites) or _spelled_out(node, constants)
         if affine is None:
             continue
         with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
             done = any(rewrite(affine, constants) for rewrite in REWRITES)
             if not done and node.domain == _DOMAIN:
-                _spell_out(affine, sites[node.attributes.get_int("site")].norm, constants)
+                _spell_out(affine, sites[node.attributes.get_int("site")].norm, constants, names)
         (folded if done else residue).append(affine.name)
     return tuple(folded), tuple(residue)
 
@@ -361,7 +366,7 @@ def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
     return Affine(site.name, x, node.outputs[0], (node,), scale, shift)
 
 
-def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants) -> None:
+def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants, names: set[str]) -> None:
     """Mul and Add in the norm's precision, with casts around them if x has less, as BatchlessNorm.forward computes it."""
     import onnx_ir as ir
 
@@ -378,7 +383,8 @@ def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants) -> Non
     value = affine.x
     mark = affine.nodes[0]
     for op_type, others, attributes in steps:
-        node = ir.Node("", op_type, [value, *others], attributes, name=f"{affine.name}.{op_type}")
+        names.add(name := _unused(f"{affine.name}.{op_type}", names))  # onnxruntime wants them all different
+        node = ir.Node("", op_type, [value, *others], attributes, name=name)
         mark.prepend(node)
         value = node.outputs[0]
         value.shape = affine.y.shape
