@@ -397,13 +397,19 @@ def test_the_smallest_tolerance_is_the_smallest(end: Callable[[Any, Tensor], Any
     assert compare(judgement, candidate, tolerance=smallest).max_rel == smallest
 
 
-def test_the_judge_is_the_reference_in_float64() -> None:
-    """The noise of a float32 reference is that of float32, also if its code asks for float32 by name."""
-    plain = held(Net()).outputs[0].noise
-    asked = held(Net(PASSING["float()"])).outputs[0].noise
-    assert 1e-8 < plain < 1e-6
-    assert 1e-8 < asked < 1e-6
-    judgement = judge(Net(PASSING["float()"]), (X,), {})
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda m, y: y / 3,
+        lambda m, y: (y.float() / 3).float(),
+        lambda m, y: (y / 3).to(torch.float32),
+        lambda m, y: torch.mul(y.half(), torch.ones((), dtype=torch.float32) / 3),
+        lambda m, y: torch.cat([y.type(torch.float32)[:, :3] / 3, y.to(dtype=torch.float32)[:, 3:] / 3], 1),
+    ],
+)
+def test_the_judge_is_the_reference_in_float64(asks: Callable[[Any, Tensor], Any]) -> None:
+    """Also if its code asks for float32 by name."""
+    judgement = judge(Net(asks), (X,), {})
     truth = judgement.outputs["example"]["output"].value
     expected = Net(lambda m, y: y / 3).double().eval()(X.double())
     assert truth.dtype == torch.float64
@@ -445,12 +451,32 @@ def test_a_probe_that_the_reference_refuses_is_dropped_and_named() -> None:
 
 
 def test_a_reference_that_cannot_run_on_the_example() -> None:
-    with pytest.raises(
-        UsageError, match="cannot run on the example inputs in float64, as it is judged: RuntimeError: no batch of 2"
-    ) as error:
+    with pytest.raises(UsageError, match="^the model cannot run on the example inputs: RuntimeError: no batch of 2") as error:
         held(Raises())
     assert error.value.hint is not None
     assert "--input" in error.value.hint
+
+
+class OnlyFloat32(nn.Module):
+    """Stands for a layer with kernels of its own, as quantised ones are: float64 is refused."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32:
+            raise RuntimeError("only float32")
+        return x * self.factor
+
+
+def test_a_reference_that_cannot_run_in_float64_is_judged_in_its_own_dtype() -> None:
+    parity = held(OnlyFloat32(), OnlyFloat32())
+    assert parity
+    assert parity.max_rel == 0
+    assert parity.outputs[0].tolerance == FLOOR[torch.float32]
+    assert parity.dropped == ("float64, so judged in its own dtype: RuntimeError: only float32",)
+    assert not held(OnlyFloat32(), OnlyFloat32(1 + 1e-5))
 
 
 class ByPrecision(nn.Module):
