@@ -199,9 +199,9 @@ def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, 
     as_swapped = stored.to(torch.promote_types(source.buffers["running_var"], torch.float32)).to(layer.std_parameter.dtype)
     same_mean = recorded_mean.to(mean.dtype) == mean
     same_std = as_swapped == layer.std_parameter
-    if bool(same_std.all()):
-        return torch.where(same_mean, recorded_mean.to(mean.dtype), mean), recorded_var, source.eps
-    trained, eps = numerics.variance_of_std(std, source.eps)
+    # Only a channel that was trained can ask for eps = 0: a dead one (variance 0) may miss eps by a rounding.
+    _, eps = numerics.variance_of_std(std[~same_std], source.eps)
+    trained = std.double().square() - eps
     # With eps = 0 the recorded variance no longer gives the recorded std, so all of them are then the trained form.
-    kept = same_std if eps == source.eps else torch.zeros_like(same_std)
-    return torch.where(same_mean, recorded_mean.to(mean.dtype), mean), torch.where(kept, recorded_var.double(), trained), eps
+    var = torch.where(same_std, recorded_var.double(), trained) if eps == source.eps else trained
+    return torch.where(same_mean, recorded_mean.to(mean.dtype), mean), var, eps

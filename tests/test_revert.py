@@ -141,6 +141,17 @@ def test_a_std_below_sqrt_eps_makes_eps_0() -> None:
     assert error(result, back, X) <= 1e-6
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.3, 7.0])
+def test_a_dead_channel_does_not_take_eps_away(eps: float) -> None:
+    """Its std is sqrt(eps), whose square may be a rounding below eps."""
+    model = net(nn.BatchNorm2d(5, eps=eps))
+    model.norm.running_var[2:4] = 0.0
+    assert_same_layers(normswap.revert(swapped(model, X)), model)
+    back = normswap.revert(trained(swapped(model, X)))
+    assert back.norm.eps == eps
+    assert torch.equal(back.norm.running_var[2:], model.norm.running_var[2:])
+
+
 def test_trained_weight_and_bias() -> None:
     result = swapped(net(), X)
     with torch.no_grad():
