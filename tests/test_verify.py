@@ -298,6 +298,25 @@ def test_a_layer_that_is_called_less_often_fails() -> None:
     assert parity.first_bad == "bn2"
 
 
+def test_a_failure_is_not_hidden_by_a_larger_error_that_passes() -> None:
+    """Each input has its own limit: at x 0.001 this reference cancels and may be far off, at x 1000 it may not."""
+    parity = held(Cancels(), Cancels(small=5e-5, large=3e-6))
+    assert [(d.probe, d.passed) for d in parity.outputs] == [("batch 1 x 1000", False)]
+    assert parity.max_rel > 10 * parity.outputs[0].max_rel
+
+
+class Cancels(nn.Module):
+    """x, by way of x + 1, off by a factor of 1 + small or 1 + large."""
+
+    def __init__(self, small: float = 0.0, large: float = 0.0) -> None:
+        super().__init__()
+        self.small, self.large = small, large
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, y = x.abs().max(), x + 1 - 1
+        return y * (1 + self.small) if size < 0.1 else y * (1 + self.large) if size > 10 else y
+
+
 class Raises(nn.Module):
     def __init__(self, batch: int | None = None) -> None:
         super().__init__()
