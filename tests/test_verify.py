@@ -470,7 +470,7 @@ def test_a_probe_that_the_reference_refuses_is_dropped_and_named() -> None:
 
 
 def test_a_reference_that_cannot_run_on_the_example() -> None:
-    with pytest.raises(UsageError, match="^the model cannot run on the example inputs: RuntimeError: no batch of 2") as error:
+    with pytest.raises(UsageError, match=r"^the model cannot run on the example inputs: RuntimeError: no batch of 2") as error:
         held(Raises())
     assert error.value.hint is not None
     assert "--input" in error.value.hint
