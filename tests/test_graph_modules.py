@@ -105,6 +105,12 @@ def test_calls_that_stay(what: str) -> None:
     assert error(model, swapped(model), X) == 0
 
 
+def test_an_output_that_is_indexed() -> None:
+    """[0] of a call that gives a tensor is its first sample, of one that gives a tuple the tensor."""
+    model = traced(lambda s, y, n: F.batch_norm(y, n.running_mean, n.running_var)[0])
+    assert error(model, swapped(model), X) <= 1e-6
+
+
 def test_call_module() -> None:
     model, (x,) = case("graph_module").make(), case("graph_module").inputs()
     result = swapped(model)
