@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import normswap
 from fixtures.nets import case
-from normswap import BatchlessNorm
+from normswap import BatchlessNorm, functional
 from normswap.errors import SwapError
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(3))
@@ -234,3 +234,10 @@ def test_a_norm_inside_a_layer_that_the_graph_calls_as_one() -> None:
     (site,) = normswap.plan(graph_module).swaps
     assert (site.name, site.calls) == ("1.0", None)
     assert error(graph_module, swapped(graph_module), X) <= 1e-6
+
+
+def test_defaults_are_filled_in() -> None:
+    """Exporters drop trailing arguments that equal them."""
+    for function in (aten.layer_norm.default, torch.layer_norm, F.layer_norm):
+        assert functional.bind(function, (None, [3]), {"weight": 7})["eps"] == 1e-5
+        assert functional.bind(function, (None, [3]), {"weight": 7})["weight"] == 7
