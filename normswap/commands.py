@@ -83,7 +83,7 @@ def export_onnx(
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
     conversion = model if isinstance(model, pipeline.Conversion) else None
-    target: Model = conversion.model if conversion else model  # type: ignore[assignment]
+    target: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
     if example_inputs is not None:
         inputs = as_inputs(example_inputs)
@@ -101,7 +101,7 @@ def export_onnx(
 def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them."""
     conversion = model if isinstance(model, pipeline.Conversion) else None
-    module = as_module(conversion.model if conversion else model)  # type: ignore[arg-type]
+    module = conversion.module if conversion else as_module(model)  # type: ignore[arg-type]
     with outputs.directory(Path(directory), marker=RECIPE) as partial:
         save_directory(module, partial, inputs=_describe(conversion.inputs) if conversion else ())
     return Path(directory)
@@ -173,7 +173,7 @@ def convert_files(
             if onnx:
                 with clock("export and verify"):
                     exported, legs = _export(
-                        conversion.model, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=conversion.judgement
+                        conversion.module, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=conversion.judgement
                     )
                 parities.update(legs)
                 facts = _onnx_facts(exported)

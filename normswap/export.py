@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import functools
 import gc
 import inspect
@@ -40,8 +39,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from normswap.batchless import BatchlessNorm
-from normswap.errors import ExportError, UsageError
+from normswap.errors import ExportError, SwapError, UsageError
 from normswap.parity import Parity
+from normswap.sharing import shadow
 
 if TYPE_CHECKING:
     import onnx
@@ -167,15 +167,10 @@ _LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped
 
 
 def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = tensor
     try:
-        twin = copy.deepcopy(model, memo).eval()
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be copied for the export: {_first_line(error)}", hint=_NO_ONNX) from error
+        twin = shadow(model)
+    except SwapError as error:
+        raise ExportError(error.message, hint=_NO_ONNX) from error
     sites = tuple(_Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
     for number, site in enumerate(sites):
         # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around

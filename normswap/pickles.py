@@ -380,8 +380,19 @@ def _is_object(thing: Any) -> bool:
 def _attributes_of_tensor(state: Any) -> bool:
     """New names with plain values: nothing that a Tensor has already may be replaced (`data`, `grad_fn`, `_backward_hooks`, ...)."""
     return isinstance(state, _Dict) and all(
-        isinstance(key, str) and not hasattr(torch.nn.Parameter, key) and isinstance(value, _PLAIN) for key, value in state.pairs
+        isinstance(key, str) and not hasattr(torch.nn.Parameter, key) and _is_data(value) for key, value in state.pairs
     )
+
+
+def _is_data(thing: Any) -> bool:
+    """Plain values, and lists, tuples and dicts of such, to the depth that torch.export needs for its marks on dynamic axes."""
+    if isinstance(thing, _Dict):
+        return all(_key(key) and _is_flat(value) for key, value in thing.pairs)
+    return _is_flat(thing)
+
+
+def _is_flat(thing: Any) -> bool:
+    return isinstance(thing, _PLAIN) or (isinstance(thing, (_Tuple, _List)) and all(isinstance(item, _PLAIN) for item in thing.items))
 
 
 def _tensor(args: _Tuple) -> bool:

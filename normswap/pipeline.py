@@ -34,10 +34,12 @@ M = TypeVar("M", bound="nn.Module | ExportedProgram")
 class Conversion(Generic[M]):
     """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
 
+    module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
     judgement: what the original computes, to hold further candidates (an ONNX file) against.
     """
 
     model: M
+    module: nn.Module = field(repr=False)
     plan: Plan
     parity: Parity
     inputs: Inputs = field(repr=False)
@@ -105,7 +107,7 @@ def attempt(
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, decided, std=std)
     parity = compare(judgement, swapped, sites=sites)
-    return Conversion(like(model, swapped, inputs), decided, parity, inputs, judgement)
+    return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
 
 
 def check(parity: Parity) -> None:
@@ -113,19 +115,22 @@ def check(parity: Parity) -> None:
     if parity.passed:
         return
     bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
-    what = parity.failure or (
-        f"{bad.name} {bad.problem}"
-        if bad and bad.problem
-        else f"first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
-        f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
-        if bad
-        else "nothing was compared"
-    )
-    raise ParityError(
-        f"converted, but {parity.candidate} is not the same function: {what}",
-        parity=parity,
-        hint="exclude the layer that differs, or report this with the model's architecture",
-    )
+    hint = "exclude the layer that differs, or report this with the model's architecture"
+    if parity.failure is not None or bad is None:
+        what = parity.failure or "nothing was compared"
+    elif bad.problem is not None:
+        what = f"{bad.name} {bad.problem}"
+    else:
+        what = (
+            f"first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
+            f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
+        )
+        if bad.noise > bad.tolerance:
+            hint = (
+                f"the original itself is {bad.noise:.3g} away from its float64 run there, as if it made a choice that rounding decides "
+                "(nms, top-k, argmax, an unstable recursion): convert and verify the part of the model before that choice"
+            )
+    raise ParityError(f"converted, but {parity.candidate} is not the same function: {what}", parity=parity, hint=hint)
 
 
 def _plan(

@@ -644,7 +644,7 @@ def test_a_model_that_cannot_be_copied_is_an_export_error(path: Path) -> None:
         def __deepcopy__(self, memo: object) -> Any:
             raise TypeError("cannot pickle this")
 
-    with pytest.raises(ExportError, match="Uncopyable cannot be copied for the export: TypeError: cannot pickle this"):
+    with pytest.raises(ExportError, match="Uncopyable cannot be copied: cannot pickle this"):
         export(Uncopyable(len), (torch.randn(3, 3, 9, 8),), {}, path)
 
 

@@ -421,3 +421,12 @@ def test_every_reason_is_documented(repository: Path) -> None:
     undocumented = [reason for reason in every if not any(quote.match(reason) for quote in quoted)]
     assert undocumented == []
     assert [quote.pattern for quote in quoted if not any(quote.match(reason) for reason in (*every, *OTHER_REASONS))] == []
+
+
+def test_a_container_of_quantised_layers_is_not_a_norm() -> None:
+    class ConvNormAct(nn.Sequential):
+        pass
+
+    quantised = type("Conv2d", (nn.Module,), {"__module__": "torch.ao.nn.quantized.modules.conv"})
+    assert not normswap.plan(nn.Sequential(ConvNormAct(quantised()), nn.Linear(3, 5))).skips
+    assert [s.name for s in normswap.plan(nn.Sequential(ConvNormAct(nn.Identity()), nn.Linear(3, 5))).skips] == ["0"]

@@ -31,7 +31,8 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _computes(child: nn.Module) -> bool:
-    return any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(_class_name(child)))
+    quantised = type(child).__module__.startswith(("torch.ao.", "torchao."))  # its weights are packed away and are no parameters
+    return quantised or any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(_class_name(child)))
 
 
 def check(site: Site) -> str:

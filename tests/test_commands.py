@@ -1,0 +1,62 @@
+"""Whole commands on kinds of source that the command-line tests do not go through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import normswap
+from fixtures.nets import randomise
+from normswap.commands import convert_files, revert_files
+from normswap.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .pt2 with a free batch size: torch.export leaves its marks on the example inputs that the file holds."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, eps=1e-3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 7 * 6, 4), nn.BatchNorm1d(4))
+    x = torch.randn(2, 3, 9, 8)
+    exported = torch.export.export(randomise(model, 0).eval(), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    path = tmp_path_factory.mktemp("program") / "net.pt2"
+    torch.export.save(exported, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _, directory = convert_files(str(program), tmp_path_factory.mktemp("converted") / "out")
+    return directory
+
+
+def test_a_program_becomes_a_program_and_an_onnx_file_without_norms(program: Path, converted: Path) -> None:
+    assert sorted(p.name for p in converted.iterdir()) == ["model.onnx", "model.pt2", "model.safetensors", "recipe.json", "report.html", "report.json"]
+    model = normswap.load(converted)
+    assert isinstance(model, torch.export.ExportedProgram)
+    assert model.module()(torch.randn(5, 3, 9, 8)).shape == (5, 4)
+    assert not any("batch_norm" in str(node.target) for node in model.graph.nodes if node.op == "call_function")
+    report = normswap.verify(program, converted)
+    assert report
+    assert "batch 3" in report.probes
+    assert normswap.verify(program, converted / "model.onnx")
+    assert {node.op_type for node in onnx.load(converted / "model.onnx").graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
+
+
+def test_a_program_cannot_be_reverted(converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds an exported program, which has no layers to give back"):
+        revert_files(str(converted), tmp_path / "back.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_file_against_another(converted: Path, tmp_path: Path) -> None:
+    """The reference may be ONNX too: it is judged in float64."""
+    model = onnx.load(converted / "model.onnx")
+    bias = next(t for t in model.graph.initializer if len(t.dims) == 1)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * 1.001, bias.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    assert normswap.verify(converted / "model.onnx", converted / "model.onnx")
+    assert not normswap.verify(converted / "model.onnx", tmp_path / "other.onnx")
