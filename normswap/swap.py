@@ -184,8 +184,9 @@ def _source_of(layer: BatchlessNorm, source: Source) -> nn.Module:
 
 
 def _follow(dtype: torch.dtype, layer: BatchlessNorm) -> torch.dtype:
-    """The recorded dtype, or float64 if the model was moved to float64 since."""
-    return torch.promote_types(dtype, torch.float64) if dtype.is_floating_point and layer.mean.dtype == torch.float64 else dtype
+    """The recorded dtype, or that of the layer if the model was moved to another since."""
+    moved = layer.mean.dtype != torch.promote_types(dtype, torch.float32)
+    return layer.mean.dtype if moved and dtype.is_floating_point else dtype
 
 
 def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, Tensor, float]:

@@ -73,6 +73,14 @@ def test_untrained_after_double() -> None:
     assert_same_layers(back, copy.deepcopy(model).double())
 
 
+def test_a_float64_model_that_was_moved_to_float32() -> None:
+    model = net().double()
+    result = swapped(model, X.double()).float()
+    back = normswap.revert(result)
+    assert {t.dtype for t in (*back.parameters(), *back.buffers()) if t.is_floating_point()} == {torch.float32}
+    assert error(result, back, X) <= 1e-6
+
+
 def test_untrained_after_a_state_dict_round_trip() -> None:
     model = net()
     stream = io.BytesIO()
