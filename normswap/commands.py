@@ -384,4 +384,3 @@ def _inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | N
         declared = onnx_inputs(opened)
         return None if declared is None else Inputs(declared)
     return infer(opened)
-

@@ -1,10 +1,12 @@
-"""What is decided before anything is changed: frozen data, no behaviour beyond lookup.
+"""What is decided before anything is changed: frozen data.
 
     Site   one normalization of the model, with all its names and calls
     Trace  every Site of a model, and what found them
     Rule   how one kind of source norm becomes a BatchlessNorm, or why it cannot
     Swap   a Site that will be replaced          Skip   a Site that stays, and the reason
     Plan   every Site of the model, each as a Swap or a Skip
+
+There is no behaviour here beyond lookup.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def read_recipe(directory: Path) -> Recipe:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} is not a recipe that normswap wrote: {error}") from error
     if version != VERSION:
-        raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it or a newer one")
+        raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it, or newer")
     return recipe
 
 

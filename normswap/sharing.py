@@ -6,7 +6,6 @@ refers to it, whether as a child under any number of names, in a list, or as the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -79,8 +78,11 @@ def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     copied = copy_with(model, memo)
-    with contextlib.suppress(NotImplementedError):  # of an exported program's module, whose mode was settled by the export
+    try:
         copied.eval()
+    except NotImplementedError:  # an exported program's module: its mode was settled by the export, and the flags say nothing
+        for module in copied.modules():
+            module.training = False
     return copied
 
 

@@ -94,7 +94,10 @@ class _Names:
 
     def may_produce(self, module: nn.Module) -> bool:
         """Whether the module is a conv or linear whose output is W x + b and nothing else, with a W of its own."""
-        plain = type(module) in PRODUCERS and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
+        cls = type(module)  # a subclass that only builds itself otherwise, like torchvision's Conv3DSimple, is as plain as its base
+        base = next((b for b in PRODUCERS if isinstance(module, b)), None)
+        same = base is not None and all(getattr(cls, f, None) is getattr(base, f, None) for f in ("forward", "_conv_forward"))
+        plain = same and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
         return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
 
     def inside(self, module: nn.Module) -> list[nn.Module]:
@@ -162,14 +165,16 @@ def _result(names: _Names, seen: _Seen | None, backend: str, notes: list[str]) -
 
 
 class _Tracer(fx.Tracer):
-    """Keeps every norm as one node, whatever package its class is from, and looks into everything that holds one."""
+    """Keeps every norm and producer as one node, whatever package its class is from, and looks into everything that holds a norm."""
 
     def __init__(self, model: nn.Module, names: _Names) -> None:
         super().__init__()
         self.model, self.names, self.seen = model, names, _Seen()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) in self.names.norms or (super().is_leaf_module(m, module_qualified_name) and not self.names.inside(m))
+        if id(m) in self.names.norms or self.names.may_produce(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not self.names.inside(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         norm = self.names.statistics.get(id(attr_val))

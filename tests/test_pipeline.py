@@ -25,7 +25,7 @@ class Chooses(nn.Module):
 
 def test_an_original_that_rounding_decides_is_said_to_be_one() -> None:
     model = randomise(Chooses(), 0).eval()
-    with pytest.raises(ParityError, match="the original itself is .* away from its float64 run there, as if it made a choice") as error:
+    with pytest.raises(ParityError, match=r"the original itself is .* away from its float64 run there, as if it made a choice") as error:
         normswap.convert(model, torch.randn(5, 997))
     assert error.value.parity.outputs[0].noise > error.value.parity.outputs[0].tolerance
 
@@ -39,7 +39,7 @@ def test_inputs_that_cannot_be_inferred_are_asked_for() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.norm(x + y)  # type: ignore[no-any-return]
 
-    with pytest.raises(UsageError, match=r"^no example inputs that the model takes could be inferred .*\nhint: give them: --input 1x3x224x224"):
+    with pytest.raises(UsageError, match=r"^no example inputs that the model takes .*\nhint: give them: --input 1x3x224x224"):
         normswap.convert(TwoInputs())
     assert normswap.convert(TwoInputs(), (torch.randn(2, 3), torch.randn(2, 3))).parity
 

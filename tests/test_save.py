@@ -93,7 +93,7 @@ def test_a_partly_converted_model(tmp_path: Path, x: Tensor) -> None:
 def test_another_architecture_is_refused(saved: tuple[nn.Module, Path]) -> None:
     with pytest.raises(LoadError, match=r"^1 of the given architecture has num_features \[6\], but .* was saved with \[5\]"):
         normswap.load(saved[1], lambda: randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=1e-3)), 0))
-    with pytest.raises(LoadError, match="^1 of the given architecture has no BatchlessNorm"):
+    with pytest.raises(LoadError, match=r"^1 of the given architecture has no BatchlessNorm"):
         normswap.load(saved[1], lambda: nn.Sequential(nn.Conv2d(3, 5, 3)))
 
 

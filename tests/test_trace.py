@@ -317,3 +317,24 @@ def test_a_norm_free_model_is_a_success(backend: str) -> None:
     run = lambda s, x: s.conv(x)  # noqa: E731
     found = planned(backend, run, norm=nn.Identity())
     assert (found.swaps, found.skips) == ((), ())
+
+
+def test_a_conv_that_only_builds_itself_otherwise_is_a_producer() -> None:
+    class Conv1x1(nn.Conv2d):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__(inputs, outputs, 1, bias=False)
+
+    class Standardised(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight * 2, bias)
+
+    def producer(conv: nn.Conv2d) -> str | None:
+        return normswap.plan(nn.Sequential(conv, nn.BatchNorm2d(5))).swaps[0].producer
+
+    assert producer(Conv1x1(3, 5)) == "0"
+    assert producer(Standardised(3, 5, 1)) is None
+    assert producer(Doubled(3, 5, 1)) is None
