@@ -9,14 +9,16 @@ from normswap.errors import UsageError
 from normswap.plan import Plan, Rule, Site, Skip, Swap, Trace
 
 
-def match(trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan:
+def match(
+    trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), exclude: Sequence[str] = (), approximate: bool = False
+) -> Plan:
     """Every site as a Swap or a Skip.
 
     `include` and `exclude` are globs on a site's names and its kind; exclude wins. Raises UsageError for a pattern to which nothing
     answers: it is a typing error more often than not.
     """
     include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings too
-    decided = [_decide(site, rules, include, exclude) for site in trace.sites]
+    decided = [_decide(site, rules, include, exclude, approximate) for site in trace.sites]
     for pattern in (*include, *exclude):
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
             raise UsageError(
@@ -31,7 +33,7 @@ def match(trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), e
     )
 
 
-def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str]) -> Swap | Skip:
+def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str], approximate: bool) -> Swap | Skip:
     rule = next((rule for rule in rules if rule.recognises(site)), None)
     if rule is None:
         return Skip(site, "unknown", f"no rule speaks for {site.function or type(site.module).__qualname__}")
@@ -40,6 +42,8 @@ def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: 
     if include and not _answers(site, rule.kind, include):
         return Skip(site, rule.kind, "is not among those that were asked for")
     reason = rule.check(site)
+    if reason is None and rule.inexact is not None and not approximate:
+        reason = rule.inexact(site)
     return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
 
 

@@ -1,20 +1,23 @@
 """The stages in order: read this first.
 
-    trace -> match -> judge -> swap -> compare
+    trace -> match -> judge -> swap -> compare -> calibrate -> compare
 
 `plan` stops after match; `convert` goes through. `commands.py` puts `load` in front and `save`, `export` and `report` behind.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
+from normswap.calibrate import Fit, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.inputs import Inputs, as_inputs, infer
@@ -22,12 +25,15 @@ from normswap.match import match
 from normswap.numerics import STD_FORMS
 from normswap.parity import Parity
 from normswap.plan import Plan, Rule, Site
+from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
+from normswap.sharing import shadow
 from normswap.swap import swap
 from normswap.trace import trace
 from normswap.verify import Judgement, compare, judge
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
+DRIFT_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Conversion(Generic[M]):
     """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
 
     module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
+    drift: how far the whole model and each swapped layer are from the original on calibration data, and fits, how well each layer could be
+    calibrated: of an approximate conversion; else None and empty. parity is then that of the exact swaps alone.
     judgement: what the original computes, to hold further candidates (an ONNX file) against.
     """
 
@@ -44,6 +52,8 @@ class Conversion(Generic[M]):
     parity: Parity
     inputs: Inputs = field(repr=False)
     judgement: Judgement = field(repr=False)
+    drift: Parity | None = None
+    fits: tuple[Fit, ...] = ()
 
 
 def plan(
@@ -53,19 +63,25 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
+    approximate: bool = False,
 ) -> Plan:
     """Decide for every normalization of `model` whether it is swapped, and why not. Changes nothing.
 
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only where the model's graph cannot be had without
-    running it. include, exclude: globs on qualified names and kinds. Raises UsageError for a glob that matches nothing.
+    running it. include, exclude: globs on qualified names and kinds. approximate: swap those, too, that need calibration data.
+
+    Raises UsageError for a glob that matches nothing.
     """
-    return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules)
+    return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
 
 
 def convert(
     model: M,
     example_inputs: Any = None,
     *,
+    calibration: Iterable[Any] | None = None,
+    approximate: bool = False,
+    max_drift: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
@@ -73,13 +89,31 @@ def convert(
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
-    example_inputs: as for `plan`; None infers a shape from the first layer. std: how the layers store it, see BatchlessNorm.
+    example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer. std: how the layers store
+    it, see BatchlessNorm.
 
-    Raises ParityError if the copy is not the same function within the limits of `verify`, UsageError if inputs are needed or do not fit,
-    SwapError if the model cannot be copied.
+    Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
+    that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches (a
+    tensor, a tuple of arguments, or a dict of keyword arguments each). `drift` says how far that is from the original; max_drift is the most
+    that passes, as max|difference| / max|original| of any output.
+
+    Raises ParityError if the exact swaps do not give the same function within the limits of `verify`, or the drift is above max_drift;
+    UsageError if inputs or calibration data are needed or do not fit; SwapError if the model cannot be copied.
     """
-    conversion = attempt(model, example_inputs, include=include, exclude=exclude, rules=rules, std=std)
+    conversion = attempt(
+        model,
+        example_inputs,
+        calibration=calibration,
+        approximate=approximate,
+        max_drift=max_drift,
+        include=include,
+        exclude=exclude,
+        rules=rules,
+        std=std,
+    )
     check(conversion.parity)
+    if conversion.drift is not None:
+        check(conversion.drift)
     return conversion
 
 
@@ -87,16 +121,30 @@ def attempt(
     model: M,
     example_inputs: Any = None,
     *,
+    calibration: Iterable[Any] | None = None,
+    approximate: bool = False,
+    max_drift: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: str = "log",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conversion[M]:
-    """`convert` without the last word: the parity may have failed."""
+    """`convert` without the last word: the parity and the drift may have failed."""
     if std not in STD_FORMS:
         raise UsageError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
+    approximate = approximate or max_drift is not None
+    if approximate and calibration is None:
+        raise UsageError(
+            "an approximate swap starts from data, and none were given", hint="give calibration=..., or --data on the command line"
+        )
     module, resolve = as_module(model), _resolver(model, example_inputs)
-    decided = _plan(module, resolve, include, exclude, rules)
+    batches: Sequence[Any] | Iterable[Any] = ()
+    if approximate and calibration is not None:
+        batches = list(calibration) if iter(calibration) is calibration else calibration
+        if example_inputs is None:
+            resolve = functools.partial(_first_batch, batches, module)
+    decided = _plan(module, resolve, include, exclude, rules, approximate)
     inputs = resolve()
     if inputs is None:
         raise UsageError(
@@ -104,10 +152,30 @@ def attempt(
             hint="give them: --input 1x3x224x224 on the command line, example_inputs=... in Python",
         )
     sites = [s.name for s in decided.swaps]
+    exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
-    swapped = swap(module, decided, std=std)
+    swapped = swap(module, exact, std=std)
     parity = compare(judgement, swapped, sites=sites)
-    return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
+    sources = {s.name: s.site.module for s in decided.swaps if s.preserves == "approximate" and s.site.module is not None}
+    if not sources or not parity:
+        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
+    del swapped
+    approximated = swap(module, decided, std=std)
+    fits = calibrate(approximated, {name: shadow(source) for name, source in sources.items()}, batches, progress=progress)
+    drift = _drift(module, approximated, batches, sites, math.inf if max_drift is None else max_drift)
+    return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
+
+
+def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
+    first = next(iter(batches), None)
+    return None if first is None else Inputs(*arguments_of(first, module))
+
+
+def _drift(module: nn.Module, candidate: nn.Module, batches: Iterable[Any], sites: Sequence[str], limit: float) -> Parity:
+    """The distance from the original on the first DRIFT_BATCHES calibration batches: random probes would say nothing about such a model."""
+    names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
+    asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
+    return compare(judge(module, (), {}, sites=sites, asked=asked), candidate, sites=sites, tolerance=limit)
 
 
 def check(parity: Parity) -> None:
@@ -134,7 +202,12 @@ def check(parity: Parity) -> None:
 
 
 def _plan(
-    module: nn.Module, resolve: Callable[[], Inputs | None], include: Sequence[str], exclude: Sequence[str], rules: Sequence[Rule]
+    module: nn.Module,
+    resolve: Callable[[], Inputs | None],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    rules: Sequence[Rule],
+    approximate: bool,
 ) -> Plan:
     def is_norm(candidate: nn.Module) -> bool:
         site = Site("", (), candidate, None)
@@ -144,7 +217,7 @@ def _plan(
         inputs = resolve()
         return None if inputs is None else (inputs.args, inputs.kwargs)
 
-    return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude)
+    return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude, approximate=approximate)
 
 
 def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callable[[], Inputs | None]:

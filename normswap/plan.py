@@ -73,6 +73,7 @@ class Rule:
     recognises(site) -> bool           is this the kind of norm this rule speaks for?
     check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
     build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
+    inexact(site) -> str               for a rule whose replacement only approximates the source and starts from data: why; None for an exact one
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
 
     A rule for a module is asked about modules only as they are; the class alone decides `recognises` for a tracer's leaf.
@@ -82,7 +83,11 @@ class Rule:
     recognises: Callable[[Site], bool]
     check: Callable[[Site], str | None]
     build: Callable[[Site, str], nn.Module] | None = None
-    preserves: Preserves = "exact"
+    inexact: Callable[[Site], str] | None = None
+
+    @property
+    def preserves(self) -> Preserves:
+        return "exact" if self.inexact is None else "approximate"
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,21 @@ def verify(
     return compare(judge(reference, args, kwargs, sites=sites), candidate, sites=sites, tolerance=tolerance)
 
 
-def judge(reference: nn.Module | Path, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, sites: Sequence[str] = ()) -> Judgement:
+def judge(
+    reference: nn.Module | Path,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    sites: Sequence[str] = (),
+    asked: Sequence[Probe] | None = None,
+) -> Judgement:
     """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
 
-    sites: names of modules whose outputs are tapped. Raises UsageError if the reference cannot run on the example inputs.
+    sites: names of modules whose outputs are tapped. asked: probes to judge at, in place of those made of the arguments; the first is called
+    "example". Raises UsageError if the reference cannot run on the example inputs.
     """
     dropped: list[str] = []
-    asked = list(probes(args, kwargs))
+    asked = list(probes(args, kwargs)) if asked is None else list(asked)
     run = (
         onnx_float64_runner(reference)
         if isinstance(reference, Path)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from normswap.plan import Rule
-from normswap.rules import batch_norm, batch_norm_act, frozen_batch_norm, functional_batch_norm, per_sample, unknown
+from normswap.rules import (
+    batch_norm,
+    batch_norm_act,
+    batch_norm_untracked,
+    flavour,
+    frozen_batch_norm,
+    functional_batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+    unknown,
+)
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     batch_norm_act.RULE,
     frozen_batch_norm.RULE,
+    batch_norm_untracked.RULE,
     batch_norm.RULE,
     functional_batch_norm.RULE,
-    per_sample.LAYER_NORM,
-    per_sample.GROUP_NORM,
-    per_sample.INSTANCE_NORM,
-    per_sample.RMS_NORM,
+    layer_norm.RULE,
+    group_norm.RULE,
+    instance_norm.TRACKED,
+    instance_norm.RULE,
+    rms_norm.RULE,
+    flavour.RULE,
     unknown.RULE,
 )

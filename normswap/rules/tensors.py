@@ -14,8 +14,8 @@ _MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str | None:
-    """Why this module may do more than a layer with one of these `forward` functions, or None."""
+def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: Collection[str] | None = KNOWN) -> str | None:
+    """Why this module may do more than a layer with one of these `forward` functions and the `known` tensors (None: any), or None."""
     module = site.module
     assert module is not None
     cls = type(module)
@@ -37,7 +37,7 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]]) -> str |
     computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
     if computed:
         return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first"
-    more = sorted(held.keys() - KNOWN)
+    more = sorted(held.keys() - set(known)) if known is not None else []
     if more:
         return f"holds {', '.join(more)} besides the tensors of a BatchNorm, so it may do more than normalize"
     if site.readers:

@@ -1,0 +1,100 @@
+"""Streaming moments of what goes into a norm and what comes out of it: any number of batches of any size give the same numbers.
+
+For rows (x, y) with one value per channel: the count n, the means, and the central sums
+
+    M2 = sum (x - mean)^2,  M3, M4 likewise,  Y2 = sum (y - mean_y)^2,  XY = sum (x - mean)(y - mean_y)
+
+of two parts combine exactly into those of the whole. With d = mean_b - mean_a and n = n_a + n_b:
+
+    M2 = M2_a + M2_b + d^2 n_a n_b / n                     XY likewise with d_x d_y
+    M3 = M3_a + M3_b + d^3 n_a n_b (n_a - n_b) / n^2 + 3 d (n_a M2_b - n_b M2_a) / n
+    M4 = M4_a + M4_b + d^4 n_a n_b (n_a^2 - n_a n_b + n_b^2) / n^3 + 6 d^2 (n_a^2 M2_b + n_b^2 M2_a) / n^2 + 4 d (n_a M3_b - n_b M3_a) / n
+
+Everything is float64. Sources: Chan, Golub & LeVeque 1983; Pebay, SAND2008-6212.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # elements turned into float64 at a time
+
+
+@dataclass
+class Moments:
+    """Of one norm; every tensor has the shape (channels,). Empty until the first `add`."""
+
+    count: int
+    mean: Tensor
+    mean_y: Tensor
+    m2: Tensor
+    m3: Tensor
+    m4: Tensor
+    y2: Tensor
+    xy: Tensor
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        return cls(0, *(torch.zeros(channels, dtype=torch.float64) for _ in range(7)))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in rows x and y, both (rows, channels) of any float dtype."""
+        step = max(1, CHUNK // max(1, x.shape[1]))
+        for start in range(0, len(x), step):
+            self._merge(_of(x[start : start + step], y[start : start + step]))
+
+    def _merge(self, b: Moments) -> None:
+        a, n = self, self.count + b.count
+        if b.count == 0:
+            return
+        d, e = b.mean - a.mean, b.mean_y - a.mean_y
+        na, nb = float(a.count), float(b.count)
+        m2 = a.m2 + b.m2 + d**2 * (na * nb / n)
+        m3 = a.m3 + b.m3 + d**3 * (na * nb * (na - nb) / n**2) + 3 * d * (na * b.m2 - nb * a.m2) / n
+        m4 = (
+            a.m4
+            + b.m4
+            + d**4 * (na * nb * (na**2 - na * nb + nb**2) / n**3)
+            + 6 * d**2 * (na**2 * b.m2 + nb**2 * a.m2) / n**2
+            + 4 * d * (na * b.m3 - nb * a.m3) / n
+        )
+        self.y2 = a.y2 + b.y2 + e**2 * (na * nb / n)
+        self.xy = a.xy + b.xy + d * e * (na * nb / n)
+        self.m2, self.m3, self.m4 = m2, m3, m4
+        self.mean, self.mean_y = a.mean + d * (nb / n), a.mean_y + e * (nb / n)
+        self.count = n
+
+    @property
+    def std(self) -> Tensor:
+        """Of x, with the count as divisor: what a normalized x has variance 1 under."""
+        return (self.m2 / self.count).sqrt()
+
+    @property
+    def kurtosis(self) -> Tensor:
+        """m4 / m2^2: 3 for a normal distribution, large where a few outliers make up the variance; NaN for a constant channel."""
+        return self.count * self.m4 / self.m2**2
+
+    def fit(self) -> tuple[Tensor, Tensor, float]:
+        """The least-squares affine map of the normalized x onto y, per channel: (weight, bias, error).
+
+            y ~ weight * (x - mean) / std + bias,    weight = XY / (n std),  bias = mean_y
+            error = sqrt(sum residual^2 / sum y^2), over all channels: 0 is a perfect fit
+
+        A constant channel gets weight 0.
+        """
+        std = self.std
+        weight = torch.where(std > 0, self.xy / (self.count * std), 0.0)
+        residual = (self.y2 - weight**2 * self.count).clamp(min=0).sum()
+        total = (self.y2 + self.count * self.mean_y**2).sum()
+        return weight, self.mean_y, (residual / total).sqrt().item() if total > 0 else 0.0
+
+
+def _of(x: Tensor, y: Tensor) -> Moments:
+    x, y = x.to("cpu", torch.float64), y.to("cpu", torch.float64)
+    mean, mean_y = x.mean(0), y.mean(0)
+    d, e = x - mean, y - mean_y
+    square = d * d
+    return Moments(len(x), mean, mean_y, square.sum(0), (square * d).sum(0), (square * square).sum(0), (e * e).sum(0), (d * e).sum(0))

@@ -1,0 +1,39 @@
+"""The norms that libraries write themselves -> BatchlessNorm, approximately, from calibration data: recognised by what they compute.
+
+timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's LayerNorm2d, the RMSNorms of transformers and their like are
+run on random data (`probing.py`): a layer that is found to compute one of the known formulas is swapped as that formula's own class would be;
+any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act`) are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from normswap.plan import Rule, Site
+from normswap.rules import from_data, tensors, unknown
+from normswap.rules.probing import probe
+
+
+def recognises(site: Site) -> bool:
+    return unknown.recognises(site) and not isinstance(site.module, nn.modules.batchnorm._BatchNorm)
+
+
+def check(site: Site) -> str | None:
+    module = cast(nn.Module, site.module)
+    reason = tensors.why_not_plain(site, {type(module).forward}, known=None)
+    if reason is not None:
+        return reason
+    return None if probe(module) is not None else unknown.check(site)
+
+
+def build(site: Site, std: str) -> nn.Module:
+    module = cast(Any, site.module)
+    found = probe(module)
+    assert found is not None
+    after = any(isinstance(module._modules.get(name), nn.Module) for name in ("drop", "act"))
+    return from_data.uncalibrated(module, (found.channels,), (found.axis,), std, after=after)
+
+
+RULE = Rule("flavour", recognises, check, build, from_data.per_sample)

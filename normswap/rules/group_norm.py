@@ -1,0 +1,37 @@
+"""GroupNorm -> BatchlessNorm, approximately, from calibration data.
+
+GroupNorm computes              y = weight * (x - m) / sqrt(v + eps) + bias        m, v: of each sample over space and a group of channels
+and BatchlessNorm               y = weight' * (x - mean) / std + bias'             as in `layer_norm.py`
+
+Shapes: x (N, C, *space); every parameter (C,).
+
+Source: Wu & He 2018, arXiv:1803.08494.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from normswap.functional import KINDS
+from normswap.plan import Rule, Site
+from normswap.rules import from_data, tensors
+
+
+def recognises(site: Site) -> bool:
+    if site.function is not None:
+        return KINDS[site.function] == "group_norm"
+    return isinstance(site.module, nn.GroupNorm) and type(site.module).forward is nn.GroupNorm.forward
+
+
+def check(site: Site) -> str | None:
+    if site.function is not None:
+        return from_data.IN_CODE.format(function=site.function)
+    return tensors.why_not_plain(site, {nn.GroupNorm.forward})
+
+
+def build(site: Site, std: str) -> nn.Module:
+    assert isinstance(site.module, nn.GroupNorm)
+    return from_data.uncalibrated(site.module, (site.module.num_channels,), (1,), std)
+
+
+RULE = Rule("group_norm", recognises, check, build, from_data.per_sample)

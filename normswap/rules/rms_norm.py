@@ -1,0 +1,38 @@
+"""RMSNorm -> BatchlessNorm, approximately, from calibration data.
+
+RMSNorm computes                y = weight * x / sqrt(mean(x^2) + eps)             the mean of each sample over its axes
+and BatchlessNorm               y = weight' * (x - mean) / std + bias'             as in `layer_norm.py`
+
+The bias' is new: RMSNorm does not centre. Shapes: x (*, *normalized_shape); every parameter has the normalized_shape.
+
+Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from normswap.functional import KINDS
+from normswap.plan import Rule, Site
+from normswap.rules import from_data, tensors
+
+
+def recognises(site: Site) -> bool:
+    if site.function is not None:
+        return KINDS[site.function] == "rms_norm"
+    return isinstance(site.module, nn.RMSNorm) and type(site.module).forward is nn.RMSNorm.forward
+
+
+def check(site: Site) -> str | None:
+    if site.function is not None:
+        return from_data.IN_CODE.format(function=site.function)
+    return tensors.why_not_plain(site, {nn.RMSNorm.forward})
+
+
+def build(site: Site, std: str) -> nn.Module:
+    assert isinstance(site.module, nn.RMSNorm)
+    shape = site.module.normalized_shape
+    return from_data.uncalibrated(site.module, shape, range(-len(shape), 0), std)
+
+
+RULE = Rule("rms_norm", recognises, check, build, from_data.per_sample)
