@@ -106,7 +106,7 @@ def attempt(
     sites = [s.name for s in decided.swaps]
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, decided, std=std)
-    parity = compare(judgement, swapped, sites=sites)
+    parity = compare(judgement, swapped, sites=sites, original=module)
     return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
 
 

@@ -160,19 +160,23 @@ def compare(
     tolerance: float | None = None,
     sites: Sequence[str] = (),
     only_like_example: bool = False,
+    original: nn.Module | None = None,
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
-    level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size.
+    level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size. original: a model of which
+    the candidate claims to be an independent copy; reading one of
+    its tensors is a failure.
     """
     name = f"onnxruntime ({level})" if isinstance(candidate, Path) else str(judgement.dtype)
+    foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
     held = [p for p in judgement.probes if p.like_example or not only_like_example]
     outputs: list[dict[str, Difference]] = []
     taps: list[dict[str, Difference]] = []
     passes = 0
     failure: str | None = None
     try:
-        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites)
+        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites, foreign=foreign)
         for probe in held:
             values, tapped = run(probe)
             passes += 1
