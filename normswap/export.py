@@ -396,7 +396,7 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
     if node.op_type != "Add" or name is None:
         return None
     product, shift = _and_constant(node, constants)
-    multiply = None if product is None or not only_use(product) else product.producer()
+    multiply = None if product is None else product.producer()
     if multiply is None or multiply.op_type != "Mul":
         return None
     x, scale = _and_constant(multiply, constants)

@@ -380,6 +380,23 @@ def test_an_exported_program(channels: int, path: Path) -> None:
     assert_same(model, path, (torch.randn(1, 7),), (torch.randn(5, 7),))
 
 
+def test_an_exported_program_whose_norms_share_their_scale(path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 5, 3), norm(5), norm(5)
+            self.b.weight, self.b.log_std = self.a.weight, self.a.log_std
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            return self.a(y), self.b(y)  # torch computes y * scale once
+
+    model, x = Pair().eval(), torch.randn(2, 3, 9, 8)
+    result = export(torch.export.export(model, (x,)), (x,), {}, path)
+    assert (result.folded, result.residue) == ((), ("a", "b"))
+    assert_same(model, path, (x,))
+
+
 def test_an_exported_program_in_half_precision(path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.ReLU(), norm(5)).half().eval()
     x = torch.randn(2, 3, 9, 8).half()

@@ -121,6 +121,7 @@ MUST_FOLD = {
 MUST_NOT_FOLD = {
     "an activation between": ("c = Conv(x, w, b) h = Relu(c)", CONV2D, IMAGE),
     "something else reads the conv": ("h = Conv(x, w, b) z = Relu(h)", CONV2D, IMAGE, "double y, double z"),
+    "the product is an output, too": ("h = Conv(x, w, b)", CONV2D, IMAGE, "double y, double scaled"),
     "the conv is an output, too": ("h = Conv(x, w, b)", CONV2D, IMAGE, "double y, double h"),
     "the affine reads it twice": ("c = Conv(x, w, b) h = Add(c, c)", CONV2D, IMAGE),
     "a weight that depends on the input": ("h = Conv(x, k)", CONV2D, f"{IMAGE}, double[4,3,3,2] k"),
