@@ -249,7 +249,14 @@ def _truths(judged: Values, own: Values) -> dict[str, _Truth]:
     return truths
 
 
-def _limit(noise: float, judgement: Judgement) -> float:
+def _is_exact(truth: _Truth | None) -> bool:
+    """Whether a tensor holds integers or booleans, of which no rounding makes others."""
+    return truth is not None and not (truth.dtype.is_floating_point or truth.dtype.is_complex)
+
+
+def _limit(noise: float, judgement: Judgement, *, exact: bool) -> float:
+    if exact and noise == 0:
+        return 0.0
     cap = CAP[judgement.computed_in]
     return min(max(NOISE_FACTOR * noise, FLOOR[judgement.dtype]), cap) if math.isfinite(noise) else cap
 
@@ -281,7 +288,7 @@ def _differences(
             if math.isnan(errors[1]) and errors[3] == 0:
                 problem = NOTHING_FINITE
         noise = math.nan if truth is None else truth.noise
-        limit = tolerance if tolerance is not None else _limit(noise, judgement)
+        limit = tolerance if tolerance is not None else _limit(noise, judgement, exact=_is_exact(truth))
         row = name.rpartition("@")[0] if tapped else name
         result[name] = Difference(row, probe.name, *errors, noise=noise, tolerance=limit, problem=problem)
     return result

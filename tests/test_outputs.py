@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from normswap import outputs
 from normswap.errors import UsageError
 
-OLD, NEW = ('{"version": 1, "normswap": "%s"}' % version for version in ("1", "2"))
+OLD, NEW = (json.dumps({"version": 1, "normswap": version}) for version in ("1", "2"))
 
 
 def test_a_directory_appears_at_the_end(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.errors import ParityError
+from normswap.errors import ParityError, SwapError
 
 IMAGE = torch.randn(3, 4, 9, 7)
 
@@ -146,3 +147,39 @@ def test_what_calls_itself_a_norm_is_listed(name: str) -> None:
 def test_what_does_not_is_not(name: str) -> None:
     cls = type(name, (nn.Module,), {"forward": lambda self, x: x})
     assert normswap.plan(nn.Sequential(nn.Linear(3, 5), cls())).skips == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integers_that_rounding_does_not_decide_are_equal_or_wrong(dtype: torch.dtype) -> None:
+    """The limit of half precision would let the ids of 2000 classes be off by one."""
+
+    class Ids(nn.Module):
+        def __init__(self, offset: int) -> None:
+            super().__init__()
+            self.bn, self.offset = nn.BatchNorm1d(2003), offset
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x).argmax(-1) + self.offset  # type: ignore[no-any-return]
+
+    x = torch.zeros(3, 2003)
+    x[torch.arange(3), torch.tensor([1997, 2000, 1990])] = 9
+    assert normswap.verify(Ids(0).to(dtype), Ids(0).to(dtype), x.to(dtype))
+    assert not normswap.verify(Ids(0).to(dtype), Ids(1).to(dtype), x.to(dtype))
+
+
+def test_a_pruned_model() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)), 0).eval()
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    conversion = normswap.convert(model, IMAGE)
+    assert len(conversion.plan.swaps) == 1
+    assert torch.nn.utils.prune.is_pruned(conversion.model)
+
+
+def test_a_part_that_copies_itself_by_sharing_is_an_error() -> None:
+    class Shares(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Shares:
+            return self
+
+    model = randomise(nn.Sequential(Shares(3, 5), nn.BatchNorm1d(5)), 0).eval()
+    with pytest.raises(SwapError, match=r"^0\.weight of the copy is not a copy: it shares memory with 0\.weight of the original"):
+        normswap.convert(model, torch.randn(2, 3))
