@@ -49,7 +49,14 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> T
     shape = _shape(x, scale.shape, axes)
     # The statistics are float32 or wider, so half precision inputs are widened inside the operation (what is saved for backward is x
     # as it came) and the result is rounded once.
-    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+    return _laid_out(torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype))
+
+
+def _laid_out(y: Tensor) -> Tensor:
+    """Contiguous, or channels last if it is that: what the layers of torch return, so that a `view` of their output goes on working."""
+    if y.is_contiguous() or (y.dim() in (4, 5) and y.movedim(1, -1).is_contiguous()):
+        return y
+    return y.contiguous()
 
 
 # A leaf for torch.fx: it looks at the input's shape, which a tracer cannot.
@@ -165,9 +172,9 @@ class BatchlessNorm(nn.Module):
         """The size of each channel axis."""
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         scale, shift = self.affine_map()
-        return _affine(x, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+        return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
 
     def nll(self, x: Tensor, *, gauge: bool = True) -> Tensor:
         """The Gaussian NLL of x under the statistics, a scalar; the gradient reaches `mean` and the std's parameter, never x.

@@ -28,7 +28,7 @@ from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.report import Report, report
 from normswap.runners import onnx_inputs
-from normswap.save import RECIPE, load_weights, read_recipe, sites_of
+from normswap.save import load_weights, read_recipe, sites_of
 from normswap.save import save as save_directory
 from normswap.swap import revert, swap
 from normswap.verify import LEVELS, Judgement, compare, judge
@@ -102,7 +102,7 @@ def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> 
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them."""
     conversion = model if isinstance(model, pipeline.Conversion) else None
     module = conversion.module if conversion else as_module(model)  # type: ignore[arg-type]
-    with outputs.directory(Path(directory), marker=RECIPE) as partial:
+    with outputs.directory(Path(directory)) as partial:
         save_directory(module, partial, inputs=_describe(conversion.inputs) if conversion else ())
     return Path(directory)
 
@@ -153,13 +153,13 @@ def convert_files(
 ) -> tuple[Report, Path]:
     """Convert SRC into a directory. Raises ParityError after writing a directory that holds the report alone."""
     if output is not None:
-        outputs.check(output, marker=REPORT)
+        outputs.check(output)
     given = parse(inputs) if inputs else None
     clock = _Clock(progress)
     with clock("load"):
         loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     output = output or Path(f"{loaded.stem}.normswap")
-    with outputs.directory(output, marker=REPORT) as partial:
+    with outputs.directory(output) as partial:
         with clock("convert and verify"):
             conversion = pipeline.attempt(loaded.model, given, include=include, exclude=exclude, std=std)
         form, factory = loaded.form, loaded.factory

@@ -396,7 +396,7 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
     if node.op_type != "Add" or name is None:
         return None
     product, shift = _and_constant(node, constants)
-    multiply = None if product is None or not only_use(product) else product.producer()
+    multiply = None if product is None else product.producer()
     if multiply is None or multiply.op_type != "Mul":
         return None
     x, scale = _and_constant(multiply, constants)
@@ -435,22 +435,13 @@ def _norm_around(node: ir.Node) -> str | None:
 
 def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
     """Remove what nothing needs, and give the inputs and outputs their names."""
-    import onnx_ir as ir
     from onnx_ir.passes import common
 
     graph = model.graph
-    seen: set[ir.Value] = set()
-    for index, value in enumerate(graph.outputs):
-        if value in seen or value.is_graph_input() or value.is_initializer():  # an output must be what one node computes
-            node = ir.Node("", "Identity", [value])
-            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-            graph.append(node)
-            graph.outputs[index] = node.outputs[0]
-        seen.add(graph.outputs[index])
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)
 
-    inner = [value for node in graph.all_nodes() for value in node.outputs if value not in seen]
+    inner = [value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output()]
     names = {*input_names, *graph.initializers}
     outputs: list[str] = []
     for name in output_names:

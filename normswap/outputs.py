@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -11,22 +12,40 @@ from pathlib import Path
 
 from normswap.errors import UsageError
 
+# Every name that is ever written into a directory. One that holds anything else is somebody's.
+OURS = frozenset(
+    {"recipe.json", "report.json", "report.html", "model.safetensors", "model.pt", "model.pt2", "model.onnx", "model.onnx.data"}
+)
 
-def check(path: Path, *, marker: str) -> None:
-    """Raise UsageError unless a directory may appear at `path`: it is free, empty, or was made by us (it holds a file called `marker`)."""
+
+def check(path: Path) -> None:
+    """Raise UsageError unless a directory may appear at `path`: nothing is there, or it is empty, or it holds what we wrote and no more."""
+    path = Path(os.path.abspath(path))
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} exists and is not a directory", hint="choose another directory with -o")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
-        raise UsageError(f"{path} holds files that normswap did not write, and would be replaced", hint="choose another directory with -o")
+    entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    others = [name for name in entries if name not in OURS]
+    if entries and (others or not any(_says_so(path / name) for name in ("recipe.json", "report.json"))):
+        what = ", ".join((others or entries)[:3]) + (" ..." if len(others or entries) > 3 else "")
+        raise UsageError(f"{path} holds files that normswap did not write, and would be replaced: {what}", hint="choose another directory")
+
+
+def _says_so(path: Path) -> bool:
+    """Whether a recipe or report names the normswap that wrote it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "version" in content and ("normswap" in content or "normswap" in (content.get("versions") or ()))
 
 
 @contextlib.contextmanager
-def directory(path: Path, *, marker: str) -> Iterator[Path]:
+def directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its name when the block ends well, and is gone when it does not.
 
     What `path` held before is replaced, if `check` allows it.
     """
-    check(path, marker=marker)
+    check(path)
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

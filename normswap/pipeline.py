@@ -155,7 +155,7 @@ def attempt(
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, exact, std=std)
-    parity = compare(judgement, swapped, sites=sites)
+    parity = compare(judgement, swapped, sites=sites, original=module)
     sources = {s.name: s.site.module for s in decided.swaps if s.preserves == "approximate" and s.site.module is not None}
     if not sources or not parity:
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
@@ -175,7 +175,7 @@ def _drift(module: nn.Module, candidate: nn.Module, batches: Iterable[Any], site
     """The distance from the original on the first DRIFT_BATCHES calibration batches: random probes would say nothing about such a model."""
     names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
-    return compare(judge(module, (), {}, sites=sites, asked=asked), candidate, sites=sites, tolerance=limit)
+    return compare(judge(module, (), {}, sites=sites, asked=asked), candidate, sites=sites, tolerance=limit, original=module)
 
 
 def check(parity: Parity) -> None:

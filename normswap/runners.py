@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap import precision
+from normswap.errors import SwapError
 from normswap.probes import Probe
 
 TAP_SIZE = 4096
@@ -40,19 +41,51 @@ class _Seen(TorchFunctionMode):
         return result
 
 
-def module_runner(model: nn.Module, sites: Sequence[str], *, in_float64: bool = False, dtypes: set[torch.dtype] | None = None) -> Runner:
+class _NotThese(TorchFunctionMode):
+    """Stops a model that reads one of these tensors, by id: a copy that still uses the original."""
+
+    def __init__(self, foreign: Mapping[int, str]) -> None:
+        super().__init__()
+        self.foreign = foreign
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor) and id(tensor) in self.foreign:
+                    raise SwapError(
+                        f"it still uses {self.foreign[id(tensor)]} of the original, which a function that was made inside the model holds "
+                        "(a lambda or a closure): copying a model does not copy such functions; make it a method"
+                    )
+        return func(*args, **kwargs)
+
+
+def module_runner(
+    model: nn.Module,
+    sites: Sequence[str],
+    *,
+    in_float64: bool = False,
+    dtypes: set[torch.dtype] | None = None,
+    foreign: Mapping[int, str] | None = None,
+) -> Runner:
     """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
 
-    dtypes: a set into which the dtypes that the model computes in are put.
+    dtypes: a set into which the dtypes that the model computes in are put. foreign: tensors, by id, that it must not read, and their names.
     """
-    mode = precision.in_float64 if in_float64 else contextlib.nullcontext if dtypes is None else functools.partial(_Seen, dtypes)
+    mode: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    if in_float64:
+        mode = precision.in_float64
+    elif dtypes is not None:
+        mode = functools.partial(_Seen, dtypes)
+    elif foreign is not None:
+        mode = functools.partial(_NotThese, foreign)
     taps: Values = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[str, int] = {}
 
     def tap(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output):  # which ends with its vmap
                 calls[name] = calls.get(name, 0) + 1
                 flat = output.detach().reshape(-1)
                 taps[f"{name}@{calls[name]}"] = flat[:: _step(flat.numel())].clone()
@@ -84,13 +117,13 @@ def _step(count: int) -> int:
     return step
 
 
-def _named(output: Any, path: str = "output") -> Values:
-    """The tensors and numbers of a model's output, in order, each under its path; also those in dataclasses and dicts of any class."""
+def _named(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> Values:
+    """The tensors and numbers of a model's output, in order, each under its path; also those in objects and dicts of any class."""
     found: Values = {}
     for keys, leaf in tree_flatten_with_path(output)[0]:
         name = f"{path}{keystr(keys)}"
         if isinstance(leaf, Tensor):
-            found[name] = leaf.detach()
+            found[name] = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
         elif isinstance(leaf, (bool, int, float)):
             found[name] = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -99,6 +132,9 @@ def _named(output: Any, path: str = "output") -> Values:
         elif isinstance(leaf, Mapping):
             for key, value in leaf.items():
                 found |= _named(value, f"{name}[{key!r}]")
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf) and id(leaf) not in within:
+            for attribute, value in vars(leaf).items():
+                found |= _named(value, f"{name}.{attribute}", (*within, id(leaf)))
     return found
 
 

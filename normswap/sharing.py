@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -44,7 +45,8 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             # What such a hook computes is a tensor with a history, which cannot be copied; before it is read it is computed anew.
-            computed = module.__dict__.get(hook.name) if isinstance(hook, (SpectralNorm, WeightNorm)) else None
+            name = hook._tensor_name if isinstance(hook, BasePruningMethod) else getattr(hook, "name", "")
+            computed = module.__dict__.get(name) if isinstance(hook, (SpectralNorm, WeightNorm, BasePruningMethod)) else None
             if computed is not None:
                 memo.setdefault(id(computed), computed.detach().clone())
     try:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from normswap import functional, numerics
 from normswap.batchless import BatchlessNorm, Source
@@ -71,6 +72,14 @@ def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn
                 f"{name or 'the model'} was to become a {type(wanted).__name__}, but the copy of the model holds "
                 f"{type(found.get(name)).__name__} there",
                 hint=f"does {type(model).__name__} or one of its parts define __deepcopy__ without using the memo?",
+            )
+    # By address, as a tensor that is wrapped anew (a scripted part, a view) is another object over the same memory.
+    original = {t.data_ptr(): n for n, t in (*model.named_parameters(), *model.named_buffers()) if not is_lazy(t) and t.numel()}
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if not is_lazy(tensor) and tensor.numel() and not tensor.is_meta and tensor.data_ptr() in original:
+            raise SwapError(
+                f"{name} of the copy is not a copy: it shares memory with {original[tensor.data_ptr()]} of the original",
+                hint=f"does {type(model).__name__} or one of its parts define __deepcopy__ to share its tensors?",
             )
 
 

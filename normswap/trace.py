@@ -121,6 +121,10 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Call
     else:
         copied = shadow(model)
         tracer = _Tracer(copied, _Names(copied, is_norm))
+        for name, module in copied.named_modules():
+            if not tracer.is_leaf_module(module, name):  # the hooks of a leaf are not run; those of others would be handed proxies to keep
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
         try:
             with torch.random.fork_rng():
                 graph = tracer.trace(copied)

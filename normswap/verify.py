@@ -168,19 +168,23 @@ def compare(
     tolerance: float | None = None,
     sites: Sequence[str] = (),
     only_like_example: bool = False,
+    original: nn.Module | None = None,
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
-    level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size.
+    level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size. original: a model of which
+    the candidate claims to be an independent copy; reading one of
+    its tensors is a failure.
     """
     name = f"onnxruntime ({level})" if isinstance(candidate, Path) else str(judgement.dtype)
+    foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
     held = [p for p in judgement.probes if p.like_example or not only_like_example]
     outputs: list[dict[str, Difference]] = []
     taps: list[dict[str, Difference]] = []
     passes = 0
     failure: str | None = None
     try:
-        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites)
+        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites, foreign=foreign)
         for probe in held:
             values, tapped = run(probe)
             passes += 1
@@ -253,7 +257,14 @@ def _truths(judged: Values, own: Values) -> dict[str, _Truth]:
     return truths
 
 
-def _limit(noise: float, judgement: Judgement) -> float:
+def _is_exact(truth: _Truth | None) -> bool:
+    """Whether a tensor holds integers or booleans, of which no rounding makes others."""
+    return truth is not None and not (truth.dtype.is_floating_point or truth.dtype.is_complex)
+
+
+def _limit(noise: float, judgement: Judgement, *, exact: bool) -> float:
+    if exact and noise == 0:
+        return 0.0
     cap = CAP[judgement.computed_in]
     return min(max(NOISE_FACTOR * noise, FLOOR[judgement.dtype]), cap) if math.isfinite(noise) else cap
 
@@ -285,7 +296,7 @@ def _differences(
             if math.isnan(errors[1]) and errors[3] == 0:
                 problem = NOTHING_FINITE
         noise = math.nan if truth is None else truth.noise
-        limit = tolerance if tolerance is not None else _limit(noise, judgement)
+        limit = tolerance if tolerance is not None else _limit(noise, judgement, exact=_is_exact(truth))
         row = name.rpartition("@")[0] if tapped else name
         result[name] = Difference(row, probe.name, *errors, noise=noise, tolerance=limit, problem=problem)
     return result

@@ -380,6 +380,23 @@ def test_an_exported_program(channels: int, path: Path) -> None:
     assert_same(model, path, (torch.randn(1, 7),), (torch.randn(5, 7),))
 
 
+def test_an_exported_program_whose_norms_share_their_scale(path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 5, 3), norm(5), norm(5)
+            self.b.weight, self.b.log_std = self.a.weight, self.a.log_std
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            return self.a(y), self.b(y)  # torch computes y * scale once
+
+    model, x = Pair().eval(), torch.randn(2, 3, 9, 8)
+    result = export(torch.export.export(model, (x,)), (x,), {}, path)
+    assert (result.folded, result.residue) == ((), ("a", "b"))
+    assert_same(model, path, (x,))
+
+
 def test_an_exported_program_in_half_precision(path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.ReLU(), norm(5)).half().eval()
     x = torch.randn(2, 3, 9, 8).half()
@@ -495,11 +512,12 @@ def test_extreme_statistics(path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [17, 18, 19, None, 21, 22, 23])
 def test_the_file_has_the_opset_that_was_asked_for(opset: int | None, path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.GELU(), nn.Flatten(), nn.Linear(210, 4), norm(4), nn.Softmax(1), norm(4))
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.GELU(), pool, nn.Flatten(), nn.Linear(5, 4), norm(4), nn.Softmax(1), norm(4))
     result = exported(model, path, 2, 3, 9, 8, batches=(3,), opset=opset)
     assert result.opset == (opset or 20)
     assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", result.opset)]
-    assert (result.folded, result.residue) == (("1", "5"), ("7",))
+    assert (result.folded, result.residue) == (("1", "6"), ("8",))
 
 
 def test_an_opset_that_the_model_cannot_have(path: Path) -> None:

@@ -121,6 +121,7 @@ MUST_FOLD = {
 MUST_NOT_FOLD = {
     "an activation between": ("c = Conv(x, w, b) h = Relu(c)", CONV2D, IMAGE),
     "something else reads the conv": ("h = Conv(x, w, b) z = Relu(h)", CONV2D, IMAGE, "double y, double z"),
+    "the product is an output, too": ("h = Conv(x, w, b)", CONV2D, IMAGE, "double y, double scaled"),
     "the conv is an output, too": ("h = Conv(x, w, b)", CONV2D, IMAGE, "double y, double h"),
     "the affine reads it twice": ("c = Conv(x, w, b) h = Add(c, c)", CONV2D, IMAGE),
     "a weight that depends on the input": ("h = Conv(x, k)", CONV2D, f"{IMAGE}, double[4,3,3,2] k"),
@@ -144,6 +145,11 @@ MUST_NOT_FOLD = {
         CUBE,
     ),
     "an affine that adds a dimension": ("h = Gemm(x, w, b)", GEMM | {"scale": normal(4, 1, 5), "shift": normal(1, 1, 1)}, ROWS),
+    "an affine that adds a dimension along the same axis": (
+        "h = Gemm(x, w, b)",
+        GEMM | {"scale": normal(1, 5, 1), "shift": normal(1, 5, 1)},
+        "double[1,3] x",
+    ),
     "an affine that multiplies a single channel": (
         "h = Conv(x, w)",
         {"w": normal(1, 3, 3, 2), "scale": normal(1, 4, 1, 1), "shift": normal(1, 4, 1, 1)},
@@ -152,6 +158,7 @@ MUST_NOT_FOLD = {
     "a matmul of two inputs": ("h = MatMul(x, k)", GEMM, f"{ROWS}, double[3,5] k"),
     "a weight on the left": ("h = MatMul(w, x)", {"w": normal(5, 2), "scale": normal(1, 3), "shift": normal(1, 3)}, ROWS),
     "a batch of weights": ("h = MatMul(x, w)", MATMUL3 | {"w": normal(2, 3, 5)}, CUBE),
+    "a batch of weights, as many rows as columns": ("h = MatMul(x, w)", MATMUL3 | {"w": normal(2, 5, 5)}, "double[2,7,5] x"),
     "a matmul that something else reads": (
         "m = MatMul(x, w) h = Add(m, b) z = Relu(m)",
         MATMUL3,

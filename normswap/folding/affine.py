@@ -39,6 +39,10 @@ class Affine:
         scale, shift = np.broadcast_to(both.reshape(2, channels), (2, size))
         return scale, shift
 
+    def is_private(self) -> bool:
+        """Whether nothing else sees x, or anything on the way from x to y."""
+        return only_use(self.x) and all(only_use(node.outputs[0]) for node in self.nodes[:-1])
+
     def replace_by(self, value: ir.Value) -> None:
         """Let everything that reads y read `value`, and remove what computed y."""
         ir.convenience.replace_all_uses_with(self.y, value, replace_graph_outputs=True)

@@ -45,7 +45,7 @@ def fold(affine: Affine, constants: Constants) -> bool:
     """Do it if it is exact here, and say whether it was done."""
     node = affine.x.producer()
     describe = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul, "Add": _matmul_add}
-    if node is None or node.domain != "" or node.op_type not in describe or not only_use(affine.x) or affine.x.dtype != affine.y.dtype:
+    if node is None or node.domain != "" or node.op_type not in describe or not affine.is_private() or affine.x.dtype != affine.y.dtype:
         return False
     layer = describe[node.op_type](node, constants)
     both = None if layer is None else affine.along(layer.axis, rank=layer.rank, size=math.prod(layer.scale_shape))

@@ -1,7 +1,7 @@
 """A module that calls itself a norm and that no other rule knows: listed, and left as it is.
 
-Recognised by name: "norm" in the class name (but not "normal...", as in Normalize), and no child that computes something of its own,
-so that containers such as ConvNormAct are not taken for a norm.
+Recognised by name: "norm" in the class name (but not "normalize", which is of images), or a customary acronym, and no child that computes
+something of its own, so that containers such as ConvNormAct are not taken for a norm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from normswap.batchless import BatchlessNorm
 from normswap.plan import Rule, Site
 
-_NAME = re.compile(r"norm(?!al)", re.IGNORECASE)
+_NAME = re.compile(r"(?i:norm(?!alize))|(BN|LN|GN|FRN|GRN|LRN)(\d[dD])?$")
 
 
 def recognises(site: Site) -> bool:
