@@ -300,12 +300,12 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it(path: Path) -> None:
 
 
 def test_layouts_that_a_later_view_relies_on(path: Path) -> None:
-    model = Net(lambda m, x: m.norm(m.conv(x).flatten(2).transpose(1, 2).contiguous().transpose(1, 2)).transpose(1, 2).view(-1, 5))
+    model = Net(lambda m, x: m.norm(m.conv(x).flatten(2).transpose(1, 2).contiguous().transpose(1, 2)).view(-1, 5 * 49))
     assert exported(model, path, 3, 3, 9, 8).residue == ("norm",)
 
 
 def test_channels_last(path: Path) -> None:
-    model = Net(lambda m, x: m.norm(m.conv(x)).permute(0, 2, 3, 1).reshape(len(x), -1)).to(memory_format=torch.channels_last)
+    model = Net(lambda m, x: m.norm(m.conv(x)).permute(0, 2, 3, 1).view(len(x), -1)).to(memory_format=torch.channels_last)
     assert exported(model, path, 3, 3, 9, 8).folded == ("norm",)
 
 
