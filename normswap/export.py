@@ -151,8 +151,8 @@ class _Mark(BatchlessNorm):
 
     number: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.normswap.onnx_affine(x, self.number))
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.normswap.onnx_affine(input, self.number))
 
 
 @functools.cache

@@ -778,3 +778,15 @@ def test_importing_it_imports_no_onnx() -> None:
     code = "import sys, normswap.export; print([m for m in ('onnx', 'onnx_ir', 'onnxscript', 'onnxruntime') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_norm_that_is_called_by_keyword(tmp_path: Path) -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 5, 3), BatchlessNorm(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=self.conv(x))  # type: ignore[no-any-return]
+
+    assert export(ByName(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx").folded == ("norm",)
