@@ -38,7 +38,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from normswap.batchless import BatchlessNorm
+from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.parity import Parity
 from normswap.sharing import shadow
@@ -151,15 +151,15 @@ class _Mark(BatchlessNorm):
 
     number: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.normswap.onnx_affine(x, self.number))
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.normswap.onnx_affine(input, self.number))
 
 
 @functools.cache
 def _mark_op() -> Any:
     # An operator of its own, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may rely on.
     _LIBRARY.define("onnx_affine(Tensor x, int site) -> Tensor")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{_DOMAIN}::onnx_affine", lambda x, site: torch.empty_like(x), lib=_LIBRARY)
+    torch.library.register_fake(f"{_DOMAIN}::onnx_affine", lambda x, site: _laid_out(torch.empty_like(x)), lib=_LIBRARY)
     return torch.ops.normswap.onnx_affine.default
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from normswap.errors import SwapError
+from normswap.errors import SwapError, UsageError
 from normswap.inputs import Inputs
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
@@ -17,7 +17,11 @@ M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
     """The model itself, or the graph module of an ExportedProgram."""
-    return model.module() if isinstance(model, ExportedProgram) else model
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a model is a torch.nn.Module or an ExportedProgram, not {type(model).__name__}: {str(model)[:60]!r}")
+    return model
 
 
 def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:

@@ -62,7 +62,10 @@ def directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not."""
+    """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not.
+
+    Files that were written next to it (the external data of a large ONNX file) come along.
+    """
     path = Path(os.path.abspath(path))
     if path.is_dir():
         raise UsageError(f"{path} is a directory; expected the name of a file to write")
@@ -70,8 +73,9 @@ def file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
         partial = Path(scratch) / path.name
         yield partial
-        _sync(partial)
-        os.replace(partial, path)
+        for written in sorted(Path(scratch).iterdir(), key=lambda file: file == partial):  # what it refers to first, itself last
+            _sync(written)
+            os.replace(written, path.parent / written.name)
 
 
 def _sync(path: Path) -> None:

@@ -121,6 +121,7 @@ OBJECTS = frozenset(
         "torchvision.ops.poolers.LevelMapper",
         "timm.models._features.FeatureInfo",
         "transformers.generation.configuration_utils.GenerationConfig",
+        "normswap.batchless.Source",
     }
 )
 

@@ -20,6 +20,7 @@ from normswap.errors import SwapError
 from normswap.probes import Probe
 
 TAP_SIZE = 4096
+REFERENCE = "reference"  # in place of an optimisation level: onnx's own evaluator, which has every kernel in every dtype, and is slow
 BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...
 
 Values = dict[str, Tensor]
@@ -141,6 +142,12 @@ def _named(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> V
 def onnx_runner(path: Path, level: str) -> Runner:
     import onnxruntime
 
+    if level == REFERENCE:
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        evaluator = ReferenceEvaluator(onnx.load(path))
+        return lambda probe: (_by_position(evaluator.run(None, _feeds(evaluator.input_names, probe))), {})
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = {

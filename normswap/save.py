@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.batchless import BatchlessNorm
@@ -83,19 +84,45 @@ def sites_of(model: nn.Module) -> list[dict[str, Any]]:
 def read_recipe(directory: Path) -> Recipe:
     """The recipe of a converted directory. Raises LoadError if it is not one, or of a version that this normswap does not know."""
     path = directory / RECIPE
+    if directory.exists() and not directory.is_dir():
+        raise LoadError(f"{directory} is not a directory", hint="give the directory that `normswap convert SRC -o DIR` wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["version"]
         recipe = Recipe(**{name: content[name] for name in ("sites", "source", "factory", "module", "inputs")})
+        if not all({"name", "class", "std"} <= site.keys() for site in recipe.sites):
+            raise ValueError("a site lacks its name, class or std")
+        if not all({"name", "shape", "dtype"} <= entry.keys() for entry in recipe.inputs):
+            raise ValueError("an input lacks its name, shape or dtype")
     except FileNotFoundError as error:
         raise LoadError(
             f"{directory} is not a converted directory: it has no {RECIPE}", hint="`normswap convert SRC -o DIR` writes one"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{path} is not a recipe that normswap wrote: {error}") from error
     if version != VERSION:
         raise LoadError(f"{path} is a recipe of version {version}; expected {VERSION}", hint="use the normswap that wrote it, or newer")
     return recipe
+
+
+def _take_dtypes(model: nn.Module, path: Path) -> None:
+    """Give each tensor of the model the dtype that it was saved with: loading alone would convert the values to the factory's."""
+    from safetensors import SafetensorError, safe_open
+
+    saved: dict[str, torch.dtype] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  the file is no dict
+                part = file.get_slice(name)
+                saved[name] = (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
+    except (OSError, SafetensorError):
+        return  # what is wrong with the file is said when it is read
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                dtype = saved.get(f"{prefix}.{name}" if prefix else name)
+                if tensor is not None and dtype is not None and tensor.dtype != dtype:
+                    tensor.data = tensor.data.to(dtype)
 
 
 def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
@@ -114,6 +141,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
                 f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {wanted}",
                 hint="the factory must build the model that was converted",
             )
+    _take_dtypes(model, directory / WEIGHTS)
     try:
         load_model(model, str(directory / WEIGHTS), strict=True)
     except (OSError, SafetensorError) as error:

@@ -7,7 +7,7 @@ names, in lists, as the owner of a bound method, as the model itself. Functional
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,8 +23,11 @@ from normswap.sharing import carry, copy_with
 M = TypeVar("M", bound=nn.Module)
 
 
-def swap(model: nn.Module, plan: Plan, *, std: str = "log") -> nn.Module:
-    """A copy of `model` with each planned swap made; the model itself is not touched. Raises SwapError if the copy is not as planned."""
+def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") -> nn.Module:
+    """A copy of `model` with each planned swap made; the model itself is not touched.
+
+    std: how the layers store it; one form, or one for each name. Raises SwapError if the copy is not as planned.
+    """
     replacements = {s.site.module: _build(s, std) for s in plan.swaps if s.site.module is not None}
     result = _replaced(model, replacements)
     calls = [s for s in plan.swaps if s.site.module is None]
@@ -35,10 +38,10 @@ def swap(model: nn.Module, plan: Plan, *, std: str = "log") -> nn.Module:
     return result
 
 
-def _build(s: Swap, std: str) -> nn.Module:
+def _build(s: Swap, std: str | Mapping[str, str]) -> nn.Module:
     if s.rule.build is None:
         raise SwapError(f"{s.name}: the rule {s.kind!r} agreed to a swap but cannot build one", hint="give the rule a build function")
-    return s.rule.build(s.site, std)
+    return s.rule.build(s.site, std if isinstance(std, str) else std[s.name])
 
 
 def _replaced(model: M, replacements: dict[nn.Module, nn.Module]) -> M:
@@ -76,6 +79,11 @@ def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn
     # By address, as a tensor that is wrapped anew (a scripted part, a view) is another object over the same memory.
     original = {t.data_ptr(): n for n, t in (*model.named_parameters(), *model.named_buffers()) if not is_lazy(t) and t.numel()}
     for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if not tensor.is_leaf:
+            raise SwapError(
+                f"{name} of the copy is not a leaf, so that training the copy would train the original: TorchScript parts are copied so",
+                hint="convert the model before a part of it is scripted",
+            )
         if not is_lazy(tensor) and tensor.numel() and not tensor.is_meta and tensor.data_ptr() in original:
             raise SwapError(
                 f"{name} of the copy is not a copy: it shares memory with {original[tensor.data_ptr()]} of the original",
@@ -83,7 +91,7 @@ def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn
             )
 
 
-def _rewrite(graph_module: fx.GraphModule, calls: list[Swap], std: str) -> None:
+def _rewrite(graph_module: fx.GraphModule, calls: list[Swap], std: str | Mapping[str, str]) -> None:
     """Turn each functional call into a call of a new submodule, and drop the tensors that nothing reads any more."""
     nodes = {node.name: node for node in graph_module.graph.nodes}
     targets: dict[tuple[Any, ...], str] = {}
@@ -154,6 +162,10 @@ def revert(model: M, *, skip: bool = False) -> M:
 
     Raises SwapError, naming them, for layers that were not made from a layer with statistics, unless `skip=True` leaves them.
     """
+    if not isinstance(model, nn.Module):
+        raise SwapError(
+            f"a {type(model).__name__} has no layers to give back", hint="an exported program: keep the one that it was made from"
+        )
     layers = {m: name for name, m in model.named_modules() if isinstance(m, BatchlessNorm)}
     unknown = [name for layer, name in layers.items() if layer.source is None]
     if unknown and not skip:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from normswap.errors import UsageError
 from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
-from normswap.runners import BY_POSITION, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
+from normswap.runners import BY_POSITION, REFERENCE, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
 from normswap.sharing import shadow, to_float64
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -172,11 +172,11 @@ def compare(
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
-    level: "disabled", "basic", "extended" or "all". only_like_example: the candidate takes no other batch size. original: a model of which
-    the candidate claims to be an independent copy; reading one of
-    its tensors is a failure.
+    level: "disabled", "basic", "extended", "all", or REFERENCE for onnx's own evaluator. only_like_example: the candidate takes no other
+    batch size. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a failure.
     """
-    name = f"onnxruntime ({level})" if isinstance(candidate, Path) else str(judgement.dtype)
+    runtime = "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
+    name = runtime if isinstance(candidate, Path) else str(judgement.dtype)
     foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
     held = [p for p in judgement.probes if p.like_example or not only_like_example]
     outputs: list[dict[str, Difference]] = []

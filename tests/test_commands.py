@@ -62,3 +62,24 @@ def test_an_onnx_file_against_another(converted: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "other.onnx")
     assert normswap.verify(converted / "model.onnx", converted / "model.onnx")
     assert not normswap.verify(converted / "model.onnx", tmp_path / "other.onnx")
+
+
+def test_a_float64_model_is_verified_where_it_can_run(tmp_path: Path) -> None:
+    """onnxruntime has no float64 convolution; the file is verified all the same, and the report says where."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), 0).double().eval()
+    torch.save(model, tmp_path / "net.pt")
+    report, directory = convert_files(str(tmp_path / "net.pt"), tmp_path / "out", inputs=["2x3x9x8:float64"])
+    assert list(report.parities) == ["torch", "onnx's reference evaluator"]
+    assert all(report.parities.values())
+    assert report.onnx is not None
+    assert "onnxruntime cannot run this file" in report.onnx["notes"][0]
+    assert normswap.verify(tmp_path / "net.pt", directory)
+
+
+def test_external_data_comes_along(tmp_path: Path) -> None:
+    from normswap import outputs
+
+    with outputs.file(tmp_path / "m.onnx") as partial:
+        partial.write_text("refers to m.onnx.data")
+        partial.with_name("m.onnx.data").write_text("weights")
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}

@@ -300,12 +300,12 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it(path: Path) -> None:
 
 
 def test_layouts_that_a_later_view_relies_on(path: Path) -> None:
-    model = Net(lambda m, x: m.norm(m.conv(x).flatten(2).transpose(1, 2).contiguous().transpose(1, 2)).transpose(1, 2).view(-1, 5))
+    model = Net(lambda m, x: m.norm(m.conv(x).flatten(2).transpose(1, 2).contiguous().transpose(1, 2)).view(-1, 5 * 49))
     assert exported(model, path, 3, 3, 9, 8).residue == ("norm",)
 
 
 def test_channels_last(path: Path) -> None:
-    model = Net(lambda m, x: m.norm(m.conv(x)).permute(0, 2, 3, 1).reshape(len(x), -1)).to(memory_format=torch.channels_last)
+    model = Net(lambda m, x: m.norm(m.conv(x)).permute(0, 2, 3, 1).view(len(x), -1)).to(memory_format=torch.channels_last)
     assert exported(model, path, 3, 3, 9, 8).folded == ("norm",)
 
 
@@ -778,3 +778,15 @@ def test_importing_it_imports_no_onnx() -> None:
     code = "import sys, normswap.export; print([m for m in ('onnx', 'onnx_ir', 'onnxscript', 'onnxruntime') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_norm_that_is_called_by_keyword(tmp_path: Path) -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 5, 3), BatchlessNorm(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=self.conv(x))  # type: ignore[no-any-return]
+
+    assert export(ByName(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx").folded == ("norm",)

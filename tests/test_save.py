@@ -65,6 +65,15 @@ def test_reverting_a_loaded_model_is_bit_for_bit(saved: tuple[nn.Module, Path]) 
     assert all(torch.equal(value, original[name]) for name, value in reverted.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_dtype_is_that_of_the_saved_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = normswap.convert(_factory().to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype)).model
+    loaded = normswap.load(normswap.save(model, tmp_path / "saved"), _factory)
+    assert isinstance(loaded, nn.Module)
+    assert {k: v.dtype for k, v in loaded.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
+    assert normswap.verify(model, loaded, torch.randn(2, 3, 8, 8, dtype=dtype))
+
+
 @pytest.mark.parametrize("std", ["log", "abs", "inv"])
 def test_each_form_of_std(tmp_path: Path, x: Tensor, std: str) -> None:
     model = normswap.convert(_factory(), x, std=std).model
@@ -127,7 +136,13 @@ def test_not_a_converted_directory(tmp_path: Path) -> None:
         normswap.load(tmp_path, _factory)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '"text"'])
+NOTHING = '"source": null, "factory": null, "module": null, "inputs": []'
+
+
+SITES = [f'{{"version": 1, "sites": {sites}, {NOTHING}}}' for sites in ('"x"', "[{}]")]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '"text"', *SITES])
 def test_not_a_recipe(tmp_path: Path, content: str) -> None:
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(LoadError, match="is not a recipe that normswap wrote"):

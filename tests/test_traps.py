@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.errors import ParityError, SwapError
+from normswap.commands import convert_files
+from normswap.errors import ParityError, SwapError, UsageError
 
 IMAGE = torch.randn(3, 4, 9, 7)
 
@@ -183,3 +185,44 @@ def test_a_part_that_copies_itself_by_sharing_is_an_error() -> None:
     model = randomise(nn.Sequential(Shares(3, 5), nn.BatchNorm1d(5)), 0).eval()
     with pytest.raises(SwapError, match=r"^0\.weight of the copy is not a copy: it shares memory with 0\.weight of the original"):
         normswap.convert(model, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("what", [None, "model.pt", {}, nn.BatchNorm2d])
+def test_what_is_no_model_is_a_usage_error(what: Any) -> None:
+    with pytest.raises(UsageError, match=r"^a model is a torch\.nn\.Module or an ExportedProgram, not (NoneType|str|dict|type)"):
+        normswap.convert(what)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_an_error() -> None:
+    """torch copies it into tensors that are not leaves: training the copy would train the original."""
+    model = randomise(nn.Sequential(torch.jit.trace(nn.Linear(3, 5), torch.randn(2, 3)), nn.BatchNorm1d(5)), 0).eval()
+    with pytest.raises(SwapError, match=r"of the copy is not a leaf.*\nhint: convert the model before a part of it is scripted"):
+        normswap.convert(model, torch.randn(2, 3))
+
+
+def test_an_exported_program_cannot_be_reverted() -> None:
+    program: Any = torch.export.export(nn.Linear(3, 5), (torch.randn(2, 3),))
+    with pytest.raises(SwapError, match=r"^a ExportedProgram has no layers to give back"):
+        normswap.revert(program)
+
+
+def test_each_layer_may_store_its_std_in_its_own_form(tmp_path: Path) -> None:
+    def factory() -> nn.Module:
+        return randomise(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6)), 0).eval()
+
+    first = normswap.convert(factory(), IMAGE, include=["1"], std="log").model
+    both = normswap.convert(first, IMAGE, std="abs").model
+    loaded = normswap.load(normswap.save(both, tmp_path / "both"), factory)
+    assert isinstance(loaded, nn.Module)
+    assert torch.equal(loaded(IMAGE), both(IMAGE))
+
+
+def test_a_converted_module_can_be_read_again(tmp_path: Path) -> None:
+    """The pickle that `convert` writes passes the review of pickles."""
+    model = randomise(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)), 0).eval()
+    torch.save(model, tmp_path / "model.pt")
+    _, directory = convert_files(str(tmp_path / "model.pt"), tmp_path / "out", inputs=["2x4x9x7"], onnx=False)
+    assert normswap.verify(tmp_path / "model.pt", directory)
+    reverted = normswap.revert(normswap.load(directory))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in reverted.state_dict().items())
