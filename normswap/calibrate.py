@@ -1,13 +1,16 @@
-"""data -> statistics, stratum by stratum: for the layers whose source took its statistics from each sample, so that no file holds them.
+"""data -> statistics, stratum by stratum: for layers whose source took its statistics from each sample, so that no file holds them.
 
 A stratum is a set of layers none of which feeds another of them. They are calibrated in the order of execution, each on what the already
-swapped layers before it produce: until its turn comes a layer computes what its source would. Per channel,
+swapped layers before it produce; until its turn comes a layer computes what its source would. Per channel,
 
     mean, std        those of the layer's input x over all calibration data
-    weight, bias     the least-squares fit of weight * (x - mean) / std + bias to the source's output (`moments.py`)
+    weight, bias     the least-squares fit of weight * (x - mean) / std + bias to what the source put out in the original model
 
-One pass over the data per stratum, each forward stopped when the stratum has seen its input; one more forward, of the first batch, finds the
-strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its "attention_mask" is 0 do not count.
+so that each layer also takes back, as far as a map per channel can, the error that those before it have made (`moments.py`).
+
+One pass over the data per stratum through both models, each forward stopped when the stratum has been seen; one more forward, of the
+first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its
+"attention_mask" is 0 do not count.
 """
 
 from __future__ import annotations
@@ -68,35 +71,40 @@ class _Enough(Exception):
 
 def calibrate(
     model: nn.Module,
-    sources: Mapping[str, nn.Module],
+    original: nn.Module,
+    names: Sequence[str],
     batches: Iterable[Any],
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Fit, ...]:
     """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
 
-    sources: the layer that each name was, in eval mode. progress(done, total) is told after each forward, in strata times batches.
-    Raises UsageError if there is no batch or the model does not take them.
+    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. progress(done, total) is told after each
+    forward, in strata times batches. Raises UsageError if there is no batch or the model does not take them.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
-    modules = dict(model.named_modules())
+    modules, sources = dict(model.named_modules()), dict(original.named_modules())
     sites = []
-    for name, source in sources.items():
+    for name in names:
         layer = modules[name]
         assert isinstance(layer, BatchlessNorm)
-        sites.append(_Site(name, layer, source, Moments.empty(layer.weight.numel() if layer.weight is not None else layer.mean.numel())))
-    with _Calibration(model, sites) as calibration:
+        sites.append(
+            _Site(name, layer, sources[name], Moments.empty(layer.weight.numel() if layer.weight is not None else layer.mean.numel()))
+        )
+    with _Calibration(model, original, sites) as calibration:
         return calibration.run(batches, progress)
 
 
 class _Calibration:
     """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
 
-    def __init__(self, model: nn.Module, sites: list[_Site]) -> None:
-        self.model, self.sites = model, sites
+    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site]) -> None:
+        self.model, self.original, self.sites = model, original, sites
+        self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
         self.labels: _Labels | None = None
         self.stratum = 0
         self.pending = 0
+        self.standing_in = False
         self.mask: Tensor | None = None
         self.handles: list[Any] = []
         self.training = {module: module.training for module in model.modules()}
@@ -104,6 +112,7 @@ class _Calibration:
     def __enter__(self) -> _Calibration:
         self.model.eval()
         self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True) for site in self.sites]
+        self.handles += [site.source.register_forward_hook(self._target(site)) for site in self.sites]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -147,35 +156,53 @@ class _Calibration:
         args, kwargs = arguments_of(batch, self.model)
         mask = kwargs.get(MASK)
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
-        self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
+        self.targets = {}
         try:
-            with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
-                self.model(*args, **kwargs)
+            for model in (self.original, self.model) if self.labels is None else (self.model,):
+                self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
+                with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
+                    model(*args, **kwargs)
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
                 f"the model does not take the calibration data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
                 hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
 
+    def _target(self, site: _Site) -> Callable[..., None]:
+        """On the source, in the original model: keeps what it puts out, but not when it stands in for the layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.labels is None and site.stratum == self.stratum and not self.standing_in:
+                self.targets.setdefault(site.name, []).append(output)
+                self._seen()
+
+        return hook
+
     def _hook(self, site: _Site) -> Callable[..., Tensor | None]:
+        """On the layer: records its input, and answers what its source would until it is calibrated."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             x = args[0]
             if site.done:
                 return None
+            self.standing_in = True
             y: Tensor = site.source(x)
+            self.standing_in = False
             if self.labels is not None:
                 site.calls += 1
                 site.stratum = max(site.stratum, self.labels.of(x) + 1)
                 self.labels.mark(y, site.stratum)
-                return y
-            if site.stratum == self.stratum:
-                _record(site, x, y, self.mask)
-                self.pending -= 1
-                if self.pending == 0:
-                    raise _Enough
+            elif site.stratum == self.stratum:
+                _record(site, x, self.targets[site.name].pop(0), self.mask)
+                self._seen()
             return y
 
         return hook
+
+    def _seen(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            raise _Enough
 
 
 class _Labels(TorchFunctionMode):

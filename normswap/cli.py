@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normswap.errors import NormswapError
+from normswap.versions import version_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"normswap {metadata.version('normswap')}")
+        typer.echo(f"normswap {version_of('normswap')}")
         raise typer.Exit
 
 
@@ -96,6 +96,18 @@ def convert(
     include: Include = None,
     exclude: Exclude = None,
     std: Annotated[Std, typer.Option(help="How the new layers store their standard deviation.")] = Std.log,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Calibration data: a .pt or .npz file, a directory of them (a batch each) or package.module:factory."
+        ),
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Swap layers, too, that can only be approximated: LayerNorm, GroupNorm ... Needs --data.")
+    ] = False,
+    max_drift: Annotated[
+        float | None, typer.Option(metavar="X", help="--approximate, but fail if an output moves by more than X of its largest value.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
     opset: Opset = None,
     trust_package: TrustPackage = None,
@@ -119,6 +131,9 @@ def convert(
             include=include or (),
             exclude=exclude or (),
             std=std.value,
+            data=data,
+            approximate=approximate,
+            max_drift=max_drift,
             onnx=onnx,
             opset=opset,
             trust_packages=trust_package or (),

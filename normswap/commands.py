@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ def load(
     model = as_module(build(recipe.factory) if factory is None else factory())  # type: ignore[arg-type]
     wanted = {site["name"]: site["std"] for site in recipe.sites}
     if wanted:
-        decided = pipeline.plan(model)
+        decided = pipeline.plan(model, approximate=True)  # which weights it has does not matter: they are about to be loaded
         chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
         model = swap(model, chosen, std=wanted)
     load_weights(model, directory, recipe)
@@ -145,6 +146,9 @@ def convert_files(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     std: str = "log",
+    data: str | None = None,
+    approximate: bool = False,
+    max_drift: float | None = None,
     onnx: bool = True,
     opset: int | None = None,
     trust_packages: Sequence[str] = (),
@@ -155,25 +159,39 @@ def convert_files(
     if output is not None:
         outputs.check(output)
     given = parse(inputs) if inputs else None
+    batches = None if data is None else _batches(data)
     clock = _Clock(progress)
     with clock("load"):
         loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
         with clock("convert and verify"):
-            conversion = pipeline.attempt(loaded.model, given, include=include, exclude=exclude, std=std)
+            conversion = pipeline.attempt(
+                loaded.model,
+                given,
+                calibration=batches,
+                approximate=approximate,
+                max_drift=max_drift,
+                include=include,
+                exclude=exclude,
+                std=std,
+            )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
         gc.collect()
         parities = {"torch": conversion.parity}
+        if conversion.drift is not None:
+            parities["drift"] = conversion.drift
         facts: dict[str, Any] | None = None
-        if conversion.parity:
+        if all(parities.values()):
             with clock("save"):
                 _save(conversion, partial, form=form, source=source, factory=factory)
             if onnx:
+                # An approximate model is held against itself: how far it is from the original is what the drift says.
+                judgement = conversion.judgement if conversion.drift is None else None
                 with clock("export and verify"):
                     exported, legs = _export(
-                        conversion.module, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=conversion.judgement
+                        conversion.module, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=judgement
                     )
                 parities.update(legs)
                 facts = _onnx_facts(exported)
@@ -182,7 +200,9 @@ def convert_files(
             for file in partial.iterdir():
                 file.unlink()
         files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
-        result = report(source, conversion.plan, parities, onnx=facts, seconds=clock.seconds, files=files)
+        result = report(
+            source, conversion.plan, parities, onnx=facts, seconds=clock.seconds, files=files, fits=map(dataclasses.asdict, conversion.fits)
+        )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(result.html(), encoding="utf-8")
     if failed is not None:
@@ -272,6 +292,28 @@ def revert_files(
         else:
             torch.save(model if recipe.module else model.state_dict(), partial)
     return output
+
+
+def _batches(spec: str) -> Sequence[Any]:
+    """Calibration data: a .pt, .npz or .npy file, which is one batch; a directory of such files; or package.module:factory,
+    which returns or yields batches."""
+    path = Path(spec)
+    files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]
+    if path.exists():
+        if not files:
+            raise UsageError(f"--data {spec} holds no .pt, .npz or .npy file", hint="each file is one batch")
+        return [found.kwargs or found.args for found in (parse([str(file)]) for file in files)]
+    module, _, name = spec.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"--data {spec} is no file, no directory and no package.module:factory: {error}", hint="a factory returns batches"
+        ) from error
+    try:
+        return list(factory())
+    except Exception as error:  # it is the user's code
+        raise UsageError(f"--data {spec}: the factory raised {type(error).__name__}: {error}") from error
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------------------

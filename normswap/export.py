@@ -27,7 +27,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -42,6 +41,7 @@ from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.parity import Parity
 from normswap.sharing import shadow
+from normswap.versions import version_of
 
 if TYPE_CHECKING:
     import onnx
@@ -497,7 +497,7 @@ def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
             f"opset {opset} was asked for, but this model came out in opset {_opset_of(proto)}",
             hint=f"the default is opset {DEFAULT_OPSET}",
         )
-    onnx.helper.set_model_props(proto, {"normswap_version": _version()})
+    onnx.helper.set_model_props(proto, {"normswap_version": version_of("normswap")})
     return proto
 
 
@@ -509,13 +509,6 @@ def _drop_defaults(proto: onnx.ModelProto) -> None:
         known = onnx.defs.get_schema(node.op_type, _opset_of(proto), node.domain).attributes
         for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
             node.attribute.remove(attribute)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("normswap")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
 
 
 def _opset_of(proto: onnx.ModelProto) -> int:

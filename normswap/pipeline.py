@@ -93,9 +93,9 @@ def convert(
     it, see BatchlessNorm.
 
     Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
-    that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches (a
-    tensor, a tuple of arguments, or a dict of keyword arguments each). `drift` says how far that is from the original; max_drift is the most
-    that passes, as max|difference| / max|original| of any output.
+    that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
+    (a tensor, a tuple of arguments, or a dict of keyword arguments each). `drift` says how far that is from the original; max_drift is the
+    most that passes, as max|difference| / max|original| of any output or layer.
 
     Raises ParityError if the exact swaps do not give the same function within the limits of `verify`, or the drift is above max_drift;
     UsageError if inputs or calibration data are needed or do not fit; SwapError if the model cannot be copied.
@@ -140,7 +140,7 @@ def attempt(
         )
     module, resolve = as_module(model), _resolver(model, example_inputs)
     batches: Sequence[Any] | Iterable[Any] = ()
-    if approximate and calibration is not None:
+    if calibration is not None:
         batches = list(calibration) if iter(calibration) is calibration else calibration
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
@@ -156,12 +156,12 @@ def attempt(
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, exact, std=std)
     parity = compare(judgement, swapped, sites=sites, original=module)
-    sources = {s.name: s.site.module for s in decided.swaps if s.preserves == "approximate" and s.site.module is not None}
-    if not sources or not parity:
+    names = [s.name for s in decided.swaps if s.preserves == "approximate"]
+    if not names or not parity:
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
     del swapped
     approximated = swap(module, decided, std=std)
-    fits = calibrate(approximated, {name: shadow(source) for name, source in sources.items()}, batches, progress=progress)
+    fits = calibrate(approximated, shadow(module), names, batches, progress=progress)
     drift = _drift(module, approximated, batches, sites, math.inf if max_drift is None else max_drift)
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
 

@@ -73,7 +73,7 @@ class Rule:
     recognises(site) -> bool           is this the kind of norm this rule speaks for?
     check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
     build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
-    inexact(site) -> str               for a rule whose replacement only approximates the source and starts from data: why; None for an exact one
+    inexact(site) -> str               why the replacement only approximates the source, and starts from data; None for an exact rule
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
 
     A rule for a module is asked about modules only as they are; the class alone decides `recognises` for a tracer's leaf.

@@ -34,6 +34,7 @@ class Report:
     onnx      opset, nodes by operator before and after folding, residue: the sites that stayed as Mul and Add; None without ONNX
     seconds   by stage, in order
     files     what was written, relative to the output directory
+    fits      for each layer that was swapped approximately, how well it could be calibrated (`calibrate.Fit`)
     """
 
     source: str
@@ -43,6 +44,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    fits: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> Status:
@@ -65,6 +67,7 @@ class Report:
                 "skips": [{**_site(skip), "reason": skip.reason} for skip in self.plan.skips],
             },
             "parities": {leg: parity_json(parity) for leg, parity in self.parities.items()},
+            "calibration": [dict(fit) for fit in self.fits],
             "onnx": self.onnx,
             "seconds": self.seconds,
             "versions": self.versions,
@@ -160,9 +163,10 @@ def report(
     onnx: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
     files: Iterable[str] = (),
+    fits: Iterable[Mapping[str, Any]] = (),
 ) -> Report:
     """Collects what the stages found, and the versions that they ran with."""
-    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files))
+    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits))
 
 
 def versions() -> dict[str, str]:

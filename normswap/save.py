@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from normswap.batchless import BatchlessNorm
 from normswap.errors import LoadError
+from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 VERSION = 1
@@ -46,8 +46,8 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
 
     recipe = {
         "version": VERSION,
-        "normswap": metadata.version("normswap"),
-        "torch": metadata.version("torch"),
+        "normswap": version_of("normswap"),
+        "torch": version_of("torch"),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "source": source,
         "factory": factory,

@@ -89,8 +89,8 @@ def judge(
 ) -> Judgement:
     """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
 
-    sites: names of modules whose outputs are tapped. asked: probes to judge at, in place of those made of the arguments; the first is called
-    "example". Raises UsageError if the reference cannot run on the example inputs.
+    sites: names of modules whose outputs are tapped. asked: probes to judge at, in place of those made of the arguments; the first is
+    called "example". Raises UsageError if the reference cannot run on the example inputs.
     """
     dropped: list[str] = []
     asked = list(probes(args, kwargs)) if asked is None else list(asked)

@@ -1,8 +1,8 @@
 """The norms that libraries write themselves -> BatchlessNorm, approximately, from calibration data: recognised by what they compute.
 
-timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's LayerNorm2d, the RMSNorms of transformers and their like are
-run on random data (`probing.py`): a layer that is found to compute one of the known formulas is swapped as that formula's own class would be;
-any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act`) are kept.
+timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's LayerNorm2d, the RMSNorms of transformers and their like
+are run on random data (`probing.py`): a layer that is found to compute one of the known formulas is swapped as that formula's own class
+would be; any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act`) are kept.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Finds out what a layer normalizes by running it: by structure, not by the name of its class.
 
-A copy of the layer is run on random data in float64, its own dropout and activation (`drop`, `act`) left out, and its output is compared with
-what each candidate would give before its weight and bias,
+A copy of the layer is run on random data in float64, its own dropout and activation (`drop`, `act`) left out, and its output is compared
+with what each candidate would give before its weight and bias,
 
     (x - m) / sqrt(v + eps)      m, v: mean and variance of one sample's x over the candidate's axes       layer_norm, group_norm
     x / sqrt(r + eps)            r: its mean square                                                        rms_norm
 
-up to one weight and one bias per channel, fitted by least squares. Only an exact fit is a match, so a layer that does anything else (a gate,
-a residual, an activation under another name) is none. What its parameters are called, whether it multiplies by weight or by 1 + weight, and
-in which order it casts do not matter. eps is one of the numbers that the layer has as attributes, or a customary one.
+up to one weight and one bias per channel, fitted by least squares. Only an exact fit is a match, so a layer that does anything else (a
+gate, a residual, an activation under another name) is none. What its parameters are called, whether it multiplies by weight or by
+1 + weight, and in which order it casts do not matter. eps is one of the numbers that the layer has as attributes, or a customary one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,21 @@ def probe(module: nn.Module) -> Normalizes | None:
 def _along(bare: nn.Module, module: nn.Module, channels: int, axis: int) -> Normalizes | None:
     shape = (3, 5, channels) if axis == -1 else (3, channels, 4, 2)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 0.7
+    # Two calls on data of two kinds: a factor that a layer takes from the whole batch would pass for a part of the weight in one.
+    xs = [torch.randn(shape, generator=generator, dtype=torch.float64) * scale + mean for scale, mean in ((2, 0.7), (0.5, -1.1))]
+    ys = [_run(bare, module, x) for x in xs]
+    if any(y is None for y in ys):
+        return None
+    y = torch.cat([y.movedim(axis, -1).reshape(-1, channels) for y in ys if y is not None])
+    for candidates in zip(*(_candidates(module, x, axis) for x in xs), strict=True):
+        z = torch.cat([z.movedim(axis, -1).reshape(-1, channels) for _, z in candidates])
+        if _fits(z, y):
+            found: Normalizes = candidates[0][0]
+            return found
+    return None
+
+
+def _run(bare: nn.Module, module: nn.Module, x: Tensor) -> Tensor | None:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
@@ -65,11 +79,7 @@ def _along(bare: nn.Module, module: nn.Module, channels: int, axis: int) -> Norm
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or not bool(y.isfinite().all()):
         return None
-    y = y.cpu().double()
-    for candidate, z in _candidates(module, x, axis):
-        if _fits(z.movedim(axis, -1).reshape(-1, channels), y.movedim(axis, -1).reshape(-1, channels)):
-            return candidate
-    return None
+    return y.cpu().double()
 
 
 def _candidates(module: nn.Module, x: Tensor, axis: int) -> Iterator[tuple[Normalizes, Tensor]]:
