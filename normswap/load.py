@@ -290,19 +290,20 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
         if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20):
             return _safetensors(path)
         if start[:4] == b"PK\x03\x04":
-            if "serialized_exported_program.json" in _zip_names(file):
+            names = _zip_names(file)
+            if "serialized_exported_program.json" in names:
                 raise LoadError(
                     f"{path.name} is in the format of torch.export before torch 2.8, which cannot be read safely",
                     hint="load it with the torch that wrote it, and save it with a newer one",
                 )
-            records = set(pickles.open_archive(file, path.name).get_all_records())
-            if "archive_format" in records or "models/model.json" in records:
-                return _program(file, path.name, trust_pickle)
-            if "constants.pkl" in records or any(record.startswith("code/") for record in records):
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):  # compressed in parts, unlike other models
                 raise LoadError(
                     f"{path.name} is TorchScript: a compiled program, in which layers can no longer be replaced",
                     hint="load what it was compiled from: the nn.Module, its state dict with --arch, or a .pt2 from torch.export.save",
                 )
+            records = set(pickles.open_archive(file, path.name).get_all_records())
+            if "archive_format" in records or "models/model.json" in records:
+                return _program(file, path.name, trust_pickle)
         if trust_packages or trust_pickle:
             _make_working_directory_importable()
         found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
