@@ -188,7 +188,7 @@ def test_json_is_strict_and_says_not_a_number_in_words() -> None:
 
 def test_json_holds_the_plan() -> None:
     result = full().json()
-    assert list(result) == ["version", "status", "source", "plan", "parities", "onnx", "seconds", "versions", "files"]
+    assert list(result) == ["version", "status", "source", "plan", "parities", "calibration", "onnx", "seconds", "versions", "files"]
     assert result["version"] == 1
     assert result["plan"]["swaps"][1] == {
         "name": "body.norm",

@@ -154,6 +154,24 @@ def quantised() -> nn.Module:
     return torch.ao.nn.quantized.BatchNorm2d(C)  # type: ignore[no-untyped-call]
 
 
+class Flavour_RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + self.scale)
+
+
+class CallsItselfNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Custom_RMSNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -250,10 +268,16 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "group norm": ("group_norm", lambda: nn.GroupNorm(1, C), "GroupNorm takes its statistics from each sample"),
     "instance norm": ("instance_norm", lambda: nn.InstanceNorm2d(C), "InstanceNorm2d takes its statistics from each sample"),
     "rms norm": ("rms_norm", lambda: nn.RMSNorm(W), "RMSNorm takes its statistics from each sample"),
+    "a flavour": ("flavour", Flavour_RMSNorm, "Flavour_RMSNorm takes its statistics from each sample"),
     "a norm of one's own": (
         "unknown",
         Custom_RMSNorm,
         f"{__name__}.Custom_RMSNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
+    ),
+    "what calls itself one": (
+        "unknown",
+        CallsItselfNorm,
+        f"{__name__}.CallsItselfNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
     ),
     "a norm without parameters": (
         "unknown",
@@ -395,6 +419,7 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
 # reasons that need more than one layer to come about: tested in test_trace.py, test_match.py and test_swap.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of a module, which can only be replaced in a traced model",
+    "is a call of torch.layer_norm in the code of a module or graph, whose statistics are those of each sample; make it a layer to swap it",
     "has statistics that batch_norm reads directly instead of calling the layer",
     "was excluded by name or kind",
     "is not among those that were asked for",

@@ -17,15 +17,11 @@ from normswap.rules.probing import probe
 
 
 def recognises(site: Site) -> bool:
-    return unknown.recognises(site) and not isinstance(site.module, nn.modules.batchnorm._BatchNorm)
+    return unknown.recognises(site) and probe(cast(nn.Module, site.module)) is not None
 
 
 def check(site: Site) -> str | None:
-    module = cast(nn.Module, site.module)
-    reason = tensors.why_not_plain(site, {type(module).forward}, known=None)
-    if reason is not None:
-        return reason
-    return None if probe(module) is not None else unknown.check(site)
+    return tensors.why_not_plain(site, {type(cast(nn.Module, site.module)).forward}, known=None)
 
 
 def build(site: Site, std: str) -> nn.Module:

@@ -14,7 +14,7 @@ gate, a residual, an activation under another name) is none. What its parameters
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,31 @@ class Normalizes:
     groups: int = 1
 
 
+_FOUND: dict[Hashable, Normalizes | None] = {}  # by what a layer is, apart from the values of its tensors
+
+
 def probe(module: nn.Module) -> Normalizes | None:
-    """What `module` normalizes, or None if it is no known normalization. Takes some milliseconds."""
+    """What `module` normalizes, or None if it is no known normalization. Takes some milliseconds for the first of its kind."""
+    kind = _kind(module)
+    if kind not in _FOUND:
+        _FOUND[kind] = _probe(module)
+    return _FOUND[kind]
+
+
+def _kind(module: nn.Module) -> Hashable:
+    def fixed(value: object) -> Hashable:
+        return value if isinstance(value, (int, float, str, bool, type(None), torch.Size)) else (type(value), id(value))
+
+    own = (*module._parameters.items(), *module._buffers.items())
+    return (
+        type(module),
+        tuple((name, fixed(value)) for name, value in sorted(vars(module).items()) if not name.startswith("_") and name != "training"),
+        tuple((name, None if tensor is None else tensor.shape) for name, tensor in own),
+        tuple((name, type(child)) for name, child in module._modules.items()),
+    )
+
+
+def _probe(module: nn.Module) -> Normalizes | None:
     sizes = {p.numel() for p in module.parameters(recurse=False)} | {v for v in vars(module).values() if type(v) is int and 1 < v < 1 << 20}
     sizes |= {v[-1] for v in vars(module).values() if isinstance(v, (tuple, list)) and v and type(v[-1]) is int and v[-1] > 1}
     try:
