@@ -419,7 +419,6 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
 # reasons that need more than one layer to come about: tested in test_trace.py, test_match.py and test_swap.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of a module, which can only be replaced in a traced model",
-    "is a call of torch.layer_norm in the code of a module or graph, whose statistics are those of each sample; make it a layer to swap it",
     "has statistics that batch_norm reads directly instead of calling the layer",
     "was excluded by name or kind",
     "is not among those that were asked for",

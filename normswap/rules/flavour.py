@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from normswap.plan import Rule, Site
@@ -17,7 +18,9 @@ from normswap.rules.probing import probe
 
 
 def recognises(site: Site) -> bool:
-    return unknown.recognises(site) and probe(cast(nn.Module, site.module)) is not None
+    if not unknown.recognises(site) or isinstance(site.module, torch.jit.ScriptModule):
+        return False
+    return probe(cast(nn.Module, site.module)) is not None
 
 
 def check(site: Site) -> str | None:

@@ -14,8 +14,8 @@ from normswap.plan import Site
 from normswap.sharing import carry
 
 IN_CODE = (
-    "is a call of {function} in the code of a module or graph, whose statistics are those of each sample; "
-    "make it a layer to swap it approximately, from calibration data"
+    "{function} takes its statistics from each sample, so an exact swap does not exist; "
+    "an approximate one needs a layer in place of this call, and calibration data"
 )
 
 
