@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
 from normswap.moments import Moments
+from normswap.sharing import set_eval
 
 MASK = "attention_mask"
 FLAT = 1e-6  # a channel whose std is below this share of the largest one carries nothing
@@ -110,7 +111,7 @@ class _Calibration:
         self.training = {module: module.training for module in model.modules()}
 
     def __enter__(self) -> _Calibration:
-        self.model.eval()
+        set_eval(self.model)
         self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True) for site in self.sites]
         self.handles += [site.source.register_forward_hook(self._target(site)) for site in self.sites]
         return self

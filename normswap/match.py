@@ -44,6 +44,8 @@ def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: 
     reason = rule.check(site)
     if reason is None and rule.inexact is not None and not approximate:
         reason = rule.inexact(site)
+    if reason is None and rule.inexact is not None and site.calls == 0:
+        reason = "is never called, so no data can reach it"
     return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
 
 

@@ -28,7 +28,7 @@ from normswap.plan import Plan, Rule, Site
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
 from normswap.sharing import shadow
-from normswap.swap import swap
+from normswap.swap import swap, with_layers
 from normswap.trace import trace
 from normswap.verify import Judgement, compare, judge
 
@@ -151,7 +151,7 @@ def attempt(
             "no example inputs that the model takes could be inferred from its layers, so nothing can be verified",
             hint="give them: --input 1x3x224x224 on the command line, example_inputs=... in Python",
         )
-    sites = [s.name for s in decided.swaps]
+    sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, exact, std=std)
@@ -161,8 +161,8 @@ def attempt(
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
     del swapped
     approximated = swap(module, decided, std=std)
-    fits = calibrate(approximated, shadow(module), names, batches, progress=progress)
-    drift = _drift(module, approximated, batches, sites, math.inf if max_drift is None else max_drift)
+    fits = calibrate(approximated, with_layers(shadow(module), decided), names, batches, progress=progress)
+    drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
 
 
@@ -171,11 +171,13 @@ def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
     return None if first is None else Inputs(*arguments_of(first, module))
 
 
-def _drift(module: nn.Module, candidate: nn.Module, batches: Iterable[Any], sites: Sequence[str], limit: float) -> Parity:
+def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:
     """The distance from the original on the first DRIFT_BATCHES calibration batches: random probes would say nothing about such a model."""
     names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
-    return compare(judge(module, (), {}, sites=sites, asked=asked), candidate, sites=sites, tolerance=limit, original=module)
+    sites = [s.name for s in decided.swaps]
+    reference = judge(with_layers(shadow(module), decided), (), {}, sites=sites, asked=asked)
+    return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
 
 
 def check(parity: Parity) -> None:
@@ -209,9 +211,10 @@ def _plan(
     rules: Sequence[Rule],
     approximate: bool,
 ) -> Plan:
-    def is_norm(candidate: nn.Module) -> bool:
+    def is_norm(candidate: nn.Module) -> bool | None:
         site = Site("", (), candidate, None)
-        return any(rule.recognises(site) for rule in rules)
+        rule = next((rule for rule in rules if rule.recognises(site)), None)
+        return None if rule is None else rule.check(site) is None
 
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()

@@ -11,9 +11,9 @@ There is no behaviour here beyond lookup.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -21,20 +21,28 @@ Preserves = Literal["exact", "approximate"]
 
 
 @dataclass(frozen=True)
-class Site:
-    """One normalization found in a model: a module, or a functional call inside one.
+class Call:
+    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there."""
 
-    name      first qualified name in `named_modules` order ("" if the model itself is the norm); a functional call is
-              `<owner>.<node>`, or `<node>` in the root module
+    owner: str
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalization found in a model: a module, a functional call, or a form written by hand.
+
+    name      first qualified name in `named_modules` order ("" if the model itself is the norm); of a call, `<owner>.<node>`, which is
+              where the layer will stand that takes its place
     aliases   every other name by which the same object is reachable
-    module    the norm as found; None for a functional call
+    module    the norm as found; for a call, a layer that computes the same from the same tensors; None if there can be none
     parents   the classes of the modules that hold it as a child
     readers   graph nodes that read its tensors directly instead of calling it
     calls     how often one forward in eval mode executes it; None when no back-end could run or trace a forward
     producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
-    function  for a functional call, the dotted name of the function ("torch.nn.functional.batch_norm"); None for a module
-    arguments for a functional call in a graph that can be rewritten, its arguments by parameter name: tensors and constants as
-              themselves, computed ones as fx.Node; None for a call in the code of a module
+    function  for a call, the dotted name of the function ("torch.nn.functional.batch_norm") or "hand-written"; None for a module
+    call      for a call that has a layer, where it stands
+    obstacle  for a call that has none, why
     """
 
     name: str
@@ -45,7 +53,8 @@ class Site:
     readers: tuple[str, ...] = ()
     producer: str | None = None
     function: str | None = None
-    arguments: Mapping[str, Any] | None = None
+    call: Call | None = None
+    obstacle: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,13 +79,17 @@ def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
-    copied = copy_with(model, memo)
+    return set_eval(copy_with(model, memo))
+
+
+def set_eval(model: M) -> M:
+    """`model.eval()`, also for an exported program's module: its mode was settled by the export, and the flags say nothing."""
     try:
-        copied.eval()
-    except NotImplementedError:  # an exported program's module: its mode was settled by the export, and the flags say nothing
-        for module in copied.modules():
+        return model.eval()
+    except NotImplementedError:
+        for module in model.modules():
             module.training = False
-    return copied
+        return model
 
 
 def to_float64(tensor: Tensor) -> Tensor:

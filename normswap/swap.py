@@ -1,26 +1,29 @@
 """(model, Plan) -> a new model with the planned swaps made; and back again. The only writer of modules and graphs.
 
 Every replacement goes into the memo of one `copy.deepcopy`, so it stands wherever the model refers to the source: under each of its
-names, in lists, as the owner of a bound method, as the model itself. Functional calls are rewritten in the copy of the graph.
+names, in lists, as the owner of a bound method, as the model itself. Calls are rewritten in the copy of the module whose code they are in.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap import functional, numerics
+from normswap import numerics
 from normswap.batchless import BatchlessNorm, Source
+from normswap.calls import Found, find
 from normswap.errors import SwapError
+from normswap.graphs import BASES, base_forward, graphs_of, rewrite
 from normswap.plan import Plan, Swap
 from normswap.sharing import carry, copy_with
 
 M = TypeVar("M", bound=nn.Module)
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") -> nn.Module:
@@ -28,14 +31,16 @@ def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") 
 
     std: how the layers store it; one form, or one for each name. Raises SwapError if the copy is not as planned.
     """
-    replacements = {s.site.module: _build(s, std) for s in plan.swaps if s.site.module is not None}
+    replacements = {s.site.module: _build(s, std) for s in plan.swaps if s.site.call is None and s.site.module is not None}
     result = _replaced(model, replacements)
-    calls = [s for s in plan.swaps if s.site.module is None]
-    if calls:
-        if not isinstance(result, fx.GraphModule):
-            raise SwapError(f"{calls[0].name} is a call in a graph, but the model is a {type(result).__name__}; expected a GraphModule")
-        _rewrite(result, calls, std)
+    _place(result, {s: _build(s, std) for s in plan.swaps if s.site.call is not None})
     return result
+
+
+def with_layers(model: M, plan: Plan) -> M:
+    """`model`, a copy that nobody else uses, with the layer that stands for a call in the place of each call that the plan swaps."""
+    _place(model, {s: s.site.module for s in plan.swaps if s.site.call is not None and s.site.module is not None})
+    return model
 
 
 def _build(s: Swap, std: str | Mapping[str, str]) -> nn.Module:
@@ -91,67 +96,76 @@ def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn
             )
 
 
-def _rewrite(graph_module: fx.GraphModule, calls: list[Swap], std: str | Mapping[str, str]) -> None:
-    """Turn each functional call into a call of a new submodule, and drop the tensors that nothing reads any more."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    targets: dict[tuple[Any, ...], str] = {}
-    for s in calls:
-        assert s.site.arguments is not None
-        node = nodes[s.site.arguments["node"]]
-        # Calls with the same tensors were one layer before they were traced, and are one again.
-        tensors = (id(s.site.arguments[name]) for name in ("running_mean", "running_var", "weight", "bias"))
-        layer = (*tensors, s.site.arguments["eps"])
-        if layer not in targets:
-            targets[layer] = _free_name(graph_module, f"{node.name}_batchless")
-            graph_module.add_submodule(targets[layer], _build(s, std))
-        target, source = targets[layer], s.site.arguments["input"]
-        with graph_module.graph.inserting_before(node):
-            call = graph_module.graph.call_module(target, (nodes[source.name],))
-        call.meta = dict(node.meta)
-        _replace_uses(node, call, s.name)
-        graph_module.graph.erase_node(node)
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            graph_module.graph.erase_node(node)
-            _drop_unread(graph_module, str(node.target))
-    graph_module.graph.lint()
-    graph_module.recompile()
+def _place(model: nn.Module, layers: Mapping[Swap, nn.Module]) -> None:
+    """Let the code that makes each call, an owner's, call the layer instead, under the name of the site; drop what it reads no more."""
+    owners = dict.fromkeys(s.site.call.owner for s in layers if s.site.call is not None)
+    for name in owners:
+        owner = model.get_submodule(name)
+        mine = {s.site: layer for s, layer in layers.items() if s.site.call is not None and s.site.call.owner == name}
+        graphs = graphs_of(owner)
+        read_before = {target for graph in graphs.values() for target in _reads(graph)}
+        for graph in graphs.values():
+            found = find(graph, owner)
+            instead: dict[fx.Node, fx.Node] = {}  # of the ends that are gone, which may be where the next call starts
+            for site, layer in mine.items():
+                numbers = site.call.numbers if site.call is not None else ()
+                if any(number >= len(found) or found[number].function != site.function for number in numbers):
+                    raise SwapError(
+                        f"{site.name} is a call of {site.function}, but the code of {type(owner).__name__} makes no such call there",
+                        hint="the plan must be one of the same model",
+                    )
+                target = site.name[len(name) + 1 :] if name else site.name
+                _add(owner, target, layer.train(owner.training))
+                for number in numbers:
+                    start = instead.get(found[number].start, found[number].start)
+                    instead[found[number].end] = _call_instead(graph, found[number], start, target)
+            graph.lint()
+        for target in read_before - {target for graph in graphs.values() for target in _reads(graph)}:
+            _drop_unread(owner, target, graphs.values())
+        rewrite(owner, graphs)
 
 
-def _replace_uses(node: fx.Node, call: fx.Node, name: str) -> None:
-    """Let every user of the call's output read `call`; the functional aten forms return (output, statistics...)."""
-    getitems = [user for user in node.users if user.target is operator.getitem]
-    if not getitems or not functional.returns_a_tuple(cast("Callable[..., Any]", node.target)):
-        node.replace_all_uses_with(call)
+def _reads(graph: fx.Graph) -> set[str]:
+    """The tensors that the code reads, those of the norm that a class is derived from included while it calls that."""
+    inherited = TENSORS if any(node.target is base_forward for node in graph.nodes) else ()
+    return {*inherited, *(str(node.target) for node in graph.nodes if node.op == "get_attr")}
+
+
+def _add(owner: nn.Module, target: str, layer: nn.Module) -> None:
+    if not isinstance(owner, fx.GraphModule):
+        owner.add_module(target, layer)
+    elif not owner.add_submodule(target, layer):
+        raise SwapError(f"{target} is no place for a layer: a part of its path is not a module")
+
+
+def _call_instead(graph: fx.Graph, found: Found, start: fx.Node, target: str) -> fx.Node:
+    with graph.inserting_before(found.end):
+        call = graph.call_module(target, (start,))
+    call.meta = dict(found.end.meta)
+    found.end.replace_all_uses_with(call)
+    for node in reversed([node for node in graph.nodes if node in found.inside or node.op == "get_attr"]):
+        unread = [user for user in node.users if user.target is operator.getitem and not user.users]
+        for user in unread:
+            graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+    return call
+
+
+def _drop_unread(owner: nn.Module, target: str, graphs: Iterable[fx.Graph]) -> None:
+    """Delete a tensor that only calls read which are there no more, unless it is another module's and somebody may call that."""
+    place, _, attribute = target.rpartition(".")
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    others = place and not isinstance(owner, fx.GraphModule)
+    if others or any(place == name or place.startswith(f"{name}.") for name in called):
         return
-    for user in getitems:
-        if user.args[1] == 0:
-            user.replace_all_uses_with(call)
-        elif user.users:
-            raise SwapError(f"{name}: the graph reads the batch statistics that this call returns; expected only its output to be read")
-        node.graph.erase_node(user)
-
-
-def _free_name(module: nn.Module, base: str) -> str:
-    number, name = 0, base
-    while hasattr(module, name):
-        number += 1
-        name = f"{base}_{number}"
-    return name
-
-
-def _drop_unread(graph_module: fx.GraphModule, target: str) -> None:
-    """Delete a parameter or buffer that only erased nodes read, unless it belongs to a module that is called."""
-    if any(node.op == "get_attr" and node.target == target for node in graph_module.graph.nodes):
-        return
-    owner_name, _, attribute = target.rpartition(".")
-    owner = graph_module.get_submodule(owner_name)
-    called = any(
-        node.op == "call_module" and (owner_name == node.target or owner_name.startswith(f"{node.target}."))
-        for node in graph_module.graph.nodes
-    )
-    if not called and hasattr(owner, attribute):
-        delattr(owner, attribute)
+    holder = owner.get_submodule(place)
+    if isinstance(holder, BASES):  # whose own methods expect the attributes to be there
+        for tensors in (holder._parameters, holder._buffers):
+            if attribute in tensors:
+                tensors[attribute] = None
+    elif hasattr(holder, attribute):
+        delattr(holder, attribute)
 
 
 def revert(model: M, *, skip: bool = False) -> M:
@@ -189,7 +203,7 @@ def _source_of(layer: BatchlessNorm, source: Source) -> nn.Module:
     module = source.cls.__new__(source.cls)
     nn.Module.__init__(module)
     module.__dict__.update({**source.attributes, "eps": eps})
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in TENSORS:
         tensor = tensors[name]
         dtype = source.parameters.get(name) or source.buffers.get(name)
         value = None if tensor is None or dtype is None else tensor.detach().to(_follow(dtype, layer)).clone()

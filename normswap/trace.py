@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,25 +30,26 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap import functional
+from normswap.call_sites import Forward, Hit, call_sites, writes_its_own
+from normswap.calls import HAND_WRITTEN, attribute, find
 from normswap.errors import SwapError
+from normswap.graphs import BASES
 from normswap.plan import Site, Trace
 from normswap.sharing import shadow
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-
-Forward = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass
 class _Seen:
     """What one back-end saw. Modules are known by their first name."""
 
-    order: list[str] = field(default_factory=list)  # names of sites, at their first execution
+    order: list[str | int] = field(default_factory=list)  # names of norms at their first execution, and the numbers of hits
     calls: Counter[str] = field(default_factory=Counter)
     unclear: set[str] = field(default_factory=set)  # names of norms inside something that was not looked into
     producers: dict[str, str | None] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
-    functional: dict[str, Site] = field(default_factory=dict)
+    hits: list[Hit] = field(default_factory=list)
 
     def read(self, name: str, reader: str) -> None:
         if reader not in self.readers.setdefault(name, []):
@@ -60,11 +61,20 @@ class _Seen:
         self.calls[name] += 1
         self.producers[name] = producer if self.calls[name] == 1 else None
 
+    def hit(self, owner: str, function: str, producer: str | None = None) -> int:
+        self.order.append(len(self.hits))
+        self.hits.append(Hit(owner, function, producer))
+        return len(self.hits) - 1
+
+
+# None for what is no norm, else whether a rule can replace it as a whole.
+IsNorm = Callable[[nn.Module], bool | None]
+
 
 class _Names:
     """First name and aliases of every module of one model, and what is shared among them."""
 
-    def __init__(self, model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, is_norm: IsNorm) -> None:
         self.all: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
         self.parents: dict[int, list[nn.Module]] = {}
@@ -75,7 +85,9 @@ class _Names:
             for child in module.children():
                 self.parents.setdefault(id(child), []).append(module)
         # A norm inside a norm (the BatchNorm that a wrapper holds) is the inner one's business: the rule for the outer one decides.
-        self.norms = {key: module for key, module in self.modules.items() if is_norm(module)}
+        self.listed = {key: module for key, module in self.modules.items() if is_norm(module) is not None}
+        # What no rule can replace as a whole may hold, in its own code, something that can, and is then looked into.
+        self.norms = {key: module for key, module in self.listed.items() if is_norm(module) or not writes_its_own(module)}
         owners: dict[int, set[int]] = {}
         for key, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
@@ -104,7 +116,7 @@ class _Names:
         return [part for part in module.modules() if id(part) in self.norms]
 
 
-def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Callable[[nn.Module], bool]) -> Trace:
+def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNorm) -> Trace:
     """Find every norm of `model`. `forward` gives the arguments of one forward pass; it is asked only if the graph cannot be had."""
     if isinstance(model, torch.jit.ScriptModule):
         raise SwapError(
@@ -113,9 +125,9 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Call
     names = _Names(model, is_norm)
     notes: list[str] = []
     if isinstance(model, fx.GraphModule):
-        return _result(names, _see_graph(model, model.graph, names, rewritable=True), "graph", notes)
+        return _result(names, _see_graph(model, model.graph, names), "graph", notes, model, forward)
     if id(model) in names.norms:
-        return _result(names, _Seen(order=[""], calls=Counter({"": 1})), "fx", notes)
+        return _result(names, _Seen(order=[""], calls=Counter({"": 1})), "fx", notes, model, forward)
     if "forward" in model.__dict__:
         notes.append("torch.fx cannot trace the model: it reads the forward of the class, and this object has one of its own")
     else:
@@ -131,16 +143,16 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: Call
         except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
             notes.append(f"torch.fx could not trace the model: {_first_line(error)}")
         else:
-            return _result(names, _see_graph(copied, graph, tracer.names, rewritable=False, seen=tracer.seen), "fx", notes)
+            return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, shadow(model), forward)
     arguments = forward()
     if arguments is None:
         notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
-        return _result(names, None, "names", notes)
+        return _result(names, None, "names", notes, model, forward)
     copied = shadow(model)  # a new one: the tracer may have left proxies in the other
     seen, failed = _Watch(copied, _Names(copied, is_norm)).run(*arguments)
     if failed is not None:
         notes.append(f"the forward pass stopped early, so calls after that point were not seen: {_first_line(failed)}")
-    return _result(names, seen, "walk", notes)
+    return _result(names, seen, "walk", notes, shadow(model), forward)
 
 
 def _first_line(error: Exception) -> str:
@@ -148,11 +160,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _result(names: _Names, seen: _Seen | None, backend: str, notes: list[str]) -> Trace:
-    modules: dict[str, Site] = {}
-    for key, module in names.norms.items():
+def _result(
+    names: _Names, seen: _Seen | None, backend: str, notes: list[str], model: nn.Module, forward: Callable[[], Forward | None]
+) -> Trace:
+    """model: what may be traced and run to find out about calls: a copy, or the GraphModule itself."""
+    found: dict[str, Site] = {}
+    owners = {hit.owner for hit in seen.hits} if seen is not None else set()
+    for key, module in names.listed.items():
         first, *aliases = names.all[key]
-        modules[first] = Site(
+        if key not in names.norms and first in owners:
+            continue  # the calls in its code are listed instead
+        found[first] = Site(
             name=first,
             aliases=tuple(aliases),
             module=module,
@@ -161,11 +179,15 @@ def _result(names: _Names, seen: _Seen | None, backend: str, notes: list[str]) -
             readers=() if seen is None else tuple(seen.readers.get(first, ())),
             producer=None if seen is None else seen.producers.get(first),
         )
-    calls = {name: dataclasses.replace(site, producer=seen.producers.get(name)) for name, site in seen.functional.items()} if seen else {}
-    found = {**modules, **calls}
-    order = [name for name in (seen.order if seen else ()) if name in found]
-    rest = [name for name in found if name not in set(order)]
-    return Trace(tuple(found[name] for name in (*order, *rest)), backend, tuple(notes))
+    calls: dict[int, list[Site]] = {}
+    if seen is not None and seen.hits:
+        all_names = {aliases[0]: aliases for aliases in names.all.values()}
+        for number, site in call_sites(model, seen.hits, all_names, forward):
+            calls.setdefault(number, []).append(site)
+    sites: list[Site] = []
+    for place in seen.order if seen is not None else ():
+        sites += calls.get(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
+    return Trace((*sites, *found.values()), backend, tuple(notes))
 
 
 class _Tracer(fx.Tracer):
@@ -176,7 +198,7 @@ class _Tracer(fx.Tracer):
         self.model, self.names, self.seen = model, names, _Seen()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.names.norms or self.names.may_produce(m):
+        if id(m) in self.names.norms or self.names.may_produce(m) or isinstance(m, BASES):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not self.names.inside(m)
 
@@ -187,28 +209,35 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, *, rewritable: bool, seen: _Seen | None = None) -> _Seen:
+def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | None = None) -> _Seen:
     """Read the calls of norms off a graph whose module targets are names in `root`."""
     seen = seen or _Seen()
     called = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
     called.update(id(owner) for node in graph.nodes if node.op == "get_attr" and (owner := _owner(root, node)))  # a weight that code reads
+    calls = {call.end: call for call in find(graph, root)}
     for node in graph.nodes:
-        if node.op == "call_module":
+        if node in calls:
+            call = calls[node]
+            seen.hit(
+                "" if root is graph.owning_module else _place(node),
+                call.function,
+                _producer_of(call.start, call.inside, root, names, called),
+            )
+        elif node.op == "call_module":
             module = root.get_submodule(str(node.target))
             if id(module) in names.norms:
-                seen.call(names.first(module), None if module._forward_pre_hooks else _producer_of(node, root, names, called))
+                source = node.args[0] if node.args else node.kwargs.get("input")
+                producer = None if module._forward_pre_hooks else _producer_of(source, {node}, root, names, called)
+                seen.call(names.first(module), producer)
+            elif isinstance(module, BASES):  # a class that extends one of torch's norms: what it calls is in its own code
+                seen.hit(names.first(module), f"{type(module).__name__}.forward")
             else:
                 seen.unclear.update(names.first(norm) for norm in names.inside(module))
         elif node.op == "get_attr":
-            norm = names.statistics.get(id(getattr(_owner(root, node), str(node.target).rpartition(".")[2], None)))
+            norm = names.statistics.get(id(attribute(root, str(node.target))))
             if norm is not None:
                 for user in node.users:
-                    seen.read(names.first(norm), _name_of_node(user))
-        elif node.op == "call_function" and (function := functional.name_of(node.target)):
-            name = _name_of_node(node)
-            arguments = _bound(node, root) if rewritable else None
-            seen.functional[name] = Site(name, (), None, 1, function=function, arguments=arguments)
-            seen.call(name, _producer_of(node, root, names, called))
+                    seen.read(names.first(norm), f"{_place(user)}.{user.name}".lstrip("."))
     return seen
 
 
@@ -221,29 +250,15 @@ def _owner(root: nn.Module, node: fx.Node) -> nn.Module | None:
         return None
 
 
-def _name_of_node(node: fx.Node) -> str:
+def _place(node: fx.Node) -> str:
+    """The name of the module in whose code the node was traced."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    owner = stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
-    return f"{owner}.{node.name}" if owner else node.name
+    return stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
 
 
-def _bound(node: fx.Node, root: nn.Module) -> dict[str, Any]:
-    """The arguments of a functional call, with tensors behind get_attr nodes looked up; the input stays a node."""
-
-    def value(argument: Any) -> Any:
-        if isinstance(argument, fx.Node) and argument.op == "get_attr":
-            return getattr(_owner(root, argument), str(argument.target).rpartition(".")[2], argument)
-        return argument
-
-    assert callable(node.target)
-    bound = functional.bind(node.target, node.args, node.kwargs)
-    return {**{name: a if name == "input" else value(a) for name, a in bound.items()}, "node": node.name}
-
-
-def _producer_of(node: fx.Node, root: nn.Module, names: _Names, called: Counter[int]) -> str | None:
-    """The conv or linear module that feeds this norm call and nothing else."""
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+def _producer_of(source: Any, norm: Collection[fx.Node], root: nn.Module, names: _Names, called: Counter[int]) -> str | None:
+    """The conv or linear module whose output is `source` and goes to the nodes of this norm and nowhere else."""
+    if not isinstance(source, fx.Node) or source.op != "call_module" or not source.users.keys() <= set(norm):
         return None
     module = root.get_submodule(str(source.target))
     return names.first(module) if called[id(module)] == 1 and names.may_produce(module) else None
@@ -260,6 +275,9 @@ class _Output:
 # Functions whose result is a plain number and yet depends on the values of a tensor. Others that give no tensor (shape, dtype) do not.
 _VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"})
 
+# What a form written by hand cannot do without: whoever calls these may hold one. Their owner's graph decides.
+_ROOTS = frozenset({"rsqrt", "sqrt", "std", "rsqrt_", "sqrt_"})
+
 
 class _Watch(TorchFunctionMode):
     """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output."""
@@ -274,7 +292,7 @@ class _Watch(TorchFunctionMode):
         self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
         self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
         self.module_calls: Counter[int] = Counter()
-        self.fed: dict[str, _Output] = {}  # norm -> what its only call so far was given
+        self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Seen, Exception | None]:
         for module in self.names.modules.values():
@@ -288,9 +306,13 @@ class _Watch(TorchFunctionMode):
             self._use(output)
         except Exception as error:  # the user's model may raise anything; what was seen until then stays true
             failed = error
-        for name, given in self.fed.items():
-            if given.uses == 1 and self.module_calls[id(given.maker)] == 1 and self.seen.calls[name] == 1:
-                self.seen.producers[name] = self.names.first(given.maker)
+        for place, given in self.fed.items():
+            if given.uses == 1 and self.module_calls[id(given.maker)] == 1:
+                producer = self.names.first(given.maker)
+                if isinstance(place, int):
+                    self.seen.hits[place] = dataclasses.replace(self.seen.hits[place], producer=producer)
+                elif self.seen.calls[place] == 1:
+                    self.seen.producers[place] = producer
         return self.seen, failed
 
     def _inside_norm(self) -> bool:
@@ -301,18 +323,18 @@ class _Watch(TorchFunctionMode):
             if tensor in self.outputs:
                 self.outputs[tensor].uses += 1
 
-    def _feed(self, name: str, given: Any) -> None:
+    def _feed(self, place: str | int, given: Any) -> None:
         """A norm is called with these arguments."""
-        self.seen.call(name, None)
         first = next(_tensors(given), None)
         if first is not None and first in self.outputs:
-            self.fed[name] = self.outputs[first]
+            self.fed[place] = self.outputs[first]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._inside_norm():
             self.module_calls[id(module)] += 1
             if id(module) in self.names.norms:
                 self._use((args, kwargs))
+                self.seen.call(self.names.first(module), None)
                 self._feed(self.names.first(module), () if id(module) in self.hooked else (args, kwargs))
         self.stack.append(module)
 
@@ -328,16 +350,15 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         given = list(_tensors((args, kwargs)))
         owner = self.names.first(self.stack[-1]) if self.stack else ""
-        base = f"{owner}.{func.__name__}" if owner else func.__name__
         for tensor in given:
             if id(tensor) in self.names.statistics:
                 self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
             if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
                 self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
         if function := functional.name_of(func):
-            name = next(n for n in _numbered(base) if n not in self.seen.functional)
-            self.seen.functional[name] = Site(name, (), None, 1, function=function)
-            self._feed(name, (args, kwargs))
+            self._feed(self.seen.hit(owner, function), (args, kwargs))
+        elif func.__name__ in _ROOTS or (func.__name__ in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float)):
+            self.seen.hit(owner, HAND_WRITTEN)
         result = func(*args, **kwargs)
         if result is None or func.__name__ in _VALUES or next(_tensors(result), None) is not None:
             self._use(given)
@@ -351,11 +372,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from (part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor))
-
-
-def _numbered(base: str) -> Iterator[str]:
-    yield base
-    number = 1
-    while True:
-        yield f"{base}_{number}"
-        number += 1

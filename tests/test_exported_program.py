@@ -39,7 +39,7 @@ def test_it_stays_a_program() -> None:
 
 def test_names_and_producer() -> None:
     (site,) = normswap.plan(export(net(), X)).swaps
-    assert (site.name, site.kind, site.calls) == ("norm.batch_norm", "functional_batch_norm", 1)
+    assert (site.name, site.kind, site.calls) == ("norm.batch_norm", "batch_norm", 1)
 
 
 @pytest.mark.parametrize("given", ["positional", "keyword"])
@@ -84,7 +84,7 @@ def test_decomposed_programs() -> None:
             program = program.run_decompositions(table)
         assert any("no_training" in str(n.target) for n in program.graph.nodes)
         (site,) = normswap.plan(program).swaps
-        assert site.kind == "functional_batch_norm"
+        assert site.kind == "batch_norm"
         assert normswap.convert(program).parity.passed
 
 
@@ -102,7 +102,7 @@ def test_a_shared_norm_is_one_layer_again() -> None:
     (x,) = case("aliased_same_parent").inputs()
     program = export(case("aliased_same_parent").make(), x)
     decided = normswap.plan(program)
-    assert len(decided.swaps) == 2
+    assert [s.calls for s in decided.swaps] == [2]
     result = normswap.convert(program).model
     assert sum(key.endswith(".log_std") for key in result.state_dict) == 1
 

@@ -174,7 +174,7 @@ FUNCTIONAL = {
     "group_norm": lambda s, x: F.group_norm(x, 2),
     "instance_norm": lambda s, x: F.instance_norm(x),
     "rms_norm": lambda s, x: F.rms_norm(x, [7]),
-    "functional_batch_norm": lambda s, x: F.batch_norm(x, torch.zeros(4), torch.ones(4)),
+    "batch_norm": lambda s, x: F.batch_norm(x, None, None, training=True),
     "batch_norm by torch": lambda s, x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
     "layer_norm by torch": lambda s, x: torch.layer_norm(x, [7]),
 }
@@ -185,9 +185,13 @@ FUNCTIONAL = {
 def test_functional_norms_in_code(kind: str, backend: str) -> None:
     found = planned(backend, lambda s, x: s.norm(s.conv(FUNCTIONAL[kind](s, x))))
     (skip,) = found.skips
-    assert skip.kind in kind or skip.kind == "functional_batch_norm"
+    assert skip.kind == kind.partition(" ")[0]
     assert skip.calls == 1
-    assert ".norm" in skip.reason.split()[0] or "code of a module" in skip.reason or "each sample" in skip.reason
+    if backend == "walk":  # what keeps the whole from being traced is in the same code
+        assert skip.reason.startswith(f"is a call of {skip.site.function} in the code of Net, which cannot be rewritten because torch.fx ")
+        assert skip.reason.endswith("; make it a layer")
+    else:
+        assert skip.reason.endswith("calibration data")
 
 
 class Block(nn.Module):
@@ -227,8 +231,10 @@ def test_a_norm_whose_statistics_are_read_is_skipped(what: str, backend: str) ->
     decided = normswap.plan(model, X)
     (skip,) = [s for s in decided.skips if s.name == "norm"]
     assert "reads directly instead of calling the layer" in skip.reason
-    assert decided.swaps == ()
-    assert error(model, swapped(model, X), X) == 0
+    # A call that reads them is a norm itself, whose code can be rewritten if it can be traced.
+    rewritten = what == "functional" and backend == "fx"
+    assert [s.name for s in decided.swaps] == (["batch_norm"] if rewritten else [])
+    assert error(model, swapped(model, X), X) <= (1e-6 if rewritten else 0)
 
 
 @BOTH

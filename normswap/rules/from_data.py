@@ -13,11 +13,6 @@ from normswap.numerics import StdForm
 from normswap.plan import Site
 from normswap.sharing import carry
 
-IN_CODE = (
-    "{function} takes its statistics from each sample, so an exact swap does not exist; "
-    "an approximate one needs a layer in place of this call, and calibration data"
-)
-
 
 def per_sample(site: Site) -> str:
     """Why such a swap is not exact."""

@@ -18,10 +18,12 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.batchless import BatchlessNorm
-from normswap.functional import KINDS
+from normswap.calls import InstanceNormCall
 from normswap.plan import Rule, Site
 from normswap.rules import from_data, tensors
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
+
+FORWARDS = {_InstanceNorm.forward, InstanceNormCall.forward}
 
 
 def _tracks(site: Site) -> bool:
@@ -31,7 +33,7 @@ def _tracks(site: Site) -> bool:
 
 def check_tracked(site: Site) -> str | None:
     module = cast(_InstanceNorm, site.module)
-    return tensors.why_not_plain(site, {_InstanceNorm.forward}) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+    return tensors.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
 def build_tracked(site: Site, std: str) -> nn.Module:
@@ -39,13 +41,11 @@ def build_tracked(site: Site, std: str) -> nn.Module:
 
 
 def recognises(site: Site) -> bool:
-    return KINDS[site.function] == "instance_norm" if site.function else isinstance(site.module, _InstanceNorm)
+    return isinstance(site.module, _InstanceNorm)
 
 
 def check(site: Site) -> str | None:
-    if site.function is not None:
-        return from_data.IN_CODE.format(function=site.function)
-    return tensors.why_not_plain(site, {_InstanceNorm.forward})
+    return tensors.why_not_plain(site, FORWARDS)
 
 
 def build(site: Site, std: str) -> nn.Module:

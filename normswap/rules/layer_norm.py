@@ -13,20 +13,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from normswap.functional import KINDS
 from normswap.plan import Rule, Site
 from normswap.rules import from_data, tensors
 
 
 def recognises(site: Site) -> bool:
-    if site.function is not None:
-        return KINDS[site.function] == "layer_norm"
     return isinstance(site.module, nn.LayerNorm) and type(site.module).forward is nn.LayerNorm.forward
 
 
 def check(site: Site) -> str | None:
-    if site.function is not None:
-        return from_data.IN_CODE.format(function=site.function)
     return tensors.why_not_plain(site, {nn.LayerNorm.forward})
 
 

@@ -4,6 +4,7 @@ A copy of the layer is run on random data in float64, its own dropout and activa
 with what each candidate would give before its weight and bias,
 
     (x - m) / sqrt(v + eps)      m, v: mean and variance of one sample's x over the candidate's axes       layer_norm, group_norm
+    (x - m) / (sqrt(v) + eps)    v with or without Bessel's correction                                     layer_norm
     x / sqrt(r + eps)            r: its mean square                                                        rms_norm
 
 up to one weight and one bias per channel, fitted by least squares. Only an exact fit is a match, so a layer that does anything else (a
@@ -72,8 +73,9 @@ def _probe(module: nn.Module) -> Normalizes | None:
     for name in AFTER:
         if isinstance(bare._modules.get(name), nn.Module):
             bare._modules[name] = nn.Identity()
-    found = (n for channels in sorted(sizes, reverse=True) for axis in (-1, 1) if (n := _along(bare, module, channels, axis)))
-    return next(found, None)
+    shape = getattr(module, "input_shape", None)  # where it is known, it says how many channels each axis could have
+    places = [(c, axis) for c in sorted(sizes, reverse=True) for axis in (-1, 1)] if shape is None else [(shape[-1], -1), (shape[1], 1)]
+    return next((found for channels, axis in places if (found := _along(bare, module, channels, axis))), None)
 
 
 def _along(bare: nn.Module, module: nn.Module, channels: int, axis: int) -> Normalizes | None:
@@ -109,11 +111,14 @@ def _candidates(module: nn.Module, x: Tensor, axis: int) -> Iterator[tuple[Norma
     channels = x.shape[axis]
     numbers = [v for v in vars(module).values() if type(v) is float and 0 <= v < 0.1]
     for eps in dict.fromkeys((*numbers, *_CUSTOMARY_EPS)):
-        mean, variance = x.mean(axis, keepdim=True), x.var(axis, correction=0, keepdim=True)
-        yield Normalizes("layer_norm", axis, channels, eps), (x - mean) / (variance + eps).sqrt()
+        mean = x.mean(axis, keepdim=True)
+        for correction in (0, 1):
+            variance = x.var(axis, correction=correction, keepdim=True)
+            for root in ((variance + eps).sqrt(), variance.sqrt() + eps):
+                yield Normalizes("layer_norm", axis, channels, eps), (x - mean) / root
         yield Normalizes("rms_norm", axis, channels, eps), x / (x.square().mean(axis, keepdim=True) + eps).sqrt()
         if axis == 1:
-            for groups in {1, *(v for v in vars(module).values() if type(v) is int and 0 < v <= channels and channels % v == 0)}:
+            for groups in {1, channels, *(v for v in vars(module).values() if type(v) is int and 0 < v <= channels and channels % v == 0)}:
                 parts = x.reshape(x.shape[0], groups, -1)
                 centred = parts - parts.mean(-1, keepdim=True)
                 z = centred / (parts.var(-1, correction=0, keepdim=True) + eps).sqrt()

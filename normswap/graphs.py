@@ -1,0 +1,196 @@
+"""The graph of one module's own code, and a module whose own code is a rewritten graph.
+
+A normalization that is written in the `forward` of a module, as a call of F.layer_norm or by hand, can only be replaced by rewriting that
+code. So the smallest module that holds it is traced alone, its children as calls, once in train and once in eval mode; and what is put in
+its place keeps class, methods, attributes, hooks and keys of that module: only `forward` is new, with both graphs behind it.
+
+What torch.fx would lose in silence is looked for and refused: a `forward` set on the object, regions of no_grad or autocast, attributes
+that `forward` sets, code that depends on which optional arguments are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.package.importer import sys_importer
+
+BASES: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_ASSERTIONS = frozenset({"_assert", "_assert_is_none", "eq"})
+
+
+class NotTraceableError(Exception):
+    """Why the code of a module cannot be had as a graph; a clause that goes on from "because"."""
+
+
+def base_forward(x: Tensor, module: str) -> Tensor:
+    """Stands in a graph for `super().forward(x)` of a class that is derived from a norm of torch. Never called."""
+    raise AssertionError
+
+
+def graphs_of(module: nn.Module) -> Mapping[bool, fx.Graph]:
+    """training -> the graph of `module.forward`, with the children as leaves. Raises NotTraceableError.
+
+    `module` is traced as it stands, so it should be a copy that nobody else uses: constants are hung onto it. Its mode is put back.
+    """
+    if isinstance(module, fx.GraphModule):
+        return {False: module.graph}
+    if "forward" in module.__dict__:
+        raise NotTraceableError("its forward is set on the object")
+    training = module.training
+    try:
+        graphs = {}
+        for mode in (False, True):
+            module.training = mode
+            graphs[mode] = _trace(module)
+    finally:
+        module.training = training
+    return graphs
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    before = {name: id(value) for name, value in _state(module)}
+    graph = _own(module, {})
+    after = {name: id(value) for name, value in _state(module)}
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise NotTraceableError(f"its forward sets {', '.join(changed)}")
+    defaults = {
+        p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not inspect.Parameter.empty
+    }
+    if defaults and _nodes(_own(module, defaults), defaults) != _nodes(graph, defaults):
+        raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} are given")
+    return graph
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, object]]:
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            yield from ((key, held) for key, held in value.items())
+        elif name != "training" and not name.startswith("_tensor_constant"):  # where torch.fx hangs tensors that the code makes
+            yield name, value
+
+
+def _nodes(graph: fx.Graph, defaults: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What is computed if the optional arguments have their defaults, whatever the nodes are called."""
+    computed = [n for n in graph.nodes if n.op != "placeholder" and getattr(n.target, "__name__", "") not in _ASSERTIONS]
+    number = {n: i for i, n in enumerate(computed)}
+    places = {n: defaults.get(str(n.target), f"argument {n.target}") for n in graph.nodes if n.op == "placeholder"}
+
+    def known(argument: Any) -> Any:
+        return repr(fx.node.map_arg(argument, lambda n: number.get(n, places.get(n, "?"))))
+
+    return [(n.op, n.target, known(n.args), known(n.kwargs)) for n in computed]
+
+
+def _own(module: nn.Module, concrete: Mapping[str, Any]) -> fx.Graph:
+    tracer = _OwnCode()
+    try:
+        with _bases_as_calls(module, tracer), torch.random.fork_rng(devices=[]):
+            graph = tracer.trace(module, dict(concrete))
+    except NotTraceableError:
+        raise
+    except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise NotTraceableError(f"torch.fx cannot trace it ({type(error).__name__}: {text[:120]})") from error
+    for node in graph.nodes:
+        node.type = None  # annotations may be strings, which mean nothing in the generated code
+    return graph
+
+
+class _OwnCode(fx.Tracer):
+    """The children are calls; regions that a graph cannot keep are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.region = _region()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _region() != self.region:
+            raise NotTraceableError("it has a region of its own of no_grad or autocast")
+        return super().create_node(kind, *args, **kwargs)
+
+
+def _region() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+@contextmanager
+def _bases_as_calls(module: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
+    """`super().forward(x)` of a derived norm becomes one node, as torch's own code checks shapes and counts batches on the way."""
+    base = next((base for base in BASES if isinstance(module, base)), None)
+    if base is None or type(module).forward is base.forward:
+        yield
+        return
+    original = base.forward
+
+    def forward(self: nn.Module, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            return tracer.create_proxy("call_function", base_forward, (input, ""), {})
+        return original(self, input)
+
+    base.forward = forward
+    try:
+        yield
+    finally:
+        base.forward = original
+
+
+# --- a module whose forward is a graph --------------------------------------------------------------------------------------------------
+
+Sources = Mapping[bool, tuple[str, str]]  # training -> what the code imports, the code
+
+
+class Rewritten:
+    """A mixin that marks a class made by `rewrite`, and makes its objects copy and pickle."""
+
+    _original_class: type[nn.Module]
+    _sources: Sources
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._original_class, self._sources), self.__dict__
+
+
+def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
+    """Let `module` compute what the graphs say: its class becomes one that is derived from it and differs in `forward` alone."""
+    if isinstance(module, fx.GraphModule):
+        module.recompile()
+        return
+    sources = {}
+    for training, graph in graphs.items():
+        code = graph.python_code("self")
+        sources[training] = (_format_import_block(code.globals, sys_importer), code.src)
+    module.__class__ = _class(module._original_class if isinstance(module, Rewritten) else type(module), sources)
+
+
+def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
+    forwards = {training: _forward_from_src(f"{imports}\n{src}", {}) for training, (imports, src) in sources.items()}
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forwards[self.training](self, *args, **kwargs)
+
+    names = {
+        "forward": forward,
+        "_original_class": cls,
+        "_sources": sources,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    return type(cls.__name__, (Rewritten, cls), names)
+
+
+def _rebuild(cls: type[nn.Module], sources: Sources) -> nn.Module:
+    made = _class(cls, sources)
+    return made.__new__(made)

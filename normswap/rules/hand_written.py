@@ -1,0 +1,39 @@
+"""A normalization written out in the code of a module -> BatchlessNorm, approximately, from calibration data.
+
+`normswap.calls` finds what looks like one and makes a layer of its nodes; here that layer is run (`probing.py`). If it computes LayerNorm,
+RMSNorm, GroupNorm or InstanceNorm exactly, with or without a weight and a bias, the code comes to call a BatchlessNorm instead.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from normswap.calls import HandwrittenNorm
+from normswap.plan import Rule, Site
+from normswap.rules import from_data
+from normswap.rules.probing import probe
+
+
+def recognises(site: Site) -> bool:
+    return isinstance(site.module, HandwrittenNorm)
+
+
+def check(site: Site) -> str | None:
+    if probe(cast(nn.Module, site.module)) is not None:
+        return None
+    return (
+        "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows, "
+        "or its number of channels is unknown without example inputs"
+    )
+
+
+def build(site: Site, std: str) -> nn.Module:
+    module = cast(nn.Module, site.module)
+    found = probe(module)
+    assert found is not None
+    return from_data.uncalibrated(module, (found.channels,), (found.axis,), std)
+
+
+RULE = Rule("hand_written", recognises, check, build, from_data.per_sample)
