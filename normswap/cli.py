@@ -60,8 +60,14 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="SPEC", help="Example input: 1x3x224x224[:dtype], or a .pt or .npz file. Repeat for more inputs."),
 ]
-Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Swap only layers whose name matches. Repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name matches. Repeatable.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="GLOB", help="Swap only layers whose name or kind matches. Repeatable.")
+]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name or kind matches. Repeatable.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", metavar="PKG.MOD:RULE", help="A normswap.Rule for norms of your own; goes before normswap's. Repeatable."),
+]
 Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write.")]
 TrustPackage = Annotated[
     list[str] | None,
@@ -95,6 +101,7 @@ def convert(
     inputs: Inputs = None,
     include: Include = None,
     exclude: Exclude = None,
+    rules: Rules = None,
     std: Annotated[Std, typer.Option(help="How the new layers store their standard deviation.")] = Std.log,
     data: Annotated[
         str | None,
@@ -130,6 +137,7 @@ def convert(
             inputs=inputs or (),
             include=include or (),
             exclude=exclude or (),
+            rules=rules or (),
             std=std.value,
             data=data,
             approximate=approximate,
@@ -153,6 +161,7 @@ def inspect(
     inputs: Inputs = None,
     include: Include = None,
     exclude: Exclude = None,
+    rules: Rules = None,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -171,6 +180,7 @@ def inspect(
             inputs=inputs or (),
             include=include or (),
             exclude=exclude or (),
+            rules=rules or (),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
         )

@@ -27,6 +27,7 @@ from normswap.parity import Parity
 from normswap.plan import Plan, Rule, Site
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
+from normswap.rules.own import all_checked
 from normswap.sharing import shadow
 from normswap.swap import swap
 from normswap.trace import trace
@@ -68,9 +69,10 @@ def plan(
     """Decide for every normalization of `model` whether it is swapped, and why not. Changes nothing.
 
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only where the model's graph cannot be had without
-    running it. include, exclude: globs on qualified names and kinds. approximate: swap those, too, that need calibration data.
+    running it. include, exclude: globs on qualified names and kinds. rules: the first that recognises a layer speaks for it, so your own
+    come first: (MY_RULE, *normswap.DEFAULT_RULES). approximate: swap those, too, that need calibration data.
 
-    Raises UsageError for a glob that matches nothing.
+    Raises UsageError for a glob that matches nothing, and for a rule of your own that breaks its contract.
     """
     return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
 
@@ -209,6 +211,8 @@ def _plan(
     rules: Sequence[Rule],
     approximate: bool,
 ) -> Plan:
+    rules = all_checked(rules, DEFAULT_RULES)
+
     def is_norm(candidate: nn.Module) -> bool:
         site = Site("", (), candidate, None)
         return any(rule.recognises(site) for rule in rules)

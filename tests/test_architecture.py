@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "versions": NOTHING,
     "functional": NOTHING,
     "outputs": frozenset({"errors"}),
+    "specs": frozenset({"errors"}),
     "exported": frozenset({"errors", "inputs"}),
     "sharing": frozenset({"errors"}),
     "inputs": frozenset({"errors"}),
@@ -34,8 +35,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "batchless": frozenset({"errors", "numerics", "plan"}),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"precision"},
-    "rules": STAGE | {"precision"},
-    "load": STAGE | {"pickles"},
+    "rules": STAGE | {"precision", "specs"},
+    "load": STAGE | {"pickles", "specs"},
     "trace": STAGE,
     "match": STAGE,
     "swap": STAGE,
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": frozenset({"errors", "parity", "plan"}),
     "pipeline": STAGE | {"rules", "trace", "match", "swap", "calibrate", "verify"},
     "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
-    "commands": STAGE | {"pipeline", "runners", "load", "swap", "verify", "export", "save", "report"},
+    "commands": STAGE | {"pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }
