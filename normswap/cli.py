@@ -45,6 +45,13 @@ class Std(str, Enum):
     inv = "inv"
 
 
+class Reestimate(str, Enum):
+    """Whether layers that have statistics get those of the data, and what that does to the function."""
+
+    exact = "exact"
+    adapt = "adapt"
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -115,6 +122,12 @@ def convert(
     max_drift: Annotated[
         float | None, typer.Option(metavar="X", help="--approximate, but fail if an output moves by more than X of its largest value.")
     ] = None,
+    reestimate: Annotated[
+        Reestimate | None,
+        typer.Option(
+            help="Give BatchNorms the statistics of --data: 'exact' keeps the function, 'adapt' lets it change (needs --approximate)."
+        ),
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
     opset: Opset = None,
     trust_package: TrustPackage = None,
@@ -142,6 +155,7 @@ def convert(
             data=data,
             approximate=approximate,
             max_drift=max_drift,
+            reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
             opset=opset,
             trust_packages=trust_package or (),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normswap import outputs, pipeline
+from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UsageError
 from normswap.export import Export, export
 from normswap.exported import as_module
@@ -161,6 +162,7 @@ def convert_files(
     data: str | None = None,
     approximate: bool = False,
     max_drift: float | None = None,
+    reestimate: Reestimate | None = None,
     onnx: bool = True,
     opset: int | None = None,
     trust_packages: Sequence[str] = (),
@@ -189,6 +191,7 @@ def convert_files(
                 exclude=exclude,
                 rules=known,
                 std=std,
+                reestimate=reestimate,
             )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies

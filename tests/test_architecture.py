@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": frozenset({"errors", "parity", "plan"}),
     "pipeline": STAGE | {"rules", "trace", "match", "swap", "calibrate", "verify"},
     "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
-    "commands": STAGE | {"pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
+    "commands": STAGE | {"calibrate", "pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }
