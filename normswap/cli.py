@@ -23,6 +23,7 @@ from normswap.errors import NormswapError
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -310,7 +311,8 @@ def main() -> None:
 
 # -- around a command ------------------------------------------------------------------------------------------------------------
 
-Progress = Callable[[str], AbstractContextManager[Any]]
+Advance = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[Advance]]
 
 
 @contextlib.contextmanager
@@ -345,13 +347,43 @@ def _fail(*lines: str, code: int, debug: bool) -> None:
 
 
 def _progress() -> Progress:
-    """A spinner with the stage's name on a terminal, silence elsewhere."""
+    """On a terminal a spinner with the stage's name, which is a bar with the time left while the stage counts; silence elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        return lambda stage: contextlib.nullcontext()
-    return lambda stage: console.status(f"{stage} ...")
+        return lambda stage: contextlib.nullcontext(lambda done, total: None)
+    return lambda stage: _stage(console, stage)
+
+
+@contextlib.contextmanager
+def _stage(console: Console, stage: str) -> Iterator[Advance]:
+    """Shows one stage on the terminal, and gives the function to tell how far it is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    def bar() -> Bar:
+        return Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+        )
+
+    with contextlib.ExitStack() as shown:  # one at a time: the spinner, or the bar
+        shown.enter_context(console.status(f"{stage} ..."))
+        running: list[Bar] = []
+
+        def advance(done: int, total: int) -> None:
+            if not running:
+                shown.close()
+                running.append(bar())
+                running[0].add_task(f"{stage}: calibration", total=total)
+                shown.enter_context(running[0])
+            running[0].update(running[0].task_ids[0], completed=done, total=total)
+            if done >= total:
+                running.clear()
+                shown.close()
+                shown.enter_context(console.status(f"{stage} ..."))
+
+        yield advance
 
 
 def _print_json(result: dict[str, Any]) -> None:

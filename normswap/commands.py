@@ -39,12 +39,13 @@ from normswap.swap import revert, swap
 from normswap.verify import LEVELS, Judgement, compare, judge
 
 Model = nn.Module | ExportedProgram
-Progress = Callable[[str], AbstractContextManager[Any]]
+Advance = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[Advance]]
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
 
-def _silent(stage: str) -> AbstractContextManager[Any]:
-    return contextlib.nullcontext()
+def _silent(stage: str) -> AbstractContextManager[Advance]:
+    return contextlib.nullcontext(lambda done, total: None)
 
 
 # --- Python -------------------------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def convert_files(
         loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
-        with clock("convert and verify"):
+        with clock("convert and verify") as advance:
             conversion = pipeline.attempt(
                 loaded.model,
                 given,
@@ -192,6 +193,7 @@ def convert_files(
                 rules=known,
                 std=std,
                 reestimate=reestimate,
+                progress=advance,
             )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
@@ -355,16 +357,16 @@ def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
 
 
 class _Clock:
-    """Announces a stage while it runs and keeps how long it took."""
+    """Announces a stage while it runs, gives the function to tell how far it is, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.seconds = progress, dict[str, float]()
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Iterator[Advance]:
         start = time.perf_counter()
-        with self.progress(stage):
-            yield
+        with self.progress(stage) as advance:
+            yield advance
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
