@@ -39,7 +39,7 @@ MASK = "attention_mask"
 FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
 
 # Beyond these a Fit has a remark.
-POOR = 0.3  # error
+POOR = 0.5  # error
 OUTLIERS = 30.0  # max_kurtosis
 FIRST = 5.0  # first_position
 FEW = 100  # samples

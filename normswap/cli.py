@@ -166,7 +166,7 @@ def convert(
     if as_json:
         _print_json(report.json())
     else:
-        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}")
+        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}", second=report.calibration_table())
 
 
 @app.command()
@@ -390,12 +390,13 @@ def _print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def _print_table(table: Table, *lines: str) -> None:
+def _print_table(table: Table, *lines: str, second: Table | None = None) -> None:
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
-    if table.row_count:
-        console.print(table)
+    for each in (table, second):
+        if each is not None and each.row_count:
+            console.print(each)
     typer.echo("\n".join(lines))

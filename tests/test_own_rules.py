@@ -289,6 +289,22 @@ def test_the_contract_kept() -> None:
     assert called == ["hook"]
 
 
+def test_a_layer_with_hooks_of_its_own_keeps_them() -> None:
+    called: list[str] = []
+
+    def build(site: normswap.Site, std: str) -> nn.Module:
+        layer = BatchlessNorm(3)
+        layer.weight.data.fill_(2)  # type: ignore[union-attr]
+        layer.register_forward_hook(lambda *_: called.append("own"))
+        return layer
+
+    converted = normswap.convert(_mine(), X, rules=[_rule(build=build)]).model
+    assert not converted[1].training  # type: ignore[index]
+    called.clear()
+    converted(X)
+    assert called == ["own"]
+
+
 def test_a_bare_layer_gets_hooks_and_flag_too() -> None:
     def build(site: normswap.Site, std: str) -> nn.Module:
         layer = BatchlessNorm(3)
