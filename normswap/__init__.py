@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     from normswap.pipeline import plan as plan
     from normswap.plan import Plan as Plan
     from normswap.plan import Rule as Rule
+    from normswap.plan import Site as Site
     from normswap.plan import Skip as Skip
     from normswap.plan import Swap as Swap
     from normswap.rules import DEFAULT_RULES as DEFAULT_RULES
+    from normswap.rules.batch_norm import why_not_statistics as why_not_statistics
+    from normswap.rules.own import batchless_from_data as batchless_from_data
+    from normswap.rules.own import batchless_from_statistics as batchless_from_statistics
+    from normswap.rules.tensors import why_not_plain as why_not_plain
     from normswap.swap import revert as revert
 
 _HOMES = {
@@ -42,8 +47,11 @@ _HOMES = {
     "ParityError": "errors",
     "Plan": "plan",
     "Rule": "plan",
+    "Site": "plan",
     "Skip": "plan",
     "Swap": "plan",
+    "batchless_from_data": "rules.own",
+    "batchless_from_statistics": "rules.own",
     "convert": "pipeline",
     "export_onnx": "commands",
     "load": "commands",
@@ -51,6 +59,8 @@ _HOMES = {
     "revert": "swap",
     "save": "commands",
     "verify": "commands",
+    "why_not_plain": "rules.tensors",
+    "why_not_statistics": "rules.batch_norm",
 }
 
 __all__ = list(_HOMES)

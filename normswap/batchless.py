@@ -97,6 +97,7 @@ class BatchlessNorm(nn.Module):
     mean: nn.Parameter
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
 
     def __init__(
         self,

@@ -8,6 +8,10 @@ swapped layers before it produce; until its turn comes a layer computes what its
 
 so that each layer also takes back, as far as a map per channel can, the error that those before it have made (`moments.py`).
 
+Layers that have statistics already (BatchNorm) can be re-estimated on the way: `exact` gives them those of the data, and changes weight and
+bias so that the function stays; `adapt` keeps weight and bias, so the function follows the data. Channels without a spread keep what they
+had. As the function stays, layers that are re-estimated exactly do not start a stratum of their own.
+
 One pass over the data per stratum through both models, each forward stopped when the stratum has been seen; one more forward, of the
 first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its
 "attention_mask" is 0 do not count.
@@ -16,22 +20,33 @@ first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normswap.batchless import BatchlessNorm
+from normswap import numerics
+from normswap.batchless import BatchlessNorm, BatchlessNormAct
 from normswap.errors import UsageError
 from normswap.moments import Moments
 from normswap.sharing import set_eval
 
 MASK = "attention_mask"
-FLAT = 1e-6  # a channel whose std is below this share of the largest one carries nothing
+FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
+
+# Beyond these a Fit has a remark.
+POOR = 0.5  # error
+OUTLIERS = 30.0  # max_kurtosis
+FIRST = 5.0  # first_position
+FEW = 100  # samples
+
+Reestimate = Literal["exact", "adapt"]
+REESTIMATE: tuple[Reestimate, ...] = ("exact", "adapt")
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,9 @@ class Fit:
     samples         how many values each channel's statistics rest on
     flat_channels   channels whose std is (almost) 0     max_kurtosis   the largest of the channels' kurtoses; 3 is normal
     first_position  rms of x at position 0 of a sequence over the rms elsewhere, None without one: large where it is an outlier
+    how             "fit" (a layer without statistics), "exact" or "adapt" (re-estimated)
+    channels        how many the layer has     kept_channels   those that kept the statistics they had
+    remarks         what of this is bad, in words; empty if nothing is
     """
 
     name: str
@@ -51,6 +69,10 @@ class Fit:
     flat_channels: int
     max_kurtosis: float
     first_position: float | None
+    how: str = "fit"
+    channels: int = 0
+    kept_channels: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -59,9 +81,13 @@ class _Site:
     layer: BatchlessNorm
     source: nn.Module
     moments: Moments
+    how: Literal["fit", "exact", "adapt"] = "fit"
     calls: int = 0  # in one forward
     stratum: int = 0
     done: bool = False
+    kept: int = 0
+    inside: bool = False  # the source in the original model runs
+    before_act: Tensor | None = None  # what its own activation got there
     first: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum of squares and count at position 0
     total: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -76,24 +102,60 @@ def calibrate(
     names: Sequence[str],
     batches: Iterable[Any],
     *,
+    reestimate: Mapping[str, Reestimate] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Fit, ...]:
     """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
 
-    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. progress(done, total) is told after each
-    forward, in strata times batches. Raises UsageError if there is no batch or the model does not take them.
+    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. reestimate: layers that have statistics
+    already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. progress(done, total) is told after each
+    forward, in strata times batches. Raises UsageError if there is no batch, the model does not take them, or a layer cannot be fitted.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
     modules, sources = dict(model.named_modules()), dict(original.named_modules())
-    sites = []
-    for name in names:
+    tied = _tied(model)
+    sites, kept = [], []
+    for name, how in {**dict.fromkeys(names, "fit"), **(reestimate or {})}.items():
         layer = modules[name]
         assert isinstance(layer, BatchlessNorm)
-        sites.append(
-            _Site(name, layer, sources[name], Moments.empty(layer.weight.numel() if layer.weight is not None else layer.mean.numel()))
-        )
+        reason = _why_not(layer, how, tied)
+        if reason is not None and how == "fit":
+            raise UsageError(f"{name} {reason}", hint="exclude it from the conversion")
+        if reason is not None:
+            kept.append(_kept(name, how, layer, reason))
+            continue
+        sites.append(_Site(name, layer, sources[name], Moments.empty(math.prod(layer.sizes)), how))  # type: ignore[arg-type]
     with _Calibration(model, original, sites) as calibration:
-        return calibration.run(batches, progress)
+        return (*calibration.run(batches, progress), *kept)
+
+
+def _tied(model: nn.Module) -> dict[int, str]:
+    """The parameters that more than one module holds: id -> their names."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return {key: " and ".join(names) for key, names in owners.items() if len(names) > 1}
+
+
+def _why_not(layer: BatchlessNorm, how: str, tied: Mapping[int, str]) -> str | None:
+    """Why this layer cannot be given a weight and a bias of its own, or None."""
+    if how == "adapt":
+        return None
+    if layer.weight is None or layer.bias is None:
+        return "has no weight and bias that could keep its function"
+    for parameter in (layer.weight, layer.bias):
+        if id(parameter) in tied:
+            return f"shares a parameter: {tied[id(parameter)]} are one, and calibration would change all"
+    if layer.source is not None and not {"weight", "bias"} <= layer.source.parameters.keys() | layer.source.buffers.keys():
+        return f"was made from a {layer.source.cls.__name__} without weight or bias, which could not be given back"
+    return None
+
+
+def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
+    channels = math.prod(layer.sizes)
+    return Fit(name, 0, 0.0, 0, 0, math.nan, None, how, channels, channels, (f"keeps its statistics: {reason}",))
 
 
 class _Calibration:
@@ -113,7 +175,14 @@ class _Calibration:
     def __enter__(self) -> _Calibration:
         set_eval(self.model)
         self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True) for site in self.sites]
-        self.handles += [site.source.register_forward_hook(self._target(site)) for site in self.sites]
+        for site in self.sites:
+            self.handles += [
+                site.source.register_forward_pre_hook(self._enter(site)),
+                site.source.register_forward_hook(self._target(site)),
+            ]
+            after = _after(site)
+            if after is not None:
+                self.handles.append(after.register_forward_pre_hook(self._before_act(site), prepend=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -123,9 +192,9 @@ class _Calibration:
             module.training = flag
 
     def run(self, batches: Iterable[Any], progress: Callable[[int, int], None]) -> tuple[Fit, ...]:
-        self._find_strata(batches)
+        unseen = self._find_strata(batches) if self.sites else ()
         strata = max((site.stratum for site in self.sites), default=0)
-        passes: int | None = None
+        passes = len(batches) if isinstance(batches, Sized) else None
         for self.stratum in range(1, strata + 1):
             count = 0
             for batch in batches:
@@ -137,21 +206,25 @@ class _Calibration:
             for site in self.sites:
                 if site.stratum == self.stratum:
                     _store(site)
-        return tuple(_fit(site) for site in sorted(self.sites, key=lambda s: s.stratum))
+        return (*(_fit(site) for site in sorted(self.sites, key=lambda s: s.stratum)), *unseen)
 
-    def _find_strata(self, batches: Iterable[Any]) -> None:
+    def _find_strata(self, batches: Iterable[Any]) -> list[Fit]:
+        """Gives what is to be said of layers that the data do not reach."""
         first = next(iter(batches), None)
         if first is None:
             raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
         with _Labels() as self.labels:
             self._forward(first)
         self.labels = None
-        unseen = [site.name for site in self.sites if not site.calls]
-        if unseen:
+        unseen = [site for site in self.sites if not site.calls]
+        unfit = [site.name for site in unseen if site.how == "fit"]
+        if unfit:
             raise UsageError(
-                f"{', '.join(unseen)} see no data: no forward pass on the calibration data reaches them",
+                f"{', '.join(unfit)} see no data: no forward pass on the calibration data reaches them",
                 hint="exclude them from the conversion",
             )
+        self.sites = [site for site in self.sites if site.calls]
+        return [_kept(site.name, site.how, site.layer, "no forward pass on the data reaches it") for site in unseen]
 
     def _forward(self, batch: Any) -> None:
         args, kwargs = arguments_of(batch, self.model)
@@ -169,13 +242,30 @@ class _Calibration:
                 hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
 
+    def _enter(self, site: _Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            site.inside, site.before_act = not self.standing_in, None
+
+        return hook
+
+    def _before_act(self, site: _Site) -> Callable[..., None]:
+        """On the activation that belongs to the source, which the layer keeps: it is to get the same."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if site.inside and site.before_act is None:
+                site.before_act = args[0].clone()  # it may work in place
+
+        return hook
+
     def _target(self, site: _Site) -> Callable[..., None]:
         """On the source, in the original model: keeps what it puts out, but not when it stands in for the layer."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.labels is None and site.stratum == self.stratum and not self.standing_in:
-                self.targets.setdefault(site.name, []).append(output)
+                # a copy, as whoever reads the output may work in place
+                self.targets.setdefault(site.name, []).append(output.clone() if site.before_act is None else site.before_act)
                 self._seen()
+            site.inside = False
 
         return hook
 
@@ -192,7 +282,8 @@ class _Calibration:
             if self.labels is not None:
                 site.calls += 1
                 site.stratum = max(site.stratum, self.labels.of(x) + 1)
-                self.labels.mark(y, site.stratum)
+                if site.how != "exact":
+                    self.labels.mark(y, site.stratum)
             elif site.stratum == self.stratum:
                 _record(site, x, self.targets[site.name].pop(0), self.mask)
                 self._seen()
@@ -263,33 +354,91 @@ def _record(site: _Site, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
     site.moments.add(rows_x, rows_y)
 
 
+def _after(site: _Site) -> nn.Module | None:
+    """The first module of the source's own that its normalized x goes through and that the layer keeps, if there is one."""
+    parts = [site.source._modules.get(name) for name in ("drop", "act")] if isinstance(site.layer, BatchlessNormAct) else []
+    return next((part for part in parts if part is not None), None)
+
+
 @torch.no_grad()
 def _store(site: _Site) -> None:
-    moments, layer = site.moments, site.layer
-    weight, bias, _ = moments.fit()
-    shape, device = layer.mean.shape, layer.mean.device
-    std = torch.where(moments.std > 0, moments.std, 1.0)  # a constant channel has weight 0, so any std will do
-    layer.set_statistics(moments.mean.reshape(shape).to(device), std.reshape(shape).to(device))
-    assert layer.weight is not None
-    assert layer.bias is not None
-    layer.weight.copy_(weight.reshape(layer.weight.shape))
-    layer.bias.copy_(bias.reshape(layer.bias.shape))
+    """The statistics of the data; then weight and bias for the map that the layer is to have under the statistics as they were stored."""
+    layer = site.layer
+    mean, std = _pooled(site.moments, layer)
+    before = [t.clone() for t in (layer.mean, layer.std_parameter, layer.weight, layer.bias) if t is not None]
+    flat = _is_flat(mean, std)
+    scale, shift = (t.to(layer.mean.device) for t in site.moments.line()) if site.how == "fit" else _map(layer)
+    layer.set_statistics(mean, torch.where(std > 0, std, 1.0))  # a constant channel has scale 0, so any std will do
+    if site.how != "adapt":
+        assert layer.weight is not None
+        assert layer.bias is not None
+        stored = [t.expand(layer.sizes) for t in layer.statistics(torch.float64)]
+        weight, bias = numerics.affine_under(scale.reshape(layer.sizes), shift.reshape(layer.sizes), *stored)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    if site.how != "fit":
+        after = [t for t in (layer.mean, layer.std_parameter, layer.weight, layer.bias) if t is not None]
+        for old, new in zip(before, after, strict=True):
+            new.copy_(torch.where(flat, old, new))
+        site.kept = int(flat.expand(layer.sizes).sum())
     site.done = True
 
 
+def _pooled(moments: Moments, layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """(mean, std) of x in the shape of the layer's, on its device: over the channels that share them, too."""
+    mean, square = (t.reshape(layer.sizes) for t in (moments.mean, moments.std**2 + moments.mean**2))
+    shared = [axis for axis, (size, own) in enumerate(zip(layer.sizes, layer.mean.shape, strict=True)) if own != size]
+    if not shared:
+        return mean.to(layer.mean.device), moments.std.reshape(layer.sizes).to(layer.mean.device)
+    pooled = mean.mean(shared, keepdim=True)
+    std = (square.mean(shared, keepdim=True) - pooled**2).clamp(min=0).sqrt()
+    return pooled.to(layer.mean.device), std.to(layer.mean.device)
+
+
+def _map(layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the layer in float64, in the shape of its channels."""
+    mean, std = layer.statistics(torch.float64)
+    weight, bias = (None if t is None else t.double() for t in (layer.weight, layer.bias))
+    scale, shift = numerics.affine_of(mean, std, weight, bias)
+    return scale.expand(layer.sizes), shift.expand(layer.sizes)
+
+
+def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
+    return std <= FLAT * torch.maximum(std.max(), mean.abs())
+
+
+@torch.no_grad()
 def _fit(site: _Site) -> Fit:
     moments = site.moments
-    std = moments.std
-    flat = std <= FLAT * std.max()
+    flat = _is_flat(moments.mean, moments.std)
     kurtosis = moments.kurtosis[~flat]
     rest = site.total[1] - site.first[1]
     elsewhere = ((site.total[0] - site.first[0]) / rest) ** 0.5 if rest > 0 else 0.0
-    return Fit(
+    scale, shift = (t.reshape(-1).cpu() for t in _map(site.layer))
+    fit = Fit(
         name=site.name,
         stratum=site.stratum,
-        error=moments.fit()[2],
+        error=moments.error(scale, shift),
         samples=moments.count,
         flat_channels=int(flat.sum()),
         max_kurtosis=kurtosis.max().item() if kurtosis.numel() else float("nan"),
         first_position=(site.first[0] / site.first[1]) ** 0.5 / elsewhere if elsewhere > 0 else None,
+        how=site.how,
+        channels=len(flat),
+        kept_channels=site.kept,
     )
+    return replace(fit, remarks=tuple(_remarks(fit)))
+
+
+def _remarks(fit: Fit) -> Iterator[str]:
+    if fit.error > POOR:
+        yield f"its output is {fit.error:.0%} away from the original layer's"
+    if fit.flat_channels:
+        kept = ", and keep the statistics they had" if fit.kept_channels else ""
+        yield f"{fit.flat_channels} of {fit.channels} channels do not vary{kept}"
+    if fit.max_kurtosis > OUTLIERS:
+        yield f"a few outliers make up the variance of a channel (kurtosis {fit.max_kurtosis:.0f}; 3 is normal)"
+    if fit.first_position is not None and fit.first_position > FIRST:
+        yield f"position 0 of the sequence is an outlier, {fit.first_position:.0f} times as large as the others"
+    if fit.samples < FEW:
+        yield f"its statistics rest on {fit.samples} values per channel"

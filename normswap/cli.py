@@ -23,6 +23,7 @@ from normswap.errors import NormswapError
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -45,6 +46,13 @@ class Std(str, Enum):
     inv = "inv"
 
 
+class Reestimate(str, Enum):
+    """Whether layers that have statistics get those of the data, and what that does to the function."""
+
+    exact = "exact"
+    adapt = "adapt"
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -60,8 +68,14 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="SPEC", help="Example input: 1x3x224x224[:dtype], or a .pt or .npz file. Repeat for more inputs."),
 ]
-Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Swap only layers whose name matches. Repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name matches. Repeatable.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="GLOB", help="Swap only layers whose name or kind matches. Repeatable.")
+]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name or kind matches. Repeatable.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", metavar="PKG.MOD:RULE", help="A normswap.Rule for norms of your own; goes before normswap's. Repeatable."),
+]
 Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write.")]
 TrustPackage = Annotated[
     list[str] | None,
@@ -95,6 +109,7 @@ def convert(
     inputs: Inputs = None,
     include: Include = None,
     exclude: Exclude = None,
+    rules: Rules = None,
     std: Annotated[Std, typer.Option(help="How the new layers store their standard deviation.")] = Std.log,
     data: Annotated[
         str | None,
@@ -107,6 +122,12 @@ def convert(
     ] = False,
     max_drift: Annotated[
         float | None, typer.Option(metavar="X", help="--approximate, but fail if an output moves by more than X of its largest value.")
+    ] = None,
+    reestimate: Annotated[
+        Reestimate | None,
+        typer.Option(
+            help="Give BatchNorms the statistics of --data: 'exact' keeps the function, 'adapt' lets it change (needs --approximate)."
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
     opset: Opset = None,
@@ -130,10 +151,12 @@ def convert(
             inputs=inputs or (),
             include=include or (),
             exclude=exclude or (),
+            rules=rules or (),
             std=std.value,
             data=data,
             approximate=approximate,
             max_drift=max_drift,
+            reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
             opset=opset,
             trust_packages=trust_package or (),
@@ -143,7 +166,7 @@ def convert(
     if as_json:
         _print_json(report.json())
     else:
-        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}")
+        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}", second=report.calibration_table())
 
 
 @app.command()
@@ -153,6 +176,7 @@ def inspect(
     inputs: Inputs = None,
     include: Include = None,
     exclude: Exclude = None,
+    rules: Rules = None,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -171,6 +195,7 @@ def inspect(
             inputs=inputs or (),
             include=include or (),
             exclude=exclude or (),
+            rules=rules or (),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
         )
@@ -286,7 +311,8 @@ def main() -> None:
 
 # -- around a command ------------------------------------------------------------------------------------------------------------
 
-Progress = Callable[[str], AbstractContextManager[Any]]
+Advance = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[Advance]]
 
 
 @contextlib.contextmanager
@@ -321,25 +347,56 @@ def _fail(*lines: str, code: int, debug: bool) -> None:
 
 
 def _progress() -> Progress:
-    """A spinner with the stage's name on a terminal, silence elsewhere."""
+    """On a terminal a spinner with the stage's name, which is a bar with the time left while the stage counts; silence elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        return lambda stage: contextlib.nullcontext()
-    return lambda stage: console.status(f"{stage} ...")
+        return lambda stage: contextlib.nullcontext(lambda done, total: None)
+    return lambda stage: _stage(console, stage)
+
+
+@contextlib.contextmanager
+def _stage(console: Console, stage: str) -> Iterator[Advance]:
+    """Shows one stage on the terminal, and gives the function to tell how far it is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    def bar() -> Bar:
+        return Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+        )
+
+    with contextlib.ExitStack() as shown:  # one at a time: the spinner, or the bar
+        shown.enter_context(console.status(f"{stage} ..."))
+        running: list[Bar] = []
+
+        def advance(done: int, total: int) -> None:
+            if not running:
+                shown.close()
+                running.append(bar())
+                running[0].add_task(f"{stage}: calibration", total=total)
+                shown.enter_context(running[0])
+            running[0].update(running[0].task_ids[0], completed=done, total=total)
+            if done >= total:
+                running.clear()
+                shown.close()
+                shown.enter_context(console.status(f"{stage} ..."))
+
+        yield advance
 
 
 def _print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def _print_table(table: Table, *lines: str) -> None:
+def _print_table(table: Table, *lines: str, second: Table | None = None) -> None:
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
-    if table.row_count:
-        console.print(table)
+    for each in (table, second):
+        if each is not None and each.row_count:
+            console.print(each)
     typer.echo("\n".join(lines))

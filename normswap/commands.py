@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normswap import outputs, pipeline
+from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UsageError
 from normswap.export import Export, export
 from normswap.exported import as_module
@@ -27,20 +27,25 @@ from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
+from normswap.plan import Rule
 from normswap.report import Report, report
+from normswap.rules import DEFAULT_RULES
+from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
-from normswap.save import load_weights, read_recipe, sites_of
+from normswap.save import Recipe, load_weights, read_recipe, sites_of
 from normswap.save import save as save_directory
+from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
 from normswap.verify import LEVELS, Judgement, compare, judge
 
 Model = nn.Module | ExportedProgram
-Progress = Callable[[str], AbstractContextManager[Any]]
+Advance = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[Advance]]
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
 
-def _silent(stage: str) -> AbstractContextManager[Any]:
-    return contextlib.nullcontext()
+def _silent(stage: str) -> AbstractContextManager[Advance]:
+    return contextlib.nullcontext(lambda done, total: None)
 
 
 # --- Python -------------------------------------------------------------------------------------------------------------------------
@@ -109,12 +114,19 @@ def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> 
 
 
 def load(
-    directory: str | Path, factory: Callable[[], nn.Module] | None = None, *, trust_packages: Sequence[str] = (), trust_pickle: bool = False
+    directory: str | Path,
+    factory: Callable[[], nn.Module] | None = None,
+    *,
+    rules: Sequence[Rule] | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
 ) -> Model:
     """The converted model in `directory`.
 
     factory: builds the original architecture, with any weights. None takes the pickled model in the directory, or the spec that the model
-    was made from (`torchvision:resnet18`). Raises LoadError if the directory, or the architecture, is not the one that was saved.
+    was made from (`torchvision:resnet18`). rules: those that the model was converted with; None imports your own ones from where the
+    directory says they were. Raises LoadError if the directory, or the architecture, is not the one that was saved, or a rule is needed
+    that cannot be imported.
     """
     directory = Path(directory)
     recipe = read_recipe(directory)
@@ -127,7 +139,8 @@ def load(
     model = as_module(build(recipe.factory) if factory is None else factory())  # type: ignore[arg-type]
     wanted = {site["name"]: site["std"] for site in recipe.sites}
     if wanted:
-        decided = pipeline.plan(model, approximate=True)  # which weights it has does not matter: they are about to be loaded
+        known = _rules_of(recipe, directory) if rules is None else rules
+        decided = pipeline.plan(model, approximate=True, rules=known)  # which weights it has does not matter: they are about to be loaded
         chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
         model = swap(model, chosen, std=wanted)
     load_weights(model, directory, recipe)
@@ -145,10 +158,12 @@ def convert_files(
     inputs: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rules: Sequence[str] = (),
     std: str = "log",
     data: str | None = None,
     approximate: bool = False,
     max_drift: float | None = None,
+    reestimate: Reestimate | None = None,
     onnx: bool = True,
     opset: int | None = None,
     trust_packages: Sequence[str] = (),
@@ -159,13 +174,14 @@ def convert_files(
     if output is not None:
         outputs.check(output)
     given = parse(inputs) if inputs else None
+    known = _rules(rules)
     batches = None if data is None else _batches(data)
     clock = _Clock(progress)
     with clock("load"):
         loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
-        with clock("convert and verify"):
+        with clock("convert and verify") as advance:
             conversion = pipeline.attempt(
                 loaded.model,
                 given,
@@ -174,7 +190,10 @@ def convert_files(
                 max_drift=max_drift,
                 include=include,
                 exclude=exclude,
+                rules=known,
                 std=std,
+                reestimate=reestimate,
+                progress=advance,
             )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
@@ -221,13 +240,15 @@ def inspect(
     inputs: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rules: Sequence[str] = (),
     trust_packages: Sequence[str] = (),
     trust_pickle: bool = False,
 ) -> Report:
     """The plan for SRC, and nothing else."""
+    known = _rules(rules)
     loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     given = parse(inputs) if inputs else None
-    return report(source, pipeline.plan(loaded.model, given, include=include, exclude=exclude))
+    return report(source, pipeline.plan(loaded.model, given, include=include, exclude=exclude, rules=known))
 
 
 def verify_files(
@@ -303,33 +324,49 @@ def _batches(spec: str) -> Sequence[Any]:
         if not files:
             raise UsageError(f"--data {spec} holds no .pt, .npz or .npy file", hint="each file is one batch")
         return [found.kwargs or found.args for found in (parse([str(file)]) for file in files)]
-    module, _, name = spec.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"--data {spec} is no file, no directory and no package.module:factory: {error}", hint="a factory returns batches"
-        ) from error
+    if SPEC.fullmatch(spec) is None:
+        raise UsageError(f"--data {spec} is no file, no directory and no package.module:factory", hint="a factory returns batches")
+    factory = imported(spec, "--data", "a function that returns batches")
     try:
         return list(factory())
     except Exception as error:  # it is the user's code
         raise UsageError(f"--data {spec}: the factory raised {type(error).__name__}: {error}") from error
 
 
+def _rules(specs: Sequence[str]) -> tuple[Rule, ...]:
+    """People's own rules, by package.module:NAME, before the default ones."""
+    return (*(named(spec) for spec in specs), *DEFAULT_RULES)
+
+
+def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
+    """The rules that a converted directory was made with: those that it says are not normswap's, imported again."""
+    own = []
+    for entry in recipe.rules:
+        where = f"{directory} has layers that a rule of its author built ({entry['kind']}: {', '.join(entry['sites'])})"
+        hint = "pass the rules that it was converted with: normswap.load(directory, rules=(MY_RULE, *normswap.DEFAULT_RULES))"
+        if entry["rule"] is None:
+            raise LoadError(f"{where}, and does not say where that rule can be imported", hint=hint)
+        try:
+            own.append(named(entry["rule"], "the rule"))
+        except UsageError as error:
+            raise LoadError(f"{where}: {error.message}", hint=f"make it importable under this name again, or {hint}") from error
+    return (*own, *DEFAULT_RULES)
+
+
 # --- parts --------------------------------------------------------------------------------------------------------------------------
 
 
 class _Clock:
-    """Announces a stage while it runs and keeps how long it took."""
+    """Announces a stage while it runs, gives the function to tell how far it is, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.seconds = progress, dict[str, float]()
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Iterator[Advance]:
         start = time.perf_counter()
-        with self.progress(stage):
-            yield
+        with self.progress(stage) as advance:
+            yield advance
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 

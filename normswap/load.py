@@ -31,9 +31,9 @@ from torch import nn
 
 from normswap import pickles
 from normswap.errors import LoadError, UsageError
+from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
-_FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def _transformers(directory: str) -> nn.Module:
 
 
 def _factory(spec: str) -> nn.Module:
-    match = _FACTORY.fullmatch(spec)
+    match = SPEC.fullmatch(spec)
     assert match
-    _make_working_directory_importable()
+    make_working_directory_importable()
     try:
         found: Any = importlib.import_module(match["module"])
     except ModuleNotFoundError as error:
@@ -240,7 +240,7 @@ def _unknown(package: str, name: str, names: Sequence[str]) -> LoadError:
 
 
 def _is_spec(text: str) -> bool:
-    return text.startswith(("torchvision:", "timm:", "hf:")) or _FACTORY.fullmatch(text) is not None
+    return text.startswith(("torchvision:", "timm:", "hf:")) or SPEC.fullmatch(text) is not None
 
 
 def _stem_of_spec(spec: str) -> str:
@@ -305,7 +305,7 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
             if "archive_format" in records or "models/model.json" in records:
                 return _program(file, path.name, trust_pickle)
         if trust_packages or trust_pickle:
-            _make_working_directory_importable()
+            make_working_directory_importable()
         found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
     return found if isinstance(found, nn.Module) else _state_dict(found, path.name)
 
@@ -610,12 +610,6 @@ def _check_package(package: str) -> None:
         raise UsageError(
             f"--trust-package takes the name of a package with models in it, not {package!r}", hint="for example --trust-package my_models"
         )
-
-
-def _make_working_directory_importable() -> None:
-    """As `python -m` has it and the console script has not. It stays so: a model may import when it runs."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 @contextlib.contextmanager

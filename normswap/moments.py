@@ -77,19 +77,27 @@ class Moments:
         """m4 / m2^2: 3 for a normal distribution, large where a few outliers make up the variance; NaN for a constant channel."""
         return self.count * self.m4 / self.m2**2
 
-    def fit(self) -> tuple[Tensor, Tensor, float]:
-        """The least-squares affine map of the normalized x onto y, per channel: (weight, bias, error).
+    def line(self) -> tuple[Tensor, Tensor]:
+        """The least-squares line of y over x, per channel: (scale, shift) of  y ~ x * scale + shift.
 
-            y ~ weight * (x - mean) / std + bias,    weight = XY / (n std),  bias = mean_y
-            error = sqrt(sum residual^2 / sum y^2), over all channels: 0 is a perfect fit
+            scale = XY / M2,  shift = mean_y - mean * scale
 
-        A constant channel gets weight 0.
+        A constant channel gets scale 0.
         """
-        std = self.std
-        weight = torch.where(std > 0, self.xy / (self.count * std), 0.0)
-        residual = (self.y2 - weight**2 * self.count).clamp(min=0).sum()
+        scale = torch.where(self.m2 > 0, self.xy / self.m2, 0.0)
+        return scale, self.mean_y - self.mean * scale
+
+    def error(self, scale: Tensor, shift: Tensor) -> float:
+        """sqrt(sum (x * scale + shift - y)^2 / sum y^2) over all channels: 0 where the line, (channels,) each, is y itself."""
+        offset = self.mean * scale + shift - self.mean_y
+        residual = (scale**2 * self.m2 - 2 * scale * self.xy + self.y2).clamp(min=0) + self.count * offset**2
         total = (self.y2 + self.count * self.mean_y**2).sum()
-        return weight, self.mean_y, (residual / total).sqrt().item() if total > 0 else 0.0
+        return (residual.sum() / total).sqrt().item() if total > 0 else 0.0
+
+    def fit(self) -> tuple[Tensor, Tensor, float]:
+        """`line`, as a map of the normalized x: (weight, bias, error) with  y ~ weight * (x - mean) / std + bias."""
+        scale, shift = self.line()
+        return scale * self.std, self.mean_y, self.error(scale, shift)
 
 
 def _of(x: Tensor, y: Tensor) -> Moments:

@@ -72,6 +72,15 @@ def affine_of(mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | N
     return scale, shift
 
 
+def affine_under(scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, bias) with  weight * (x - mean) / std + bias = x * scale + shift: the inverse of `affine_of`.
+
+    Of a layer (mean0, std0, weight0, bias0) whose statistics become (mean, std) and whose function stays, these are
+    weight = weight0 * std / std0  and  bias = bias0 + (mean - mean0) * weight0 / std0.
+    """
+    return scale * std, shift + mean * scale
+
+
 def axes_shape(sizes: Sequence[int], axes: Sequence[int], ndim: int) -> tuple[int, ...]:
     """The shape with `ndim` dimensions that has `sizes` on `axes` (ascending, negative from the end) and 1 elsewhere."""
     positions = [axis + ndim if axis < 0 else axis for axis in axes]

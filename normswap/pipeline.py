@@ -17,16 +17,17 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap.calibrate import Fit, arguments_of, calibrate
+from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS
 from normswap.parity import Parity
-from normswap.plan import Plan, Rule, Site
+from normswap.plan import Plan, Rule, Site, Swap
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
+from normswap.rules.own import all_checked
 from normswap.sharing import shadow
 from normswap.swap import swap, with_layers
 from normswap.trace import trace
@@ -41,8 +42,8 @@ class Conversion(Generic[M]):
     """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
 
     module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
-    drift: how far the whole model and each swapped layer are from the original on calibration data, and fits, how well each layer could be
-    calibrated: of an approximate conversion; else None and empty. parity is then that of the exact swaps alone.
+    drift: how far the whole model and each swapped layer are from the original on calibration data, of an approximate conversion; else
+    None. parity is then that of the exact swaps alone. fits: how well each layer could be calibrated or re-estimated, if it was.
     judgement: what the original computes, to hold further candidates (an ONNX file) against.
     """
 
@@ -68,9 +69,10 @@ def plan(
     """Decide for every normalization of `model` whether it is swapped, and why not. Changes nothing.
 
     example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only where the model's graph cannot be had without
-    running it. include, exclude: globs on qualified names and kinds. approximate: swap those, too, that need calibration data.
+    running it. include, exclude: globs on qualified names and kinds. rules: the first that recognises a layer speaks for it, so your own
+    come first: (MY_RULE, *normswap.DEFAULT_RULES). approximate: swap those, too, that need calibration data.
 
-    Raises UsageError for a glob that matches nothing.
+    Raises UsageError for a glob that matches nothing, and for a rule of your own that breaks its contract.
     """
     return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
 
@@ -86,6 +88,7 @@ def convert(
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: str = "log",
+    reestimate: Reestimate | None = None,
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
@@ -96,6 +99,10 @@ def convert(
     that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
     (a tensor, a tuple of arguments, or a dict of keyword arguments each). `drift` says how far that is from the original; max_drift is the
     most that passes, as max|difference| / max|original| of any output or layer.
+
+    reestimate: give layers that have statistics (BatchNorm) those of the calibration data. "exact": weight and bias take up the difference,
+    so the function stays, and is verified to. "adapt": weight and bias stay, so the function follows the data, as in AdaBN (Li et al. 2016,
+    arXiv:1603.04779); that is an approximate conversion, and has to be asked for as one.
 
     Raises ParityError if the exact swaps do not give the same function within the limits of `verify`, or the drift is above max_drift;
     UsageError if inputs or calibration data are needed or do not fit; SwapError if the model cannot be copied.
@@ -110,6 +117,7 @@ def convert(
         exclude=exclude,
         rules=rules,
         std=std,
+        reestimate=reestimate,
     )
     check(conversion.parity)
     if conversion.drift is not None:
@@ -128,12 +136,24 @@ def attempt(
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: str = "log",
+    reestimate: Reestimate | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conversion[M]:
     """`convert` without the last word: the parity and the drift may have failed."""
     if std not in STD_FORMS:
         raise UsageError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
+    if reestimate not in (None, *REESTIMATE):
+        raise UsageError(f"reestimate is {reestimate!r}; expected one of {', '.join(map(repr, REESTIMATE))}")
+    if reestimate is not None and calibration is None:
+        raise UsageError(
+            "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
+        )
     approximate = approximate or max_drift is not None
+    if reestimate == "adapt" and not approximate:
+        raise UsageError(
+            "layers that adapt to the data compute something else than the original",
+            hint="ask for it with --approximate or --max-drift, approximate=True or max_drift=...; or 'exact' keeps the function",
+        )
     if approximate and calibration is None:
         raise UsageError(
             "an approximate swap starts from data, and none were given", hint="give calibration=..., or --data on the command line"
@@ -153,17 +173,32 @@ def attempt(
         )
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
+    names = [s.name for s in decided.swaps if s.preserves == "approximate"]
+    others = {} if reestimate is None else dict.fromkeys((s.name for s in exact.swaps), reestimate)
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, exact, std=std)
+    fits: tuple[Fit, ...] = ()
+    if reestimate == "exact":
+        fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
     parity = compare(judgement, swapped, sites=sites, original=module)
-    names = [s.name for s in decided.swaps if s.preserves == "approximate"]
-    if not names or not parity:
-        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement)
+    if not (names or reestimate == "adapt") or not parity:
+        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits)
     del swapped
     approximated = swap(module, decided, std=std)
-    fits = calibrate(approximated, with_layers(shadow(module), decided), names, batches, progress=progress)
+    reference = with_layers(shadow(module), decided)
+    fits = calibrate(approximated, reference, names, batches, reestimate=others, progress=progress)
     drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
+    if reestimate == "adapt":
+        decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
+
+
+def _adapted(s: Swap) -> Swap:
+    """What was planned as exact is not, once its statistics follow the data."""
+    if s.preserves == "approximate":
+        return s
+    reason = "takes the statistics of the calibration data and keeps its weight and bias, so its function changes"
+    return dataclasses.replace(s, rule=dataclasses.replace(s.rule, inexact=lambda site: reason))
 
 
 def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
@@ -211,8 +246,9 @@ def _plan(
     rules: Sequence[Rule],
     approximate: bool,
 ) -> Plan:
-    def is_norm(candidate: nn.Module) -> bool | None:
-        site = Site("", (), candidate, None)
+    rules = all_checked(rules, DEFAULT_RULES)
+
+    def is_norm(site: Site) -> bool | None:
         rule = next((rule for rule in rules if rule.recognises(site)), None)
         return None if rule is None else rule.check(site) is None
 

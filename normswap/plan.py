@@ -84,6 +84,7 @@ class Rule:
     build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
     inexact(site) -> str               why the replacement only approximates the source, and starts from data; None for an exact rule
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
+    spec                               of a rule that is not normswap's: the "package.module:NAME" under which `load` finds it again
 
     A rule for a module is asked about modules only as they are; the class alone decides `recognises` for a tracer's leaf.
     """
@@ -93,6 +94,7 @@ class Rule:
     check: Callable[[Site], str | None]
     build: Callable[[Site, str], nn.Module] | None = None
     inexact: Callable[[Site], str] | None = None
+    spec: str | None = None
 
     @property
     def preserves(self) -> Preserves:

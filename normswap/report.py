@@ -34,7 +34,7 @@ class Report:
     onnx      opset, nodes by operator before and after folding, residue: the sites that stayed as Mul and Add; None without ONNX
     seconds   by stage, in order
     files     what was written, relative to the output directory
-    fits      for each layer that was swapped approximately, how well it could be calibrated (`calibrate.Fit`)
+    fits      for each layer that was calibrated or re-estimated, how well that went (`calibrate.Fit`)
     """
 
     source: str
@@ -110,6 +110,20 @@ class Report:
             table.add_row(*cells, Text(row.error, style="" if row.passed else "bold red"))
         return table
 
+    def calibration_table(self) -> Table:
+        """One row for each layer that was calibrated or re-estimated; what is bad is said in the last column."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*CALIBRATION, box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = table.columns[-1].overflow = "fold"
+        for column in table.columns[2:-1]:
+            column.justify, column.no_wrap = "right", True
+        for *cells, remarks in map(_calibration_row, self.fits):
+            table.add_row(*map(Text, cells), Text(remarks, style="bold red"))
+        return table
+
     def html(self) -> str:
         """One page that needs nothing from anywhere."""
         rows = "".join(
@@ -133,13 +147,17 @@ class Report:
             verdict=escape(self.verdict),
             legs=f"<section><h2>Measured</h2>{LEGEND}{legs}</section>" if legs else "",
             rows=rows or "<tr><td colspan='5'>The model has no normalization.</td></tr>",
+            calibration=_calibration_html(self.fits),
             facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts if value),
         )
 
     def _rows(self) -> Iterator[Row]:
         for swap in self.plan.swaps:
             drifts = [d for parity in self.parities.values() for d in parity.sites if d.name == swap.name]
-            worst = _worst(drifts)
+            # In the other legs an approximate swap is not made, or is held against itself.
+            own = [d for d in self.parities["drift"].sites if d.name == swap.name] if "drift" in self.parities else []
+            exact = [d for leg, parity in self.parities.items() if leg != "drift" for d in parity.sites if d.name == swap.name]
+            worst = _worst(own if own and swap.preserves == "approximate" else exact)
             what = f"swapped, {swap.preserves}" if self.parities else f"would swap, {swap.preserves}"
             yield Row(_names(swap), swap.kind, what, "", _error(worst) if worst else "", all(d.passed for d in drifts))
         for skip in self.plan.skips:
@@ -310,6 +328,25 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+CALIBRATION = ("layer", "how", "error", "samples", "do not vary", "kurtosis", "position 0", "remarks")
+
+
+def _calibration_row(fit: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells of one layer under CALIBRATION; what was not measured is empty."""
+    seen = fit["samples"] > 0
+    kurtosis, first = fit["max_kurtosis"], fit["first_position"]
+    return (
+        fit["name"] or ROOT,
+        {"fit": "fitted", "exact": "re-estimated", "adapt": "adapted"}[fit["how"]],
+        f"{fit['error']:.1e}" if seen else "",
+        str(fit["samples"]) if seen else "",
+        f"{fit['flat_channels']} of {fit['channels']}" if seen else "",
+        f"{kurtosis:.1f}" if seen and math.isfinite(kurtosis) else "",
+        f"{first:.1f}" if first is not None else "",
+        "; ".join(fit["remarks"]),
+    )
+
+
 # -- the page --------------------------------------------------------------------------------------------------------------------
 
 DECADES = 18  # the scale of the page ends at 1; it starts below the rounding of float64
@@ -335,6 +372,22 @@ def _leg_html(leg: str, parity: Parity) -> str:
     colour = "good" if parity.passed else "bad"
     return f"<div class='leg {colour}'><h3>{escape(leg)}</h3>{scale}<p>{escape(parity_summary(parity))}</p></div>"
 
+
+def _calibration_html(fits: Iterable[Mapping[str, Any]]) -> str:
+    *numbers, last = CALIBRATION
+    head = "".join(f"<th>{name}</th>" for name in numbers) + f"<th class='words'>{last}</th>"
+    rows = ""
+    for *cells, remarks in map(_calibration_row, fits):
+        name, *others = map(escape, cells)
+        rows += f"<tr><td><code>{name}</code></td>" + "".join(f"<td>{cell}</td>" for cell in others)
+        rows += f"<td class='words{' bad' if remarks else ''}'>{escape(remarks)}</td></tr>"
+    return CALIBRATED.format(head=head, rows=rows) if rows else ""
+
+
+CALIBRATED = """<section><h2>Layers with statistics from the data</h2>
+<p class="legend">error: relative L2 distance of the layer's output to the original layer's, on the calibration data. samples: values per
+channel. kurtosis: the largest of any channel; 3 is normal. position 0: how large it is in a sequence, against the rest.</p>
+<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></section>"""
 
 LEGEND = """<p class="legend">Largest error relative to the largest output, against the original run in float64, on a scale from 1e-18 to 1:
 <i class="error"></i> the converted model, <i class="noise"></i> the original in its own precision, <i class="allowed"></i> allowed.</p>"""
@@ -373,7 +426,7 @@ i.error, i.noise {{ width: .6rem; height: .6rem; border-radius: 50%; }} i.noise 
 table {{ border-collapse: collapse; width: 100%; }}
 th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); }}
 th {{ font-weight: 600; color: var(--soft); font-size: .88rem; }}
-td.what {{ white-space: nowrap; }}
+td.what {{ white-space: nowrap; }} section .words {{ text-align: left; white-space: normal; }}
 th:last-child, .number {{ text-align: right; padding-right: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; font-size: .92rem; }} dd {{ margin: 0; }}
 </style>
@@ -384,6 +437,7 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; 
 <section><h2>Every normalization of the model</h2>
 <table><thead><tr><th>site</th><th>kind</th><th>what</th><th>why not</th><th>max error</th></tr></thead>
 <tbody>{rows}</tbody></table></section>
+{calibration}
 <section><h2>Facts</h2><dl>{facts}</dl></section>
 </body>
 </html>

@@ -31,6 +31,7 @@ class Recipe:
     factory  the SRC that builds the original architecture (`torchvision:resnet18`), if the model came from one
     module   the file with the whole model, if the source was one ("model.pt", "model.pt2")
     inputs   shape and dtype of each example input
+    rules    for layers that a rule of the user's built: its kind, where it can be imported (null: nowhere), and their names
     """
 
     sites: Sequence[Mapping[str, Any]]
@@ -38,6 +39,7 @@ class Recipe:
     factory: str | None = None
     module: str | None = None
     inputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    rules: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
 def save(model: nn.Module, directory: Path, *, source: str | None = None, factory: str | None = None, **more: Any) -> None:
@@ -54,6 +56,7 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
         "module": more.get("module"),
         "inputs": list(more.get("inputs", ())),
         "sites": [dict(site) for site in sites_of(model)],
+        "rules": rules_of(model),
     }
     (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     save_model(model, str(directory / WEIGHTS), metadata={"format": "pt"})
@@ -81,6 +84,15 @@ def sites_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def rules_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The rules that built BatchlessNorm layers of a model and are not normswap's, with the first name of each layer."""
+    names: dict[tuple[str, str | None], list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BatchlessNorm) and module.own_rule is not None:
+            names.setdefault(module.own_rule, []).append(name)
+    return [{"kind": kind, "rule": spec, "sites": sites} for (kind, spec), sites in names.items()]
+
+
 def read_recipe(directory: Path) -> Recipe:
     """The recipe of a converted directory. Raises LoadError if it is not one, or of a version that this normswap does not know."""
     path = directory / RECIPE
@@ -89,11 +101,14 @@ def read_recipe(directory: Path) -> Recipe:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["version"]
-        recipe = Recipe(**{name: content[name] for name in ("sites", "source", "factory", "module", "inputs")})
+        known = {name: content[name] for name in ("sites", "source", "factory", "module", "inputs")}
+        recipe = Recipe(**known, rules=content.get("rules", ()))  # not in recipes that normswap wrote before it had them
         if not all({"name", "class", "std"} <= site.keys() for site in recipe.sites):
             raise ValueError("a site lacks its name, class or std")
         if not all({"name", "shape", "dtype"} <= entry.keys() for entry in recipe.inputs):
             raise ValueError("an input lacks its name, shape or dtype")
+        if not all({"kind", "rule", "sites"} <= entry.keys() for entry in recipe.rules):
+            raise ValueError("a rule lacks its kind, rule or sites")
     except FileNotFoundError as error:
         raise LoadError(
             f"{directory} is not a converted directory: it has no {RECIPE}", hint="`normswap convert SRC -o DIR` writes one"

@@ -68,7 +68,7 @@ class _Seen:
 
 
 # None for what is no norm, else whether a rule can replace it as a whole.
-IsNorm = Callable[[nn.Module], bool | None]
+IsNorm = Callable[[Site], bool | None]
 
 
 class _Names:
@@ -85,9 +85,10 @@ class _Names:
             for child in module.children():
                 self.parents.setdefault(id(child), []).append(module)
         # A norm inside a norm (the BatchNorm that a wrapper holds) is the inner one's business: the rule for the outer one decides.
-        self.listed = {key: module for key, module in self.modules.items() if is_norm(module) is not None}
+        decided = {key: is_norm(Site(self.all[key][0], (), module, None)) for key, module in self.modules.items()}
+        self.listed = {key: module for key, module in self.modules.items() if decided[key] is not None}
         # What no rule can replace as a whole may hold, in its own code, something that can, and is then looked into.
-        self.norms = {key: module for key, module in self.listed.items() if is_norm(module) or not writes_its_own(module)}
+        self.norms = {key: module for key, module in self.listed.items() if decided[key] or not writes_its_own(module)}
         owners: dict[int, set[int]] = {}
         for key, module in self.modules.items():
             for parameter in module.parameters(recurse=False):

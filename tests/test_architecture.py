@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "calls": frozenset({"functional", "graphs"}),
     "call_sites": frozenset({"calls", "errors", "graphs", "plan", "sharing"}),
     "outputs": frozenset({"errors"}),
+    "specs": frozenset({"errors"}),
     "exported": frozenset({"errors", "inputs"}),
     "sharing": frozenset({"errors"}),
     "inputs": frozenset({"errors"}),
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "batchless": frozenset({"errors", "numerics", "plan"}),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"precision"},
-    "rules": STAGE | {"calls", "precision"},
-    "load": STAGE | {"pickles"},
+    "rules": STAGE | {"calls", "precision", "specs"},
+    "load": STAGE | {"pickles", "specs"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
     "swap": STAGE | {"calls", "graphs"},
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": frozenset({"errors", "parity", "plan"}),
     "pipeline": STAGE | {"rules", "trace", "match", "swap", "calibrate", "verify"},
     "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
-    "commands": STAGE | {"pipeline", "runners", "load", "swap", "verify", "export", "save", "report"},
+    "commands": STAGE | {"calibrate", "pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

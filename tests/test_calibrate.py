@@ -225,3 +225,67 @@ def test_the_command(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "strict").iterdir()) == ["report.html", "report.json"]
     with pytest.raises(UsageError, match="is no file, no directory and no package"):
         convert_files(str(tmp_path / "net.pt"), tmp_path / "out2", data="nowhere", approximate=True)
+
+
+# -- what of it is bad, in words ----------------------------------------------------------------------------------------------
+
+
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def _remarks(x: Tensor) -> tuple[str, ...]:
+    (fit,) = normswap.convert(randomise(Sequences(), 0).eval(), calibration=[x], approximate=True).fits
+    return fit.remarks
+
+
+def _even() -> Tensor:
+    """Every token of the same size, around 0: there a fixed mean and std do what LayerNorm does."""
+    x = torch.randn(64, 9, 8, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean(-1, keepdim=True)
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_good_data_have_no_remark() -> None:
+    assert _remarks(_even()) == ()
+    assert _remarks(torch.randn(64, 9, 8, generator=torch.Generator().manual_seed(0))) == ()
+
+
+def test_what_is_bad_is_said() -> None:
+    x = _even()
+    first = x.clone()
+    first[:, 0] *= 12
+    assert "position 0 of the sequence is an outlier, 12 times as large as the others" in _remarks(first)
+    sizes = x * torch.logspace(-2, 2, 64)[:, None, None]  # of very different size: no fixed std can do
+    assert any(remark.startswith("its output is ") and remark.endswith("% away from the original layer's") for remark in _remarks(sizes))
+    constant = x.clone()
+    constant[..., [1, 4]] = 0.5
+    assert "2 of 8 channels do not vary" in _remarks(constant)
+    outlier = x.clone()
+    outlier[3, 5, 2] = 40
+    assert any(remark.startswith("a few outliers make up the variance of a channel (kurtosis ") for remark in _remarks(outlier))
+    assert "its statistics rest on 45 values per channel" in _remarks(x[:5])
+
+
+def test_the_command_shows_it(tmp_path: Path) -> None:
+    from click.testing import Result
+    from typer.testing import CliRunner
+
+    from normswap.cli import app
+
+    torch.save(_net(), tmp_path / "net.pt")
+    torch.save(_data(6)[0], tmp_path / "data.pt")
+    arguments = ["convert", tmp_path / "net.pt", "--data", tmp_path / "data.pt", "--approximate", "--no-onnx", "-o", tmp_path / "out"]
+    result: Result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.stderr
+    assert "position 0" in result.stdout
+    assert "its statistics rest on 6 values per channel" in result.stdout
+    assert "its statistics rest on 6 values per channel" in (tmp_path / "out" / "report.html").read_text()
+    exact: Result = CliRunner().invoke(app, [str(a) for a in (*arguments[:4], "--no-onnx", "-o", tmp_path / "exact")])
+    assert exact.exit_code == 0
+    assert "position 0" not in exact.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from normswap.calibrate import Fit
 from normswap.parity import Difference, Parity
 from normswap.plan import Plan, Rule, Site, Skip, Swap
 from normswap.report import Report, parity_json, parity_summary, parity_table, report
@@ -47,6 +49,13 @@ SITES = (difference("stem.norm", 1e-7), difference("body.norm", 2e-7), differenc
 GOOD = parity(difference(), sites=SITES)
 BAD = parity(difference(error=5e-4), sites=(SITES[0], difference("body.norm", 4e-3)))
 NAN = parity(difference(error=math.nan), difference("other"), sites=(difference("stem.norm", math.inf),))
+
+
+FITS = (
+    Fit("body.norm", 2, 0.62, 64, 0, 41.5, 7.2, channels=5, remarks=("its output is 62% away", "its statistics rest on 64 values")),
+    Fit("stem.norm", 1, 3e-8, 9000, 1, 2.9, None, "exact", 4, 1),
+    Fit("", 0, 0.0, 0, 0, math.nan, None, "adapt", 3, 3, ("keeps its statistics: no forward pass on the data reaches it",)),
+)
 
 
 def rendered(table: Table) -> list[list[str]]:
@@ -130,6 +139,23 @@ def test_table_has_every_norm_and_the_worst_error_of_each() -> None:
     ]
 
 
+def test_an_approximate_swap_shows_its_drift_and_an_exact_one_its_error() -> None:
+    """Any drift is allowed unless --max-drift says so; that must not make it the smallest error of all."""
+    rough = Swap(Site("head.norm", (), None, 1), dataclasses.replace(RULE, kind="LayerNorm", inexact=lambda site: "because"))
+    plan = Plan((*PLAN.swaps[:1], rough), (), "fx")
+    sites = [(difference("stem.norm", 1e-7), difference("head.norm", 2e-7))]
+    sites.append((difference("stem.norm", 0.125, tolerance=math.inf), difference("head.norm", 0.25, tolerance=math.inf)))
+    exact, drift = (parity(difference(), sites=each) for each in sites)
+    assert rendered(report("model.pt", plan, {"torch": exact, "drift": drift}).table()) == [
+        ["stem.norm", "BatchNorm2d", "swapped, exact", "1.0e-07"],
+        ["head.norm", "LayerNorm", "swapped, approximate", "2.5e-01"],
+    ]
+    limited = parity(difference(), sites=(sites[1][0], difference("head.norm", 0.25, tolerance=0.1)))
+    table = report("model.pt", plan, {"torch": exact, "drift": limited}).table()
+    assert table.columns[-1]._cells[1].style == "bold red"  # type: ignore[union-attr]
+    assert rendered(report("model.pt", plan, {"torch": exact}).table())[1][-1] == "2.0e-07"
+
+
 def test_table_of_a_plan_promises_and_measures_nothing() -> None:
     rows = rendered(report("model.pt", PLAN).table())
     assert rows[0] == ["stem.norm", "BatchNorm2d", "would swap, exact"]
@@ -152,6 +178,33 @@ def test_names_are_not_markup() -> None:
     assert rendered(report("model.pt", plan).table())[0][0] == HOSTILE
 
 
+def test_table_of_the_calibration() -> None:
+    rows = rendered(full().calibration_table())
+    assert rows == [
+        ["body.norm", "fitted", "6.2e-01", "64", "0 of 5", "41.5", "7.2", "its output is 62% away; its statistics rest on 64 values"],
+        ["stem.norm", "re-estimated", "3.0e-08", "9000", "1 of 4", "2.9"],
+        ["(the model)", "adapted", "keeps its statistics: no forward pass on the data reaches it"],
+    ]
+    assert [column.header for column in full().calibration_table().columns][-1] == "remarks"
+
+
+def test_no_calibration_no_table() -> None:
+    plain = report("model.pt", PLAN, {"torch": GOOD})
+    assert plain.calibration_table().row_count == 0
+    assert "statistics from the data" not in plain.html()
+
+
+def test_page_of_the_calibration() -> None:
+    page = full().html()
+    assert "Layers with statistics from the data" in page
+    assert "<td class='words bad'>its output is 62% away; its statistics rest on 64 values</td>" in page
+    assert "<td>1 of 4</td><td>2.9</td><td></td><td class='words'></td>" in page
+    hostile = dataclasses.replace(FITS[0], name=HOSTILE, remarks=(HOSTILE,))
+    hostile_page = report("model.pt", PLAN, fits=[dataclasses.asdict(hostile)]).html()
+    assert "<script>" not in hostile_page
+    assert Page(hostile_page).open == []
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +223,7 @@ def full() -> Report:
         },
         seconds={"load": 0.25},
         files=("model.onnx", "report.json"),
+        fits=map(dataclasses.asdict, FITS),
     )
 
 

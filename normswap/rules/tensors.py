@@ -15,7 +15,10 @@ KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: Collection[str] | None = KNOWN) -> str | None:
-    """Why this module may do more than a layer with one of these `forward` functions and the `known` tensors (None: any), or None."""
+    """Why this module may do more than a layer with one of these `forward` functions and the `known` tensors (None: any), or None.
+
+    A sentence about the module: what a rule's `check` returns. known: the names of the parameters and buffers that the rule takes over.
+    """
     module = site.module
     assert module is not None
     cls = type(module)
@@ -37,9 +40,10 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
     computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
     if computed:
         return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first"
-    more = sorted(held.keys() - set(known)) if known is not None else []
-    if more:
-        return f"holds {', '.join(more)} besides the tensors of a BatchNorm, so it may do more than normalize"
+    more = [] if known is None else sorted(held.keys() - set(known))
+    if known is not None and more:
+        layer = "a BatchNorm" if known is KNOWN else f"the layer that the rule knows ({', '.join(known)})"
+        return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize"
     if site.readers:
         return f"has statistics that {', '.join(site.readers)} reads directly instead of calling the layer"
     return None
