@@ -2,7 +2,8 @@
 
     trace -> match -> judge -> swap -> compare -> calibrate -> compare
 
-`plan` stops after match; `convert` goes through. `commands.py` puts `load` in front and `save`, `export` and `report` behind.
+`plan` stops after match, `inspect` goes from there to `facts`; `convert` goes through. `commands.py` puts `load` in front and `save`,
+`export` and `report` behind.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch.export import ExportedProgram
 from normswap.calibrate import Fit, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
+from normswap.facts import Facts, facts
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS
 from normswap.parity import Parity
-from normswap.plan import Plan, Rule, Site
+from normswap.plan import Plan, Rule, Site, Trace
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
 from normswap.sharing import shadow
@@ -73,6 +75,21 @@ def plan(
     Raises UsageError for a glob that matches nothing.
     """
     return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
+
+
+def inspect(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> tuple[Plan, tuple[Facts, ...]]:
+    """`plan`, and what is known of each norm. Runs one forward pass, on a copy."""
+    module, resolve = as_module(model), _resolver(model, example_inputs)
+    found = _trace(module, resolve, rules)
+    exact, all_swaps = (match(found, rules, include=include, exclude=exclude, approximate=a) for a in (False, True))
+    return exact, facts(module, all_swaps, _forward(resolve))
 
 
 def convert(
@@ -209,15 +226,23 @@ def _plan(
     rules: Sequence[Rule],
     approximate: bool,
 ) -> Plan:
+    return match(_trace(module, resolve, rules), rules, include=include, exclude=exclude, approximate=approximate)
+
+
+def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:
     def is_norm(candidate: nn.Module) -> bool:
         site = Site("", (), candidate, None)
         return any(rule.recognises(site) for rule in rules)
 
+    return trace(module, _forward(resolve), is_norm)
+
+
+def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()
         return None if inputs is None else (inputs.args, inputs.kwargs)
 
-    return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude, approximate=approximate)
+    return forward
 
 
 def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callable[[], Inputs | None]:

@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "load": STAGE | {"pickles"},
     "trace": STAGE,
     "match": STAGE,
+    "traps": frozenset({"functional"}),
+    "facts": STAGE | {"traps"},
     "swap": STAGE,
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
-    "pipeline": STAGE | {"rules", "trace", "match", "swap", "calibrate", "verify"},
+    "pipeline": STAGE | {"rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
     "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
     "commands": STAGE | {"pipeline", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
