@@ -1,16 +1,18 @@
 """What one norm holds, and the traps that people step into with it: each a code that stays and a clause about this norm.
 
-called_repeatedly         one norm, several calls in a forward
-never_called              no forward in eval mode calls it
-never_updated             mean 0 and variance 1 in every channel: as they were initialised
-not_counted               num_batches_tracked is 0 although the statistics are not the initial ones
-no_running_statistics     BatchNorm that keeps none (track_running_stats=False)
-tracking_switched_off     BatchNorm that keeps some, with track_running_stats=False set later
-batch_statistics          a call with training=True in a model that is in eval mode
-cumulative_momentum       momentum=None
-one_value_per_channel     BatchNorm whose input has one value per channel and sample
-not_finite                NaN or infinity among its tensors
-written_in_place          the next operation overwrites its output
+    called_repeatedly         one norm, several calls in a forward
+    never_called              no forward in eval mode calls it
+    never_updated             mean 0 and variance 1 in every channel: as they were initialised
+    not_counted               num_batches_tracked is 0 although the statistics are not the initial ones
+    no_running_statistics     BatchNorm that keeps none (track_running_stats=False)
+    tracking_switched_off     BatchNorm that keeps some, with track_running_stats=False set later
+    batch_statistics          a call with training=True in eval mode
+    cumulative_momentum       momentum=None
+    one_value_per_channel     BatchNorm whose input has one value per channel and sample
+    not_finite                NaN or infinity among its tensors
+    written_in_place          the next operation overwrites its output
+
+docs/inspect.md says what each means to the user.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ class Trap:
 class Held:
     """What a norm holds, or what a functional call was given.
 
-    batch      whether train mode takes statistics over the batch, as BatchNorm does
+    batch      whether it is a BatchNorm layer, whose train mode takes its statistics over the batch
     tracked    whether there are running statistics; `tensors` lacks those whose values are not known (meta, lazy)
     tracking   BatchNorm's flag of that name; None for anything else
-    training   whether a call asks for batch statistics in eval mode
+    training   whether a call of batch_norm asks for the batch's statistics
     scales     whether the output is multiplied by the weight as it is
     """
 
@@ -109,14 +111,12 @@ def held_by(module: nn.Module) -> Held:
 
 def given_to(function: str, arguments: Mapping[str, Any]) -> Held:
     """What a functional norm was called with, by the names of `functional.bind`."""
-    batch = KINDS.get(function) == "batch_norm"
     return Held(
         tensors={name: tensor for name in _TENSORS if (tensor := _known(arguments.get(name))) is not None},
         eps=_number(arguments.get("eps")),
         momentum=_number(arguments.get("momentum")),
-        batch=batch,
         tracked=arguments.get("running_mean") is not None,
-        training=batch and bool(arguments.get("training", False)),
+        training=KINDS.get(function) == "batch_norm" and bool(arguments.get("training", False)),
         scales=True,
     )
 
@@ -193,7 +193,7 @@ def _no_statistics(held: Held) -> Trap | None:
     if held.training:
         return Trap(
             "batch_statistics",
-            "is called with training=True although the model is in eval mode: the output for one sample depends on the others",
+            "is called with training=True in a forward pass in eval mode: the output for one sample depends on the others",
         )
     if held.batch and not held.tracked:
         return Trap(
