@@ -84,12 +84,14 @@ def facts(model: nn.Module, plan: Plan, forward: Callable[[], Forward | None]) -
     Raises nothing for a model that cannot be copied or run: then `unseen` says why, and shapes are unknown.
     """
     decisions: list[Swap | Skip] = [*plan.swaps, *plan.skips]
-    seen, failed = _watched(model, [d.site for d in decisions], forward) if decisions else ({}, None)
-    found = {d.name: _facts(model, d, seen.get(d.name), failed) for d in decisions}
+    arguments = forward() if decisions else None
+    seen, failed = _watched(model, [d.site for d in decisions], arguments)
+    samples = next((tensor.shape[0] for tensor in _tensors(arguments) if tensor.dim()), 0)
+    found = {d.name: _facts(model, d, seen.get(d.name), samples, failed) for d in decisions}
     return tuple(found[name] for name in (*seen, *(name for name in found if name not in seen)))
 
 
-def _facts(model: nn.Module, decision: Swap | Skip, seen: _Seen | None, failed: str | None) -> Facts:
+def _facts(model: nn.Module, decision: Swap | Skip, seen: _Seen | None, samples: int, failed: str | None) -> Facts:
     held = seen.held if seen else None
     if held is None and decision.site.module is not None:
         held = held_by(decision.site.module)
@@ -111,7 +113,7 @@ def _facts(model: nn.Module, decision: Swap | Skip, seen: _Seen | None, failed: 
         approximate=isinstance(decision, Swap) and decision.preserves == "approximate",
         written_by=tuple(seen.written_by) if seen else (),
         unseen=unseen,
-        warnings=traps(held, decision.calls, shapes, tuple(seen.written_by.values()) if seen else ()),
+        warnings=traps(held, decision.calls, shapes, samples, tuple(seen.written_by.values()) if seen else ()),
     )
 
 
@@ -168,9 +170,8 @@ def _source(model: fx.GraphModule, site: Site) -> tuple[str, int] | None:
 # --- one watched forward ------------------------------------------------------------------------------------------------------------
 
 
-def _watched(model: nn.Module, sites: Sequence[Site], forward: Callable[[], Forward | None]) -> tuple[dict[str, _Seen], str | None]:
+def _watched(model: nn.Module, sites: Sequence[Site], arguments: Forward | None) -> tuple[dict[str, _Seen], str | None]:
     """What was seen of each site that was reached, and why not more was."""
-    arguments = forward()
     if arguments is None:
         return {}, "no example inputs are known, so no forward pass was watched"
     try:

@@ -132,12 +132,16 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def traps(held: Held | None, calls: int | None, shapes: Sequence[Sequence[int]], writers: Sequence[str]) -> tuple[Trap, ...]:
-    """Every trap that one norm is in. calls: in one forward; shapes: of its input (N, C, *space); writers: what writes to its output."""
+def traps(held: Held | None, calls: int | None, shapes: Sequence[Sequence[int]], samples: int, writers: Sequence[str]) -> tuple[Trap, ...]:
+    """Every trap that one norm is in.
+
+    calls: in one forward; shapes: of its input (N, C, *space), in a forward of so many samples; writers: what writes to its output.
+    """
     found = [_calls(calls)]
     if held is not None:
         found += [check(held) for check in _HELD]
-        if held.batch and any(math.prod(shape[2:]) == 1 for shape in shapes):
+        # Where N is more than the samples, a sample has several values: a model may flatten its tokens into N.
+        if held.batch and any(math.prod(shape[2:]) == 1 and shape[0] <= samples for shape in shapes):
             found.append(ONE_VALUE)
     if writers:
         found.append(

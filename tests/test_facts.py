@@ -86,6 +86,9 @@ ONE_VALUE = (
 )
 
 
+META = torch.ones(4, device="meta")
+
+
 def frozen(**options: Any) -> nn.Module:
     from torchvision.ops import FrozenBatchNorm2d
 
@@ -148,6 +151,7 @@ def test_a_trap_is_named(make: Callable[[], nn.Module], code: str, text: str) ->
         (lambda: nn.GroupNorm(2, 4), set()),
         (lambda: nn.LayerNorm(7), set()),
         (lambda: nn.RMSNorm(7), set()),
+        (lambda: changed(nn.BatchNorm2d(4), running_mean=META, running_var=META), set()),
         (lambda: nn.BatchNorm2d(4, device="meta"), set()),  # its values are not known, which is not 0 and 1
     ],
 )
@@ -181,6 +185,14 @@ def test_one_value_per_channel(make: Callable[[], nn.Module], shape: tuple[int, 
     if fires:  # the claim
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             make().train()(torch.randn(1, *shape[1:]))
+
+
+def test_tokens_that_are_flattened_into_the_batch_are_many_values() -> None:
+    """As LeViT does: BatchNorm1d on (N * L, C), where a batch of 1 has L values per channel."""
+    run = lambda self, x: self.norm(self.conv(x).movedim(1, -1).flatten(0, -2))  # noqa: E731
+    (known,) = facts(net(trained(nn.BatchNorm1d(5)), run), X).values()
+    assert known.shapes == ((3 * 7 * 5, 5),)
+    assert texts(known) == {}
 
 
 # -- traps that take a look at the model ---------------------------------------------------------------------------------------
