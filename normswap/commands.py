@@ -244,11 +244,12 @@ def inspect(
     trust_packages: Sequence[str] = (),
     trust_pickle: bool = False,
 ) -> Report:
-    """The plan for SRC, and nothing else."""
+    """The plan for SRC, and what is known of each norm."""
     known = _rules(rules)
     loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     given = parse(inputs) if inputs else None
-    return report(source, pipeline.plan(loaded.model, given, include=include, exclude=exclude, rules=known))
+    plan, facts = pipeline.inspect(loaded.model, given, include=include, exclude=exclude, rules=known)
+    return report(source, plan, facts=map(dataclasses.asdict, facts))
 
 
 def verify_files(

@@ -2,7 +2,8 @@
 
     trace -> match -> judge -> swap -> compare -> calibrate -> compare
 
-`plan` stops after match; `convert` goes through. `commands.py` puts `load` in front and `save`, `export` and `report` behind.
+`plan` stops after match, `inspect` goes from there to `facts`; `convert` goes through. `commands.py` puts `load` in front and `save`,
+`export` and `report` behind.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch.export import ExportedProgram
 from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
+from normswap.facts import Facts, facts
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS
 from normswap.parity import Parity
-from normswap.plan import Plan, Rule, Site, Swap
+from normswap.plan import Plan, Rule, Site, Swap, Trace
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import all_checked
@@ -75,6 +77,22 @@ def plan(
     Raises UsageError for a glob that matches nothing, and for a rule of your own that breaks its contract.
     """
     return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
+
+
+def inspect(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> tuple[Plan, tuple[Facts, ...]]:
+    """`plan`, and what is known of each norm. Runs one forward pass, on a copy."""
+    module, resolve = as_module(model), _resolver(model, example_inputs)
+    rules = all_checked(rules, DEFAULT_RULES)
+    found = _trace(module, resolve, rules)
+    exact, all_swaps = (match(found, rules, include=include, exclude=exclude, approximate=a) for a in (False, True))
+    return exact, facts(module, all_swaps, _forward(resolve))
 
 
 def convert(
@@ -247,16 +265,23 @@ def _plan(
     approximate: bool,
 ) -> Plan:
     rules = all_checked(rules, DEFAULT_RULES)
+    return match(_trace(module, resolve, rules), rules, include=include, exclude=exclude, approximate=approximate)
 
+
+def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:
     def is_norm(site: Site) -> bool | None:
         rule = next((rule for rule in rules if rule.recognises(site)), None)
         return None if rule is None else rule.check(site) is None
 
+    return trace(module, _forward(resolve), is_norm)
+
+
+def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()
         return None if inputs is None else (inputs.args, inputs.kwargs)
 
-    return match(trace(module, forward, is_norm), rules, include=include, exclude=exclude, approximate=approximate)
+    return forward
 
 
 def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callable[[], Inputs | None]:

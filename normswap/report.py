@@ -35,6 +35,7 @@ class Report:
     seconds   by stage, in order
     files     what was written, relative to the output directory
     fits      for each layer that was calibrated or re-estimated, how well that went (`calibrate.Fit`)
+    facts     of an inspection, what is known of each norm (`facts.Facts`); the table then shows that
     """
 
     source: str
@@ -45,6 +46,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     fits: tuple[Mapping[str, Any], ...] = ()
+    facts: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> Status:
@@ -66,6 +68,7 @@ class Report:
                 "swaps": [{**_site(swap), "preserves": swap.preserves} for swap in self.plan.swaps],
                 "skips": [{**_site(skip), "reason": skip.reason} for skip in self.plan.skips],
             },
+            "facts": [dict(known) for known in self.facts],
             "parities": {leg: parity_json(parity) for leg, parity in self.parities.items()},
             "calibration": [dict(fit) for fit in self.fits],
             "onnx": self.onnx,
@@ -76,8 +79,15 @@ class Report:
         return {key: _strict(value) for key, value in content.items()}
 
     def summary(self) -> str:
-        """The verdict, then one line for each comparison and for each note of the plan. Plain text."""
+        """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
+        approximate = sum(known["approximate"] for known in self.facts)
+        if approximate:
+            lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
+        warnings = [(trap["text"], known["name"]) for known in self.facts for trap in known["warnings"]]
+        lines += [f"  warning: {names} {text}" for text, names in _by_text(warnings)]
+        unseen = [(f"has an input of unknown shape: {known['unseen']}", known["name"]) for known in self.facts if known["unseen"]]
+        lines += [f"  note: {names} {text}" for text, names in _by_text(unseen)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
 
     @property
@@ -99,6 +109,8 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
+        if self.facts:
+            return self._table_of_facts()
         table = Table("site", "kind", "what", "why not", "max error", box=box.SIMPLE_HEAD)
         table.columns[0].overflow = table.columns[3].overflow = "fold"
         table.columns[-1].justify = "right"
@@ -106,7 +118,7 @@ class Report:
             column.no_wrap = True
         for row in self._rows():
             # Text, not str: the name of a layer may hold what rich would read as markup
-            cells = [Text(cell) for cell in row[:4]]
+            cells = [Text(cell) for cell in (row.site, row.kind, row.what, row.why_not)]
             table.add_row(*cells, Text(row.error, style="" if row.passed else "bold red"))
         return table
 
@@ -122,6 +134,27 @@ class Report:
             column.justify, column.no_wrap = "right", True
         for *cells, remarks in map(_calibration_row, self.fits):
             table.add_row(*map(Text, cells), Text(remarks, style="bold red"))
+        return table
+
+    def _table_of_facts(self) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        known, above = {facts["name"]: facts for facts in self.facts}, ""
+        rows = []
+        for row in self._rows():
+            facts = known[row.name]
+            what = f"{row.what}, or approximate" if facts["approximate"] and row.what == "kept" else row.what
+            why_not, above = ("as above" if row.why_not and row.why_not == above else row.why_not), row.why_not
+            rows.append((row.site, row.kind, *_facts(facts), facts["folds_into"] or "none", what, why_not))
+        columns = ("site", "kind", "input", "batches", "momentum", "eps", "constant", "folds into", "what", "why not")
+        told = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+        table = Table(*(columns[index] for index in told), box=box.SIMPLE_HEAD)
+        for column in table.columns:
+            column.overflow = "fold"
+        for cells in rows:
+            table.add_row(*(Text(cells[index]) for index in told))
         return table
 
     def html(self) -> str:
@@ -159,12 +192,13 @@ class Report:
             exact = [d for leg, parity in self.parities.items() if leg != "drift" for d in parity.sites if d.name == swap.name]
             worst = _worst(own if own and swap.preserves == "approximate" else exact)
             what = f"swapped, {swap.preserves}" if self.parities else f"would swap, {swap.preserves}"
-            yield Row(_names(swap), swap.kind, what, "", _error(worst) if worst else "", all(d.passed for d in drifts))
+            yield Row(swap.name, _names(swap), swap.kind, what, "", _error(worst) if worst else "", all(d.passed for d in drifts))
         for skip in self.plan.skips:
-            yield Row(_names(skip), skip.kind, "kept", skip.reason, "", True)
+            yield Row(skip.name, _names(skip), skip.kind, "kept", skip.reason, "", True)
 
 
 class Row(NamedTuple):
+    name: str
     site: str
     kind: str
     what: str
@@ -182,9 +216,10 @@ def report(
     seconds: Mapping[str, float] | None = None,
     files: Iterable[str] = (),
     fits: Iterable[Mapping[str, Any]] = (),
+    facts: Iterable[Mapping[str, Any]] = (),
 ) -> Report:
     """Collects what the stages found, and the versions that they ran with."""
-    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits))
+    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits), tuple(facts))
 
 
 def versions() -> dict[str, str]:
@@ -284,6 +319,28 @@ def _site(decision: Swap | Skip) -> dict[str, Any]:
         "producer": decision.producer,
         "function": decision.site.function,
     }
+
+
+LISTED = 3  # names before "and N more"
+
+
+def _by_text(said: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(text, the names that it was said of), each text once."""
+    names: dict[str, list[str]] = {}
+    for text, name in said:
+        names.setdefault(text, []).append(name or ROOT)
+    for text, found in names.items():
+        more = f" and {len(found) - LISTED} more: each" if len(found) > LISTED else ": each" if len(found) > 1 else ""
+        yield text, ", ".join(found[:LISTED]) + more
+
+
+def _facts(facts: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """In words: the input, batches seen, momentum, eps, and the channels that are constant. Empty: does not apply, or none."""
+    shapes = ", ".join("x".join(map(str, shape)) for shape in facts["shapes"]) or "unknown"
+    numbers = (facts["batches"], facts["momentum"], facts["eps"])
+    batches, momentum, eps = ("" if n is None else f"{n:g}" if isinstance(n, float) else str(n) for n in numbers)
+    constant = [f"{facts[key]} {word}" for key, word in (("dead_channels", "dead"), ("zero_weights", "zero")) if facts[key]]
+    return shapes, batches, momentum, eps, ", ".join(constant)
 
 
 def _worst(differences: Iterable[Difference]) -> Difference | None:

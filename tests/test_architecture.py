@@ -42,6 +42,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "load": STAGE | {"pickles", "specs"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
+    "traps": frozenset({"functional"}),
+    "facts": STAGE | {"traps"},
     "swap": STAGE | {"calls", "graphs"},
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
@@ -49,7 +51,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
-    "pipeline": STAGE | {"rules", "trace", "match", "swap", "calibrate", "verify"},
+    "pipeline": STAGE | {"rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
     "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
     "commands": STAGE | {"calibrate", "pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it

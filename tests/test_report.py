@@ -18,9 +18,11 @@ from rich.table import Table
 from torch import nn
 
 from normswap.calibrate import Fit
+from normswap.facts import Facts
 from normswap.parity import Difference, Parity
 from normswap.plan import Plan, Rule, Site, Skip, Swap
 from normswap.report import Report, parity_json, parity_summary, parity_table, report
+from normswap.traps import Trap
 
 RULE = Rule("BatchNorm2d", lambda site: True, lambda site: None, lambda site, std: nn.Identity())
 HOSTILE = "a[red]<script>alert('&')</script>"
@@ -55,6 +57,19 @@ FITS = (
     Fit("body.norm", 2, 0.62, 64, 0, 41.5, 7.2, channels=5, remarks=("its output is 62% away", "its statistics rest on 64 values")),
     Fit("stem.norm", 1, 3e-8, 9000, 1, 2.9, None, "exact", 4, 1),
     Fit("", 0, 0.0, 0, 0, math.nan, None, "adapt", 3, 3, ("keeps its statistics: no forward pass on the data reaches it",)),
+)
+
+
+def known(name: str, *warnings: tuple[str, str], **options: Any) -> dict[str, Any]:
+    return dataclasses.asdict(Facts(name, warnings=tuple(Trap(*warning) for warning in warnings), **options))
+
+
+TWICE, DEAD = ("called_repeatedly", "is called twice"), ("not_finite", "is not finite")
+FACTS = (
+    known("stem.norm", DEAD, shapes=((2, 5, 7, 6),), batches=3, momentum=0.125, eps=1e-5, dead_channels=4, folds_into="stem.conv"),
+    known("body.norm", TWICE, DEAD, shapes=((2, 5, 7, 6), (3, 5, 1, 1)), batches=0, momentum="cumulative", eps=1e-3, zero_weights=1),
+    known("", DEAD, shapes=((2, 5),), eps=1.0, dead_channels=2, zero_weights=5),
+    known("head.norm", DEAD, approximate=True, unseen="no inputs are known"),
 )
 
 
@@ -173,6 +188,40 @@ def test_table_of_one_parity() -> None:
     ]
 
 
+def test_table_of_an_inspection() -> None:
+    rows = rendered(report("model.pt", PLAN, facts=FACTS).table())
+    assert rows == [
+        ["stem.norm", "BatchNorm2d", "2x5x7x6", "3", "0.125", "1e-05", "4 dead", "stem.conv", "would swap, exact"],
+        [
+            "body.norm (also body.again), called 2 times",
+            *("BatchNorm2d", "2x5x7x6, 3x5x1x1", "0", "cumulative", "0.001", "1 zero", "none", "would swap, exact"),
+        ],
+        ["(the model)", "BatchNorm2d", "2x5", "1", "2 dead, 5 zero", "none", "would swap, exact"],
+        ["head.norm", "LayerNorm", "unknown", "none", "kept, or approximate", "normalizes each sample by its own statistics"],
+    ]
+
+
+def test_a_column_that_says_nothing_is_left_out_and_a_reason_is_not_repeated() -> None:
+    skips = tuple(Skip(Site(name, (), None, 1), "LayerNorm", reason) for name, reason in (("a", "one"), ("b", "one"), ("c", "two")))
+    facts = [known(name, shapes=((2, 5),), eps=1e-5) for name in "abc"]
+    table = report("model.pt", Plan((), skips, "fx"), facts=facts).table()
+    assert [column.header for column in table.columns] == ["site", "kind", "input", "eps", "folds into", "what", "why not"]
+    assert [row[-1] for row in rendered(table)] == ["one", "as above", "two"]
+
+
+def test_summary_of_an_inspection_groups_what_is_the_same() -> None:
+    assert report("model.pt", PLAN, facts=FACTS).summary().splitlines() == [
+        "would swap 3 of 4 normalization layers",
+        "  with --approximate --data DATA: would swap 1 more, approximately",
+        "  warning: stem.norm, body.norm, (the model) and 1 more: each is not finite",
+        "  warning: body.norm is called twice",
+        "  note: head.norm has an input of unknown shape: no inputs are known",
+        "  note: one note",
+    ]
+    two = [known("a", DEAD), known("b", DEAD)]
+    assert "  warning: a, b: each is not finite" in report("model.pt", PLAN, facts=two).summary().splitlines()
+
+
 def test_names_are_not_markup() -> None:
     plan = Plan((swap(HOSTILE),), (), "fx")
     assert rendered(report("model.pt", plan).table())[0][0] == HOSTILE
@@ -224,6 +273,7 @@ def full() -> Report:
         seconds={"load": 0.25},
         files=("model.onnx", "report.json"),
         fits=map(dataclasses.asdict, FITS),
+        facts=FACTS,
     )
 
 
@@ -242,7 +292,19 @@ def test_json_is_strict_and_says_not_a_number_in_words() -> None:
 
 def test_json_holds_the_plan() -> None:
     result = full().json()
-    assert list(result) == ["version", "status", "source", "plan", "parities", "calibration", "onnx", "seconds", "versions", "files"]
+    assert list(result) == [
+        "version",
+        "status",
+        "source",
+        "plan",
+        "facts",
+        "parities",
+        "calibration",
+        "onnx",
+        "seconds",
+        "versions",
+        "files",
+    ]
     assert result["version"] == 1
     assert result["plan"]["swaps"][1] == {
         "name": "body.norm",
