@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from normswap.plan import Skip as Skip
     from normswap.plan import Swap as Swap
     from normswap.rules import DEFAULT_RULES as DEFAULT_RULES
+    from normswap.sensitivity import Sensitivity as Sensitivity
+    from normswap.sensitivity import sensitivity as sensitivity
     from normswap.swap import revert as revert
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "ParityError": "errors",
     "Plan": "plan",
     "Rule": "plan",
+    "Sensitivity": "sensitivity",
     "Skip": "plan",
     "Swap": "plan",
     "convert": "pipeline",
@@ -50,6 +53,7 @@ _HOMES = {
     "plan": "pipeline",
     "revert": "swap",
     "save": "commands",
+    "sensitivity": "sensitivity",
     "verify": "commands",
 }
 

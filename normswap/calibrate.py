@@ -75,12 +75,15 @@ def calibrate(
     names: Sequence[str],
     batches: Iterable[Any],
     *,
+    alone: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Fit, ...]:
     """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
 
-    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. progress(done, total) is told after each
-    forward, in strata times batches. Raises UsageError if there is no batch or the model does not take them.
+    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. alone: calibrate each layer as if it were
+    the only one that is swapped, on what the original's layers produce; one pass does for all of them, and the fits say stratum 1.
+    progress(done, total) is told after each forward, in strata times batches. Raises UsageError if there is no batch or the model does not
+    take them.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
     modules, sources = dict(model.named_modules()), dict(original.named_modules())
@@ -91,15 +94,15 @@ def calibrate(
         sites.append(
             _Site(name, layer, sources[name], Moments.empty(layer.weight.numel() if layer.weight is not None else layer.mean.numel()))
         )
-    with _Calibration(model, original, sites) as calibration:
+    with _Calibration(model, original, sites, alone) as calibration:
         return calibration.run(batches, progress)
 
 
 class _Calibration:
     """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
 
-    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site]) -> None:
-        self.model, self.original, self.sites = model, original, sites
+    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site], alone: bool) -> None:
+        self.model, self.original, self.sites, self.alone = model, original, sites, alone
         self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
         self.labels: _Labels | None = None
         self.stratum = 0
@@ -123,8 +126,11 @@ class _Calibration:
 
     def run(self, batches: Iterable[Any], progress: Callable[[int, int], None]) -> tuple[Fit, ...]:
         self._find_strata(batches)
+        if self.alone:
+            for site in self.sites:
+                site.stratum = 1
         strata = max((site.stratum for site in self.sites), default=0)
-        passes: int | None = None
+        passes = len(batches) if isinstance(batches, Sequence) else None
         for self.stratum in range(1, strata + 1):
             count = 0
             for batch in batches:
@@ -158,7 +164,8 @@ class _Calibration:
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
         self.targets = {}
         try:
-            for model in (self.original, self.model) if self.labels is None else (self.model,):
+            # Alone, a layer's input and target are both at hand where its source stands in for it: one model is enough.
+            for model in (self.original, self.model) if self.labels is None and not self.alone else (self.model,):
                 self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
                 with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
                     model(*args, **kwargs)
@@ -193,7 +200,7 @@ class _Calibration:
                 site.stratum = max(site.stratum, self.labels.of(x) + 1)
                 self.labels.mark(y, site.stratum)
             elif site.stratum == self.stratum:
-                _record(site, x, self.targets[site.name].pop(0), self.mask)
+                _record(site, x, y if self.alone else self.targets[site.name].pop(0), self.mask)
                 self._seen()
             return y
 
