@@ -16,7 +16,7 @@ first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Calibration:
             for site in self.sites:
                 site.stratum = 1
         strata = max((site.stratum for site in self.sites), default=0)
-        passes = len(batches) if isinstance(batches, Sequence) else None
+        passes = len(batches) if isinstance(batches, Sized) else None
         for self.stratum in range(1, strata + 1):
             count = 0
             for batch in batches:
@@ -164,8 +164,7 @@ class _Calibration:
         self.mask = mask.bool() if isinstance(mask, Tensor) else None
         self.targets = {}
         try:
-            # Alone, a layer's input and target are both at hand where its source stands in for it: one model is enough.
-            for model in (self.original, self.model) if self.labels is None and not self.alone else (self.model,):
+            for model in (self.original, self.model) if self.labels is None else (self.model,):
                 self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
                 with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
                     model(*args, **kwargs)
@@ -180,7 +179,8 @@ class _Calibration:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.labels is None and site.stratum == self.stratum and not self.standing_in:
-                self.targets.setdefault(site.name, []).append(output)
+                # a copy, as whoever reads the output may work in place
+                self.targets.setdefault(site.name, []).append(output.clone())
                 self._seen()
 
         return hook
@@ -200,7 +200,7 @@ class _Calibration:
                 site.stratum = max(site.stratum, self.labels.of(x) + 1)
                 self.labels.mark(y, site.stratum)
             elif site.stratum == self.stratum:
-                _record(site, x, y if self.alone else self.targets[site.name].pop(0), self.mask)
+                _record(site, x, self.targets[site.name].pop(0), self.mask)
                 self._seen()
             return y
 

@@ -136,7 +136,7 @@ def sensitivity(
     what the budget bounds. budget: the most that the chosen layers, swapped together, may change. resume: a file that keeps what was
     measured; a later call with the same model, data and metric goes on from it. progress(stage, done, total) is told after each forward.
 
-    Needs one forward of the original per batch, one more to calibrate, and one per batch and approximate layer. Each set that is tried for
+    Needs for each batch one forward of the original, two to calibrate all layers, and one per approximate layer. Each set that is tried for
     the budget takes what `convert` takes to calibrate it; there are at most 1 + log2(layers).
 
     Raises UsageError if data are missing or do not fit the model, if the model puts out no floating tensor, for a metric that returns no
@@ -182,6 +182,8 @@ def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> N
             "sensitivity is measured on data, and none were given",
             hint="give data=..., or --data on the command line: some hundred samples",
         )
+    if isinstance(data, (Tensor, Mapping)):
+        raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
     if by not in get_args(By):
         raise UsageError(f"by is {by!r}; expected one of {', '.join(map(repr, get_args(By)))}")
     if by == "change" and metric is None:
@@ -510,6 +512,8 @@ def _key(module: nn.Module, batches: Sequence[Any], metric: Metric | None, rules
         add(_code(cls))
     for name, part in module.named_modules(remove_duplicate=False):
         add(name, type(part).__qualname__, part.extra_repr(), getattr(part, "code", ""))
+        own = {key: repr(value) for key, value in vars(part).items() if key[0] != "_" and key != "training"}
+        add(*(f"{key}={text}" for key, text in own.items() if " at 0x" not in text))  # an address is another one next time
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         add(name, *_content(tensor))
     for batch in batches:
