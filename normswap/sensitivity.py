@@ -261,7 +261,8 @@ class _Work:
                 candidate = swap(self.module, replace(self.plan, swaps=tuple(swaps)))
                 stage = f"{TOGETHER}: calibrating {len(approximate)}"
                 calibrate(candidate, shadow(self.module), approximate, self.batches, progress=lambda *count: self.progress(stage, *count))
-            self.state.add(names, self._measure(names, candidate, self._ticks(f"{TOGETHER}: measuring", len(self.batches))))
+            stage = f"{TOGETHER}: measuring {len(approximate)}" if approximate else "exact swaps" if names else "the original"
+            self.state.add(names, self._measure(names, candidate, self._ticks(stage, len(self.batches))))
         return self.state.rows[names]
 
     def _measure_alone(self, names: Sequence[str]) -> None:
