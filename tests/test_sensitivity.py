@@ -209,9 +209,13 @@ def test_batches_of_any_size_give_the_same_ranking() -> None:
 
 
 def test_outputs_that_do_not_fit_into_the_cache_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = normswap.sensitivity(conv_net(), images(20, 13))
-    monkeypatch.setattr(MODULE, "CACHE", 20 * 5 * 4 - 1)  # the first batch does not, the second does
-    assert normswap.sensitivity(conv_net(), images(20, 13)).layers == kept.layers
+    model, forwards = conv_net(), list[int]()
+    model.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    kept = normswap.sensitivity(model, images(20, 13))
+    before = len(forwards)
+    monkeypatch.setattr(MODULE, "CACHE", 20 * 5 * 4 - 1)  # the first batch does not fit, the second does
+    assert normswap.sensitivity(model, images(20, 13)).layers == kept.layers
+    assert len(forwards) - before == before + 4  # the first batch again, for the exact swap and three layers
 
 
 class Masked(nn.Module):
