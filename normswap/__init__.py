@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from normswap.rules.own import batchless_from_data as batchless_from_data
     from normswap.rules.own import batchless_from_statistics as batchless_from_statistics
     from normswap.rules.tensors import why_not_plain as why_not_plain
+    from normswap.sensitivity import Sensitivity as Sensitivity
+    from normswap.sensitivity import sensitivity as sensitivity
     from normswap.swap import revert as revert
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "Plan": "plan",
     "Rule": "plan",
     "Site": "plan",
+    "Sensitivity": "sensitivity",
     "Skip": "plan",
     "Swap": "plan",
     "batchless_from_data": "rules.own",
@@ -58,6 +61,7 @@ _HOMES = {
     "plan": "pipeline",
     "revert": "swap",
     "save": "commands",
+    "sensitivity": "sensitivity",
     "verify": "commands",
     "why_not_plain": "rules.tensors",
     "why_not_statistics": "rules.batch_norm",

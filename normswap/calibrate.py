@@ -103,13 +103,16 @@ def calibrate(
     batches: Iterable[Any],
     *,
     reestimate: Mapping[str, Reestimate] | None = None,
+    alone: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Fit, ...]:
     """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
 
     original: the model that `model` was made from, in eval mode; a copy that nobody else uses. reestimate: layers that have statistics
-    already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. progress(done, total) is told after each
-    forward, in strata times batches. Raises UsageError if there is no batch, the model does not take them, or a layer cannot be fitted.
+    already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. alone: calibrate each layer as if it
+    were the only one that is swapped, on what the original's layers produce; one pass does for all of them, and the fits say stratum 1.
+    progress(done, total) is told after each forward, in strata times batches. Raises UsageError if there is no batch, the model does not
+    take them, or a layer cannot be fitted.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
     modules, sources = dict(model.named_modules()), dict(original.named_modules())
@@ -125,7 +128,7 @@ def calibrate(
             kept.append(_kept(name, how, layer, reason))
             continue
         sites.append(_Site(name, layer, sources[name], Moments.empty(math.prod(layer.sizes)), how))  # type: ignore[arg-type]
-    with _Calibration(model, original, sites) as calibration:
+    with _Calibration(model, original, sites, alone) as calibration:
         return (*calibration.run(batches, progress), *kept)
 
 
@@ -161,8 +164,8 @@ def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
 class _Calibration:
     """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
 
-    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site]) -> None:
-        self.model, self.original, self.sites = model, original, sites
+    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site], alone: bool) -> None:
+        self.model, self.original, self.sites, self.alone = model, original, sites, alone
         self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
         self.labels: _Labels | None = None
         self.stratum = 0
@@ -193,6 +196,9 @@ class _Calibration:
 
     def run(self, batches: Iterable[Any], progress: Callable[[int, int], None]) -> tuple[Fit, ...]:
         unseen = self._find_strata(batches) if self.sites else ()
+        if self.alone:
+            for site in self.sites:
+                site.stratum = 1
         strata = max((site.stratum for site in self.sites), default=0)
         passes = len(batches) if isinstance(batches, Sized) else None
         for self.stratum in range(1, strata + 1):

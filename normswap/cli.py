@@ -304,6 +304,72 @@ def revert(
     typer.echo(f"wrote {path}")
 
 
+class By(str, Enum):
+    """What layers are ranked by."""
+
+    rel_l2 = "rel_l2"
+    max_rel = "max_rel"
+    change = "change"
+
+
+@app.command()
+def sensitivity(
+    source: Source,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What to measure on: a .pt or .npz file, a directory of them or package.module:factory."),
+    ] = None,
+    arch: Arch = None,
+    inputs: Inputs = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="package.module:callable, which takes the model and returns a number.")
+    ] = None,
+    by: Annotated[By, typer.Option(help="What to rank by, and what the budget bounds; change is that of the metric.")] = By.rel_l2,
+    budget: Annotated[
+        float | None, typer.Option(metavar="X", help="Choose layers that, swapped together, were measured to change at most X.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    rules: Rules = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep what was measured in FILE, and measure nothing again that is in it.")
+    ] = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rank layers by what swapping them costs.
+
+    Swaps one layer at a time, measures what that does to the outputs, and ranks the layers. With --budget, chooses those that can be
+    swapped together. Writes nothing but the file of --resume.
+    """
+    with _work(debug), _bar() as progress:
+        from normswap import commands
+        from normswap.report import sensitivity_json, sensitivity_summary, sensitivity_table
+
+        found = commands.sensitivity_files(
+            source,
+            data=data,
+            arch=arch,
+            inputs=inputs or (),
+            metric=metric,
+            by=by.value,
+            budget=budget,
+            include=include or (),
+            exclude=exclude or (),
+            rules=rules or (),
+            resume=resume,
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(sensitivity_json(source, found))
+    else:
+        _print_table(sensitivity_table(found), sensitivity_summary(found, data))
+
+
 def main() -> None:
     """The `normswap` command."""
     app(prog_name="normswap")
@@ -384,6 +450,30 @@ def _stage(console: Console, stage: str) -> Iterator[Advance]:
                 shown.enter_context(console.status(f"{stage} ..."))
 
         yield advance
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives the function that shows how far a stage is, with the time left, on a terminal; silence elsewhere."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, progress.TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            for other in [name for name in tasks if name != stage]:
+                bar.remove_task(tasks.pop(other))
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield show
 
 
 def _print_json(result: dict[str, Any]) -> None:

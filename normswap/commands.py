@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
 from normswap.save import Recipe, load_weights, read_recipe, sites_of
 from normswap.save import save as save_directory
+from normswap.sensitivity import By, Metric, Sensitivity, sensitivity
 from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
 from normswap.verify import LEVELS, Judgement, compare, judge
@@ -470,3 +471,49 @@ def _inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | N
         declared = onnx_inputs(opened)
         return None if declared is None else Inputs(declared)
     return infer(opened)
+
+
+# --- sensitivity --------------------------------------------------------------------------------------------------------------------
+
+
+def sensitivity_files(
+    source: str,
+    *,
+    data: str | None = None,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    metric: str | None = None,
+    by: By = "rel_l2",
+    budget: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    resume: Path | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Sensitivity:
+    """`sensitivity` for the command line."""
+    given = parse(inputs) if inputs else None
+    loaded = load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    return sensitivity(
+        loaded.model,
+        None if data is None else _batches(data),
+        given,
+        metric=None if metric is None else _metric(metric),
+        by=by,
+        budget=budget,
+        include=include,
+        exclude=exclude,
+        rules=_rules(rules),
+        resume=resume,
+        progress=progress,
+    )
+
+
+def _metric(spec: str) -> Metric:
+    """What package.module:callable names."""
+    found = imported(spec, "--metric", "a function that takes the model and returns a number")
+    if not callable(found):
+        raise UsageError(f"--metric {spec} is a {type(found).__name__}; expected a function that takes the model and returns a number")
+    return cast(Metric, found)

@@ -137,7 +137,7 @@ def _bases_as_calls(module: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
 
     def forward(self: nn.Module, input: Any) -> Any:
         if isinstance(input, fx.Proxy):
-            return tracer.create_proxy("call_function", base_forward, (input, ""), {})
+            return tracer.create_proxy("call_function", base_forward, (input, ""), {}, name="norm")
         return original(self, input)
 
     base.forward = forward

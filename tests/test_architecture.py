@@ -52,8 +52,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
     "pipeline": STAGE | {"rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
-    "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap"},
-    "commands": STAGE | {"calibrate", "pipeline", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
+    # Orchestrates stages as `pipeline` does, and asks `pipeline` for what they decide.
+    "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
+    "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap", "sensitivity"},
+    "commands": STAGE
+    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

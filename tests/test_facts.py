@@ -437,7 +437,7 @@ NOBODY = "no conv or linear layer feeds it and nothing else"
         ("root_is_norm", "", None, NOBODY),
         ("called_twice", "norm", None, "it is called 2 times"),
         ("in_module_dict", "norms.photo", None, "no call of it is known"),
-        ("subclass_overriding_forward", "1", None, "it stays as it is"),
+        ("subclass_overriding_forward", "1.norm", None, NOBODY),
         ("graph_module", "norm", "conv", None),
         ("graph_module_functional", "batch_norm", "conv", None),
     ],
@@ -570,7 +570,7 @@ def test_an_exported_program(form: str) -> None:
     assert [known.shapes for known in (first, second, layer)] == [((2, 5, 7, 6),), ((2, 4),), ((2, 4),)]
     assert (first.folds_into, first.eps, first.channels) == ("stem.0", 1e-3, 5)
     assert second.folds_into == "head"
-    assert layer.why_not_folded == "it stays as it is"
+    assert layer.why_not_folded == NOBODY
     assert set(texts(first)) == ({"written_in_place"} if form == "training" else set())
     assert texts(second) == {}  # a program has no train mode
 
