@@ -56,6 +56,8 @@ importlib.import_module("torchvision_shim")  # before torchvision, which does no
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
+from benchmarks import libraries
+from benchmarks.libraries import LIBRARIES
 from fixtures.nets import randomise
 from normswap.parity import Difference, Parity
 from normswap.pipeline import Conversion, attempt, plan
@@ -685,7 +687,7 @@ def write(records: Mapping[str, Record]) -> None:
 def write_table() -> None:
     page = PAGE.read_text()
     body = table(json.loads(RAW.read_text()))
-    _replace(PAGE, re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{body}{END}", page, flags=re.DOTALL))
+    _replace(PAGE, re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{body}{END}", page, flags=re.DOTALL))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -696,6 +698,8 @@ def _replace(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("library", nargs="?", default="torchvision", choices=("torchvision", *LIBRARIES), help="whose models")
+    parser.add_argument("--choose", action="store_true", help="look for the smallest model of each family again (timm)")
     parser.add_argument("--only", default="*", metavar="GLOB", help="the rows to measure")
     parser.add_argument("--redo", action="store_true", help="measure again what was not clean; with --only, all that it names")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results first")
@@ -704,6 +708,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="write the table of docs/coverage.json again, measure nothing")
     parser.add_argument("--one", metavar="ROW", help="measure one row in this process and print its record")
     asked = parser.parse_args(arguments)
+    if asked.library != "torchvision":
+        return libraries.run(asked.library, asked, commit(), say)
     if asked.one:
         torch.set_num_threads(asked.threads)
         print(json.dumps(measure(next(case for case in cases() if case.name == asked.one))))

@@ -12,6 +12,10 @@ import pytest
 import torch
 from surgery import error, swapped
 from torch import Tensor, nn
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
+from transformers.models.xlstm.modeling_xlstm import xLSTMMultiHeadLayerNorm
 
 import normswap
 from fixtures.nets import RenamedBatchNorm, ShiftedBatchNorm, randomise
@@ -26,6 +30,29 @@ def timm_act(name: str, **options: Any) -> nn.Module:
     from timm.layers import norm_act
 
     return cast(nn.Module, getattr(norm_act, name)(C, **options))
+
+
+def timm_layer(name: str) -> nn.Module:
+    from timm.layers import evo_norm, filter_response_norm, grn
+
+    cls = next(getattr(module, name) for module in (evo_norm, filter_response_norm, grn) if hasattr(module, name))
+    return cast(nn.Module, cls(C))
+
+
+def sync_act() -> nn.Module:
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    return cast(nn.Module, convert_sync_batchnorm(timm_act("BatchNormAct2d", act_layer=nn.SiLU)))
+
+
+def frozen_and_more() -> nn.Module:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    class FrozenAndMore(FrozenBatchNorm2d):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, super().forward(x)) + 1
+
+    return FrozenAndMore(C)
 
 
 def frozen(**options: Any) -> nn.Module:
@@ -66,6 +93,64 @@ class OwnCheck(nn.BatchNorm2d):
         pass
 
 
+class FrozenByHand(nn.Module):
+    """BatchNorm's formula, and a hook for what else a layer might do."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        for name in ("running_mean", "running_var", *(("weight", "bias") if affine else ())):
+            self.register_buffer(name, torch.ones(C))
+        if not affine:
+            self.weight = self.bias = None
+
+    def normalized(self, x: Tensor) -> Tensor:
+        mean, var = cast(Tensor, self.running_mean)[:, None], cast(Tensor, self.running_var)[:, None]
+        y = (x - mean) / torch.sqrt(var + 1e-3)
+        return y if self.weight is None else y * self.weight[:, None] + cast(Tensor, self.bias)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x)
+
+
+class TrainsNorm(FrozenByHand):
+    """In train mode it normalizes by the batch, so it is not frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean((0, 2), keepdim=True)) if self.training else self.normalized(x)
+
+
+class UpdatesNorm(FrozenByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.normalized(x)
+        if self.training:
+            cast(Tensor, self.running_mean).mul_(0.9)
+        return y
+
+
+class ResidualNorm(FrozenByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x) + 1e-3 * x
+
+
+class VarianceNorm(FrozenByHand):
+    """Divides by the variance: with a variance of 1, as here, nothing shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = cast(Tensor, self.running_mean)[:, None], cast(Tensor, self.running_var)[:, None]
+        return (x - mean) / (var + 1e-3)
+
+
+class TemperedNorm(FrozenByHand):
+    """A factor that is 1 until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x) * self.temperature
+
+
 # kind, layer, shape of its input
 FIRES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": ("batch_norm", lambda: nn.BatchNorm1d(C), (N, C)),
@@ -86,7 +171,11 @@ FIRES: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "weight 0": ("batch_norm", lambda: set_to(nn.BatchNorm2d(C), weight=0.0), (N, C, H, W)),
     "torchvision's frozen": ("frozen_batch_norm", frozen, (N, C, H, W)),
     "frozen, eps=0": ("frozen_batch_norm", lambda: frozen(eps=0.0), (N, C, H, W)),
+    "transformers' frozen": ("frozen_batch_norm", lambda: DetrFrozenBatchNorm2d(C), (N, C, H, W)),  # eps is in its code
+    "frozen, by hand": ("frozen_batch_norm", FrozenByHand, (N, C, W)),
+    "frozen, by hand, no weight": ("frozen_batch_norm", lambda: FrozenByHand(affine=False), (N, C, W)),
     "norm-act": ("batch_norm_act", lambda: timm_act("BatchNormAct2d"), (N, C, H, W)),
+    "norm-act, sync": ("batch_norm_act", sync_act, (N, C, H, W)),
     "norm-act, frozen": ("batch_norm_act", lambda: timm_act("FrozenBatchNormAct2d"), (N, C, H, W)),
     "norm-act, no affine": ("batch_norm_act", lambda: timm_act("BatchNormAct2d", affine=False), (N, C, H, W)),
     "norm-act, prelu": ("batch_norm_act", lambda: timm_act("BatchNormAct2d", act_layer=nn.PReLU), (N, C, H, W)),
@@ -179,8 +268,40 @@ class Custom_RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(W))
 
 
-class GlobalResponseNorm(nn.Module):
+class NoForwardNorm(nn.Module):
     pass
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of x times a gate, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(W))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate.sigmoid()
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weight
+
+
+class PairNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(W))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x / x.norm(dim=-1, keepdim=True) * self.weight, None
+
+
+class GateStillOff(nn.LayerNorm):
+    """LayerNorm until its gate is trained."""
+
+    def __init__(self) -> None:
+        super().__init__(W)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.gate * x
 
 
 # kind, layer, the sentence (from its start)
@@ -275,20 +396,55 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         Custom_RMSNorm,
         f"{__name__}.Custom_RMSNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
     ),
-    "what calls itself one": (
-        "unknown",
-        CallsItselfNorm,
-        f"{__name__}.CallsItselfNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
+    "a norm without parameters": ("unknown", NoForwardNorm, f"{__name__}.NoForwardNorm is not a normalization that normswap knows"),
+    "a gate that is still off": ("unknown", GateStillOff, f"{__name__}.GateStillOff is not a normalization that normswap knows"),
+    "not frozen": ("unknown", TrainsNorm, f"{__name__}.TrainsNorm is not a normalization that normswap knows"),
+    "not frozen, updates": ("unknown", UpdatesNorm, f"{__name__}.UpdatesNorm is not a normalization that normswap knows"),
+    "frozen, and more": ("unknown", ResidualNorm, f"{__name__}.ResidualNorm is not a normalization that normswap knows"),
+    "frozen, another formula": ("unknown", VarianceNorm, f"{__name__}.VarianceNorm is not a normalization that normswap knows"),
+    "frozen, a factor": ("unknown", TemperedNorm, f"{__name__}.TemperedNorm is not a normalization that normswap knows"),
+    "frozen, its subclass": ("frozen_batch_norm", frozen_and_more, "is a FrozenAndMore, which overrides forward"),
+    "without a size": (
+        "flavour",
+        NanoChatRMSNorm,
+        "is a NanoChatRMSNorm without a weight or a size of its own, so only data tell how many channels it normalizes; "
+        "give it a weight of ones, or pass a rule of your own in `rules`",
     ),
-    "a norm without parameters": (
-        "unknown",
-        GlobalResponseNorm,
-        f"{__name__}.GlobalResponseNorm is not a normalization that normswap knows",
+    "what calls itself one": (
+        "affine",
+        CallsItselfNorm,
+        "is a CallsItselfNorm, which multiplies and adds and takes no statistics, so there is nothing to replace",
+    ),
+    "a gate": ("conditioned_norm", GatedNorm, "is a GatedNorm, which takes gate besides its input; BatchlessNorm takes its input alone"),
+    "Mamba 2's gate": ("conditioned_norm", lambda: MambaRMSNormGated(12, 4), "is a MambaRMSNormGated, which takes gate besides its input"),
+    "two outputs": ("reshaping_norm", PairNorm, "is a PairNorm, which returns a tuple, and not one tensor as BatchlessNorm does"),
+    "another shape": (
+        "reshaping_norm",
+        lambda: xLSTMMultiHeadLayerNorm(4, 6),
+        "is a xLSTMMultiHeadLayerNorm, which returns a tensor of another shape than its input's, as BatchlessNorm does not",
+    ),
+    "ConvNeXt V2's response norm": (
+        "response_norm",
+        lambda: timm_layer("GlobalResponseNorm"),
+        "is a GlobalResponseNorm, which multiplies each channel by its share in the response of all channels over space: a gate on each "
+        "sample, and no mean and std",
     ),
     "torch's response norm": (
-        "unknown",
+        "local_response_norm",
         lambda: nn.LocalResponseNorm(3),
-        "torch.nn.modules.normalization.LocalResponseNorm is not a normalization that normswap knows",
+        "is a LocalResponseNorm, which divides by a power of the energy of neighbouring channels at the same place: no mean and std of a "
+        "channel",
+    ),
+    "EvoNorm": (
+        "evo_norm",
+        lambda: timm_layer("EvoNorm2dB0"),
+        "is a EvoNorm2dB0, which normalizes and activates in one formula, so that what is left without the statistics is no multiplication "
+        "and addition",
+    ),
+    "filter response norm with its threshold": (
+        "filter_response_norm",
+        lambda: timm_layer("FilterResponseNormTlu2d"),
+        "is a FilterResponseNormTlu2d, which ends in a threshold of its own parameters",
     ),
 }
 

@@ -14,6 +14,7 @@ from normswap.rules import (
     hand_written,
     instance_norm,
     layer_norm,
+    other_norms,
     rms_norm,
     unknown,
 )
@@ -31,5 +32,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     rms_norm.RULE,
     hand_written.RULE,
     flavour.RULE,
+    *other_norms.RULES,
     unknown.RULE,
 )

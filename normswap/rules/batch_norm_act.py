@@ -1,4 +1,4 @@
-"""timm's BatchNormAct2d -> BatchlessNormAct, exactly: BatchNorm followed by the layer's own dropout and activation.
+"""timm's BatchNormAct2d and SyncBatchNormAct -> BatchlessNormAct, exactly: BatchNorm followed by the layer's own dropout and activation.
 
     y = act(drop(batch_norm(x)))   becomes   y = act(drop(batchless(x)))     `drop` and `act` are kept, under their names
 
@@ -26,16 +26,18 @@ def _timm_class(name: str) -> type[nn.Module] | None:
     return getattr(sys.modules.get("timm.layers.norm_act"), name, None)
 
 
+def _classes() -> tuple[type[nn.Module], ...]:
+    found = (_timm_class(name) for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"))
+    return tuple(cls for cls in found if cls is not None)
+
+
 def recognises(site: Site) -> bool:
-    classes = (_timm_class("BatchNormAct2d"), _timm_class("FrozenBatchNormAct2d"))
-    return site.module is not None and any(cls is not None and isinstance(site.module, cls) for cls in classes)
+    return isinstance(site.module, _classes())
 
 
 def check(site: Site) -> str | None:
     module = cast(Any, site.module)
-    forwards: set[Callable[..., Any]] = {
-        cls.forward for cls in (_timm_class("BatchNormAct2d"), _timm_class("FrozenBatchNormAct2d")) if cls is not None
-    }
+    forwards: set[Callable[..., Any]] = {cls.forward for cls in _classes()}
     return tensors.why_not_plain(site, forwards) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 

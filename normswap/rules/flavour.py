@@ -2,7 +2,7 @@
 
 timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's LayerNorm2d, the RMSNorms of transformers and their like
 are run on random data (`probing.py`): a layer that is found to compute one of the known formulas is swapped as that formula's own class
-would be; any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act`) are kept.
+would be; any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act` or `activation`) are kept.
 """
 
 from __future__ import annotations
@@ -14,25 +14,35 @@ from torch import nn
 
 from normswap.plan import Rule, Site
 from normswap.rules import from_data, tensors, unknown
-from normswap.rules.probing import probe
+from normswap.rules.probing import AFTER, probe
 
 
 def recognises(site: Site) -> bool:
     if not unknown.recognises(site) or isinstance(site.module, torch.jit.ScriptModule):
         return False
-    return probe(cast(nn.Module, site.module)) is not None
+    found = probe(cast(nn.Module, site.module))
+    return found is not None and found.kind != "affine" and not tensors.further_inputs(cast(nn.Module, site.module))
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, {type(cast(nn.Module, site.module)).forward}, known=None)
+    module = cast(nn.Module, site.module)
+    found = probe(module)
+    assert found is not None
+    if not found.sized:
+        return (
+            f"is a {type(module).__name__} without a weight or a size of its own, so only data tell how many channels it normalizes; "
+            "give it a weight of ones, or pass a rule of your own in `rules`"
+        )
+    return tensors.why_not_plain(site, {type(module).forward}, known=None)
 
 
 def build(site: Site, std: str) -> nn.Module:
     module = cast(Any, site.module)
     found = probe(module)
     assert found is not None
-    after = any(isinstance(module._modules.get(name), nn.Module) for name in ("drop", "act"))
-    return from_data.uncalibrated(module, (found.channels,), (found.axis,), std, after=after)
+    after = any(isinstance(module._modules.get(name), nn.Module) for name in AFTER)
+    sizes, axes = ((v,) if isinstance(v, int) else v for v in (found.channels, found.axis))
+    return from_data.uncalibrated(module, sizes, axes, std, after=after)
 
 
 RULE = Rule("flavour", recognises, check, build, from_data.per_sample)

@@ -39,6 +39,8 @@ def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], s
     layer.requires_grad_(not own or any(p.requires_grad for p in own))
     if after:
         for name in ("drop", "act"):
-            setattr(layer, name, getattr(module, name, None) or nn.Identity())
+            setattr(layer, name, module._modules.get(name) or nn.Identity())
+        if isinstance(activation := module._modules.get("activation"), nn.Module):  # transformers' name for `act`
+            layer.act = activation
     carry(module, layer)
     return layer

@@ -1,8 +1,11 @@
-"""torchvision's FrozenBatchNorm2d -> BatchlessNorm, exactly. Its tensors are buffers, so the parameters come out frozen too.
+"""FrozenBatchNorm2d of torchvision, transformers' detectors, detectron2 ... -> BatchlessNorm, exactly.
 
     y = x * scale + (bias - running_mean * scale),  scale = weight / sqrt(running_var + eps)
 
-is BatchNorm in eval mode: the formula and shapes of `batch_norm.py`.
+is BatchNorm in eval mode: the formula and shapes of `batch_norm.py`. Its tensors are buffers, so the parameters come out frozen too.
+
+torchvision's is known by its class. Any other layer that is no BatchNorm of torch, but has its running statistics, is run on random data
+(`probing.py`): it has to compute this formula, in train mode as in eval mode. eps may be a number in its code.
 
 Source: torchvision/ops/misc.py. torchvision is not imported, for the reason given in `batch_norm_act.py`.
 """
@@ -12,12 +15,16 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.batchless import BatchlessNorm
 from normswap.plan import Rule, Site
 from normswap.rules import tensors
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
+from normswap.rules.probing import probe_fixed
 
 
 def _class() -> type[nn.Module] | None:
@@ -26,16 +33,34 @@ def _class() -> type[nn.Module] | None:
 
 def recognises(site: Site) -> bool:
     cls = _class()
-    return cls is not None and isinstance(site.module, cls)
+    return (cls is not None and isinstance(site.module, cls)) or _computes_it(site.module)
+
+
+def _computes_it(module: nn.Module | None) -> bool:
+    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or module is None or list(module.children()):
+        return False
+    statistics = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
+    if not all(isinstance(t, Tensor) and not t.is_meta for t in statistics):
+        return False
+    return probe_fixed(module) is not None
 
 
 def check(site: Site) -> str | None:
-    module, cls = cast(Any, site.module), cast(type[nn.Module], _class())
-    return tensors.why_not_plain(site, {cls.forward}) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+    module, cls = cast(Any, site.module), _class()
+    forward = cls.forward if cls is not None and isinstance(module, cls) else type(module).forward
+    return tensors.why_not_plain(site, {forward}) or why_not_statistics(module.running_mean, module.running_var, _eps(module))
+
+
+def _eps(module: nn.Module) -> float:
+    cls = _class()
+    found = cast(float, module.eps) if cls is not None and isinstance(module, cls) else probe_fixed(module)
+    assert found is not None
+    return found
 
 
 def build(site: Site, std: str) -> nn.Module:
-    return from_statistics(cast(nn.Module, site.module), BatchlessNorm, std)
+    module = cast(nn.Module, site.module)
+    return from_statistics(module, BatchlessNorm, std, eps=_eps(module))
 
 
 RULE = Rule("frozen_batch_norm", recognises, check, build)

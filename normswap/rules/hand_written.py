@@ -21,7 +21,8 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    if probe(cast(nn.Module, site.module)) is not None:
+    found = probe(cast(nn.Module, site.module))
+    if found is not None and found.sized and found.kind != "affine":
         return None
     return (
         "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows, "
@@ -33,7 +34,8 @@ def build(site: Site, std: str) -> nn.Module:
     module = cast(nn.Module, site.module)
     found = probe(module)
     assert found is not None
-    return from_data.uncalibrated(module, (found.channels,), (found.axis,), std)
+    sizes, axes = ((v,) if isinstance(v, int) else v for v in (found.channels, found.axis))
+    return from_data.uncalibrated(module, sizes, axes, std)
 
 
 RULE = Rule("hand_written", recognises, check, build, from_data.per_sample)

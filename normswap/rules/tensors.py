@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any, cast
 
@@ -47,6 +48,12 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
     if site.readers:
         return f"has statistics that {', '.join(site.readers)} reads directly instead of calling the layer"
     return None
+
+
+def further_inputs(module: nn.Module) -> str:
+    """The names of what `forward` takes besides its first argument: a gate, a condition, a scale. Empty if that is all."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]  # self, x
+    return ", ".join(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A module that calls itself a norm and that no other rule knows: listed, and left as it is.
 
-Recognised by name: "norm" in the class name (but not "normalize", which is of images), or a customary acronym, and no child that computes
-something of its own, so that containers such as ConvNormAct are not taken for a norm.
+Recognised by the class, a subclass of torch's, or by its name: "norm" in it (but not "normalize", which is of images), or a customary
+acronym; and by having no child that computes something of its own, so that containers such as ConvNormAct are not taken for a norm.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from normswap.plan import Rule, Site
 
 _NAME = re.compile(r"(?i:norm(?!alize))|(BN|LN|GN|FRN|GRN|LRN)(\d[dD])?$")
 
+# A subclass with a forward of its own, whatever it is called.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
 
 def recognises(site: Site) -> bool:
     module = site.module
-    if module is None or isinstance(module, BatchlessNorm) or not _NAME.search(_class_name(module)):
+    if module is None or isinstance(module, BatchlessNorm) or not (isinstance(module, _NORMS) or _NAME.search(_class_name(module))):
         return False
     if type(module).__module__ == nn.utils.parametrizations.__name__:  # spectral_norm and weight_norm: of weights
         return False
