@@ -248,6 +248,17 @@ def test_what_is_no_norm_is_not_listed(name: str) -> None:
         assert (decided.swaps, decided.skips) == ((), ())
 
 
+@pytest.mark.parametrize("name", NOT_NORMS)
+def test_what_is_no_norm_is_not_listed_in_aten_either(name: str) -> None:
+    x = torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about itself
+        program = torch.export.export(Net(NOT_NORMS[name]).eval(), (x,))
+        for ir in IRS.values():
+            decided = normswap.plan(ir(program), approximate=True)
+            assert (decided.swaps, decided.skips) == ((), ())
+
+
 LOOKALIKES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "of the whole batch": lambda s, x: (x - x.mean()) / (x.std() + 1e-5),
     "with the square left out": lambda s, x: x * torch.rsqrt(x.mean(-1, keepdim=True).abs() + 1),
