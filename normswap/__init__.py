@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from normswap.sensitivity import Sensitivity as Sensitivity
     from normswap.sensitivity import sensitivity as sensitivity
     from normswap.swap import revert as revert
+    from normswap.training.groups import param_groups as param_groups
+    from normswap.training.loss import attach as attach
+    from normswap.training.loss import aux_loss as aux_loss
+    from normswap.training.loss import masked as masked
 
 _HOMES = {
     "BatchlessNorm": "batchless",
@@ -55,9 +59,13 @@ _HOMES = {
     "Swap": "plan",
     "batchless_from_data": "rules.own",
     "batchless_from_statistics": "rules.own",
+    "attach": "training.loss",
+    "aux_loss": "training.loss",
     "convert": "pipeline",
     "export_onnx": "commands",
     "load": "commands",
+    "masked": "training.loss",
+    "param_groups": "training.groups",
     "plan": "pipeline",
     "revert": "swap",
     "save": "commands",

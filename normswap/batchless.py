@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from normswap import numerics
-from normswap.numerics import REDUCTIONS, STD_FORMS, Reduction, StdForm
+from normswap import numerics, stepping
+from normswap.injection import injected
+from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
 
+Aux = Literal["auto", "explicit", "none"]
+AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
+MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
 PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
 
 
@@ -59,8 +63,52 @@ def _laid_out(y: Tensor) -> Tensor:
     return y.contiguous()
 
 
-# A leaf for torch.fx: it looks at the input's shape, which a tracer cannot.
+def _gradients(
+    x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(NLL of x, its gradient by mean, by the std's parameter), with no history; the gradients in the shapes of the parameters."""
+    _shape(x, options["sizes"], options["axes"])
+    shape = numerics.axes_shape(mean.shape, options["axes"], x.dim())
+    if mask is not None:
+        mask = _mask_of(x, mask, options["axes"])
+    mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
+    d, r, f = numerics.misfit(x, mean, std, mask, eps=options["eps"])
+    modes = {name: options[name] for name in ("stats", "reduction")}
+    by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
+    flat = [axis % x.dim() for axis in options["axes"]]
+    sizes = [shape[axis] for axis in flat]
+    by_mean, by_parameter = (t.view(sizes) * options["share"] for t in (by_mean, by_parameter))
+    return numerics.gaussian_nll_of(r, reduction=options["reduction"]), by_mean, by_parameter
+
+
+def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """`mask`, whose axes are the first of those of x that are not channels, with 1 on the others."""
+    free = [axis for axis in range(x.dim()) if axis not in {a % x.dim() for a in axes}]
+    sizes = tuple(x.shape[axis] for axis in free)
+    if mask.dtype != torch.bool or mask.dim() > len(free) or any(m != s for m, s in zip(mask.shape, sizes, strict=False)):
+        raise ValueError(
+            f"the mask of a BatchlessNorm is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {sizes}, or the first "
+            f"of these axes: those of its input {tuple(x.shape)} that are not channels"
+        )
+    return mask.view(numerics.axes_shape(tuple(mask.shape), free[: mask.dim()], x.dim()))
+
+
+def _injected(
+    x: Tensor, shift: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, scale: Tensor | None, **options: Any
+) -> Tensor:
+    """shift, with the gradients of the NLL of x on their way to mean and parameter."""
+    _, by_mean, by_parameter = _gradients(x, mean, std, parameter, mask, options)
+    passed = {name: options[name] for name in ("form", "stats", "rate")}
+    return injected(shift, mean, parameter, by_mean, by_parameter, scale=scale, **passed)
+
+
+def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, **options: Any) -> stepping.Term:
+    return stepping.Term(mean, parameter, *_gradients(x, mean, std, parameter, mask, options))
+
+
+# Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
 torch.fx.wrap("_affine")
+torch.fx.wrap("_injected")
 
 
 class BatchlessNorm(nn.Module):
@@ -70,7 +118,7 @@ class BatchlessNorm(nn.Module):
 
     Train and eval mode compute the same function, and each sample's output depends on that sample alone. The task's loss trains
     weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`, whose gradient
-    does not reach x.
+    does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
 
     Args:
         num_features: the number of channels, or one size per channel axis.
@@ -81,6 +129,12 @@ class BatchlessNorm(nn.Module):
         std: how the standard deviation is stored: "log" (log_std; its curvature does not depend on the scale), "abs" (abs_std) or
             "inv" (inv_std). See `numerics.std_of`.
         reduction: of the NLL, "mean" over everything (the source's) or "sum" over channels.
+        aux: how the NLL joins the task's loss in train mode. "none": not by itself, add `nll(x)`. "auto": its gradient is added to those of
+            `mean` and the std's parameter, with weight 1, whenever a gradient comes back to the layer's output. "explicit": the loss adds
+            `normswap.aux_loss(model)`.
+        stats: the gradient that "auto" and "explicit" give: "natural", with which the statistics are BatchNorm's running averages, or
+            "raw", that of `nll`. See `numerics.nll_gradients` and `stepping`.
+        momentum: the rate of the natural statistics, as BatchNorm's.
         dtype: of the parameters, at least float32.
 
     Shape: x (N, C, *space) of any float dtype, C on `channel_axis`; y the same shape, dtype and memory format. Parameters: the sizes
@@ -89,7 +143,7 @@ class BatchlessNorm(nn.Module):
     Parameters stay in float32 when the model is moved to half precision, as a variance above 65504 is not a float16; the output
     has the input's dtype.
 
-    Raises ValueError, when built, for an unknown `std` or `reduction` or wrong axes, and when called for a wrong shape.
+    Raises ValueError, when built, for an unknown `std`, `reduction`, `aux` or `stats` or wrong axes, and when called for a wrong shape.
 
     Source: Berger & Uc Cetina, "Batchless Normalization", arXiv:2212.14729.
     """
@@ -98,6 +152,14 @@ class BatchlessNorm(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
+
+    run: stepping.Run  # what belongs to a run and not to the layer: not in the state dict, and neither copied nor pickled
+
+    # Class attributes, so that layers pickled before they existed have them.
+    aux: Aux = "none"
+    stats: Stats = "natural"
+    momentum: float = MOMENTUM
+    calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
     def __init__(
         self,
@@ -108,6 +170,9 @@ class BatchlessNorm(nn.Module):
         affine: bool = True,
         std: StdForm = "log",
         reduction: Reduction = "mean",
+        aux: Aux = "none",
+        stats: Stats = "natural",
+        momentum: float = MOMENTUM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,8 +181,9 @@ class BatchlessNorm(nn.Module):
         axes = (channel_axis,) if isinstance(channel_axis, int) else tuple(channel_axis)
         if std not in STD_FORMS:
             raise ValueError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}")
+        for name, value, known in (("reduction", reduction, REDUCTIONS), ("aux", aux, AUXES), ("stats", stats, STATS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if len(sizes) != len(axes) or any(size < 1 for size in sizes):
             raise ValueError(f"num_features {sizes} must give one positive size for each of the channel axes {axes}")
         if any((a < 0) == (b < 0) and a >= b for a, b in itertools.pairwise(axes)):
@@ -130,6 +196,7 @@ class BatchlessNorm(nn.Module):
         self.affine = affine
         self.std = std
         self.reduction = reduction
+        self.aux, self.stats, self.momentum = aux, stats, momentum
         self.source: Source | None = None
         like = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         shape = tuple(1 if axis in self.shared_axes else size for size, axis in zip(sizes, axes, strict=True))
@@ -142,6 +209,14 @@ class BatchlessNorm(nn.Module):
         self.register_buffer("source_mean", None)
         self.register_buffer("source_var", None)
         self.register_buffer("source_batches", None)
+        stepping.watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        stepping.watch(self)
 
     @property
     def std_parameter(self) -> nn.Parameter:
@@ -175,7 +250,38 @@ class BatchlessNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         scale, shift = self.affine_map()
+        if self.training and self.aux != "none":
+            shift = self._observed(input, shift)
         return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+
+    def _observed(self, x: Tensor, shift: Tensor) -> Tensor:
+        """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
+        # As they are held: a tracer hands out proxies instead.
+        if not any(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std])):  # type: ignore[union-attr]
+            return shift
+        mean, parameter, run = self.mean, self.std_parameter, self.run
+        _, std = self.statistics()
+        if self.aux == "explicit":
+            if stepping.counts(x):
+                stepping.note(run, _term(x, mean, std, parameter, run.mask, **self._options()))
+            return shift
+        if not torch.is_grad_enabled():
+            return shift
+        stepping.watch_passes(self)
+        return _injected(x, shift, mean, std, parameter, run.mask, run.scale, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        share = 1 / self.calls if self.stats == "natural" else 1.0
+        return {
+            "sizes": self.sizes,
+            "axes": self.channel_axis,
+            "form": self.std,
+            "stats": self.stats,
+            "reduction": self.reduction,
+            "rate": self.momentum,
+            "eps": EPS if self.source is None else self.source.eps,
+            "share": share / self.run.accumulate,
+        }
 
     def nll(self, x: Tensor, *, gauge: bool = True) -> Tensor:
         """The Gaussian NLL of x under the statistics, a scalar; the gradient reaches `mean` and the std's parameter, never x.
@@ -195,7 +301,8 @@ class BatchlessNorm(nn.Module):
 
     def extra_repr(self) -> str:
         shared = f", shared_axes={self.shared_axes}" if self.shared_axes else ""
-        return f"{self.num_features}, channel_axis={self.channel_axis}{shared}, affine={self.affine}, std={self.std!r}"
+        trained = "" if self.aux == "none" else f", aux={self.aux!r}, stats={self.stats!r}, momentum={self.momentum}"
+        return f"{self.num_features}, channel_axis={self.channel_axis}{shared}, affine={self.affine}, std={self.std!r}{trained}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchlessNorm:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -21,9 +21,14 @@ StdForm = Literal["log", "abs", "inv"]
 STD_FORMS: tuple[StdForm, ...] = ("log", "abs", "inv")
 Reduction = Literal["mean", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
+Stats = Literal["natural", "raw"]
+STATS: tuple[Stats, ...] = ("natural", "raw")
 
 # Keeps `abs` and `inv` finite at p = 0. Small enough to vanish next to any std that float32 statistics produce.
 TINY = 1e-12
+
+# The most of a variance that one step of the statistics takes away. A momentum of .9 is the largest that is left as it is.
+MOST = 0.9
 
 
 def std_of(parameter: Tensor, form: StdForm) -> Tensor:
@@ -114,3 +119,83 @@ def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction =
     if gauge:
         loss = loss - log_std.detach() - 0.5
     return loss * std.numel() if reduction == "sum" else loss
+
+
+def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2). No gradient passes.
+
+    m = mean(x) and S = mean((x - mean)^2) are taken over the axes on which `mean` has size 1, and d, r, f have the shape of `mean`.
+    Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
+
+    x: any shape, any float dtype. mean, std: as many dimensions as x, each of x's size or 1. mask: bool, likewise; x counts where it is
+    True, and may be anything elsewhere, NaN included. d = r = f = 0 where nothing counts, as if the fit were right. The results have the
+    widest of the dtypes, at least float32.
+    """
+    axes = [axis for axis, size in enumerate(mean.shape) if size == 1]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
+    mean, std = mean.detach().to(dtype), std.detach().to(dtype)
+    if x.numel() == 0:
+        return torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    deviation = x.detach().to(dtype) - mean
+    if mask is not None:
+        counts = mask.expand(x.shape)
+        deviation = torch.where(counts, deviation, 0)
+        number = counts.sum(axes, keepdim=True) if axes else counts.to(torch.int64)
+        total, squares = (t.sum(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
+        some = (number > 0).to(dtype)
+        return total / number.clamp(min=1), squares / number.clamp(min=1) / std.square() - some, eps / std.square() * some
+    d, square = (t.mean(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
+    return d, square / std.square() - 1, eps / std.square()
+
+
+def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """`gaussian_nll` with its gauge, of the x whose `misfit` is (d, r, f): mean_c(r) / 2, or the sum. A scalar."""
+    return (r.sum() if reduction == "sum" else r.mean()) / 2
+
+
+def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor:
+    """dp/dlog std of the stored parameter, never 0:   log: 1     abs: sign(p) std     inv: -sign(p) / std     with sign(0) = 1."""
+    if form == "log":
+        return torch.ones_like(parameter)
+    size = parameter.abs() + TINY
+    return torch.where(parameter < 0, -size, size) * (1 if form == "abs" else -1)
+
+
+def nll_gradients(
+    d: Tensor, r: Tensor, f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction = "mean"
+) -> tuple[Tensor, Tensor]:
+    """The gradients by mean and by the stored parameter p of the std, of the NLL of the x whose `misfit` is (d, r, f).
+
+        raw       -d / std^2            -r / (dp/dlog std)             times 1/C if the reduction is "mean"
+        natural   -d                    -(r + f)/2 (dp/dlog std)       whatever the reduction
+
+    natural is the raw one times the inverse of the Fisher information of (mean, log std), which is (1/std^2, 2) per channel. With f, the
+    variance tends to S + eps instead of S, as BatchNorm's does, so that a channel that never varies keeps a std. A step of plain SGD at the
+    rate a is to first order BatchNorm's running average with momentum a:  mean += a (m - mean),  log std += a/2 ((S + eps)/std^2 - 1).
+    `natural_step` is that average exactly. All shapes alike.
+    """
+    slope = slope_of_log(parameter, form)
+    if stats == "natural":
+        return -d, -(r + f) / 2 * slope
+    share = 1 / std.numel() if reduction == "mean" else 1.0
+    return -d / std.square() * share, -r / slope * share
+
+
+def natural_step(
+    mean: Tensor, parameter: Tensor, by_mean: Tensor | None, by_parameter: Tensor | None, form: StdForm, rate: float
+) -> tuple[Tensor, Tensor]:
+    """(mean, p) after one step against natural gradients: exactly BatchNorm's running averages with momentum `rate`.
+
+        mean  <- mean - rate by_mean                         = (1 - rate) mean  + rate m
+        std^2 <- std^2 (1 - 2 rate by_log)                   = (1 - rate) std^2 + rate (S + eps)    by_log = by_parameter / (dp/dlog std)
+
+    The first order of the second, log std -= rate by_log, overshoots exponentially where S is far above std^2. Of a sum of gradients (two
+    calls before one step) the variance falls at most to 1 - MOST of itself. None: that one does not step.
+    """
+    if by_mean is not None:
+        mean = mean - rate * by_mean
+    if by_parameter is not None:
+        by_log = by_parameter / slope_of_log(parameter, form)
+        growth = torch.log1p((-2 * rate * by_log).clamp(min=-MOST)) / 2
+        parameter = parameter + growth if form == "log" else parameter * (growth if form == "abs" else -growth).exp()
+    return mean, parameter

@@ -19,12 +19,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
+from normswap.batchless import Aux
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
-from normswap.numerics import STD_FORMS
+from normswap.numerics import STD_FORMS, Stats
 from normswap.parity import Parity
 from normswap.plan import Plan, Rule, Site, Swap, Trace
 from normswap.probes import Probe
@@ -33,6 +34,7 @@ from normswap.rules.own import all_checked
 from normswap.sharing import shadow
 from normswap.swap import swap, with_layers
 from normswap.trace import trace
+from normswap.training import modes
 from normswap.verify import Judgement, compare, judge
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
@@ -107,11 +109,13 @@ def convert(
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: str = "log",
     reestimate: Reestimate | None = None,
+    aux: Aux = "auto",
+    stats: Stats = "natural",
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
     example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer. std: how the layers store
-    it, see BatchlessNorm.
+    it. aux, stats: how their statistics train, in train mode; see BatchlessNorm.
 
     Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
     that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
@@ -136,6 +140,8 @@ def convert(
         rules=rules,
         std=std,
         reestimate=reestimate,
+        aux=aux,
+        stats=stats,
     )
     check(conversion.parity)
     if conversion.drift is not None:
@@ -155,6 +161,8 @@ def attempt(
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: str = "log",
     reestimate: Reestimate | None = None,
+    aux: Aux = "auto",
+    stats: Stats = "natural",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conversion[M]:
     """`convert` without the last word: the parity and the drift may have failed."""
@@ -166,6 +174,7 @@ def attempt(
         raise UsageError(
             "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
         )
+    modes.check(aux, stats)
     approximate = approximate or max_drift is not None
     if reestimate == "adapt" and not approximate:
         raise UsageError(
@@ -198,6 +207,7 @@ def attempt(
     fits: tuple[Fit, ...] = ()
     if reestimate == "exact":
         fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
+    modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
     parity = compare(judgement, swapped, sites=sites, original=module)
     if not (names or reestimate == "adapt") or not parity:
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits)
@@ -208,6 +218,7 @@ def attempt(
     drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
     if reestimate == "adapt":
         decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
+    modes.prepare(approximated, module, decided.swaps, aux=aux, stats=stats)
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
 
 

@@ -21,6 +21,7 @@ from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 VERSION = 1
+MODES = ("aux", "stats", "momentum", "calls")  # how a layer trains: taken from the recipe, as they are no matter of the architecture
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def sites_of(model: nn.Module) -> list[dict[str, Any]]:
             "shared_axes": list(layer.shared_axes),
             "affine": layer.affine,
             "std": layer.std,
+            **{name: getattr(layer, name) for name in MODES},
             "eps": None if layer.source is None else layer.source.eps,
         }
         for layer, (first, *aliases) in names.items()
@@ -140,11 +142,20 @@ def _take_dtypes(model: nn.Module, path: Path) -> None:
                     tensor.data = tensor.data.to(dtype)
 
 
+def _take_modes(model: nn.Module, recipe: Recipe) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
+    for site in recipe.sites:
+        if site["name"] in layers:
+            for name in MODES:
+                setattr(layers[site["name"]], name, site.get(name, getattr(BatchlessNorm, name)))
+
+
 def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     """Load the saved weights into a model whose norms were swapped; raises LoadError if it is not the model that was saved."""
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    _take_modes(model, recipe)
     found = {site["name"]: site for site in sites_of(model)}
     for site in recipe.sites:
         mine = found.get(site["name"])

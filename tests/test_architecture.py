@@ -35,7 +35,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "inputs": frozenset({"errors"}),
     "pickles": frozenset({"errors"}),
     "plan": frozenset({"errors", "numerics"}),
-    "batchless": frozenset({"errors", "numerics", "plan"}),
+    "injection": NOTHING,
+    "stepping": frozenset({"errors", "numerics"}),
+    "batchless": frozenset({"errors", "numerics", "plan", "injection", "stepping"}),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"precision"},
     "rules": STAGE | {"calls", "precision", "specs"},
@@ -51,10 +53,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
-    "pipeline": STAGE | {"rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
+    "training": STAGE | {"injection", "stepping"},
+    "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
     # Orchestrates stages as `pipeline` does, and asks `pipeline` for what they decide.
     "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
-    "__init__": STAGE | {"commands", "pipeline", "rules", "export", "swap", "sensitivity"},
+    "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
@@ -154,7 +157,8 @@ def test_help_is_light(arguments: str) -> None:
     assert not {"torch", "onnx", "onnxruntime", "numpy"} & loaded
 
 
-CONTRACT = {"plan", "convert", "verify", "export_onnx", "save", "load", "revert", "BatchlessNorm", "DEFAULT_RULES"}
+TRAINING = {"aux_loss", "attach", "param_groups", "masked"}
+CONTRACT = TRAINING | {"plan", "convert", "verify", "export_onnx", "save", "load", "revert", "BatchlessNorm", "DEFAULT_RULES"}
 
 
 def test_the_contract_is_public() -> None:

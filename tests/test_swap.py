@@ -146,7 +146,7 @@ def test_attributes_that_others_set_on_the_norm() -> None:
     assert result.norm.tag == ["a tag"]
     assert result.norm.owner[0] is result
     assert result.norm.source.attributes["owner"] is result.norm.owner
-    assert not hasattr(result.norm, "momentum")  # a setting of BatchNorm's, which would do nothing here
+    assert not hasattr(result.norm, "eps")  # a setting of BatchNorm's, which would do nothing here
 
 
 def test_children_of_the_norm_stay() -> None:

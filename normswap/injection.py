@@ -1,0 +1,107 @@
+"""A gradient that reaches parameters without being in the loss: the auxiliary loss through the back door, and through the front.
+
+    injected(shift, mean, p, ...)    shift, unchanged. When a gradient comes back to it, the given gradients are added to mean and p.
+    valued(value, mean, p, ...)      value, of which mean and p have the given gradients.
+
+Both save what they give and no activation. The layer sends its shift, one number per channel, through `injected`: never its output, which
+an activation may overwrite, nor its input, which would then need a gradient of its own even when nothing before the layer is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OP = "normswap::inject"
+
+
+class _Injected(torch.autograd.Function):
+    """Plain tensors in and out, the context set up apart, and no Python state: so torch.compile and torch.func take it as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, scale: Tensor | None) -> Tensor:
+        return shift.clone()  # not the input itself: that would come out as a view
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_mean, by_parameter, scale = ctx.saved_tensors
+        if scale is not None:
+            by_mean, by_parameter = by_mean * scale, by_parameter * scale
+        return gradient, by_mean, by_parameter, None, None, None
+
+
+class _Valued(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_mean, by_parameter = ctx.saved_tensors
+        return None, by_mean * gradient, by_parameter * gradient, None, None
+
+
+@torch.library.custom_op(OP, mutates_args=())
+def _inject(
+    shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, form: str, stats: str, rate: float
+) -> Tensor:
+    """`injected` as an operator: torch.export traces through an autograd.Function and loses its backward; an operator stays."""
+    return shift.clone()
+
+
+@_inject.register_fake
+def _(shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, form: str, stats: str, rate: float) -> Tensor:
+    return torch.empty_like(shift)
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[3], inputs[4])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    by_mean, by_parameter = ctx.saved_tensors
+    return gradient, by_mean.clone(), by_parameter.clone(), None, None, None, None, None
+
+
+_inject.register_autograd(_backward, setup_context=_set_up)
+
+
+def injected(
+    shift: Tensor,
+    mean: Tensor,
+    parameter: Tensor,
+    by_mean: Tensor,
+    by_parameter: Tensor,
+    *,
+    scale: Tensor | None = None,
+    form: str,
+    stats: str,
+    rate: float,
+) -> Tensor:
+    """shift, a fresh tensor. Once a gradient reaches it, mean and parameter get by_mean and by_parameter times scale, whatever it is.
+
+    scale: a scalar, None for 1. form, stats, rate: what a graph that has been exported says about the statistics, see `stepping`.
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
+    return _Injected.apply(shift, mean, parameter, by_mean, by_parameter, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def valued(value: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor) -> Tensor:
+    """value, a scalar whose gradients by mean and parameter are by_mean and by_parameter."""
+    return _Valued.apply(value, mean, parameter, by_mean, by_parameter)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,290 @@
+"""How the statistics of the live BatchlessNorm layers step, and what is noticed on the way. Everything here belongs to a run.
+
+A hook on every optimizer of torch looks, right before it steps, for the statistics that it holds:
+
+    natural   step here, by `numerics.natural_step` at the layer's momentum, and the optimizer does not see them: no learning rate,
+              momentum, weight decay, second moment or schedule applies, as none applies to the running statistics of BatchNorm
+    raw       are the optimizer's; a warning says so if they were not given to it by `param_groups`
+
+The gradient of aux="auto" has weight 1 when it is added. What the loss was multiplied by is not visible there, but it is at the step: how
+many backward passes there were since the last one, and whether a GradScaler is making it. What `attach` was not told of is put right then,
+for the task never adds to these gradients, and warned about.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from normswap import numerics
+from normswap.errors import UsageError
+from normswap.numerics import StdForm
+
+MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
+STATISTICS = "statistics"
+
+
+class Term(NamedTuple):
+    """The NLL of one call of a layer, and its gradients: what `aux_loss` needs. mean, parameter: the leaves; the rest has no history."""
+
+    mean: Tensor
+    parameter: Tensor
+    value: Tensor
+    by_mean: Tensor
+    by_parameter: Tensor
+
+
+class Passes:
+    """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = weakref.ref(parameter)
+        self.count = 0
+        self.version = 0
+        self.grad: Tensor | None = None
+        parameter.register_post_accumulate_grad_hook(self._passed)  # type: ignore[no-untyped-call]
+
+    def _passed(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        # zero_grad takes the tensor away, and the next pass makes another
+        self.count = self.count + 1 if grad is self.grad else 1
+        self.grad, self.version = grad, 0 if grad is None else grad._version
+
+
+@dataclass
+class Run:
+    """scaler, scale, accumulate: what `attach` was told. mask: which positions of the input count.
+
+    terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto".
+    """
+
+    scaler: GradScaler | None = None
+    scale: Tensor | None = None
+    accumulate: int = 1
+    mask: Tensor | None = None
+    terms: list[Term] = field(default_factory=list)
+    read: bool = True
+    passes: Passes | None = None
+
+
+class Layer(Protocol):
+    """What a layer with statistics shows of them. A BatchlessNorm, or the statistics in the graph of an exported program."""
+
+    run: Run
+    mean: nn.Parameter
+    std: StdForm
+    aux: Any
+    stats: Any
+    momentum: float
+
+    @property
+    def std_parameter(self) -> nn.Parameter: ...
+
+
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+_hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+
+
+# --- noticing --------------------------------------------------------------------------------------------------------------------------
+
+
+def watch(layer: Layer) -> None:
+    """Let the layer's statistics step with the optimizer that holds them; gives it a run of its own."""
+    layer.run = Run()
+    _install()
+    _live.add(layer)
+    if layer.aux == "auto":
+        watch_passes(layer)
+
+
+@functools.cache
+def _install() -> None:
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+def watch_passes(layer: Layer) -> None:
+    """Count the backward passes that reach the layer's statistics, whichever parameters they are by now."""
+    if torch.compiler.is_compiling():
+        return
+    # While torch.func calls the model, or a tracer looks at it, something else stands in the place of its parameters.
+    trained = [p for p in (layer.mean, layer.std_parameter) if isinstance(p, nn.Parameter) and p.requires_grad]
+    if not trained:
+        return
+    parameter = trained[0]
+    if layer.run.passes is None or layer.run.passes.parameter() is not parameter:
+        layer.run.passes = Passes(parameter)
+
+
+def counts(x: Tensor) -> bool:
+    """Whether a forward pass in train mode belongs to the explicit term: it trains, and is not the second run of a checkpoint."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+        raise UsageError(
+            'a BatchlessNorm with aux="explicit" keeps the term of each call in train mode, which a traced graph cannot',
+            hint='convert with aux="auto", whose term becomes part of the graph, or trace in eval mode',
+        )
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    recomputed = torch._C._current_graph_task_id() != -1
+    return not recomputed and (torch.is_grad_enabled() or _caller(_is_checkpoint) is not None)
+
+
+def note(run: Run, term: Term) -> None:
+    if run.read:
+        run.terms, run.read = [], False
+    run.terms.append(term)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _caller(wanted: Callable[[FrameType], Any]) -> Any:
+    return next((found for found in map(wanted, _frames()) if found is not None), None)
+
+
+def _is_checkpoint(frame: FrameType) -> bool | None:
+    """A reentrant checkpoint runs its forward pass without gradients; the one that gives them comes in backward."""
+    return True if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__ else None
+
+
+def _is_scaler(frame: FrameType) -> GradScaler | None:
+    found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+    return found if isinstance(found, GradScaler) else None
+
+
+# --- stepping --------------------------------------------------------------------------------------------------------------------------
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before `step(self, closure=None)`: at once, or after the closure, which computes the gradients."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for layer in _live if layer.aux != "none" and (id(layer.mean) in groups or id(layer.std_parameter) in groups)]
+    if not layers:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _advance(optimizer, groups, layers)
+        return None
+
+    def computed() -> Any:
+        loss = closure()
+        _advance(optimizer, groups, layers)
+        return loss
+
+    return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for parameter, grad in _hidden.pop(optimizer, []):
+        if parameter.grad is None:
+            parameter.grad = grad
+
+
+@torch.no_grad()
+def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
+    scaler = cast("GradScaler | None", _caller(_is_scaler))
+    for layer in layers:
+        both = (layer.mean, layer.std_parameter)
+        held = [p for p in both if id(p) in groups and p.grad is not None]
+        if not held:
+            if layer.aux == "explicit" and not layer.run.read:
+                layer.run.read = True
+                _warn(_FORGOTTEN)
+            continue
+        factor = _weight(layer, scaler)
+        if layer.stats == "natural":
+            _step(optimizer, layer, held, factor)
+        else:
+            if factor != 1:
+                for parameter in held:
+                    cast(Tensor, parameter.grad).mul_(factor)
+            if any(groups[id(p)].get(MARK) != STATISTICS for p in held):
+                _warn(_UNGROUPED)
+        if layer.run.passes is not None:
+            layer.run.passes.count = 0
+
+
+def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], factor: float) -> None:
+    # Fused optimizers are handed scaled gradients, and told so.
+    scale, bad = (cast("Tensor | None", getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
+    by_mean, by_parameter = (
+        None if not any(p is h for h in held) else cast(Tensor, p.grad) * factor / (1 if scale is None else scale.to(p.device))
+        for p in (layer.mean, layer.std_parameter)
+    )
+    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, layer.momentum)
+    for parameter, value in zip((layer.mean, layer.std_parameter), stepped, strict=True):
+        parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
+    for parameter in held:
+        _hidden.setdefault(optimizer, []).append((parameter, cast(Tensor, parameter.grad)))
+        parameter.grad = None
+
+
+@functools.cache
+def _unscaling(device: torch.device) -> int:
+    """How often GradScaler.unscale_ counts as a change of a gradient: not at all in torch 2.13, though it is one."""
+    grad, found, inverse = torch.ones(1, device=device), torch.zeros((), device=device), torch.ones((), device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inverse)
+    return grad._version
+
+
+def _weight(layer: Layer, scaler: GradScaler | None) -> float:
+    """What the gradients have to be multiplied by to have weight 1, and a warning if it is not 1."""
+    run, factor = layer.run, 1.0
+    passes = run.passes
+    if passes is not None and passes.count:
+        grad = passes.grad
+        unchanged = grad is None or grad._version <= passes.version + (0 if scaler is None else _unscaling(grad.device))
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if layer.stats == "natural" and not unchanged and not several:
+            _warn(_CHANGED)
+        if layer.aux == "auto" and passes.count > run.accumulate:
+            factor *= run.accumulate / passes.count
+            _warn(_ACCUMULATED)
+    if layer.aux == "auto" and scaler is not None and scaler is not run.scaler:
+        factor *= scaler.get_scale() / (1 if run.scale is None else run.scale.item())
+        _warn(_SCALED)
+    return factor
+
+
+_FORGOTTEN = (
+    'an optimizer steps a model converted with aux="explicit", but its term was not read since the last forward pass, so the statistics '
+    'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
+)
+_UNGROUPED = (
+    'an optimizer steps the statistics of a model converted with stats="raw" like any weight, with its weight decay and momentum. '
+    'Give it normswap.param_groups(model, lr=...) instead of model.parameters(). Or convert with stats="natural"'
+)
+_ACCUMULATED = (
+    "more backward passes have reached the statistics of a BatchlessNorm since the last step than normswap was told of. Their gradients "
+    "were divided by the number of passes now, at the step; until then they were too large. Say normswap.attach(model, accumulate=...)"
+)
+_SCALED = (
+    "a GradScaler that normswap was not told of has divided the gradients of the statistics of a BatchlessNorm by its scale. They were "
+    "multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
+)
+_CHANGED = (
+    "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "
+    "units of the activations and would decide the norm of all. Clip the others only, which are the parameters of every group of "
+    'normswap.param_groups(model, lr=...) that has no key "normswap"'
+)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)

@@ -1,0 +1,45 @@
+"""Parameter groups for any optimizer of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from normswap import stepping
+from normswap.errors import UsageError
+from normswap.stepping import MARK, STATISTICS
+from normswap.training.loss import layers_of
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Every trainable parameter of `model`, exactly once, in groups for an optimizer:  torch.optim.AdamW(param_groups(model, lr=1e-3)).
+
+        1  weights of two or more dimensions                    lr, weight_decay
+        2  biases, and the weights of norms                     lr, no weight decay
+        3  statistics of the layers, one group per momentum     lr = momentum, no weight decay, no momentum
+
+    Empty groups are left out. The statistics' groups have the key "normswap". With stats="natural" their parameters step by themselves when
+    the optimizer does, see `stepping`; with stats="raw" the optimizer steps them, at `lr`.
+
+    Raises UsageError if the model has no BatchlessNorm layer.
+    """
+    rates: dict[nn.Parameter, float] = {}
+    for layer in layers_of(model).values():
+        if layer.aux == "auto":
+            stepping.watch_passes(layer)
+        for parameter in (layer.mean, layer.std_parameter):
+            rates.setdefault(parameter, layer.momentum if layer.stats == "natural" and layer.aux != "none" else lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in trained if p not in rates]
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+    for rate in sorted(set(rates.values())):
+        statistics = [p for p in trained if rates.get(p) == rate]
+        groups.append({"params": statistics, "lr": rate, "weight_decay": 0.0, "momentum": 0.0, MARK: STATISTICS})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient", hint="nothing to train: requires_grad_(True)")
+    return groups

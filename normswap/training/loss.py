@@ -1,0 +1,105 @@
+"""The auxiliary loss of a model, and what its automatic form has to be told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from normswap.batchless import BatchlessNorm
+from normswap.errors import UsageError
+from normswap.injection import valued
+
+
+def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
+    """Every BatchlessNorm of a model under its first name. Raises UsageError if there is none."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a {type(model).__name__} has no layers", hint="give the model: conversion.model, or program.module()")
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no BatchlessNorm layer", hint="normswap.convert(model).model has")
+    return found
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum of the NLL of every layer, over its calls since this was last read: a scalar to add to the loss of the task.
+
+        loss = task(model(x)) + normswap.aux_loss(model)
+
+    For a model that was converted with aux="explicit". Its gradient reaches the mean and the std of each layer and nothing else, and is
+    the one that `stats` says. The layers' calls in eval mode or under `torch.no_grad` do not count, nor those that a checkpoint makes
+    again in backward. Read twice, it is the same; the next forward pass begins anew.
+
+    Raises UsageError for a model whose layers add the term themselves (aux="auto": it would count twice), for one that has none, and if
+    there was no forward pass in train mode.
+    """
+    layers = layers_of(model)
+    for name, layer in layers.items():
+        if layer.aux == "auto":
+            raise UsageError(
+                f'{name or "the model"} has aux="auto": it adds its term by itself in backward, so that it would count twice',
+                hint='leave aux_loss out, or convert with aux="explicit"',
+            )
+    if all(layer.aux == "none" for layer in layers.values()):
+        raise UsageError('every layer has aux="none", so there is no auxiliary loss', hint='convert with aux="explicit"')
+    terms = [term for layer in layers.values() for term in layer.run.terms]
+    trained = [layer for layer in layers.values() if layer.mean.requires_grad or layer.std_parameter.requires_grad]
+    if not terms and trained:
+        raise UsageError(
+            "there was no forward pass in train mode with gradients, so there is no auxiliary loss",
+            hint="call model.train(), then the model, then aux_loss(model); a copy of a model starts without a forward pass",
+        )
+    for layer in layers.values():
+        layer.run.read = True
+    values = [valued(term.value, term.mean, term.parameter, term.by_mean, term.by_parameter) for term in terms]
+    return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
+
+
+def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
+    """Tell the layers of a model with aux="auto" what its loss is multiplied by before backward, so that their term has weight 1 per step.
+
+    scaler: the GradScaler that scales the loss. Its scale is read in backward; autograd raises an error if `scaler.update()` came between
+    forward and backward. accumulate: the number of backward passes per step, where the loss is divided by it. Says everything: what is not
+    given is as it was at the start. A copy of the model, or one that was loaded, has to be told again.
+
+    Without it the first step warns, and is put right. Raises UsageError for a model with another `aux`, where the loss has the term in it.
+    """
+    layers = [layer for layer in layers_of(model).values() if layer.aux == "auto"]
+    if not layers:
+        raise UsageError(
+            'no layer of this model has aux="auto": there is nothing to tell',
+            hint="the term of aux_loss is part of the loss, and scaled with it",
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise UsageError(f"accumulate is {accumulate!r}; expected the number of backward passes per step, at least 1")
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise UsageError(f"scaler is a {type(scaler).__name__}; expected a torch.amp.GradScaler")
+    for layer in layers:
+        run = layer.run
+        run.scaler, run.accumulate, run.scale = scaler, accumulate, None
+        if scaler is not None and scaler.is_enabled():
+            # A scaler makes the tensor that holds its scale when it is first used, and changes it in place from then on.
+            scaler.scale(torch.zeros(1, device=layer.mean.device))
+            run.scale = scaler._scale
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """While it lasts, the statistics of every layer of `model` learn from the positions where `mask` is True only: not from padding.
+
+    mask: bool; its axes are the first of those of each layer's input that are not channels: (N, T) for an input (N, C, T) or (N, T, C), or
+    (N,) to leave out whole samples. What the layers compute does not depend on it. Goes around the forward pass (with checkpoints, the
+    backward pass too). A layer whose input has another length, after a stride for instance, raises ValueError.
+    """
+    layers = list(layers_of(model).values())
+    before = [layer.run.mask for layer in layers]
+    for layer in layers:
+        layer.run.mask = mask
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.run.mask = old

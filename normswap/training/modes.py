@@ -1,0 +1,41 @@
+"""How the layers of a converted model train: set once, after the swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from normswap import stepping
+from normswap.batchless import AUXES, MOMENTUM, Aux, BatchlessNorm
+from normswap.errors import UsageError
+from normswap.numerics import STATS, Stats
+from normswap.plan import Swap
+
+
+def check(aux: str, stats: str) -> None:
+    """Raise UsageError for a word that is none of the known ones."""
+    for name, value, known in (("aux", aux, AUXES), ("stats", stats, STATS)):
+        if value not in known:
+            raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+
+def prepare(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux: Aux, stats: Stats) -> None:
+    """Set how the new BatchlessNorm layers of `model` train. Those that `original` had keep what they have.
+
+    A layer takes the momentum of the layer that it was made from (where that is None, a cumulative average, BatchNorm's default), and the
+    number of its calls in one forward pass.
+    """
+    known = {name for name, module in original.named_modules() if isinstance(module, BatchlessNorm)}
+    calls = {swap.name: swap.calls for swap in swaps}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BatchlessNorm) or name in known:
+            continue
+        layer.aux, layer.stats = aux, stats
+        momentum = None if layer.source is None else layer.source.attributes.get("momentum")
+        layer.momentum = float(momentum) if isinstance(momentum, (int, float)) else MOMENTUM
+        if name not in calls and isinstance(model, fx.GraphModule):  # made from functional calls, which had no mode of their own
+            calls[name] = sum(node.op == "call_module" and node.target == name for node in model.graph.nodes)
+            layer.training = model.training
+        layer.calls = calls.get(name) or 1
+        stepping.watch(layer)

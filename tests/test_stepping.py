@@ -1,0 +1,505 @@
+"""How the statistics step with an optimizer, and what is noticed when it was not told something."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normswap
+from normswap.batchless import BatchlessNorm
+from normswap.errors import UsageError
+from normswap.numerics import STD_FORMS, StdForm
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+
+
+class Net(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.norm = BatchlessNorm(3, aux=options.pop("aux", "auto"), **options)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).mean(2))  # type: ignore[no-any-return]
+
+    def loss(self, x: Tensor) -> Tensor:
+        loss = self(x).square().mean()
+        return loss + normswap.aux_loss(self) if self.norm.aux == "explicit" else loss
+
+
+def batches(mean: float, std: float, n: int = 300, size: int = 16) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(n):
+        yield torch.randn(size, 3, 8, generator=generator) * std + mean
+
+
+def train(net: Net, optimizer: torch.optim.Optimizer, data: Iterator[Tensor]) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        net.loss(x).backward()
+        optimizer.step()
+
+
+def statistics(net: Net) -> tuple[Tensor, Tensor]:
+    mean, std = net.norm.statistics()
+    return mean.detach().clone(), std.detach().clone()
+
+
+def assert_tracks(net: Net, mean: float, std: float) -> None:
+    m, s = statistics(net)
+    assert float((m - mean).abs().max()) < 0.1 * std
+    assert float((s - std).abs().max()) < 0.1 * std
+
+
+OPTIMIZERS: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
+    (SGD, {"lr": 0.01, "momentum": 0.9}),
+    (SGD, {"lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (SGD, {"lr": 0.0}),
+    (ADAMW, {"lr": 1e-3}),
+    (ADAMW, {"lr": 1e-3, "weight_decay": 0.5, "amsgrad": True}),
+    (ADAMW, {"lr": 1e-3, "fused": True}),
+    (torch.optim.Adam, {"lr": 1e-2, "foreach": True}),
+    (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.9}),
+    (torch.optim.Adagrad, {"lr": 1e-2}),
+    (torch.optim.Adadelta, {}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.Adamax, {}),
+    (torch.optim.ASGD, {}),
+    (torch.optim.Rprop, {}),
+]
+
+
+# --- the running averages of BatchNorm ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std_form", STD_FORMS)
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 0.0])
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_the_statistics_are_batch_norms_running_averages(aux: Any, momentum: float, std_form: StdForm) -> None:
+    """Step for step, in float64: its mean, and its variance around the mean so far, plus eps. Whatever the optimizer does."""
+    net = Net(aux=aux, momentum=momentum, std=std_form, dtype=torch.float64)
+    net.head.double()
+    optimizer = ADAMW(normswap.param_groups(net, lr=0.1, weight_decay=0.3))
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for x in batches(3.0, 2.0, 12):
+        x = x.double()
+        square = (x - mean.view(3, 1)).square().mean((0, 2)) + 1e-5
+        mean, var = (1 - momentum) * mean + momentum * x.mean((0, 2)), (1 - momentum) * var + momentum * square
+        train(net, optimizer, iter([x]))
+        m, s = statistics(net)
+        torch.testing.assert_close(m, mean, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(s.square(), var, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 10.0), (0.0, 0.01)])
+@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
+def test_param_groups_track(cls: Any, options: dict[str, Any], mean: float, std: float) -> None:
+    net = Net()
+    rest = {name: value for name, value in options.items() if name not in ("lr", "weight_decay")}
+    groups = normswap.param_groups(net, lr=options.get("lr", 1e-3), weight_decay=options.get("weight_decay", 0.0))
+    train(net, cls(groups, **rest), batches(mean, std))
+    assert_tracks(net, mean, std)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 10.0), (0.0, 0.01)])
+@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS[:6])
+def test_so_does_the_loop_of_a_user_who_never_heard_of_it(cls: Any, options: dict[str, Any], mean: float, std: float) -> None:
+    net = Net()
+    train(net, cls(net.parameters(), **options), batches(mean, std))
+    assert_tracks(net, mean, std)
+
+
+def test_plain_sgd_by_hand_is_the_average_to_first_order() -> None:
+    """No optimizer of torch, so nothing steps by itself: the gradient is that of the average, at lr = momentum."""
+    net, x = Net(dtype=torch.float64), torch.randn(5, 3, 8, dtype=torch.float64) * 1.01 + 0.01
+    net.head.double()
+    net.loss(x).backward()
+    with torch.no_grad():
+        for p in (net.norm.mean, net.norm.std_parameter):
+            p -= 0.1 * p.grad  # type: ignore[operator]
+    m, s = statistics(net)
+    torch.testing.assert_close(m, 0.1 * x.mean((0, 2)), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(s.square(), 0.9 + 0.1 * (x.square().mean((0, 2)) + 1e-5), rtol=0, atol=1e-3)
+
+
+def test_a_dead_channel_keeps_a_std() -> None:
+    """Its variance goes to eps, as BatchNorm's does, and not to 0."""
+    net = Net()
+    train(net, SGD(net.parameters(), 0.01), iter([torch.zeros(4, 3, 8)] * 300))
+    torch.testing.assert_close(statistics(net)[1], torch.full((3,), 1e-5).sqrt())
+
+
+def test_many_calls_before_one_step_do_not_break_the_variance() -> None:
+    net = Net()
+    x = torch.randn(4, 3, 8) * 1e-3
+    sum(net.loss(x) for _ in range(40)).backward()  # type: ignore[union-attr, arg-type]
+    SGD(net.parameters(), 0.01).step()
+    assert bool(torch.isfinite(statistics(net)[1]).all())
+
+
+def test_a_schedule_does_not_reach_the_statistics() -> None:
+    net = Net()
+    optimizer = SGD(normswap.param_groups(net, lr=0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    head = net.head.weight.detach().clone()
+    for x in batches(100.0, 10.0):
+        train(net, optimizer, iter([x]))
+        schedule.step()
+    assert torch.equal(net.head.weight, head)
+    assert_tracks(net, 100.0, 10.0)
+
+
+def test_the_optimizer_keeps_nothing_of_the_statistics_and_grad_comes_back() -> None:
+    net = Net()
+    optimizer = ADAMW(net.parameters(), lr=0.1)
+    net.loss(torch.randn(4, 3, 8)).backward()
+    before = copy.deepcopy(net.norm.mean.grad)
+    optimizer.step()
+    assert net.norm.mean.grad is not None
+    assert torch.equal(net.norm.mean.grad, before)  # type: ignore[arg-type]
+    assert net.norm.mean not in optimizer.state
+    assert net.head.weight in optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_closures() -> None:
+    """The gradients come when step calls the closure (Lightning does so always)."""
+    found = []
+    for positional in (True, False, None):
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for x in batches(3.0, 2.0, 4):
+
+            def closure(x: Tensor = x, net: Net = net, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = net.loss(x)
+                loss.backward()
+                return loss
+
+            if positional is None:
+                closure()
+                optimizer.step()
+            else:
+                loss = optimizer.step(closure) if positional else optimizer.step(closure=closure)
+                assert isinstance(loss, Tensor)
+        found.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_an_optimizer_whose_step_calls_that_of_its_parent() -> None:
+    class Mine(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    found = []
+    for cls in (SGD, Mine):
+        net = Net()
+        train(net, cls(net.parameters(), lr=0.0), batches(3.0, 2.0, 5))
+        found.append(statistics(net))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_statistics_that_no_optimizer_holds_stay() -> None:
+    net = Net()
+    train(net, SGD(net.head.parameters(), lr=0.1), batches(3.0, 2.0, 5))
+    assert torch.equal(statistics(net)[0], torch.zeros(3))
+
+
+def test_one_frozen_statistic() -> None:
+    net = Net()
+    net.norm.mean.requires_grad_(False)
+    train(net, SGD(net.parameters(), lr=0.1), batches(3.0, 2.0, 50))
+    m, s = statistics(net)
+    assert torch.equal(m, torch.zeros(3))
+    torch.testing.assert_close(s, torch.full((3,), 13.0).sqrt(), rtol=0.1, atol=0)
+
+
+def test_aux_none_leaves_everything_to_the_optimizer() -> None:
+    net, x = Net(aux="none"), torch.randn(4, 3, 8)
+    (net(x).sum() + net.norm.nll(x)).backward()
+    expected = net.norm.mean.detach() - 0.5 * net.norm.mean.grad  # type: ignore[operator]
+    SGD(net.parameters(), lr=0.5).step()
+    torch.testing.assert_close(net.norm.mean.detach(), expected)
+
+
+# --- what was not said is noticed --------------------------------------------------------------------------------------------------------
+
+ACCUMULATED = r"more backward passes have reached .* Say normswap\.attach\(model, accumulate=\.\.\.\)"
+SCALED = r"a GradScaler that normswap was not told of .* Say normswap\.attach\(model, scaler=\.\.\.\)"
+CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the others only"
+UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(model, lr=\.\.\.\)'
+FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
+
+
+def one_step(net: Net, *, k: int = 1, scaler: Any = None, optimizer: Any = None, clip: bool = False, unscale: bool = False) -> None:
+    optimizer = optimizer or SGD(net.parameters(), lr=0.0)
+    (x,) = batches(3.0, 2.0, 1)
+    for part in x.chunk(k):
+        loss = net.loss(part) / k
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(net.head.parameters() if clip == "head" else net.parameters(), 1.0)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_that_was_not_told_of(set_to_none: bool) -> None:
+    told, silent = Net(), Net()
+    silent.load_state_dict(told.state_dict())
+    normswap.attach(told, accumulate=4)
+    for net in (told, silent):
+        optimizer = SGD(net.parameters(), lr=0.0)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        for _ in range(2):
+            if net is told:
+                one_step(net, k=4, optimizer=optimizer)
+            else:
+                with pytest.warns(UserWarning, match=ACCUMULATED):
+                    one_step(net, k=4, optimizer=optimizer)
+    torch.testing.assert_close(statistics(silent), statistics(told))
+
+
+def test_an_incomplete_accumulation_is_as_the_loss_has_it() -> None:
+    net = Net()
+    normswap.attach(net, accumulate=4)
+    one_step(net, k=2)  # the loop divides by 2 here; in its last window it would by 4
+    torch.testing.assert_close(statistics(net)[0], torch.full((3,), 0.15), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_passes_are_counted_from_the_last_gradient(aux: str) -> None:
+    """Another model's loss goes through this one (a GAN's generator), and its gradient is thrown away."""
+    net = Net(aux=aux)
+    for _ in range(3):
+        net.loss(torch.randn(4, 3, 8)).backward()
+        net.zero_grad()
+        one_step(net)
+
+
+SCALERS = [
+    (SGD, {}, False),
+    (SGD, {}, True),
+    (ADAMW, {}, False),
+    (ADAMW, {"fused": True}, False),
+    (ADAMW, {"fused": True}, True),
+    (SGD, {"fused": True}, False),
+]
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
+def test_a_grad_scaler(cls: Any, options: dict[str, Any], unscale: bool, attached: bool) -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    optimizer = cls(net.parameters(), lr=0.0, **options)
+    if attached:
+        normswap.attach(net, scaler=scaler)
+        one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
+    else:
+        with pytest.warns(UserWarning, match=SCALED):
+            one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_and_accumulation() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=SCALED):
+        one_step(net, k=4, scaler=scaler)
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_another_scaler_than_the_one_it_was_told_of() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    normswap.attach(net, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.warns(UserWarning, match=SCALED):
+        one_step(net, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
+def test_a_step_that_the_scaler_skips(cls: Any, options: dict[str, Any], unscale: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    normswap.attach(net, scaler=scaler)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = cls(net.parameters(), lr=0.1, **options)
+    scaler.scale(net.loss(torch.randn(4, 3, 8)) * float("inf")).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_the_statistics_too(scaled: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    if scaler:
+        normswap.attach(net, scaler=scaler)
+    with pytest.warns(UserWarning, match=CHANGED):
+        one_step(net, clip=True, scaler=scaler, unscale=scaled)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_the_others_only(scaled: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    if scaler:
+        normswap.attach(net, scaler=scaler)
+    optimizer = SGD(normswap.param_groups(net, lr=0.1))
+    one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)  # type: ignore[arg-type]
+
+
+def test_raw_statistics_given_like_any_weight() -> None:
+    with pytest.warns(UserWarning, match=UNGROUPED):
+        one_step(Net(stats="raw"))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_raw_statistics_in_their_group_are_the_optimizers(k: int) -> None:
+    net = Net(stats="raw")
+    optimizer = SGD(normswap.param_groups(net, lr=0.5, weight_decay=0.1), momentum=0.9)
+    before = net.norm.mean.detach().clone()
+    (x,) = batches(3.0, 2.0, 1)
+    if k > 1:
+        with pytest.warns(UserWarning, match=ACCUMULATED):
+            one_step(net, k=k, optimizer=optimizer)
+    else:
+        one_step(net, optimizer=optimizer)
+    torch.testing.assert_close(net.norm.mean.detach(), before + 0.5 * x.mean((0, 2)) / 3)
+
+
+def test_an_explicit_term_that_nobody_reads() -> None:
+    net = Net(aux="explicit")
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net(torch.randn(4, 3, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=FORGOTTEN):
+        optimizer.step()
+    one_step(net)
+
+
+def test_the_warning_is_shown_once_by_default() -> None:
+    net = Net()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        for _ in range(3):
+            one_step(net, k=2)
+    assert len(caught) == 1
+
+
+# --- parameter groups --------------------------------------------------------------------------------------------------------------------
+
+
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3, momentum=0.03), nn.BatchNorm2d(3, momentum=None)
+    )
+    model[0].weight.requires_grad_(False)
+    return normswap.convert(model.eval(), torch.randn(2, 2, 6, 7)).model.train()
+
+
+def test_every_trainable_parameter_exactly_once() -> None:
+    model = converted()
+    groups = normswap.param_groups(model, lr=0.3, weight_decay=0.01)
+    given = [p for group in groups for p in group["params"]]
+    assert len(given) == len({id(p) for p in given})
+    assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert [(g["lr"], g["weight_decay"], g.get("momentum"), g.get("normswap"), len(g["params"])) for g in groups] == [
+        (0.3, 0.01, None, None, 1),
+        (0.3, 0.0, None, None, 8),
+        (0.03, 0.0, 0.0, "statistics", 2),
+        (0.1, 0.0, 0.0, "statistics", 4),
+    ]
+
+
+def test_no_decay_reaches_a_norm() -> None:
+    model = converted()
+    layers = [m for m in model.modules() if isinstance(m, BatchlessNorm)]
+    norms = {id(p) for layer in layers for p in layer.parameters()}
+    for group in normswap.param_groups(model, lr=0.3, weight_decay=0.01):
+        assert group["weight_decay"] == 0 or not {id(p) for p in group["params"]} & norms
+
+
+def test_tied_and_raw_parameters() -> None:
+    net = Net(stats="raw")
+    net.tied = net.head
+    groups = normswap.param_groups(net, lr=0.3)
+    assert [(len(g["params"]), g["lr"]) for g in groups] == [(1, 0.3), (3, 0.3), (2, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(2, 3), "Linear has no BatchlessNorm layer"),
+        (Net().requires_grad_(False), "Net has no parameter that requires a gradient"),
+    ],
+)
+def test_param_groups_refuses(model: nn.Module, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        normswap.param_groups(model, lr=0.1)
+
+
+# --- what a conversion sets and a directory keeps -----------------------------------------------------------------------------------------
+
+
+def test_a_layer_takes_the_momentum_of_its_source() -> None:
+    assert [m.momentum for m in converted().modules() if isinstance(m, BatchlessNorm)] == [0.1, 0.03, 0.1]
+
+
+def test_a_second_conversion_changes_nothing() -> None:
+    model = normswap.convert(nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3)).eval(), torch.randn(2, 2, 5), aux="explicit").model
+    again = normswap.convert(model, torch.randn(2, 2, 5)).model
+    assert again[1].aux == "explicit"
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3, momentum=0.05))
+
+    conversion = normswap.convert(factory().eval(), torch.randn(2, 2, 5), aux="explicit", stats="raw")
+    normswap.save(conversion, tmp_path / "it")
+    layer = normswap.load(tmp_path / "it", factory)[1]  # type: ignore[index]
+    assert (layer.aux, layer.stats, layer.momentum, layer.calls) == ("explicit", "raw", 0.05, 1)
+
+
+def test_trained_and_reverted() -> None:
+    """BatchNorm again, with the statistics that the training left: its running averages."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3)).eval().requires_grad_(False)
+    source[1].requires_grad_()
+    model = normswap.convert(source, torch.randn(2, 2, 5)).model.train()
+    x = torch.randn(16, 2, 50)
+    optimizer = SGD(normswap.param_groups(model, lr=0.0))
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            source.train()(x)
+    reverted = normswap.revert(model)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(reverted[1], name), getattr(source[1], name), rtol=2e-2, atol=1e-3)  # type: ignore[index]
