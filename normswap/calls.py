@@ -233,7 +233,9 @@ def _instance_norm(arguments: Arguments, channels: Callable[[], int]) -> nn.Modu
 def _with_statistics(cls: Callable[..., nn.Module], arguments: Arguments, channels: Callable[[], int]) -> nn.Module:
     mean, var = cast("list[Tensor | None]", [arguments.get(name) for name in ("running_mean", "running_var")])
     tracks = mean is not None and var is not None
-    layer: Any = cls(_size(arguments, channels), eps=arguments["eps"], affine=False, track_running_stats=tracks)
+    momentum = arguments.get("momentum")
+    kept = {"momentum": momentum} if isinstance(momentum, float) else {}  # how the swapped layer's statistics train
+    layer: Any = cls(_size(arguments, channels), eps=arguments["eps"], affine=False, track_running_stats=tracks, **kept)
     if mean is not None and var is not None:
         layer.running_mean, layer.running_var, layer.num_batches_tracked = mean.detach(), var.detach(), None
     return _with_affine(layer, arguments)

@@ -195,6 +195,8 @@ def convert_files(
                 std=std,
                 reestimate=reestimate,
                 progress=advance,
+                # A program is to load where there is no normswap, and without modes it cannot say that it is not for training.
+                aux="none" if isinstance(loaded.model, ExportedProgram) else "auto",
             )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies

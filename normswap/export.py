@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
+from normswap.injection import inject_operator
 from normswap.parity import Parity
 from normswap.sharing import shadow
 from normswap.versions import version_of
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from normswap.folding import Affine, Constants
+from normswap.folding import Affine, Constants
 
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
@@ -188,7 +189,7 @@ def _graph_of(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: bool
 ) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
     """(the graph, the names that its inputs and outputs should have, notes)."""
-    marks = {_mark_op(): _onnx_mark()}
+    marks = {_mark_op(): _onnx_mark(), inject_operator(): _onnx_identity()}
     choices = _dynamic_shapes(model, args, kwargs) if dynamic and isinstance(model, nn.Module) else [None]
     failures: list[Exception] = []
     for shapes in choices:
@@ -229,6 +230,14 @@ def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
         choices.append([i == same.index(True) for i in range(len(same))])
     return [pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure) for choice in choices] + [None]
+
+
+@functools.cache
+def _onnx_identity() -> Callable[..., Any]:
+    """What torch.onnx makes of the auxiliary term of an exported program, which is for training: its first argument, as it is."""
+    from onnxscript import opset20
+
+    return lambda shift, *rest, **options: opset20.Identity(shift)
 
 
 @functools.cache

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap import stepping
+
 OP = "normswap::inject"
+
+
+def inject_operator() -> Any:
+    """The operator that stands for the term in an exported graph. In eval mode there is none."""
+    return torch.ops.normswap.inject.default
 
 
 class _Injected(torch.autograd.Function):
@@ -70,7 +77,9 @@ def _(shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parame
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[3], inputs[4])
+    _, mean, parameter, by_mean, by_parameter, form, stats, rate = inputs
+    stepping.adopt(mean, parameter, form, stats, rate)
+    ctx.save_for_backward(by_mean, by_parameter)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

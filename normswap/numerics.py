@@ -132,7 +132,8 @@ def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, 
     widest of the dtypes, at least float32.
     """
     axes = [axis for axis, size in enumerate(mean.shape) if size == 1]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
+    # torch.promote_types would leave an operator in an exported graph
+    dtype = torch.float64 if torch.float64 in (x.dtype, mean.dtype) else torch.float32
     mean, std = mean.detach().to(dtype), std.detach().to(dtype)
     if x.numel() == 0:
         return torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)

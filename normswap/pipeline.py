@@ -175,6 +175,11 @@ def attempt(
             "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
         )
     modes.check(aux, stats)
+    if aux == "explicit" and isinstance(model, ExportedProgram):
+        raise UsageError(
+            'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
+            hint='aux="auto" puts the term into the graph',
+        )
     approximate = approximate or max_drift is not None
     if reestimate == "adapt" and not approximate:
         raise UsageError(

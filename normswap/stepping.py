@@ -25,8 +25,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap import numerics
 from normswap.errors import UsageError
@@ -83,17 +85,40 @@ class Layer(Protocol):
     """What a layer with statistics shows of them. A BatchlessNorm, or the statistics in the graph of an exported program."""
 
     run: Run
-    mean: nn.Parameter
     std: StdForm
     aux: Any
     stats: Any
     momentum: float
 
     @property
+    def mean(self) -> nn.Parameter: ...
+    @property
     def std_parameter(self) -> nn.Parameter: ...
 
 
+class InGraph:
+    """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
+
+    aux: Any = "auto"
+
+    def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
+        self._parameters = weakref.ref(mean), weakref.ref(parameter)
+        self.std: StdForm = form
+        self.stats: Any = stats
+        self.momentum = momentum
+        self.run = Run()
+
+    @property
+    def mean(self) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[0]())
+
+    @property
+    def std_parameter(self) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[1]())
+
+
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
+_adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> InGraph, which lives as long as it does
 _hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
@@ -107,6 +132,17 @@ def watch(layer: Layer) -> None:
     _live.add(layer)
     if layer.aux == "auto":
         watch_passes(layer)
+
+
+def adopt(mean: Tensor, parameter: Tensor, form: str, stats: str, rate: float) -> InGraph | None:
+    """Let the statistics of an exported program step with the optimizer that holds them. None if these are not parameters."""
+    if not isinstance(mean, nn.Parameter) or not isinstance(parameter, nn.Parameter) or isinstance(mean.data, FakeTensor):
+        return None
+    if mean not in _adopted:
+        layer = InGraph(mean, parameter, cast(StdForm, form), stats, rate)
+        _adopted[mean] = layer
+        watch(layer)
+    return cast(InGraph, _adopted[mean])
 
 
 @functools.cache

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from normswap import stepping
+from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
+from normswap.injection import inject_operator
 from normswap.stepping import MARK, STATISTICS
 from normswap.training.loss import layers_of
 
@@ -25,7 +27,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     Raises UsageError if the model has no BatchlessNorm layer.
     """
     rates: dict[nn.Parameter, float] = {}
-    for layer in layers_of(model).values():
+    for layer in _in_graph(model) or layers_of(model).values():
         if layer.aux == "auto":
             stepping.watch_passes(layer)
         for parameter in (layer.mean, layer.std_parameter):
@@ -43,3 +45,15 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     if not groups:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient", hint="nothing to train: requires_grad_(True)")
     return groups
+
+
+def _in_graph(model: nn.Module) -> list[stepping.Layer]:
+    """The statistics that the graph of an exported program names, if `model` is the module of one."""
+    found: list[stepping.Layer] = []
+    if isinstance(model, fx.GraphModule) and not any(isinstance(module, BatchlessNorm) for module in model.modules()):
+        for node in model.graph.nodes:
+            if node.target is inject_operator():
+                mean, parameter = (model.get_parameter(node.args[i].target) for i in (1, 2))
+                layer = stepping.adopt(mean, parameter, *node.args[5:])
+                found += [layer] if layer is not None else []
+    return found

@@ -20,7 +20,10 @@ def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
         raise UsageError(f"a {type(model).__name__} has no layers", hint="give the model: conversion.model, or program.module()")
     found = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
     if not found:
-        raise UsageError(f"{type(model).__name__} has no BatchlessNorm layer", hint="normswap.convert(model).model has")
+        raise UsageError(
+            f"{type(model).__name__} has no BatchlessNorm layer",
+            hint="normswap.convert(model).model has; in the module of an exported program the term is a part of the graph",
+        )
     return found
 
 

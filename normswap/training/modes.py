@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import fx, nn
+from torch import nn
 
 from normswap import stepping
 from normswap.batchless import AUXES, MOMENTUM, Aux, BatchlessNorm
@@ -34,8 +34,5 @@ def prepare(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux
         layer.aux, layer.stats = aux, stats
         momentum = None if layer.source is None else layer.source.attributes.get("momentum")
         layer.momentum = float(momentum) if isinstance(momentum, (int, float)) else MOMENTUM
-        if name not in calls and isinstance(model, fx.GraphModule):  # made from functional calls, which had no mode of their own
-            calls[name] = sum(node.op == "call_module" and node.target == name for node in model.graph.nodes)
-            layer.training = model.training
         layer.calls = calls.get(name) or 1
         stepping.watch(layer)
