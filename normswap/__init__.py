@@ -38,16 +38,20 @@ if TYPE_CHECKING:
     from normswap.sensitivity import Sensitivity as Sensitivity
     from normswap.sensitivity import sensitivity as sensitivity
     from normswap.swap import revert as revert
+    from normswap.training.groups import norm_keys as norm_keys
     from normswap.training.groups import param_groups as param_groups
     from normswap.training.loss import attach as attach
     from normswap.training.loss import aux_loss as aux_loss
     from normswap.training.loss import masked as masked
+    from normswap.training.micro import MicroBatches as MicroBatches
+    from normswap.training.micro import backward_in_micro_batches as backward_in_micro_batches
 
 _HOMES = {
     "BatchlessNorm": "batchless",
     "Conversion": "pipeline",
     "DEFAULT_RULES": "rules",
     "Export": "export",
+    "MicroBatches": "training.micro",
     "NormswapError": "errors",
     "Parity": "parity",
     "ParityError": "errors",
@@ -61,10 +65,12 @@ _HOMES = {
     "batchless_from_statistics": "rules.own",
     "attach": "training.loss",
     "aux_loss": "training.loss",
+    "backward_in_micro_batches": "training.micro",
     "convert": "pipeline",
     "export_onnx": "commands",
     "load": "commands",
     "masked": "training.loss",
+    "norm_keys": "training.groups",
     "param_groups": "training.groups",
     "plan": "pipeline",
     "revert": "swap",

@@ -271,7 +271,7 @@ class BatchlessNorm(nn.Module):
         return _injected(x, shift, mean, std, parameter, run.mask, run.scale, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        share = 1 / self.calls if self.stats == "natural" else 1.0
+        share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)
         return {
             "sizes": self.sizes,
             "axes": self.channel_axis,
@@ -280,7 +280,7 @@ class BatchlessNorm(nn.Module):
             "reduction": self.reduction,
             "rate": self.momentum,
             "eps": EPS if self.source is None else self.source.eps,
-            "share": share / self.run.accumulate,
+            "share": share,
         }
 
     def nll(self, x: Tensor, *, gauge: bool = True) -> Tensor:

@@ -67,7 +67,8 @@ class Passes:
 
 @dataclass
 class Run:
-    """scaler, scale, accumulate: what `attach` was told. mask: which positions of the input count.
+    """scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
+    micro-batches of unequal size are run. mask: which positions of the input count.
 
     terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto".
     """
@@ -75,6 +76,7 @@ class Run:
     scaler: GradScaler | None = None
     scale: Tensor | None = None
     accumulate: int = 1
+    share: float = 1.0
     mask: Tensor | None = None
     terms: list[Term] = field(default_factory=list)
     read: bool = True

@@ -1,10 +1,11 @@
-"""Parameter groups for any optimizer of torch."""
+"""Which parameters are which: groups for any optimizer of torch, keys for federated training."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from normswap import stepping
 from normswap.batchless import BatchlessNorm
@@ -45,6 +46,20 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
     if not groups:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient", hint="nothing to train: requires_grad_(True)")
     return groups
+
+
+def norm_keys(model: nn.Module) -> list[str]:
+    """The state-dict keys of every BatchlessNorm of `model`, and of every BatchNorm that is left, under all their names.
+
+    For federated training that keeps the norms of each client local (FedBN): by class, so that no layer is missed for its name. Those of an
+    activation inside such a layer are not among them.
+    """
+    keys = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (BatchlessNorm, _NormBase)):
+            keys += [f"{name}.{key}" if name else key for key in (*module._parameters, *module._buffers)]
+    found = set(keys)
+    return [key for key in model.state_dict() if key in found]
 
 
 def _in_graph(model: nn.Module) -> list[stepping.Layer]:

@@ -82,7 +82,7 @@ def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: in
         raise UsageError(f"scaler is a {type(scaler).__name__}; expected a torch.amp.GradScaler")
     for layer in layers:
         run = layer.run
-        run.scaler, run.accumulate, run.scale = scaler, accumulate, None
+        run.scaler, run.scale, run.accumulate, run.share = scaler, None, accumulate, 1 / accumulate
         if scaler is not None and scaler.is_enabled():
             # A scaler makes the tensor that holds its scale when it is first used, and changes it in place from then on.
             scaler.scale(torch.zeros(1, device=layer.mean.device))

@@ -1,0 +1,109 @@
+"""A large batch in micro-batches: the same gradient, a part of the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.errors import UsageError
+from normswap.training.loss import layers_of
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What `backward_in_micro_batches` did.
+
+    loss    of the whole batch, without a history       sizes  samples of each micro-batch, in order
+    activation_bytes   the most that autograd kept for one backward pass, besides the parameters, the buffers and the batch
+    """
+
+    loss: Tensor
+    sizes: tuple[int, ...]
+    activation_bytes: int
+
+
+def backward_in_micro_batches(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    *batch: Tensor,
+    size: int | None = None,
+    max_bytes: int | None = None,
+    scaler: GradScaler | None = None,
+) -> MicroBatches:
+    """Add the gradient of `loss(*batch)` to the parameters of `model`, a micro-batch at a time.
+
+        result = normswap.backward_in_micro_batches(model, lambda x, y: cross_entropy(model(x), y), images, labels, max_bytes=2**30)
+        optimizer.step()
+
+    loss: takes the same rows of each tensor of `batch`, and is a mean over samples (with aux="explicit", plus `aux_loss(model)`). A
+    micro-batch counts as its share of the samples, so they need not divide the batch. Give its size, or max_bytes: the most that autograd
+    may keep for one backward pass. The first micro-batch is then one sample, and the others are as large as it lets them be. scaler: the
+    GradScaler that `attach` was told of.
+
+    This is the gradient of the whole batch up to rounding, as no layer mixes samples; a BatchNorm in train mode does, and is warned of.
+    A DistributedDataParallel model is synchronised once, in the last one.
+
+    Raises UsageError unless there is one of size and max_bytes and a batch, and if one sample needs more than max_bytes.
+    """
+    if not batch or any(not isinstance(t, Tensor) or t.dim() == 0 or len(t) != len(batch[0]) for t in batch) or not len(batch[0]):
+        raise UsageError("a batch is one or more tensors with the same number of samples, at least one, in dimension 0")
+    if (size is None) == (max_bytes is None) or (size if max_bytes is None else max_bytes) < 1:  # type: ignore[operator]
+        raise UsageError(f"size is {size} and max_bytes is {max_bytes}; expected one of them, at least 1")
+    mixing = next((name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training), None)
+    if mixing is not None:
+        warnings.warn(f"{mixing or 'the model'} is a BatchNorm in train mode: it sees one micro-batch at a time", UserWarning, stacklevel=2)
+    runs = [layer.run for layer in layers_of(model).values()]
+    before = [(run.share, run.passes.count if run.passes is not None else 0) for run in runs]
+    total, done, most = len(batch[0]), 0, 0
+    losses: list[Tensor] = []
+    sizes: list[int] = []
+    try:
+        while done < total:
+            rows = slice(done, done + (size or 1))
+            part = [t[rows] for t in batch]
+            share = len(part[0]) / total
+            for run, (whole, _) in zip(runs, before, strict=True):
+                run.share = whole * share
+            last = rows.stop >= total
+            with contextlib.nullcontext() if last else getattr(model, "no_sync", contextlib.nullcontext)():
+                with _counted((*model.parameters(), *model.buffers(), *batch)) as kept:
+                    value = loss(*part) * share
+                most = max(most, sum(kept.values()))
+                if max_bytes is not None and most > max_bytes and not sizes:
+                    raise UsageError(f"one sample keeps {most} bytes for backward, more than max_bytes = {max_bytes}")
+                (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
+            if size is None and max_bytes is not None:
+                size = max_bytes // max(most, 1) or 1
+            losses.append(value.detach())
+            sizes.append(len(part[0]))
+            done += len(part[0])
+    finally:
+        for run, (share, passes) in zip(runs, before, strict=True):
+            run.share = share
+            if run.passes is not None:  # all of them are one pass of the whole batch
+                run.passes.count = min(run.passes.count, passes + 1)
+    return MicroBatches(torch.stack(losses).sum(), tuple(sizes), most)
+
+
+@contextlib.contextmanager
+def _counted(besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """storage -> bytes of everything that autograd keeps meanwhile, besides these tensors, which are there anyway."""
+    own = {t.untyped_storage()._cdata for t in besides}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
