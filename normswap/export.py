@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-from normswap.folding import Affine, Constants
+    from normswap.folding import Affine, Constants
 
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself

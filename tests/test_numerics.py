@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from normswap import numerics
 from normswap.numerics import (
     STD_FORMS,
     TINY,
@@ -177,3 +179,106 @@ def test_axes_shape(sizes: tuple[int, ...], axes: tuple[int, ...], ndim: int, sh
 def test_axes_that_a_tensor_does_not_have(axes: tuple[int, ...], ndim: int) -> None:
     with pytest.raises(ValueError, match="not distinct ascending axes of a"):
         axes_shape((3,) * len(axes), axes, ndim)
+
+
+# --- the gradients of the statistics -----------------------------------------------------------------------------------------------------
+
+
+def _misfit_case(*sizes: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(5, 3, 4, 2, dtype=torch.float64) * 2 + offset
+    return x, torch.randn(sizes, dtype=torch.float64) + offset, torch.rand(sizes, dtype=torch.float64) + 0.3
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1), (5, 3, 4, 2), (1, 1, 4, 1)])
+def test_misfit_is_the_two_moments(sizes: tuple[int, ...]) -> None:
+    x, mean, std = _misfit_case(*sizes)
+    d, r, f = numerics.misfit(x, mean, std, eps=1e-3)
+    axes = [axis for axis, size in enumerate(sizes) if size == 1]
+    m = x.mean(axes, keepdim=True) if axes else x
+    square = (x - mean).square().mean(axes, keepdim=True) if axes else (x - mean).square()
+    for found, expected in ((d, m - mean), (r, square / std**2 - 1), (f, 1e-3 / std**2)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_misfit_far_from_zero_loses_nothing() -> None:
+    """A variance of 1 around a mean of a million: mean(x^2) - mean(x)^2 would have no digit left in float32."""
+    x = torch.randn(1000, 2) + 1e6
+    d, r, _ = numerics.misfit(x, torch.full((1, 2), 1e6), torch.ones(1, 2))
+    exact = x.double() - 1e6
+    torch.testing.assert_close(d.double(), exact.mean(0, keepdim=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(r.double(), exact.square().mean(0, keepdim=True) - 1, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_misfit_of_half_precision_is_taken_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(64, 3, 50) + 300).to(dtype)
+    found = numerics.misfit(x, torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
+    wide = numerics.misfit(x.float(), torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, wide, strict=True))
+
+
+def test_misfit_under_a_mask_is_that_of_what_counts() -> None:
+    x, mean, std = _misfit_case(1, 3, 1, 1)
+    keep = torch.tensor([True, False, True, False, False]).view(5, 1, 1, 1)
+    found = numerics.misfit(x, mean, std, keep, eps=1e-3)
+    for a, b in zip(found, numerics.misfit(x[keep.flatten()], mean, std, eps=1e-3), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", STD_FORMS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_raw_gradients_are_those_of_the_nll(form: StdForm, reduction: Any) -> None:
+    x, mean, _ = _misfit_case(1, 3, 1, 1)
+    mean.requires_grad_()
+    parameter = torch.tensor([-0.7, 0.4, 1.3], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
+    std = numerics.std_of(parameter, form)
+    numerics.gaussian_nll(x, mean, std, reduction=reduction).backward()
+    d, r, f = numerics.misfit(x, mean, std, eps=1e-3)
+    found = numerics.nll_gradients(d, r, f, std.detach(), parameter.detach(), form, stats="raw", reduction=reduction)
+    torch.testing.assert_close(found[0], mean.grad, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found[1], parameter.grad, rtol=1e-11, atol=1e-12)
+    expected = numerics.gaussian_nll(x, mean, std, reduction=reduction)
+    torch.testing.assert_close(numerics.gaussian_nll_of(r, reduction=reduction), expected.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("form", STD_FORMS)
+def test_natural_is_raw_times_the_inverse_fisher_information(form: StdForm, sign: int) -> None:
+    """In the coordinates of the stored parameter: F = 2 / (dp/dlog std)^2."""
+    x, mean, _ = _misfit_case(1, 3, 1, 1)
+    parameter = sign * torch.tensor([0.7, 0.4, 1.3], dtype=torch.float64).view(1, 3, 1, 1)
+    std = numerics.std_of(parameter, form)
+    d, r, _ = numerics.misfit(x, mean, std)
+    zero = torch.zeros_like(d)
+    raw = numerics.nll_gradients(d, r, zero, std, parameter, form, stats="raw", reduction="sum")
+    natural = numerics.nll_gradients(d, r, zero, std, parameter, form, stats="natural")
+    slope = numerics.slope_of_log(parameter, form)
+    torch.testing.assert_close(natural[0], raw[0] * std**2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(natural[1], raw[1] * slope**2 / 2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("form", STD_FORMS)
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.9])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_a_natural_step_is_the_running_average(form: StdForm, rate: float, offset: float, sign: int) -> None:
+    """However far the input is from the statistics: a step to first order would take the exponential of it."""
+    x, mean, std = _misfit_case(1, 3, 1, 1, offset=offset)
+    mean = mean - offset
+    parameter = numerics.parameter_of(std, form) * (1 if form == "log" else sign)
+    std = numerics.std_of(parameter, form)
+    gradients = numerics.nll_gradients(*numerics.misfit(x, mean, std, eps=1e-3), std, parameter, form, stats="natural")
+    stepped, parameter = numerics.natural_step(mean, parameter, *gradients, form, rate)
+    square = (x - mean).square().mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(stepped, (1 - rate) * mean + rate * x.mean((0, 2, 3), keepdim=True), rtol=1e-11, atol=1e-12)
+    after = numerics.std_of(parameter, form).square()
+    torch.testing.assert_close(after, (1 - rate) * std**2 + rate * (square + 1e-3), rtol=1e-9, atol=1e-10)
+
+
+def test_the_slope_is_never_zero() -> None:
+    zero = torch.zeros(2)
+    assert all(bool((numerics.slope_of_log(zero, form) != 0).all()) for form in STD_FORMS)
+    for form in STD_FORMS:
+        p = torch.tensor([-0.7, 0.4], dtype=torch.float64, requires_grad=True)
+        (by_p,) = torch.autograd.grad(numerics.std_of(p, form).log().sum(), p)
+        torch.testing.assert_close(numerics.slope_of_log(p.detach(), form), 1 / by_p, rtol=1e-10, atol=0)
