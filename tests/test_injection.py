@@ -382,9 +382,15 @@ def test_copies_after_a_forward_pass(aux: str) -> None:
 
 
 def test_a_copy_starts_without_what_the_run_was_told() -> None:
+    """A scaler can be neither copied nor pickled in the middle of an iteration, and is nobody's but the run's."""
     model = converted()
-    normswap.attach(model, accumulate=4)
-    clone = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu")
+    normswap.attach(model, scaler=scaler, accumulate=4)
+    with normswap.masked(model, torch.zeros(6, dtype=torch.bool)):
+        scaler.scale(loss_of(model)).backward()
+        scaler.unscale_(torch.optim.SGD(model.parameters(), lr=0.1))
+        clone = copy.deepcopy(model)
+        torch.save(model, io.BytesIO())
     loss_of(clone).backward()
     assert_close(grads(clone), reference(clone))
 

@@ -240,7 +240,9 @@ UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(mode
 FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
 
 
-def one_step(net: Net, *, k: int = 1, scaler: Any = None, optimizer: Any = None, clip: bool = False, unscale: bool = False) -> None:
+def one_step(
+    net: Net, *, k: int = 1, scaler: Any = None, optimizer: Any = None, clip: Any = False, unscale: bool = False, to_none: bool = True
+) -> None:
     optimizer = optimizer or SGD(net.parameters(), lr=0.0)
     (x,) = batches(3.0, 2.0, 1)
     for part in x.chunk(k):
@@ -255,7 +257,7 @@ def one_step(net: Net, *, k: int = 1, scaler: Any = None, optimizer: Any = None,
     else:
         scaler.step(optimizer)
         scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=to_none)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -265,13 +267,12 @@ def test_accumulation_that_was_not_told_of(set_to_none: bool) -> None:
     normswap.attach(told, accumulate=4)
     for net in (told, silent):
         optimizer = SGD(net.parameters(), lr=0.0)
-        optimizer.zero_grad(set_to_none=set_to_none)
         for _ in range(2):
             if net is told:
-                one_step(net, k=4, optimizer=optimizer)
+                one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
             else:
                 with pytest.warns(UserWarning, match=ACCUMULATED):
-                    one_step(net, k=4, optimizer=optimizer)
+                    one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
     torch.testing.assert_close(statistics(silent), statistics(told))
 
 
@@ -369,7 +370,7 @@ def test_clipping_the_others_only(scaled: bool) -> None:
     if scaler:
         normswap.attach(net, scaler=scaler)
     optimizer = SGD(normswap.param_groups(net, lr=0.1))
-    one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)  # type: ignore[arg-type]
+    one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)
 
 
 def test_raw_statistics_given_like_any_weight() -> None:
