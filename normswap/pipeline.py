@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.batchless import Aux
+from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
