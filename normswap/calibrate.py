@@ -362,7 +362,7 @@ def _record(site: _Site, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
 
 def _after(site: _Site) -> nn.Module | None:
     """The first module of the source's own that its normalized x goes through and that the layer keeps, if there is one."""
-    parts = [site.source._modules.get(name) for name in ("drop", "act")] if isinstance(site.layer, BatchlessNormAct) else []
+    parts = [site.source._modules.get(name) for name in ("drop", "act", "activation")] if isinstance(site.layer, BatchlessNormAct) else []
     return next((part for part in parts if part is not None), None)
 
 

@@ -289,3 +289,21 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     exact: Result = CliRunner().invoke(app, [str(a) for a in (*arguments[:4], "--no-onnx", "-o", tmp_path / "exact")])
     assert exact.exit_code == 0
     assert "position 0" not in exact.stdout
+
+
+def test_an_activation_of_any_customary_name_is_left_out_of_the_fit() -> None:
+    """timm calls it `act`, transformers `activation`: the same layer, so the same fit, to what is in front of the activation."""
+    from timm.layers.norm_act import GroupNormAct
+    from transformers.models.bit.modeling_bit import BitConfig, BitGroupNormActivation
+
+    found = []
+    for layer in (GroupNormAct(8, num_groups=2), BitGroupNormActivation(BitConfig(num_groups=2), 8)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), layer)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            nn.init.normal_(model[0].weight)
+        randomise(model, 0).eval()
+        conversion = normswap.convert(model, calibration=_data(16), approximate=True)
+        found.append((conversion.fits[0].error, conversion.model[1].weight, conversion.model[1].bias))
+    assert found[0][0] == pytest.approx(found[1][0])
+    torch.testing.assert_close(found[0][1:], found[1][1:])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 import normswap
 from benchmarks import libraries
 from benchmarks.libraries import Case, Suite
+from normswap.numerics import std_of_variance
+from normswap.plan import Plan
+from normswap.rules import batch_norm
 
 SUITES = {library: Suite(library) for library in libraries.LIBRARIES}
 
@@ -63,8 +68,15 @@ def test_model_converts_whole(library: str, family: str) -> None:
 
 
 class ByHand(nn.Module):
+    """Nothing that normswap looks for: a root of a sum, and of no mean."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class FunctionalNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
 def of(*layers: nn.Module) -> Case:
@@ -92,19 +104,36 @@ def test_a_norm_of_unknown_kind_is_noticed() -> None:
 
 
 def test_norms_that_the_plan_lacks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        libraries, "plan", lambda *a, **k: normswap.plan(*a, **k, rules=[r for r in normswap.DEFAULT_RULES if r.kind == "batch_norm"])
+    monkeypatch.setattr(libraries, "plan", lambda *args, **options: Plan((), (), "fx"))
+    assert findings_of(nn.LayerNorm(8), FunctionalNorm()).startswith(
+        "2 norms are not in the plan, 1 the first: LayerNorm; "
+        "a forward pass runs the kernels {'layer': 2} outside of the planned layers, the plan has {}"
     )
-    found = findings_of(nn.LayerNorm(8))
-    assert found.startswith("1 norms are not in the plan, 1 the first: LayerNorm; a forward pass runs the kernels {'layer': 1} outside")
 
 
-def test_a_batch_norm_that_is_kept_is_noticed() -> None:
-    class OwnForward(nn.BatchNorm1d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 1.0
+def test_calls_that_the_plan_counts_wrongly_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*args: Any, **options: Any) -> Plan:
+        decided = normswap.plan(*args, **options)
+        return replace(decided, swaps=tuple(replace(s, site=replace(s.site, calls=2)) for s in decided.swaps))
 
-    assert findings_of(OwnForward(5)).startswith("1 BatchNorms are not swapped exactly, 1 the first")
+    monkeypatch.setattr(libraries, "plan", twice)
+    assert findings_of(nn.LayerNorm(8)) == "1 norms are called another number of times, 1 1 and not 2"
+
+
+def test_a_batch_norm_that_is_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "plan", lambda *args, **options: normswap.plan(*args, **options, exclude=["1"]))
+    assert findings_of(nn.BatchNorm1d(5)).startswith("1 BatchNorms are not swapped exactly, 1 the first")
+
+
+def test_what_is_wrong_in_float64_too_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_norm.numerics, "std_of_variance", lambda var, eps: std_of_variance(var, eps * 1.001))
+    found = findings_of(nn.BatchNorm1d(5, eps=1e-2))
+    assert found.startswith("parity failed at 2 places, {'name': '1', ")
+    assert found.endswith(" in float64")
+
+
+def test_norms_in_code_are_held_against_the_plan() -> None:
+    assert findings_of(FunctionalNorm()) == ""
 
 
 def test_a_crash_and_a_timeout_cost_one_row() -> None:

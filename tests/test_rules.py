@@ -119,6 +119,13 @@ class TrainsNorm(FrozenByHand):
         return (x - x.mean((0, 2), keepdim=True)) if self.training else self.normalized(x)
 
 
+class EvaluatesNorm(FrozenByHand):
+    """The other way round: what it computes in train mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalized(x) if self.training else x.sin()
+
+
 class UpdatesNorm(FrozenByHand):
     def forward(self, x: Tensor) -> Tensor:
         y = self.normalized(x)
@@ -399,6 +406,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "a norm without parameters": ("unknown", NoForwardNorm, f"{__name__}.NoForwardNorm is not a normalization that normswap knows"),
     "a gate that is still off": ("unknown", GateStillOff, f"{__name__}.GateStillOff is not a normalization that normswap knows"),
     "not frozen": ("unknown", TrainsNorm, f"{__name__}.TrainsNorm is not a normalization that normswap knows"),
+    "not frozen in eval mode": ("unknown", EvaluatesNorm, f"{__name__}.EvaluatesNorm is not a normalization that normswap knows"),
     "not frozen, updates": ("unknown", UpdatesNorm, f"{__name__}.UpdatesNorm is not a normalization that normswap knows"),
     "frozen, and more": ("unknown", ResidualNorm, f"{__name__}.ResidualNorm is not a normalization that normswap knows"),
     "frozen, another formula": ("unknown", VarianceNorm, f"{__name__}.VarianceNorm is not a normalization that normswap knows"),

@@ -253,7 +253,7 @@ def _probe_fixed(module: nn.Module) -> float | None:
     known = {n: None if t is None else t.detach().cpu().double() for n, t in tensors.items()}
     for shape in ((3, len(mean), 4, 2), (3, len(mean), 5), (3, len(mean))):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        ys = [_run(m, module, x) for m in (bare.eval(), bare.train())]
+        ys = [_run(bare.train(mode), module, x) for mode in (False, True)]
         if any(y is None for y in ys):
             continue
         for eps in _epsilons(module):
