@@ -94,7 +94,8 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
     """
     shapes = {**{n.name: shape for n in graph.nodes if (shape := _recorded_shape(n)) is not None}, **(shapes or {})}
     calls = [_functional(node, root, shapes) for node in graph.nodes if node.op == "call_function" and _is_norm(node.target)]
-    found = [*calls, *_hand_written(graph, root, shapes)]
+    constants = _constants(graph)  # a weight that is standardised is no activation, by whichever function
+    found = [*(call for call in calls if call.start not in constants), *_hand_written(graph, root, shapes)]
     place = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda f: place[f.end])
 

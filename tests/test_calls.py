@@ -230,6 +230,10 @@ NOT_NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a weight that is standardised": lambda s, x: F.linear(
         x, (s.first.weight - s.first.weight.mean(1, keepdim=True)) * torch.rsqrt(s.first.weight.var(1, keepdim=True) + 1e-5)
     ),
+    "a weight that F.batch_norm standardises": lambda s, x: F.linear(
+        x, F.batch_norm(s.first.weight.reshape(1, C, -1), None, None, training=True).reshape_as(s.first.weight)
+    ),
+    "a weight that F.layer_norm standardises": lambda s, x: F.linear(x, F.layer_norm(s.first.weight, [C])),
     "an affine map": lambda s, x: (x - s.mean) / (s.var + 1e-5).sqrt() * s.weight + s.bias,
     "softplus": lambda s, x: torch.log1p(torch.exp(x)),
     "a distance": lambda s, x: (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt() + x,
