@@ -292,6 +292,9 @@ class _Watch(TorchFunctionMode):
         self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}
         self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
         self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
+        # what depends on parameters and buffers alone: a weight that is standardised is no activation
+        self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
         self.module_calls: Counter[int] = Counter()
         self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
 
@@ -356,11 +359,16 @@ class _Watch(TorchFunctionMode):
                 self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
             if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
                 self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
-        if function := functional.name_of(func):
+        fixed = bool(given) and all(tensor in self.fixed for tensor in given)
+        if fixed:
+            pass
+        elif function := functional.name_of(func):
             self._feed(self.seen.hit(owner, function), (args, kwargs))
         elif func.__name__ in _ROOTS or (func.__name__ in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float)):
             self.seen.hit(owner, HAND_WRITTEN)
         result = func(*args, **kwargs)
+        if fixed:
+            self.fixed.update(dict.fromkeys(_tensors(result)))
         if result is None or func.__name__ in _VALUES or next(_tensors(result), None) is not None:
             self._use(given)
         return result

@@ -194,6 +194,17 @@ def test_functional_norms_in_code(kind: str, backend: str) -> None:
         assert skip.reason.endswith("calibration data")
 
 
+@BOTH
+def test_a_weight_that_is_standardised_is_no_norm_of_the_model(backend: str) -> None:
+    def run(s: Any, x: Tensor) -> Tensor:
+        weight = F.batch_norm(s.conv.weight.reshape(1, 5, -1), None, None, training=True).reshape_as(s.conv.weight)
+        y: Tensor = s.norm(F.conv2d(x, weight))
+        return y
+
+    found = planned(backend, run)
+    assert [s.name for s in (*found.swaps, *found.skips)] == ["norm"]
+
+
 class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(F.layer_norm(x, [7]), [7])
