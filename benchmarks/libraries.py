@@ -30,7 +30,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixtures.nets import randomise
 from normswap.calibrate import arguments_of, calibrate
@@ -152,7 +153,7 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches one forward pass from below.
+    """Watches one forward pass from below. What depends on parameters and buffers alone, a weight that is standardised, does not count.
 
     calls    of each of the planned modules          outside  normalization kernels that run in none of them, by kind
     by_hand  variances and reciprocal roots that are taken in none of them, by the class of the module that takes them
@@ -170,6 +171,8 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def watch(self, model: nn.Module, arguments: Any, owners: Collection[str]) -> Witness:
         """owners: the names of modules with a hand-written norm that is in the plan."""
         self.names = {module: name for name, module in model.named_modules()}
+        self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
         self.owners = owners
         handles = [m.register_forward_pre_hook(self._enter) for m in model.modules()]
         handles += [m.register_forward_hook(self._leave, always_call=True) for m in model.modules()]
@@ -193,14 +196,19 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stack.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if not self._within():
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        fixed = bool(given) and all(t in self.fixed for t in given)
+        result = func(*args, **(kwargs or {}))
+        if fixed:
+            self.fixed.update(dict.fromkeys(t for t in tree_leaves(result) if isinstance(t, Tensor)))
+        elif not self._within():
             if kind := KERNELS.get(func):
                 self.outside[kind] += 1
             half = func is aten.pow.Tensor_Scalar and args[1] == -0.5
             root = func is aten.sqrt.default and args[0].numel() > 1
             if (func in BY_HAND or half or root) and self.names[self.stack[-1]] not in self.owners:
                 self.by_hand[f"{type(self.stack[-1]).__name__}: {func.__name__}"] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def call(model: nn.Module, arguments: Any) -> Any:
