@@ -1,6 +1,6 @@
 """Random networks (fixtures/random_graphs.py), planned and converted: is every norm in the plan, and is every BatchNorm exact?
 
-    python -m benchmarks.random_graphs                 2,000 graphs from seed 0, then writes docs/random_graphs.json
+    python -m benchmarks.random_graphs                 2,000 graphs from seed 0, then docs/random_graphs.json and coverage.md
     python -m benchmarks.random_graphs --seed 1 --count 500
     python -m benchmarks.random_graphs --show 17       prints graph 17 of the seed, and what is found
 
@@ -29,13 +29,15 @@ from fixtures.random_graphs import Expected, RandomGraph, generate
 from normswap.exported import as_module
 from normswap.parity import Difference, Parity
 from normswap.pipeline import attempt, plan
-from normswap.plan import Plan, Site, Swap
+from normswap.plan import Plan, Site, Skip, Swap
 from normswap.swap import revert, swap
 from normswap.verify import NOISE_FACTOR
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build/random_graphs.jsonl"
 RAW = ROOT / "docs/random_graphs.json"
+PAGE = ROOT / "docs/coverage.md"
+BEGIN, END = "<!-- begin: python -m benchmarks.random_graphs -->", "<!-- end -->"
 COUNT = 2000
 EXACT = 1e-10  # relative, in float64: what may be left where the statistics are float64 too
 
@@ -44,7 +46,7 @@ EXACT = 1e-10  # relative, in float64: what may be left where the statistics are
 
 
 class Outcome(NamedTuple):
-    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original's own rounding is near what may pass at all."""
+    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original itself rounds to near the cap."""
 
     findings: list[str]
     ill_conditioned: bool = False
@@ -63,10 +65,11 @@ def _check(graph: RandomGraph) -> Outcome:
     model, inputs = graph.make(), graph.inputs()
     before = [tensor.clone() for tensor in _state(model)]
     reference = _outputs(model, inputs)
-    found = [*_differences(graph, plan(model, inputs, approximate=True)), *_unless_asked_for(graph, plan(model, inputs))]
+    found = list(_differences(graph, plan(model, inputs, approximate=True)))
     # A norm of almost constant numbers may turn rounding into 1e-4 of its output, and then the cap is in the way of any float32 model.
     # `convert` refuses such a model; the comparison in float64 below is then what holds the swap to its word.
     conversion = attempt(model, inputs)
+    found += _unless_asked_for(graph, conversion.plan)
     ill_conditioned = not conversion.parity and all(_only_above_the_cap(d) for d in _failed(conversion.parity))
     if not conversion.parity and not ill_conditioned:
         found.append(f"parity: {conversion.parity.failure or _failed(conversion.parity)[0]}")
@@ -100,7 +103,8 @@ def _failed(parity: Parity) -> list[Difference]:
 def _differences(graph: RandomGraph, found: Plan) -> Iterator[str]:
     """What the plan has and the generator did not put in, and the other way round."""
     in_graph = graph.mode in ("graph", "export")
-    sites = Counter(_seen(d.site, d.kind, d.preserves if isinstance(d, Swap) else "kept", in_graph) for d in (*found.swaps, *found.skips))
+    decided: tuple[Swap | Skip, ...] = (*found.swaps, *found.skips)
+    sites = Counter(_seen(d.site, d.kind, d.preserves if isinstance(d, Swap) else "kept", in_graph) for d in decided)
     for site, count in (graph.expected - sites).items():
         yield f"missing from the plan: {count} x {site}"
     for site, count in (sites - graph.expected).items():
@@ -177,6 +181,16 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def line(found: dict[str, Any]) -> str:
+    """What docs/coverage.md says of a summary."""
+    modes = ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())
+    return (
+        f"{found['clean']:,} of {found['graphs']:,} graphs with {sum(found['norms'].values()):,} norms (seed {found['seed']}) are clean:\n"
+        f"{modes}; {found['ill-conditioned']:,} of them round to near the cap by themselves, so that `convert` refuses them in float32.\n"
+        f"Measured on {found['environment']['machine']}, python {found['environment']['python']}, torch {found['environment']['torch']}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0)
@@ -201,6 +215,8 @@ def main() -> None:
                 print(number, done[number]["mode"], *done[number]["findings"], sep="\n    ", flush=True)
     records = [done[number] for number in range(asked.count)]
     RAW.write_text(json.dumps(summary(records), indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{line(summary(records))}\n{END}{rest.partition(END)[2]}")
     print(f"{sum(not r['findings'] for r in records)} of {len(records)} graphs are clean")
 
 
