@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap import numerics
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
@@ -241,7 +241,8 @@ class _Calibration:
             for model in (self.original, self.model) if self.labels is None else (self.model,):
                 self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
                 with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
-                    model(*args, **kwargs)
+                    own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
+                    model(*own_args, **own_kwargs)
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
                 f"the model does not take the calibration data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",

@@ -9,7 +9,7 @@ normalization is found out by running them (`rules/probing.py`), not by how they
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -312,7 +312,9 @@ def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes) -> Iterator[
     for node in graph.nodes:
         if node in taken or node in constants or not _is_root(node):
             continue
-        hit = next(filter(None, (_span(entry, end, constants) for end in _scaled_by(node) for entry in _entries(node, constants))), None)
+        hit = next(
+            filter(None, (_span(entry, end, constants) for end in _scaled_by(node) for entry in _entries(node, end, constants))), None
+        )
         if hit is None or hit[2] & taken:
             continue
         start, end, nodes = hit
@@ -338,9 +340,12 @@ def _is_root(node: fx.Node) -> bool:
     return op in ("rsqrt", "sqrt", "std") or (op == "pow" and len(node.args) > 1 and node.args[1] in (0.5, -0.5))
 
 
-def _entries(root: fx.Node, constants: set[fx.Node]) -> list[fx.Node]:
-    """What may be the x of the norm whose root this is, the earliest first: what is reduced, without squares, casts and centring."""
-    found: dict[fx.Node, None] = {}
+def _entries(root: fx.Node, end: fx.Node, constants: set[fx.Node]) -> list[fx.Node]:
+    """What may be the x of the norm whose root this is, the earliest first: what is reduced, without squares, casts and centring.
+
+    That is also what `end` scales, without casts, centring and a constant factor; whatever else came before is no part of the norm.
+    """
+    reduced: dict[fx.Node, None] = {}
     cone, queue = set[fx.Node](), [root]
     while queue and len(cone) < _REACH:
         node = queue.pop(0)
@@ -349,18 +354,30 @@ def _entries(root: fx.Node, constants: set[fx.Node]) -> list[fx.Node]:
         cone.add(node)
         inputs = node.all_input_nodes
         if _op(node) in _REDUCTIONS and inputs:
-            x = inputs[0]
-            while True:
-                found[x] = None
-                square = _op(x) in ("mul", "multiply") and len(x.all_input_nodes) == 1
-                if (square or _op(x) in _CASTS | {"pow", "square", "abs", "sub"}) and x.all_input_nodes:
-                    x = x.all_input_nodes[0]
-                else:
-                    break
+            reduced.update(dict.fromkeys(_before(inputs[0], lambda x: _is_square(x) or _op(x) in _CASTS | {"pow", "square", "abs", "sub"})))
         else:
             queue.extend(inputs)
+
+    def rescaled(x: fx.Node) -> bool:
+        return _op(x) in _SCALES and len([n for n in x.all_input_nodes if n not in constants]) == 1 and not _is_square(x)
+
+    scaled = [x for n in end.all_input_nodes for x in _before(n, lambda x: rescaled(x) or _op(x) in _CASTS | {"sub"}, constants)]
     order = {n: i for i, n in enumerate(root.graph.nodes)}
-    return sorted((n for n in found if n not in constants), key=lambda n: order[n])
+    return sorted((n for n in reduced if n not in constants and n in scaled), key=lambda n: order[n])
+
+
+def _before(x: fx.Node, goes_on: Callable[[fx.Node], bool], constants: Container[fx.Node] = ()) -> Iterator[fx.Node]:
+    """x, and what it was made of, operation by operation, as long as `goes_on`."""
+    while True:
+        yield x
+        inputs = [n for n in x.all_input_nodes if n not in constants]
+        if not inputs or not goes_on(x):
+            return
+        x = inputs[0]
+
+
+def _is_square(x: fx.Node) -> bool:
+    return _op(x) in ("mul", "multiply") and len(x.args) == 2 and x.args[0] is x.args[1]
 
 
 def _scaled_by(root: fx.Node) -> Iterator[fx.Node]:
@@ -391,7 +408,7 @@ def _span(entry: fx.Node, end: fx.Node, constants: set[fx.Node]) -> tuple[fx.Nod
             nodes.add(node)
             queue.extend(node.all_input_nodes)
     inside = {n for n in nodes if n not in constants}
-    return (entry, end, nodes) if reached and any(_op(n) in _REDUCTIONS for n in inside) and _op(entry) not in _REDUCTIONS else None
+    return (entry, end, nodes) if reached and any(_op(n) in _REDUCTIONS for n in inside) else None
 
 
 def _with_tail(end: fx.Node, nodes: set[fx.Node], root: nn.Module) -> tuple[fx.Node, set[fx.Node]]:
@@ -429,7 +446,8 @@ def _layer_of_nodes(
     for i, number in enumerate(a for a in arguments if type(a) in (int, float) and 0 < a < 0.1):
         setattr(layer, f"constant_{i}", float(number))
     if shape is not None and all(isinstance(size, int) for size in shape[1:]):
-        layer.input_shape = shape  # type: ignore[assignment]
+        # Of a symbolic size (the batch of an exported program) no copy can be made, and no layer could be tried.
+        layer.input_shape = tuple(size if isinstance(size, int) else None for size in shape)  # type: ignore[assignment]
     rewrite(layer, {False: own, True: own})
     return layer.eval()
 

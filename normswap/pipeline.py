@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
 
 from normswap.batchless import Aux
 from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
@@ -295,7 +297,10 @@ def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Seque
 def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()
-        return None if inputs is None else (inputs.args, inputs.kwargs)
+        if inputs is None:
+            return None
+        args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))  # a model may write into its inputs
+        return args, kwargs
 
     return forward
 

@@ -7,17 +7,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside, every operation on floating tensors computes in float64, autocast is off and new tensors are float64."""
+def in_float64(otherwise: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, every operation on floating tensors computes in float64, autocast is off and new tensors are float64.
+
+    otherwise: the dtype that the model has outside, for what torch derives from it: the eps of an rms_norm that is given none.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.autocast("cpu", enabled=False), _Float64():
+        with torch.autocast("cpu", enabled=False), _Float64(otherwise):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -32,6 +36,11 @@ class _Float64(TorchFunctionMode):
 
     NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
     CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+    RMS_NORMS = frozenset({F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm.default})
+
+    def __init__(self, otherwise: torch.dtype) -> None:
+        super().__init__()
+        self.eps = torch.finfo(torch.promote_types(otherwise, torch.float32)).eps  # half precision is widened to float32 there
 
     def _widen(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -51,6 +60,8 @@ class _Float64(TorchFunctionMode):
             return self._widen_dtype(func(*args, **kwargs))
         if func in self.CASTS:
             func = Tensor.double
+        if func in self.RMS_NORMS and (args[3] if len(args) > 3 else kwargs.get("eps")) is None:
+            args, kwargs = args[:3], {**kwargs, "eps": self.eps}
         written = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
         head = args[:1] if written else ()
         wide = (*head, *(self._widen(a) for a in args[len(head) :]))

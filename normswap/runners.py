@@ -65,17 +65,18 @@ def module_runner(
     model: nn.Module,
     sites: Sequence[str],
     *,
-    in_float64: bool = False,
+    in_float64: torch.dtype | None = None,
     dtypes: set[torch.dtype] | None = None,
     foreign: Mapping[int, str] | None = None,
 ) -> Runner:
     """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
 
-    dtypes: a set into which the dtypes that the model computes in are put. foreign: tensors, by id, that it must not read, and their names.
+    in_float64: run it so; the dtype that it has otherwise. dtypes: a set into which the dtypes that the model computes in are put. foreign:
+    tensors, by id, that it must not read, and their names.
     """
     mode: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    if in_float64:
-        mode = precision.in_float64
+    if in_float64 is not None:
+        mode = functools.partial(precision.in_float64, in_float64)
     elif dtypes is not None:
         mode = functools.partial(_Seen, dtypes)
     elif foreign is not None:

@@ -139,7 +139,9 @@ def _add(owner: nn.Module, target: str, layer: nn.Module) -> None:
 
 
 def _call_instead(graph: fx.Graph, found: Found, start: fx.Node, target: str) -> fx.Node:
-    with graph.inserting_before(found.end):
+    # Where the first of its nodes reads x: what comes later may overwrite x, as `x.relu_()` between the norm and its weight does.
+    first = next((node for node in graph.nodes if node in found.inside and start in node.all_input_nodes), found.end)
+    with graph.inserting_before(first):
         call = graph.call_module(target, (start,))
     call.meta = dict(found.end.meta)
     found.end.replace_all_uses_with(call)

@@ -97,7 +97,7 @@ def judge(
     run = (
         onnx_float64_runner(reference)
         if isinstance(reference, Path)
-        else module_runner(shadow(reference, to_float64), sites, in_float64=True)
+        else module_runner(shadow(reference, to_float64), sites, in_float64=_own_dtype(reference, asked))
     )
     judged: dict[str, tuple[Values, Values]] | None = None
     try:
@@ -134,6 +134,12 @@ def judge(
         computed_in=_coarsest(seen | computed_in),
         passes=len(judged) + len(own),
     )
+
+
+def _own_dtype(model: nn.Module, asked: Sequence[Probe]) -> torch.dtype:
+    """The coarsest of its weights, or, if it has none, of what it is given."""
+    tensors = [*model.parameters(), *model.buffers()] or [t for probe in asked for t in probe.tensors()]
+    return _coarsest({t.dtype for t in tensors})
 
 
 def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:

@@ -497,6 +497,55 @@ def test_chains_are_found_one_by_one() -> None:
     torch.testing.assert_close(y, x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+# What stands before a norm is no part of it, though it is written with the same operations.
+BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a factor": lambda x: x * 0.5,
+    "a square": lambda x: x * x,
+    "a square by name": lambda x: x.square(),
+    "a product": lambda x: x * x.neg(),
+    "a difference": lambda x: x - x.tanh(),
+    "a mean": lambda x: x.mean(1),
+    "a cast": lambda x: x.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("form", ["Llama's", "mean and var", "of std"])
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_form_by_hand_is_found_after_anything(before: str, form: str, graph: bool) -> None:
+    model = Net(lambda s, x: FORMS[form][2](s, BEFORE[before](x))).eval()
+    x = torch.randn(SEQUENCE)
+    decided = normswap.plan(fx.symbolic_trace(model).eval() if graph else model, x, approximate=True)
+    assert [(s.kind, s.calls) for s in decided.swaps] == [("hand_written", 1)]
+    assert decided.skips == ()
+
+
+def test_a_form_by_hand_in_a_program_whose_batch_is_open() -> None:
+    model, x = net("over space")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    (swap,) = normswap.plan(program, approximate=True).swaps
+    assert swap.kind == "hand_written"
+
+
+def overwritten(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    x.relu_()
+    return y * s.weight, x
+
+
+def test_what_is_normalized_may_be_overwritten_before_the_weight_comes() -> None:
+    """The layer takes the place of the norm and its weight, and has to read what the norm read."""
+    model = Net(overwritten).eval()
+    x = torch.randn(SEQUENCE)
+    converted: Any = normswap.convert(model, x, calibration=batches(False), approximate=True).model
+    with torch.no_grad():
+        assert bool((converted(x)[0] < 0).any())
+        torch.testing.assert_close(converted(x)[0], converted.mul_1(model.first(x)))
+        torch.testing.assert_close(converted(x)[1], model(x)[1])
+
+
 def test_without_inputs_a_call_without_weights_says_what_is_missing() -> None:
     class Bare(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -435,6 +435,46 @@ def test_the_judge_is_the_reference_in_float64(asks: Callable[[Any, Tensor], Any
     torch.testing.assert_close(truth, expected, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.RMSNorm(6),
+        nn.RMSNorm(6, elementwise_affine=False),
+        lambda x: nn.functional.rms_norm(x, (6,)),
+        lambda x: torch.rms_norm(x, [6], eps=None),
+        lambda x: torch.ops.aten.rms_norm.default(x, [6]),
+    ],
+)
+def test_an_eps_that_torch_takes_from_the_dtype_is_the_models(norm: Callable[[Tensor], Tensor]) -> None:
+    """RMSNorm without an eps takes the machine epsilon of its input: in float64 that would be another function, for small inputs."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = copy.deepcopy(norm)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    x = torch.randn(5, 6) * 1e-4
+    for dtype, eps in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):
+        wide = x.to(dtype).double()
+        truth = judge(Normed().to(dtype), (x.to(dtype),), {}).outputs["example"]["output"]
+        expected = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+        torch.testing.assert_close(truth.value, expected, rtol=1e-12, atol=0)
+        assert truth.noise < 1e-6
+
+
+def test_an_eps_that_is_given_stays() -> None:
+    class Normed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, (6,), eps=0.5)
+
+    x = torch.randn(5, 6)
+    truth = judge(Normed(), (x,), {}).outputs["example"]["output"].value
+    torch.testing.assert_close(truth, x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt(), rtol=1e-12, atol=0)
+
+
 def test_a_float64_model_is_held_to_float64() -> None:
     reference = Net(lambda m, y: (y, float(y.sum()))).double()
     parity = held(reference, None, X.double())
