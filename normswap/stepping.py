@@ -319,6 +319,8 @@ def _unscaling(device: torch.device) -> int:
 def _weight(layer: Layer, scaler: GradScaler | None) -> float:
     """What the gradients have to be multiplied by to have weight 1, and a warning if it is not 1."""
     run, factor = layer.run, 1.0
+    if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
+        return factor  # Opacus put its own gradient in the place of the one that passes are counted of
     passes = run.passes
     if passes is not None and passes.count:
         grad = passes.grad
