@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from normswap.training.loss import masked as masked
     from normswap.training.micro import MicroBatches as MicroBatches
     from normswap.training.micro import backward_in_micro_batches as backward_in_micro_batches
+    from normswap.training.private import for_opacus as for_opacus
 
 _HOMES = {
     "BatchlessNorm": "batchless",
@@ -68,6 +69,7 @@ _HOMES = {
     "backward_in_micro_batches": "training.micro",
     "convert": "pipeline",
     "export_onnx": "commands",
+    "for_opacus": "training.private",
     "load": "commands",
     "masked": "training.loss",
     "norm_keys": "training.groups",

@@ -259,6 +259,7 @@ class BatchlessNorm(nn.Module):
         # As they are held: a tracer hands out proxies instead.
         if not any(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std])):  # type: ignore[union-attr]
             return shift
+        stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
         _, std = self.statistics()
         if self.aux == "explicit":

@@ -49,19 +49,32 @@ class Term(NamedTuple):
 
 
 class Passes:
-    """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient."""
+    """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    inner: those of the whole parameter, for one of which FSDP keeps a part here. Its gradient comes when FSDP reduces that of the whole,
+    which may be once in several passes.
+    """
+
+    def __init__(self, parameter: nn.Parameter, inner: Passes | None = None) -> None:
         self.parameter = weakref.ref(parameter)
+        self.inner = inner
         self.count = 0
         self.version = 0
         self.grad: Tensor | None = None
+        self.added = False
+        parameter.register_hook(self._arrives)  # type: ignore[no-untyped-call]
         parameter.register_post_accumulate_grad_hook(self._passed)  # type: ignore[no-untyped-call]
+
+    def _arrives(self, gradient: Tensor) -> None:
+        # DistributedDataParallel may have put another tensor in the place of the gradient of the last pass.
+        parameter = self.parameter()
+        self.added = parameter is not None and parameter.grad is not None
 
     def _passed(self, parameter: Tensor) -> None:
         grad = parameter.grad
+        passes = 1 if self.inner is None else max(self.inner.count, 1)
         # zero_grad takes the tensor away, and the next pass makes another
-        self.count = self.count + 1 if grad is self.grad else 1
+        self.count = passes + (self.count if self.added or grad is self.grad else 0)
         self.grad, self.version = grad, 0 if grad is None else grad._version
 
 
@@ -161,9 +174,21 @@ def watch_passes(layer: Layer) -> None:
     trained = [p for p in (layer.mean, layer.std_parameter) if isinstance(p, nn.Parameter) and p.requires_grad]
     if not trained:
         return
-    parameter = trained[0]
-    if layer.run.passes is None or layer.run.passes.parameter() is not parameter:
+    parameter, passes = trained[0], layer.run.passes
+    if passes is None or passes.parameter() is None:
         layer.run.passes = Passes(parameter)
+    elif not any(p is not None and p.parameter() is parameter for p in (passes, passes.inner)):
+        # FSDP puts the whole parameter in the place of its part during forward and backward.
+        if _is_part(passes.parameter()) and not _is_part(parameter):
+            passes.inner = Passes(parameter)
+        else:
+            layer.run.passes = Passes(parameter, passes if _is_part(parameter) else None)
+
+
+def _is_part(parameter: Tensor | None) -> bool:
+    """Whether it is a DTensor. There is none before that module is imported, which takes long."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def counts(x: Tensor) -> bool:
@@ -177,6 +202,12 @@ def counts(x: Tensor) -> bool:
         return torch.is_grad_enabled()
     recomputed = torch._C._current_graph_task_id() != -1
     return not recomputed and (torch.is_grad_enabled() or _caller(_is_checkpoint) is not None)
+
+
+def check_precision(parameter: Tensor) -> None:
+    """Warn of statistics in half precision. The layer never holds them so, but FSDP can be told to gather its parameters so."""
+    if parameter.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        _warn(_ROUNDED.format(dtype=parameter.dtype))
 
 
 def note(run: Run, term: Term) -> None:
@@ -257,6 +288,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
                 _warn(_UNGROUPED)
         if layer.run.passes is not None:
             layer.run.passes.count = 0
+            watch_passes(layer)
 
 
 def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], factor: float) -> None:
@@ -272,6 +304,8 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], factor: 
     for parameter in held:
         _hidden.setdefault(optimizer, []).append((parameter, cast(Tensor, parameter.grad)))
         parameter.grad = None
+        # None is needed, but torch.distributed.checkpoint asks for that of everything that is trained.
+        optimizer.state.setdefault(parameter, {})
 
 
 @functools.cache
@@ -285,6 +319,8 @@ def _unscaling(device: torch.device) -> int:
 def _weight(layer: Layer, scaler: GradScaler | None) -> float:
     """What the gradients have to be multiplied by to have weight 1, and a warning if it is not 1."""
     run, factor = layer.run, 1.0
+    if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
+        return factor  # Opacus put its own gradient in the place of the one that passes are counted of
     passes = run.passes
     if passes is not None and passes.count:
         grad = passes.grad
@@ -321,6 +357,10 @@ _CHANGED = (
     "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "
     "units of the activations and would decide the norm of all. Clip the others only, which are the parameters of every group of "
     'normswap.param_groups(model, lr=...) that has no key "normswap"'
+)
+_ROUNDED = (
+    "the statistics of a BatchlessNorm are {dtype} in this forward pass, as the param_dtype of a MixedPrecisionPolicy does, and rounded. "
+    "Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
 )
 
 

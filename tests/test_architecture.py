@@ -157,7 +157,7 @@ def test_help_is_light(arguments: str) -> None:
     assert not {"torch", "onnx", "onnxruntime", "numpy"} & loaded
 
 
-TRAINING = {"aux_loss", "attach", "param_groups", "masked", "norm_keys", "backward_in_micro_batches"}
+TRAINING = {"aux_loss", "attach", "param_groups", "masked", "norm_keys", "backward_in_micro_batches", "for_opacus"}
 CONTRACT = TRAINING | {"plan", "convert", "verify", "export_onnx", "save", "load", "revert", "BatchlessNorm", "DEFAULT_RULES"}
 
 

@@ -1,0 +1,179 @@
+"""Two gloo processes with half the batch each do what one process does with the whole: DistributedDataParallel and FSDP2, on CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_docs import blocks
+from torch import Tensor
+from two_processes import BOTH, CASES, LATE, UNTOLD, WRAPS, Case, X, Y, build, full, trained
+
+REPOSITORY = Path(__file__).parent.parent
+TIMEOUT = 240  # seconds, for all cases together
+STATISTICS = ("1.mean", "1.log_std", "4.mean", "4.log_std")
+
+
+def run(commands: list[list[str]], **options: Any) -> None:
+    """Run these at the same time. None is left behind, whatever happens."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True, **options) for c in commands]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("two")
+    script = str(Path(__file__).parent / "two_processes.py")
+    run([[sys.executable, script, str(rank), str(directory)] for rank in (0, 1)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(directory: Path) -> list[dict[str, Any]]:
+    """What each process found."""
+    return [torch.load(directory / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Case, dict[str, Any]]:
+    """What one process finds with the whole batch in one pass."""
+    cases = [Case(None, aux, stats) for aux, stats in BOTH] + [Case(None, frozen=True)]
+    return {case: trained(case, X, Y) for case in cases}
+
+
+def counterpart(case: Case) -> Case:
+    return Case(None, case.aux, case.stats, frozen=case.frozen)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_reference_is_worth_comparing_with(alone: dict[Case, dict[str, Any]]) -> None:
+    """Every gradient is there, the halves of the batch differ, and the doors and the steps have an effect."""
+    auto, raw = (alone[Case(None, "auto", stats)] for stats in ("natural", "raw"))
+    assert all(t.abs().max() > 1e-4 for t in auto["grads"].values())
+    half = trained(Case(None), X[:4], Y[:4])
+    untouched = build("auto", "natural").state_dict()
+    for name in STATISTICS:
+        assert (half["grads"][name] - auto["grads"][name]).abs().max() > 1e-3, name
+        assert (raw["grads"][name] - auto["grads"][name]).abs().max() > 1e-2, name
+        assert (auto["state"][name] - untouched[name]).abs().max() > 1e-2, name
+    assert {n for n in auto["grads"] if n not in alone[Case(None, frozen=True)]["grads"]} == {"0.weight", "0.bias", *STATISTICS[:2]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_the_batch_each(name: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+    """The gradients of one process with the whole batch, weights and statistics, and its state after two steps. Nothing is warned of."""
+    expected = alone[counterpart(CASES[name])]
+    for rank in (0, 1):
+        assert found[rank][name]["warnings"] == []
+        assert_same(found[rank][name]["grads"], expected["grads"])
+        assert_same(found[rank][name]["state"], expected["state"])
+
+
+@pytest.mark.parametrize("name", [*CASES, *UNTOLD])
+def test_both_processes_hold_the_same(name: str, found: list[dict[str, Any]]) -> None:
+    """Bit for bit: a statistic that stepped with the gradients of its own process alone would part here."""
+    first, second = (found[rank][name]["state"] for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert [n for n in first if not torch.equal(first[n], second[n])] == []
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_accumulation_that_was_not_told_of_is_put_right(name: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        (warning,) = found[rank][name]["warnings"]
+        assert "Say normswap.attach(model, accumulate=...)" in warning
+        assert_same(found[rank][name]["state"], alone[Case(None)]["state"])
+
+
+def test_fsdp_with_a_plain_optimizer_is_put_right_from_the_second_step_on(found: list[dict[str, Any]]) -> None:
+    """Nothing of the optimizer's parameters is known before its first step, when the gradients of several passes are one already."""
+    told = trained(LATE._replace(wrap=None), X, Y)
+    for rank in (0, 1):
+        (warning,) = found[rank]["late"]["warnings"]
+        assert "Say normswap.attach(model, accumulate=...)" in warning
+        first, second = found[rank]["late"]["states"]
+        moved = {n: (second[n] - first[n], told["states"][1][n] - told["states"][0][n]) for n in ("1.mean", "4.mean")}
+        assert not torch.allclose(first["1.mean"], told["states"][0]["1.mean"])
+        for mine, expected in moved.values():
+            assert (mine / expected).abs().max() < 1.2
+
+
+@pytest.mark.parametrize(("wrap", "error"), [("ddp", "Expected to have finished reduction"), ("fsdp", "")])
+def test_a_norm_in_eval_mode_whose_statistics_are_not_frozen(wrap: str, error: str, found: list[dict[str, Any]]) -> None:
+    assert all(found[rank][f"{wrap} unused"].startswith(error) for rank in (0, 1))
+    assert bool(found[0][f"{wrap} unused"]) == bool(error)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_two_forward_passes_before_one_backward_pass(wrap: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+    """Each of a quarter of the batch, and each with the term: twice the statistics' gradient of the whole."""
+    expected = alone[Case(None)]["grads"]
+    for rank in (0, 1):
+        assert_same(found[rank][f"{wrap} two forwards"], {n: 2 * t for n, t in expected.items()})
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_micro_batches(wrap: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+    """Of 3 and 1 samples in each process."""
+    expected = alone[Case(None)]["grads"]
+    for rank in (0, 1):
+        assert_same(found[rank][f"{wrap} micro-batches"], expected)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_checkpoints_round_trip(wrap: str, found: list[dict[str, Any]]) -> None:
+    """Bit for bit, with the optimizer: the next step of the loaded model is that of the saved one."""
+    for rank in (0, 1):
+        result = found[rank][f"{wrap} checkpoint"]
+        assert all(not torch.equal(result["untouched"][n], result["saved"][n]) for n in STATISTICS)
+        assert all(not torch.equal(result["after"][0][n], result["saved"][n]) for n in STATISTICS)
+        for one, other in ((result["saved"], result["loaded"]), result["after"]):
+            assert one.keys() == other.keys()
+            assert [n for n in one if not torch.equal(one[n], other[n])] == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint, that there is one process
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_one_process_reads_the_checkpoint_of_two(wrap: str, found: list[dict[str, Any]], directory: Path) -> None:
+    model = build("auto", "natural")
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=directory / f"{wrap}.checkpoint")
+    model.load_state_dict(state["model"])
+    saved = found[0][f"{wrap} checkpoint"]["saved"]
+    assert {n for n, t in model.state_dict().items() if not torch.equal(full(t), saved[n])} == set()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_norms_by_themselves_keep_their_precision(alone: bool, found: list[dict[str, Any]]) -> None:
+    """FSDP with a policy of bfloat16 rounds the statistics too, unless the norms are units of their own; then that is warned of."""
+    dtypes, warned = found[0]["mixed"][alone]
+    assert dtypes == [torch.float32 if alone else torch.bfloat16, torch.float32, torch.bfloat16]
+    assert [w.partition(",")[0] for w in warned] == (
+        [] if alone else ["the statistics of a BatchlessNorm are torch.bfloat16 in this forward pass"]
+    )
+
+
+def test_the_documented_example_runs(tmp_path: Path) -> None:
+    (example,) = blocks(REPOSITORY / "docs/training.md", "py")
+    (tmp_path / "train.py").write_text(example)
+    (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
+    run([[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]], cwd=tmp_path)
