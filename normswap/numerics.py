@@ -182,6 +182,17 @@ def nll_gradients(
     return -d / std.square() * share, -r / slope * share
 
 
+def misfit_of(
+    by_mean: Tensor, by_parameter: Tensor, f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
+    """(d, r) of the `misfit` whose gradients these are: the inverse of `nll_gradients`. All shapes alike."""
+    slope = slope_of_log(parameter, form)
+    if stats == "natural":
+        return -by_mean, -2 * by_parameter / slope - f
+    share = 1 / std.numel() if reduction == "mean" else 1.0
+    return -by_mean * std.square() / share, -by_parameter * slope / share
+
+
 def natural_step(
     mean: Tensor, parameter: Tensor, by_mean: Tensor | None, by_parameter: Tensor | None, form: StdForm, rate: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,49 @@
+"""How far the statistics of each layer are from what passes through it: read from the gradients that are there anyway."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normswap import numerics
+from normswap.batchless import EPS, BatchlessNorm
+from normswap.training.loss import layers_of
+
+
+class Drift(NamedTuple):
+    """Of one layer, over the samples of one step; scalars on its device. Both are 0 where the statistics fit.
+
+    mean_z      the root mean square, over channels, of the mean of z = (x - mean) / std
+    mean_z2     the mean, over channels, of the mean of z^2, minus 1: the variance is too small if it is positive
+    """
+
+    mean_z: Tensor
+    mean_z2: Tensor
+
+
+@torch.no_grad()
+def drift(model: nn.Module) -> dict[str, Drift]:
+    """name -> Drift of every layer whose statistics have a gradient: call it after the last backward of a step and before the step.
+
+    The gradients of mean and std are the first two moments of z (`numerics.nll_gradients`), so that no activation is looked at, and those
+    of all micro-batches and processes are in them. They have to be as they come from backward: unscaled, not clipped, and with `attach`
+    said. Layers that are frozen, in eval mode or converted with aux="none" have none, and are left out. Nothing is copied to the host.
+
+    Raises UsageError if the model has no BatchlessNorm layer.
+    """
+    return {name: found for name, layer in layers_of(model).items() if (found := _of(layer)) is not None}
+
+
+def _of(layer: BatchlessNorm) -> Drift | None:
+    mean, parameter = layer.mean, layer.std_parameter
+    if layer.aux == "none" or mean.grad is None or parameter.grad is None:
+        return None
+    std = layer.statistics()[1]
+    f = (EPS if layer.source is None else layer.source.eps) / std.square()
+    modes = {"stats": layer.stats, "reduction": layer.reduction}
+    d, r = numerics.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
+    if layer.stats == "raw":  # the natural gradient is the mean over the calls already
+        d, r = d / layer.calls, r / layer.calls
+    return Drift((d / std).square().mean().sqrt(), r.mean())
