@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import os
 import re
 import shlex
@@ -35,8 +37,38 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     script = "\n".join(blocks(page, "python"))
+    if re.search("torchvision|lightning", script):  # on a CPU build of torch, torchvision does not import without it
+        script = f"import sys\nsys.path.append({str(REPOSITORY / 'tests')!r})\nimport torchvision_shim\n{script}"
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+PATHS = [block for block in blocks(REPOSITORY / "docs/training.md", "python") if "normswap.verify(" in block]
+
+
+def unbound(script: str) -> set[str]:
+    """The names that a script reads and never binds, anywhere."""
+    nodes = list(ast.walk(ast.parse(script)))
+    bound = {alias.asname or alias.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}
+    bound |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {
+        n.arg for n in nodes if isinstance(n, ast.arg)
+    }
+    bound |= {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    return {n.id for n in nodes if isinstance(n, ast.Name)} - bound - set(dir(builtins))
+
+
+@pytest.mark.parametrize("block", PATHS)
+def test_a_path_from_model_to_file_is_short_and_whole(block: str) -> None:
+    """`test_python_runs` runs it, after the others of its page; here: it needs nothing of them."""
+    assert unbound(block) == set()
+    assert sum(bool(line.strip()) for line in block.splitlines()) < 30
+    for step in ("normswap.convert(", "parity.passed", "normswap.param_groups(", "normswap.export_onnx(", "normswap.verify("):
+        assert step in block
+
+
+def test_the_paths_are_found() -> None:
+    assert len(PATHS) == 3
+    assert unbound("import a.b as c, d.e\ndef f(x): return c, d, f, x, y, print") == {"y"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
