@@ -47,9 +47,18 @@ class Net(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def net(**options: Any) -> Net:
+class CountsItems(Net):
+    """As the language models of transformers do, where the Trainer leaves the loss as it is."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        found = super().forward(x, labels)
+        items = kwargs.get("num_items_in_batch")
+        return found if items is None else found | {"loss": found["loss"] * len(x) / items}
+
+
+def net(cls: type[Net] = Net, **options: Any) -> Net:
     torch.manual_seed(1)
-    original = randomise(Net(), 3).eval().double()
+    original = randomise(cls(), 3).eval().double()
     return normswap.convert(original, torch.randn(4, 5).double(), **options).model
 
 
@@ -191,6 +200,15 @@ def test_transformers(accumulate: int, aux: Any, tmp_path: Path) -> None:
     for name in ("body.1", "body.4"):
         assert {f"normswap/{name}/mean_z", f"normswap/{name}/mean_z2-1"} <= set(logs[0])
     assert not any(key.startswith("normswap") for key in built.state.log_history[-1])
+
+
+def test_transformers_with_a_loss_that_is_not_divided(tmp_path: Path) -> None:
+    model = net(CountsItems)
+    reference = copy.deepcopy(model)
+    assert trainer(model, tmp_path, gradient_accumulation_steps=4).model_accepts_loss_kwargs
+    trainer(model, tmp_path, gradient_accumulation_steps=4).train()
+    by_hand(reference, model.seen, HF_STEPS[4])
+    assert_same(model, reference)
 
 
 def test_transformers_with_its_own_optimizer(tmp_path: Path) -> None:

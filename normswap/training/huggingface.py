@@ -32,6 +32,9 @@ class NormswapCallback(TrainerCallback):
     * Warns when training begins if the Trainer clips, if its optimizer holds no statistics, or if stats="raw" ones are in a group with
       weights.
 
+    Models that take num_items_in_batch divide their loss by it, and the Trainer leaves it as it is. That is right
+    with aux="auto"; with aux="explicit", divide aux_loss by gradient_accumulation_steps there.
+
     After training the layers are told that nothing scales the loss, as at the start. The callbacks of report_to come before those that a
     Trainer is given, and see what this one adds only if they are moved behind it: trainer.add_callback(trainer.pop_callback(cls)).
 
