@@ -44,9 +44,7 @@ def check(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips:
     Natural statistics step by themselves, in whichever group they are: no weight decay reaches them.
     """
     groups: dict[nn.Parameter, Mapping[str, Any]] = {p: g for o in optimizers for g in o.param_groups for p in g["params"]}
-    trained = {
-        n: layer for n, layer in layers_of(model).items() if layer.aux != "none" and any(p.requires_grad for p in _statistics(layer))
-    }
+    trained = {name: layer for name, layer in layers_of(model).items() if layer.aux != "none" and _trains(layer)}
     left = [name for name, layer in trained.items() if not any(p in groups for p in _statistics(layer))]
     if left:
         _warn(
