@@ -7,6 +7,7 @@ from pathlib import Path
 
 # `fixtures` is a package of the repository, not of the installation
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import signal
 
 import pytest
 import torch
@@ -26,3 +27,7 @@ def _two_threads() -> None:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+# A shell starts what runs in the background with Ctrl-C ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
