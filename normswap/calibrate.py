@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap import numerics
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
-from normswap.errors import UsageError
+from normswap.errors import UsageError, described
 from normswap.moments import Moments
 from normswap.sharing import set_eval
 
@@ -245,7 +245,7 @@ class _Calibration:
                     model(*own_args, **own_kwargs)
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
-                f"the model does not take the calibration data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                f"the model does not take the calibration data: {described(error)}",
                 hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
 

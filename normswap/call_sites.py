@@ -6,6 +6,7 @@ is found there (`calls.py`) is counted against what was seen.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,9 @@ from torch import fx, nn
 
 from normswap.calls import HAND_WRITTEN, Found, Shapes, find
 from normswap.errors import SwapError
-from normswap.graphs import NotTraceableError, graphs_of
-from normswap.plan import Call, Site
+from normswap.graphs import NotTraceableError, graphs_of, place_of
+from normswap.plan import Call, Forward, Site
 from normswap.sharing import shadow
-
-Forward = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ def _unreplaceable(owner: str, hits: list[tuple[int, Hit]], why: str) -> list[tu
 
 def _prefix(call: Found) -> str:
     """Where the module stood that a traced graph took the call from."""
-    stack = list(call.end.meta.get("nn_module_stack", {}).values()) if call.end.graph.owning_module is not None else []
-    place = stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
+    place = place_of(call.end) if call.end.graph.owning_module is not None else ""
     return f"{place}." if place else ""
 
 
@@ -183,8 +181,6 @@ def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward | None)
 
 
 def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    import inspect
-
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.args

@@ -72,9 +72,6 @@ class InstanceNormCall(_InstanceNorm):
 class HandwrittenNorm(nn.Module):
     """The nodes of a hand-written form, under the tensors that they read. Made by `_layer_of_nodes`, which gives it its forward."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -95,7 +92,7 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
     shapes = {**{n.name: shape for n in graph.nodes if (shape := _recorded_shape(n)) is not None}, **(shapes or {})}
     calls = [_functional(node, root, shapes) for node in graph.nodes if node.op == "call_function" and _is_norm(node.target)]
     constants = _constants(graph)  # a weight that is standardised is no activation, by whichever function
-    found = [*(call for call in calls if call.start not in constants), *_hand_written(graph, root, shapes)]
+    found = [*(call for call in calls if call.start not in constants), *_hand_written(graph, root, shapes, constants)]
     place = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda f: place[f.end])
 
@@ -306,8 +303,7 @@ def _op(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
-def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes) -> Iterator[Found]:
-    constants = _constants(graph)
+def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes, constants: set[fx.Node]) -> Iterator[Found]:
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         if node in taken or node in constants or not _is_root(node):

@@ -34,6 +34,16 @@ class NormswapError(Exception):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, in one line; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """The type of somebody else's error, and what it says, in one line."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+
+
 class UsageError(NormswapError):
     """What was asked for cannot be understood, or an input is missing."""
 

@@ -21,12 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normswap import functional
-from normswap.errors import SwapError
-from normswap.plan import Plan, Site, Skip, Swap
+from normswap.errors import SwapError, described
+from normswap.plan import Forward, Plan, Site, Skip, Swap
 from normswap.sharing import shadow
 from normswap.traps import Held, Momentum, Trap, given_to, held_by, traps
-
-Forward = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 _PRODUCES = re.compile(r"(conv(_transpose)?[123]d|convolution|linear|addmm)(\.\w+)?$")  # torch's functions and aten's
 
@@ -180,12 +178,7 @@ def _watched(model: nn.Module, sites: Sequence[Site], arguments: Forward | None)
         return {}, error.message
     watch = _Watch(copied, sites)
     failed = watch.run(*arguments)
-    return watch.result(), None if failed is None else f"the watched forward pass stopped before it: {_first_line(failed)}"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return watch.result(), None if failed is None else f"the watched forward pass stopped before it: {described(failed)}"
 
 
 @contextlib.contextmanager

@@ -36,6 +36,12 @@ def base_forward(x: Tensor, module: str) -> Tensor:
     raise AssertionError
 
 
+def place_of(node: fx.Node) -> str:
+    """The name of the module in whose code the node was traced, as far as the tracer wrote it down; else ""."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
+
+
 def graphs_of(module: nn.Module) -> Mapping[bool, fx.Graph]:
     """training -> the graph of `module.forward`, with the children as leaves. Raises NotTraceableError.
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import UsageError
+from normswap.errors import UsageError, first_line
 
 SEED = 0
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
@@ -191,9 +191,9 @@ def _from_file(path: Path) -> Inputs:
         numpy = path.suffix in (".npz", ".npy")
         found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen types, for a damaged file
-        first_line = (str(error).splitlines() or [""])[0][:200]
         raise UsageError(
-            f"--input {path} cannot be read: {first_line}", hint="torch.save tensors, or a tuple or dict of tensors, or numpy.savez arrays"
+            f"--input {path} cannot be read: {first_line(error)}",
+            hint="torch.save tensors, or a tuple or dict of tensors, or numpy.savez arrays",
         ) from error
     if isinstance(found, list):
         found = tuple(found)

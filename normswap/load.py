@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from normswap import pickles
-from normswap.errors import LoadError, UsageError
+from normswap.errors import LoadError, UsageError, described, first_line
 from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
@@ -153,7 +153,7 @@ def _transformers(directory: str) -> nn.Module:
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"transformers cannot load {directory}: {_first_line(error)}") from error
+        raise LoadError(f"transformers cannot load {directory}: {first_line(error)}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
@@ -174,7 +174,7 @@ def _factory(spec: str) -> nn.Module:
             raise LoadError(f"{spec}: there is no module {error.name}", hint=hint) from error
         raise LoadError(f"{spec}: importing {match['module']} needs the module {error.name}, which is not installed") from error
     except Exception as error:
-        raise LoadError(f"{spec}: importing {match['module']} raised {type(error).__name__}: {_first_line(error)}") from error
+        raise LoadError(f"{spec}: importing {match['module']} raised {described(error)}") from error
     for attribute in match["attribute"].split("."):
         if not hasattr(found, attribute):
             raise LoadError(
@@ -189,7 +189,7 @@ def _factory(spec: str) -> nn.Module:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             model = found()
     except Exception as error:
-        raise LoadError(f"{spec}() raised {type(error).__name__}: {_first_line(error)}") from error
+        raise LoadError(f"{spec}() raised {described(error)}") from error
     return _module(model, f"{spec}()")
 
 
@@ -206,7 +206,7 @@ def _import(module: str, prefix: str) -> Any:
             return importlib.import_module(module)
     except ImportError as error:
         raise LoadError(
-            f"{prefix} needs the package {package}, which cannot be imported: {_first_line(error)}", hint=f"pip install {package}"
+            f"{prefix} needs the package {package}, which cannot be imported: {first_line(error)}", hint=f"pip install {package}"
         ) from error
     except RuntimeError as error:
         raise pickles.mismatched_torchvision(error) or error from error
@@ -220,12 +220,12 @@ def _fetching(what: str) -> Iterator[None]:
             yield
     except OSError as error:  # urllib, requests and huggingface_hub all derive theirs from it
         raise LoadError(
-            f"the weights of {what} cannot be fetched: {_first_line(error)}",
+            f"the weights of {what} cannot be fetched: {first_line(error)}",
             hint="is there a network? without the @ the weights are random",
         ) from error
     except RuntimeError as error:
         if "hash" in str(error):
-            raise LoadError(f"the weights of {what} arrived damaged: {_first_line(error)}", hint="try again") from error
+            raise LoadError(f"the weights of {what} arrived damaged: {first_line(error)}", hint="try again") from error
         raise
 
 
@@ -328,7 +328,7 @@ def _trusted(file: IO[bytes], name: str) -> Any:
         hint = None
         if isinstance(error, AttributeError | ImportError):
             hint = "the class must be importable here: run in the directory of its code, or use a state dict with --arch"
-        raise LoadError(f"{name} cannot be loaded: {type(error).__name__}: {_first_line(error)}", hint=hint) from error
+        raise LoadError(f"{name} cannot be loaded: {described(error)}", hint=hint) from error
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -338,7 +338,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return dict(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{path.name} cannot be read as safetensors: {_first_line(error)}", hint="copy or save it again") from error
+        raise LoadError(f"{path.name} cannot be read as safetensors: {first_line(error)}", hint="copy or save it again") from error
 
 
 # --- programs of torch.export -----------------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def _program(file: IO[bytes], name: str, trust_pickle: bool) -> torch.export.Exp
             return torch.export.load(file)
     except Exception as error:
         raise LoadError(
-            f"{name} cannot be loaded as a torch.export program: {_first_line(error)}", hint="save it again with this version of torch"
+            f"{name} cannot be loaded as a torch.export program: {first_line(error)}", hint="save it again with this version of torch"
         ) from error
 
 
@@ -632,7 +632,3 @@ def _few(items: Sequence[str], limit: int = 5) -> str:
 def _a(thing: Any) -> str:
     name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
     return f"a{'n' if name[:1].lower() in 'aeiou' else ''} {name}" if thing is not None else "None"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__

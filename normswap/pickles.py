@@ -34,7 +34,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from normswap.errors import LoadError, UnsafePickleError
+from normswap.errors import LoadError, UnsafePickleError, first_line
 
 MAX_PICKLE = 16 << 20  # bytes of program, weights not counted; the largest of all torchvision and timm models has under 2 MB
 MAX_EXPANSION = 1 << 20  # elements of a tensor that repeats its storage (an expanded buffer)
@@ -809,7 +809,7 @@ def _size(file: IO[bytes]) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].partition("  (Could this error")[0][:300] or type(error).__name__
+    return first_line(error).partition("  (Could this error")[0]
 
 
 def _damaged(name: str, why: str) -> LoadError:

@@ -11,13 +11,14 @@ There is no behaviour here beyond lookup.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 Preserves = Literal["exact", "approximate"]
+Forward = tuple[tuple[Any, ...], Mapping[str, Any]]  # the arguments of one forward pass
 
 
 @dataclass(frozen=True)

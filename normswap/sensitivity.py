@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_flatten
 
 from normswap import pipeline
 from normswap.calibrate import MASK, arguments_of, calibrate
-from normswap.errors import SwapError, UsageError
+from normswap.errors import SwapError, UsageError, described
 from normswap.exported import as_module
 from normswap.plan import Plan, Preserves, Rule
 from normswap.probes import Probe
@@ -293,7 +293,7 @@ class _Work:
                 found = run(probe)[0] if names else expected
             except Exception as error:  # the user's model may raise anything
                 raise SwapError(
-                    f"with {', '.join(names)} swapped the model cannot run on batch {i + 1}: {type(error).__name__}: {_first_line(error)}",
+                    f"with {', '.join(names)} swapped the model cannot run on batch {i + 1}: {described(error)}",
                     hint="exclude it",
                 ) from error
             for name, y in expected.items():
@@ -334,7 +334,7 @@ class _Original:
             values = self.run(self.probes[i])[0]
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
-                f"the model does not take the data: batch {i + 1}: {type(error).__name__}: {_first_line(error)}",
+                f"the model does not take the data: batch {i + 1}: {described(error)}",
                 hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
         values = {name: v for name, v in values.items() if v.is_floating_point() or v.is_complex()}
@@ -392,9 +392,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
         try:
             found = metric(model)
         except Exception as error:  # it is the user's code
-            raise UsageError(
-                f"the metric {name} raised {type(error).__name__}: {_first_line(error)}", hint="it is called with the model"
-            ) from error
+            raise UsageError(f"the metric {name} raised {described(error)}", hint="it is called with the model") from error
     try:
         number = float(found)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -402,10 +400,6 @@ def _number(metric: Metric, model: nn.Module) -> float:
     if not math.isfinite(number):
         raise UsageError(f"the metric {name} returned {number}; expected a finite number")
     return number
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 # --- what convert is to be told -----------------------------------------------------------------------------------------------------

@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap import functional
-from normswap.call_sites import Forward, Hit, call_sites, writes_its_own
+from normswap.call_sites import Hit, call_sites, writes_its_own
 from normswap.calls import HAND_WRITTEN, attribute, find
-from normswap.errors import SwapError
-from normswap.graphs import BASES
-from normswap.plan import Site, Trace
+from normswap.errors import SwapError, described
+from normswap.graphs import BASES, place_of
+from normswap.plan import Forward, Site, Trace
 from normswap.sharing import shadow
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -74,7 +74,7 @@ IsNorm = Callable[[Site], bool | None]
 class _Names:
     """First name and aliases of every module of one model, and what is shared among them."""
 
-    def __init__(self, model: nn.Module, is_norm: IsNorm) -> None:
+    def __init__(self, model: nn.Module, decided: Mapping[str, bool]) -> None:
         self.all: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
         self.parents: dict[int, list[nn.Module]] = {}
@@ -85,10 +85,8 @@ class _Names:
             for child in module.children():
                 self.parents.setdefault(id(child), []).append(module)
         # A norm inside a norm (the BatchNorm that a wrapper holds) is the inner one's business: the rule for the outer one decides.
-        decided = {key: is_norm(Site(self.all[key][0], (), module, None)) for key, module in self.modules.items()}
-        self.listed = {key: module for key, module in self.modules.items() if decided[key] is not None}
-        # What no rule can replace as a whole may hold, in its own code, something that can, and is then looked into.
-        self.norms = {key: module for key, module in self.listed.items() if decided[key] or not writes_its_own(module)}
+        self.listed = {key: module for key, module in self.modules.items() if self.all[key][0] in decided}
+        self.norms = {key: module for key, module in self.listed.items() if decided[self.all[key][0]]}
         owners: dict[int, set[int]] = {}
         for key, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
@@ -117,13 +115,23 @@ class _Names:
         return [part for part in module.modules() if id(part) in self.norms]
 
 
+def _decided(model: nn.Module, is_norm: IsNorm) -> dict[str, bool]:
+    """First name of every norm -> whether it is one call: what no rule replaces as a whole may hold, in its own code, what one replaces.
+
+    Asked once, of the model: its copies have the same names.
+    """
+    answers = ((name, module, is_norm(Site(name, (), module, None))) for name, module in model.named_modules())
+    return {name: answer or not writes_its_own(module) for name, module, answer in answers if answer is not None}
+
+
 def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNorm) -> Trace:
     """Find every norm of `model`. `forward` gives the arguments of one forward pass; it is asked only if the graph cannot be had."""
     if isinstance(model, torch.jit.ScriptModule):
         raise SwapError(
             "the model is TorchScript, whose layers cannot be replaced", hint="convert the model that it was scripted or traced from"
         )
-    names = _Names(model, is_norm)
+    decided = _decided(model, is_norm)
+    names = _Names(model, decided)
     notes: list[str] = []
     if isinstance(model, fx.GraphModule):
         return _result(names, _see_graph(model, model.graph, names), "graph", notes, model, forward)
@@ -133,7 +141,7 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         notes.append("torch.fx cannot trace the model: it reads the forward of the class, and this object has one of its own")
     else:
         copied = shadow(model)
-        tracer = _Tracer(copied, _Names(copied, is_norm))
+        tracer = _Tracer(copied, _Names(copied, decided))
         for name, module in copied.named_modules():
             if not tracer.is_leaf_module(module, name):  # the hooks of a leaf are not run; those of others would be handed proxies to keep
                 module._forward_hooks.clear()
@@ -142,7 +150,7 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
             with torch.random.fork_rng():
                 graph = tracer.trace(copied)
         except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
-            notes.append(f"torch.fx could not trace the model: {_first_line(error)}")
+            notes.append(f"torch.fx could not trace the model: {described(error)}")
         else:
             return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, shadow(model), forward)
     arguments = forward()
@@ -150,15 +158,10 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
         return _result(names, None, "names", notes, model, forward)
     copied = shadow(model)  # a new one: the tracer may have left proxies in the other
-    seen, failed = _Watch(copied, _Names(copied, is_norm)).run(*arguments)
+    seen, failed = _Watch(copied, _Names(copied, decided)).run(*arguments)
     if failed is not None:
-        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {_first_line(failed)}")
+        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}")
     return _result(names, seen, "walk", notes, shadow(model), forward)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _result(
@@ -220,7 +223,7 @@ def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | No
         if node in calls:
             call = calls[node]
             seen.hit(
-                "" if root is graph.owning_module else _place(node),
+                "" if root is graph.owning_module else place_of(node),
                 call.function,
                 _producer_of(call.start, call.inside, root, names, called),
             )
@@ -238,7 +241,7 @@ def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | No
             norm = names.statistics.get(id(attribute(root, str(node.target))))
             if norm is not None:
                 for user in node.users:
-                    seen.read(names.first(norm), f"{_place(user)}.{user.name}".lstrip("."))
+                    seen.read(names.first(norm), f"{place_of(user)}.{user.name}".lstrip("."))
     return seen
 
 
@@ -249,12 +252,6 @@ def _owner(root: nn.Module, node: fx.Node) -> nn.Module | None:
         return root.get_submodule(path)
     except AttributeError:  # an attribute of something that is not a module
         return None
-
-
-def _place(node: fx.Node) -> str:
-    """The name of the module in whose code the node was traced."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
 
 
 def _producer_of(source: Any, norm: Collection[fx.Node], root: nn.Module, names: _Names, called: Counter[int]) -> str | None:
@@ -276,8 +273,12 @@ class _Output:
 # Functions whose result is a plain number and yet depends on the values of a tensor. Others that give no tensor (shape, dtype) do not.
 _VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"})
 
-# What a form written by hand cannot do without: whoever calls these may hold one. Their owner's graph decides.
 _ROOTS = frozenset({"rsqrt", "sqrt", "std", "rsqrt_", "sqrt_"})
+
+
+def _may_be_root(function: str, args: tuple[Any, ...]) -> bool:
+    """What a form written by hand cannot do without: whoever calls it may hold one. The caller's graph decides."""
+    return function in _ROOTS or (function in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float))
 
 
 class _Watch(TorchFunctionMode):
@@ -360,11 +361,10 @@ class _Watch(TorchFunctionMode):
             if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
                 self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
         fixed = bool(given) and all(tensor in self.fixed for tensor in given)
-        if fixed:
-            pass
-        elif function := functional.name_of(func):
+        function = functional.name_of(func)
+        if function and not fixed:
             self._feed(self.seen.hit(owner, function), (args, kwargs))
-        elif func.__name__ in _ROOTS or (func.__name__ in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float)):
+        elif not fixed and _may_be_root(func.__name__, args):
             self.seen.hit(owner, HAND_WRITTEN)
         result = func(*args, **kwargs)
         if fixed:

@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normswap.functional import KINDS
+from normswap.graphs import BASES
 
 # A std or weight is "about 0" below this share of the median of the layer's others: such a channel is a constant, for all that follows.
 ABOUT_ZERO = 1e-4
@@ -36,7 +36,6 @@ Momentum = float | Literal["cumulative"] | None
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 _EPS = ("eps", "variance_epsilon", "epsilon")  # the second is transformers'
-_MULTIPLIES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # by its weight; Gemma's RMSNorm multiplies by 1 + weight
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def held_by(module: nn.Module) -> Held:
         batch=batch,
         tracked=var is not None,
         tracking=bool(module.track_running_stats) if batch else None,
-        scales=isinstance(module, _MULTIPLIES) or isinstance(var, Tensor),
+        scales=isinstance(module, BASES) or isinstance(var, Tensor),
     )
 
 

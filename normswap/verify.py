@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import UsageError
+from normswap.errors import UsageError, described
 from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
 from normswap.runners import BY_POSITION, REFERENCE, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
@@ -160,10 +160,10 @@ def _refuse(probe: Probe, error: Exception, dropped: list[str], how: str) -> Non
     """Without the example nothing can be judged; any other probe is dropped and named."""
     if probe.name == "example":
         raise UsageError(
-            f"the model cannot run on the example inputs{how}: {_first_line(error)}",
+            f"the model cannot run on the example inputs{how}: {described(error)}",
             hint="give inputs that the model takes with --input (example_inputs in Python)",
         ) from error
-    dropped.append(f"{probe.name}: {_first_line(error)}")
+    dropped.append(f"{probe.name}: {described(error)}")
 
 
 def compare(
@@ -198,7 +198,7 @@ def compare(
             if sites:
                 taps.append(_differences(judgement, judgement.sites[probe.name], tapped, probe, tolerance, tapped=True))
     except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
-        failure = f"the candidate raised {_first_line(error)}"
+        failure = f"the candidate raised {described(error)}"
     truths = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
     if failure is None and not any(outputs):
         failure = "nothing was compared: the model returns no tensor"
@@ -328,8 +328,3 @@ def _worst(found: Sequence[Difference]) -> Difference:
 def _share(difference: Difference) -> float:
     """How much of its limit an error uses up."""
     return _ratio(difference.max_rel, difference.tolerance)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

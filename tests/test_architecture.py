@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "load": STAGE | {"pickles", "specs"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
-    "traps": frozenset({"functional"}),
+    "traps": frozenset({"functional", "graphs"}),
     "facts": STAGE | {"traps"},
     "swap": STAGE | {"calls", "graphs"},
     "calibrate": STAGE | {"moments"},

@@ -64,28 +64,12 @@ def build(site: Site, std: str) -> nn.Module:
 
 
 def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: float | None = None) -> BatchlessNorm:
-    """A `cls` with the function of any layer that has BatchNorm's tensors under BatchNorm's names."""
+    """A `cls` with the function of any layer that has BatchNorm's tensors under BatchNorm's names, and all that `revert` needs."""
     mean, var = cast(Tensor, module.running_mean), cast(Tensor, module.running_var)
     weight, bias = cast("Tensor | None", module.weight), cast("Tensor | None", module.bias)
     eps = cast(float, module.eps) if eps is None else eps
-    layer = cls(
-        mean.shape[0],
-        affine=weight is not None or bias is not None,
-        std=cast(StdForm, std),
-        device=mean.device,
-        dtype=mean.dtype,
-    )
-    layer.set_statistics(mean, numerics.std_of_variance(var, eps))
-    # A layer whose weight is frozen, or that keeps everything in buffers, is not to be trained; one without a weight still learns.
-    trainable = isinstance(module, _BatchNorm) and (weight is None or weight.requires_grad)
-    for parameter in (layer.mean, layer.std_parameter):
-        parameter.requires_grad_(trainable)
-    with torch.no_grad():
-        for mine, source in ((layer.weight, weight), (layer.bias, bias)):
-            if mine is not None:
-                if source is not None:
-                    mine.copy_(source)
-                mine.requires_grad_(source is not None and source.requires_grad)
+    trainable = isinstance(module, _BatchNorm)  # what keeps everything in buffers is not to be trained
+    layer = layer_with(cls, mean, var, eps, std, weight, bias, trainable=trainable)
     layer.source_mean = mean.detach().clone()
     layer.source_var = var.detach().clone()
     batches = getattr(module, "num_batches_tracked", None)
@@ -104,6 +88,42 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
     for name, value in layer.source.attributes.items():
         if name not in settings and not hasattr(layer, name):
             setattr(layer, name, value)
+    return layer
+
+
+@torch.no_grad()
+def layer_with(
+    cls: type[BatchlessNorm],
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    std: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    channel_axis: int = 1,
+    trainable: bool = True,
+) -> BatchlessNorm:
+    """A `cls` that computes weight * (x - mean) / sqrt(var + eps) + bias; every tensor (C,).
+
+    Its weight and bias are trainable if the given ones are; its statistics, if `trainable`, and the weight is or there is none.
+    """
+    layer = cls(
+        mean.numel(),
+        channel_axis=channel_axis,
+        affine=weight is not None or bias is not None,
+        std=cast(StdForm, std),
+        device=mean.device,
+        dtype=mean.dtype,
+    )
+    layer.set_statistics(mean, numerics.std_of_variance(var, eps))
+    for parameter in (layer.mean, layer.std_parameter):
+        parameter.requires_grad_(trainable and (weight is None or weight.requires_grad))
+    for mine, source in ((layer.weight, weight), (layer.bias, bias)):
+        if mine is not None:
+            if source is not None:
+                mine.copy_(source)
+            mine.requires_grad_(source is not None and source.requires_grad)
     return layer
 
 

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from normswap import numerics
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
-from normswap.numerics import StdForm
 from normswap.plan import Rule, Site
+from normswap.rules.batch_norm import layer_with
 from normswap.rules.from_data import uncalibrated
 from normswap.sharing import HOOKS, carry
 from normswap.specs import SPEC, imported
@@ -25,7 +23,6 @@ PAGE = "docs/writing_rules.md"
 # -- for those who write rules ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def batchless_from_statistics(
     module: nn.Module,
     mean: Tensor,
@@ -45,24 +42,8 @@ def batchless_from_statistics(
     std: how the layer stores it, as `build` is told. channel_axis: of x, negative from the end. The layer is trainable if the weight is (or
     there is none), and takes the hooks and the training flag of `module`.
     """
-    mean, variance = mean.reshape(-1), variance.reshape(-1)
-    layer = BatchlessNorm(
-        mean.numel(),
-        channel_axis=channel_axis,
-        affine=weight is not None or bias is not None,
-        std=cast(StdForm, std),
-        device=mean.device,
-        dtype=mean.dtype,
-    )
-    layer.set_statistics(mean, numerics.std_of_variance(variance, eps))
-    trainable = weight is None or weight.requires_grad
-    for parameter in (layer.mean, layer.std_parameter):
-        parameter.requires_grad_(trainable)
-    for mine, source in ((layer.weight, weight), (layer.bias, bias)):
-        if mine is not None:
-            if source is not None:
-                mine.copy_(source.reshape(-1))
-            mine.requires_grad_(source is not None and source.requires_grad)
+    flat = [None if tensor is None else tensor.reshape(-1) for tensor in (weight, bias)]
+    layer = layer_with(BatchlessNorm, mean.reshape(-1), variance.reshape(-1), eps, std, *flat, channel_axis=channel_axis)
     carry(module, layer)
     return layer
 
