@@ -1,4 +1,4 @@
-"""What every test runs under: torchvision that imports, fixed seeds, two threads (so that a test costs the same everywhere)."""
+"""What every test runs under: torchvision that imports, fixed seeds, one thread (as a second process, `-n 2`, is worth more)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,14 +39,6 @@ SELECTED: dict[tuple[str, str], tuple[int, int, int]] = {
     ("transformers", "T5"): (0, 12, 0),  # encoder and decoder
     ("transformers", "Wav2Vec2"): (0, 7, 0),  # GroupNorm over time
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def case(library: str, family: str) -> Case:

@@ -9,7 +9,6 @@ import json
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,6 @@ from benchmarks import random_graphs
 from benchmarks.random_graphs import RAW, check, numbered, summary
 from fixtures.random_graphs import DECOYS, FORMS, Expected, RandomGraph, generate
 from normswap import numerics, swap
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small are as fast on one thread, and much faster on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def findings(graph: RandomGraph) -> list[str]:

@@ -6,7 +6,6 @@ The sweep's last results are committed: docs/coverage.json, and docs/coverage.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,15 +41,6 @@ REPRESENTATIVE = {
 @pytest.fixture(autouse=True)
 def _one_in_train_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage, "ALSO_IN_TRAIN_MODE", ("resnet18",))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Inputs this small are as fast on one thread, and much faster on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
