@@ -118,7 +118,11 @@ def test_a_converted_resnet_is_valid_and_its_per_sample_gradients_are_those_of_a
 
 @pytest.mark.parametrize("stats", ["natural", "raw"])
 @pytest.mark.parametrize(
-    "options", [{}, {"std": "abs"}, {"std": "inv"}, {"twice": True}, {"norm": norm_act}, {"norm": nn.SyncBatchNorm}], ids=str
+    "options",
+    [{}, {"std": "abs"}, {"std": "inv"}, {"twice": True}, {"norm": norm_act}, {"norm": nn.SyncBatchNorm}],
+    ids=lambda value: (
+        value if isinstance(value, str) else " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in value.items()) or "default"
+    ),
 )
 def test_per_sample_gradients(stats: str, options: dict[str, Any]) -> None:
     model = converted(stats, **options)
