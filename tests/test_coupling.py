@@ -23,6 +23,8 @@ from normswap.errors import UsageError
 from normswap.numerics import STD_FORMS, StdForm
 from normswap.training.pairs import Pair
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+
 F64 = torch.float64
 G = torch.Generator().manual_seed(3)
 
@@ -376,7 +378,7 @@ def test_what_does_not_learn_stays(what: str) -> None:
 # --- dead filters ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-200, 1e-20, 1e-3])
+@pytest.mark.parametrize("size", [0.0, 1e-200, 1e-20, 1e-10, 1e-3])
 def test_dead_filters(size: float) -> None:
     """Where eps makes up the std, std and offset have no units: finite, the gradient is that of the centred form, and nothing runs away."""
     model, x = coupled("conv2d")
@@ -385,6 +387,14 @@ def test_dead_filters(size: float) -> None:
         conv.weight[1] *= size
         norm.mean[1] += 0.3
         norm.log_std[1] = 0.5 * math.log(norm.source.eps + 1e-7)
+    centred = copy.deepcopy(model)
+    centred[1].units = False
+    by, by_centred = [], []
+    for each, found in ((model, by), (centred, by_centred)):
+        each(x).square().mean().backward()
+        found.append(grads(each)["0.weight"])
+    close(by[0][1], by_centred[0][1])
+    assert (by[0][0] - by_centred[0][0]).abs().max() > 1e-6
     step = torch.optim.SGD(normswap.param_groups(model, lr=1e-3), momentum=0.9)
     for _ in range(5):
         step.zero_grad()
