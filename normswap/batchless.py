@@ -314,17 +314,16 @@ class BatchlessNorm(nn.Module):
         return EPS if self.source is None else self.source.eps
 
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else."""
-        return self._through(*self._stored(dtype))
+        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
 
-    def _stored(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The same, with the gradient by mean and the std's parameter alone: what the likelihood trains."""
+        Of a coupled layer, too. The gradient is that by `mean` and the std's parameter; only `affine_map` adds that by the producer's weight.
+        """
         mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
         return mean, numerics.std_of(parameter, self.std)
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only, and a coupled producer's."""
-        mean, std = (t.detach() for t in self._stored())
+        mean, std = (t.detach() for t in self.statistics())
         return numerics.affine_of(*self._through(mean, std), self.weight, self.bias)
 
     @torch.no_grad()
@@ -354,7 +353,7 @@ class BatchlessNorm(nn.Module):
             return shift
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
-        _, std = self._stored()
+        _, std = self.statistics()
         options = self._options()
         more = self._input_seen(x, options["share"])
         if self.aux == "explicit":
@@ -407,7 +406,7 @@ class BatchlessNorm(nn.Module):
         """
         _shape(x, self.sizes, self.channel_axis)
         shape = numerics.axes_shape(self.mean.shape, self.channel_axis, x.dim())
-        mean, std = self._stored()
+        mean, std = self.statistics()
         return numerics.gaussian_nll(x, mean.view(shape), std.view(shape), reduction=self.reduction, gauge=gauge)
 
     @torch.no_grad()
