@@ -316,7 +316,7 @@ class BatchlessNorm(nn.Module):
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
 
-        Of a coupled layer, too. The gradient is that by `mean` and the std's parameter; only `affine_map` adds that by the producer's weight.
+        Of a coupled layer, too. The gradient is that by `mean` and the std's parameter; `affine_map` alone adds the producer's.
         """
         mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
         return mean, numerics.std_of(parameter, self.std)
