@@ -73,7 +73,7 @@ def run(row: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
         for rows in torch.randperm(len(x), generator=generator)[: len(x) // batch * batch].view(-1, batch):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
