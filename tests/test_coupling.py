@@ -581,6 +581,11 @@ def test_reverted_saved_and_exported_it_is_an_ordinary_layer(tmp_path: Path) -> 
     close(program.module()(x), model(x), 1e-6)
     exported = normswap.export_onnx(model, x, tmp_path / "model.onnx")
     assert exported.parity.passed
+    loaded = normswap.load(normswap.save(model, tmp_path / "saved"), lambda: copy.deepcopy(source))
+    assert not [name for name in loaded.state_dict() if name.endswith("input_mean")]
+    assert not any(m._forward_pre_hooks for m in loaded.modules())
+    assert torch.equal(loaded(x), model(x))
+    assert model[1].producer is model[0]  # saving leaves the model as it is
 
 
 def test_a_producer_that_was_replaced_is_an_error() -> None:
