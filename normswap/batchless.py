@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normswap import numerics, stepping
-from normswap.injection import injected
+from normswap import coupling, numerics, stepping
+from normswap.errors import UsageError
+from normswap.injection import followed, injected
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
 
 Aux = Literal["auto", "explicit", "none"]
@@ -102,8 +103,13 @@ def _injected(
     return injected(shift, mean, parameter, by_mean, by_parameter, scale=scale, **passed)
 
 
-def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, **options: Any) -> stepping.Term:
-    return stepping.Term(mean, parameter, *_gradients(x, mean, std, parameter, mask, options))
+def _term(
+    x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: tuple[Tensor, Tensor] | None, **options: Any
+) -> stepping.Term:
+    """more: one more parameter, and its gradient."""
+    value, *by = _gradients(x, mean, std, parameter, mask, options)
+    given = () if more is None else (more,)
+    return stepping.Term(value, (mean, parameter, *(p for p, _ in given)), (*by, *(g for _, g in given)))
 
 
 # Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
@@ -159,6 +165,8 @@ class BatchlessNorm(nn.Module):
     aux: Aux = "none"
     stats: Stats = "natural"
     momentum: float = MOMENTUM
+    units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
+    pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
     def __init__(
@@ -223,15 +231,100 @@ class BatchlessNorm(nn.Module):
         """The parameter that stores the standard deviation: `log_std`, `abs_std` or `inv_std`."""
         return cast(nn.Parameter, getattr(self, PARAMETER_OF_FORM[self.std]))
 
+    @property
+    def producer(self) -> nn.Module | None:
+        """The conv or linear to whose weight the statistics are coupled."""
+        return self.pair[0] if self.pair else None
+
+    @property
+    def tracked(self) -> nn.Parameter | None:
+        """`input_mean`, the mean input of the producer, of a coupled layer."""
+        return self._parameters.get("input_mean")
+
+    @property
+    def follows(self) -> nn.Module | None:
+        """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen."""
+        frozen = not all(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std]))  # type: ignore[union-attr]
+        return None if frozen or not self.training else self.producer
+
+    @property
+    def observes(self) -> bool:
+        """Whether the producer tells its mean input."""
+        return self.follows is not None and self.aux != "none"
+
+    @property
+    def _learns(self) -> bool:
+        # As they are held: a tracer hands out proxies instead.
+        return any(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std]))  # type: ignore[union-attr]
+
+    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True) -> None:
+        """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
+
+            mean = <W, input_mean> + b + offset        units: offset and std in units of the norm of each filter of W
+
+        In train mode the gradient of the task passes through W, and mean and std move with W when an optimizer steps; their values do not
+        change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
+        forward pre-hook and is otherwise untouched.
+
+        input_mean: (input channels, *kernel). Raises ValueError for another shape, or a producer with other outputs than channels here.
+        """
+        shape, sizes = coupling.input_shape(producer), (coupling.outputs_of(producer),)
+        if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
+            raise ValueError(
+                f"a {type(producer).__name__} with {sizes[0]} outputs and inputs {shape} cannot be coupled to a layer with statistics of "
+                f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
+            )
+        self.decouple()
+        self.units, self.pair = units, (producer,)
+        self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
+        producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
+
+    def decouple(self) -> None:
+        """Back to statistics of its own: the same function, without the gradient."""
+        for producer in self.pair:
+            coupling.release(producer, self)
+        self.pair = ()
+        self._parameters.pop("input_mean", None)
+
+    def _through(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, std), with the gradient by the producer's weight and bias in train mode."""
+        producer, tracked = self.follows, self.tracked
+        if producer is None or tracked is None or not torch.is_grad_enabled():
+            return mean, std
+        place = coupling.place(producer, tracked.to(mean.dtype))
+        return coupling.through(mean, std, *place, units=self.units, eps=self._eps)
+
+    def anchor(self) -> tuple[Tensor, Tensor]:
+        """What `follow` has to know of the producer before its weight is moved."""
+        producer, tracked = self.pair[0], cast(nn.Parameter, self.tracked)
+        moving, square = coupling.place(producer, tracked)
+        return moving.detach(), square.detach()
+
+    @torch.no_grad()
+    def follow(self, anchor: tuple[Tensor, Tensor]) -> None:
+        """Move mean and std along with the weight of the producer, which has moved since `anchor`."""
+        std = numerics.std_of(self.std_parameter, self.std)
+        options: dict[str, Any] = {"form": self.std, "units": self.units, "eps": self._eps}
+        moved = coupling.moved(self.mean, self.std_parameter, std, anchor, self.anchor(), **options)
+        for parameter, value in zip((self.mean, self.std_parameter), moved, strict=True):
+            parameter.copy_(value)
+
+    @property
+    def _eps(self) -> float:
+        return EPS if self.source is None else self.source.eps
+
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else."""
+        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
+
+        Of a coupled layer, too. The gradient is that by `mean` and the std's parameter; `affine_map` alone adds the producer's.
+        """
         mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
         return mean, numerics.std_of(parameter, self.std)
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only."""
-        mean, std = self.statistics()
-        return numerics.affine_of(mean.detach(), std.detach(), self.weight, self.bias)
+        """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only, and a coupled producer's."""
+        mean, std = (t.detach() for t in self.statistics())
+        return numerics.affine_of(*self._through(mean, std), self.weight, self.bias)
 
     @torch.no_grad()
     def folded(self, ndim: int) -> tuple[Tensor, Tensor]:
@@ -256,20 +349,42 @@ class BatchlessNorm(nn.Module):
 
     def _observed(self, x: Tensor, shift: Tensor) -> Tensor:
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
-        # As they are held: a tracer hands out proxies instead.
-        if not any(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std])):  # type: ignore[union-attr]
+        if not self._learns:
             return shift
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
         _, std = self.statistics()
+        options = self._options()
+        more = self._input_seen(x, options["share"])
         if self.aux == "explicit":
             if stepping.counts(x):
-                stepping.note(run, _term(x, mean, std, parameter, run.mask, **self._options()))
+                stepping.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
             return shift
         if not torch.is_grad_enabled():
             return shift
         stepping.watch_passes(self)
-        return _injected(x, shift, mean, std, parameter, run.mask, run.scale, **self._options())
+        shift = _injected(x, shift, mean, std, parameter, run.mask, run.scale, **options)
+        return shift if more is None else followed(shift, *more, scale=run.scale)
+
+    def _input_seen(self, x: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
+        """(input_mean, its gradient): with it a step of SGD at the rate a is the running average with momentum a. None if not coupled."""
+        tracked, run = self.tracked, self.run
+        if tracked is None or self.follows is None:
+            return None
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+            raise UsageError(
+                "a BatchlessNorm that is coupled to its producer cannot be traced in train mode: no graph would move its statistics",
+                hint='trace in eval mode, or convert with coupling="none"',
+            )
+        # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.
+        if run.seen is None or not (run.fresh or stepping.recomputes()):
+            raise UsageError(
+                f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
+                hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
+            )
+        run.fresh = False
+        by = (tracked.detach() - run.seen.to(tracked.dtype)) * (share if x.numel() else 0)
+        return tracked, by if run.mask is None else by * run.mask.any()
 
     def _options(self) -> dict[str, Any]:
         share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)
@@ -280,7 +395,7 @@ class BatchlessNorm(nn.Module):
             "stats": self.stats,
             "reduction": self.reduction,
             "rate": self.momentum,
-            "eps": EPS if self.source is None else self.source.eps,
+            "eps": self._eps,
             "share": share,
         }
 
@@ -300,10 +415,19 @@ class BatchlessNorm(nn.Module):
         self.mean.copy_(mean)
         self.std_parameter.copy_(numerics.parameter_of(std.double(), self.std))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The function does not depend on it: the state of a coupled layer fits a plain one, and the other way round.
+        key, tracked = f"{prefix}input_mean", self.tracked
+        given = state_dict.pop(key, None)
+        if tracked is not None:
+            state_dict[key] = tracked.detach() if given is None else given
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         shared = f", shared_axes={self.shared_axes}" if self.shared_axes else ""
         trained = "" if self.aux == "none" else f", aux={self.aux!r}, stats={self.stats!r}, momentum={self.momentum}"
-        return f"{self.num_features}, channel_axis={self.channel_axis}{shared}, affine={self.affine}, std={self.std!r}{trained}"
+        coupled = "" if self.producer is None else f", coupled to a {type(self.producer).__name__}"
+        return f"{self.num_features}, channel_axis={self.channel_axis}{shared}, affine={self.affine}, std={self.std!r}{trained}{coupled}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchlessNorm:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A gradient that reaches parameters without being in the loss: the auxiliary loss through the back door, and through the front.
 
     injected(shift, mean, p, ...)    shift, unchanged. When a gradient comes back to it, the given gradients are added to mean and p.
-    valued(value, mean, p, ...)      value, of which mean and p have the given gradients.
+    followed(shift, a, by_a)         the same of one more parameter, whose gradient is not that of a likelihood.
+    valued(value, parameters, by)    value, of which the parameters have the given gradients.
 
 Both save what they give and no activation. The layer sends its shift, one number per channel, through `injected`: never its output, which
 an activation may overwrite, nor its input, which would then need a gradient of its own even when nothing before the layer is trained.
@@ -9,6 +10,7 @@ an activation may overwrite, nor its input, which would then need a gradient of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,21 +48,40 @@ class _Injected(torch.autograd.Function):
         return gradient, by_mean, by_parameter, None, None, None
 
 
-class _Valued(torch.autograd.Function):
+class _Followed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor) -> Tensor:
+    def forward(shift: Tensor, parameter: Tensor, by: Tensor, scale: Tensor | None) -> Tensor:
+        return shift.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by, scale = ctx.saved_tensors
+        return gradient, by if scale is None else by * scale, None, None
+
+
+class _Valued(torch.autograd.Function):
+    """Of the parameters, then as many gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *pairs: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_backward(*inputs[1 + len(inputs) // 2 :])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        by_mean, by_parameter = ctx.saved_tensors
-        return None, by_mean * gradient, by_parameter * gradient, None, None
+        given = ctx.saved_tensors
+        return None, *(by * gradient for by in given), *(None for _ in given)
 
 
 @torch.library.custom_op(OP, mutates_args=())
@@ -111,6 +132,11 @@ def injected(
     return _Injected.apply(shift, mean, parameter, by_mean, by_parameter, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def valued(value: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor) -> Tensor:
-    """value, a scalar whose gradients by mean and parameter are by_mean and by_parameter."""
-    return _Valued.apply(value, mean, parameter, by_mean, by_parameter)  # type: ignore[no-any-return, no-untyped-call]
+def followed(shift: Tensor, parameter: Tensor, by: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """shift, a fresh tensor. Once a gradient reaches it, parameter gets `by` times scale, whatever it is."""
+    return _Followed.apply(shift, parameter, by, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def valued(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:
+    """value, a scalar whose gradients by the parameters are `by`."""
+    return _Valued.apply(value, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]

@@ -36,7 +36,8 @@ from normswap.rules.own import all_checked
 from normswap.sharing import shadow
 from normswap.swap import swap, with_layers
 from normswap.trace import trace
-from normswap.training import modes
+from normswap.training import modes, pairs
+from normswap.training.pairs import Coupling, Pair
 from normswap.verify import Judgement, compare, judge
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
@@ -50,6 +51,7 @@ class Conversion(Generic[M]):
     module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
     drift: how far the whole model and each swapped layer are from the original on calibration data, of an approximate conversion; else
     None. parity is then that of the exact swaps alone. fits: how well each layer could be calibrated or re-estimated, if it was.
+    pairs: with coupling="auto", which layers are coupled to which conv or linear, and why the others are not.
     judgement: what the original computes, to hold further candidates (an ONNX file) against.
     """
 
@@ -61,6 +63,7 @@ class Conversion(Generic[M]):
     judgement: Judgement = field(repr=False)
     drift: Parity | None = None
     fits: tuple[Fit, ...] = ()
+    pairs: tuple[Pair, ...] = ()
 
 
 def plan(
@@ -113,11 +116,14 @@ def convert(
     reestimate: Reestimate | None = None,
     aux: Aux = "auto",
     stats: Stats = "natural",
+    coupling: Coupling = "none",
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
     example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer. std: how the layers store
-    it. aux, stats: how their statistics train, in train mode; see BatchlessNorm.
+    it. aux, stats: how their statistics train, in train mode; see BatchlessNorm. coupling: "auto" couples the statistics of each norm
+    that has a conv or linear of its own before it to that one's weight, so that its training is centred as BatchNorm's is; see
+    `BatchlessNorm.couple`. `pairs` says of each what became of it.
 
     Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
     that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
@@ -144,6 +150,7 @@ def convert(
         reestimate=reestimate,
         aux=aux,
         stats=stats,
+        coupling=coupling,
     )
     check(conversion.parity)
     if conversion.drift is not None:
@@ -165,6 +172,7 @@ def attempt(
     reestimate: Reestimate | None = None,
     aux: Aux = "auto",
     stats: Stats = "natural",
+    coupling: Coupling = "none",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conversion[M]:
     """`convert` without the last word: the parity and the drift may have failed."""
@@ -177,6 +185,7 @@ def attempt(
             "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
         )
     modes.check(aux, stats)
+    pairs.check(coupling)
     if aux == "explicit" and isinstance(model, ExportedProgram):
         raise UsageError(
             'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
@@ -212,12 +221,15 @@ def attempt(
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
     swapped = swap(module, exact, std=std)
     fits: tuple[Fit, ...] = ()
+    coupled: tuple[Pair, ...] = ()
     if reestimate == "exact":
         fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
     modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
+    if not (names or reestimate == "adapt"):
+        coupled = _coupled(coupling, swapped, exact, inputs, batches)
     parity = compare(judgement, swapped, sites=sites, original=module)
     if not (names or reestimate == "adapt") or not parity:
-        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits)
+        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits, pairs=coupled)
     del swapped
     approximated = swap(module, decided, std=std)
     reference = with_layers(shadow(module), decided)
@@ -226,7 +238,14 @@ def attempt(
     if reestimate == "adapt":
         decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
     modes.prepare(approximated, module, decided.swaps, aux=aux, stats=stats)
-    return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits)
+    coupled = _coupled(coupling, approximated, decided, inputs, batches)
+    return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits, coupled)
+
+
+def _coupled(word: Coupling, model: nn.Module, decided: Plan, inputs: Inputs, batches: Iterable[Any]) -> tuple[Pair, ...]:
+    if word == "none":
+        return ()
+    return pairs.couple(model, decided.swaps, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
 
 
 def _adapted(s: Swap) -> Swap:

@@ -17,6 +17,7 @@ from torch import nn
 
 from normswap.batchless import BatchlessNorm
 from normswap.errors import LoadError
+from normswap.sharing import shadow
 from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
@@ -60,7 +61,18 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
         "rules": rules_of(model),
     }
     (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    save_model(model, str(directory / WEIGHTS), metadata={"format": "pt"})
+    save_model(_uncoupled(model), str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def _uncoupled(model: nn.Module) -> nn.Module:
+    """`model`, or a copy with the same parameters whose layers are all ordinary: coupling is a matter of a training run."""
+    if not any(isinstance(module, BatchlessNorm) and module.pair for module in model.modules()):
+        return model
+    copied = shadow(model)
+    for module in copied.modules():
+        if isinstance(module, BatchlessNorm):
+            module.decouple()
+    return copied
 
 
 def sites_of(model: nn.Module) -> list[dict[str, Any]]:

@@ -39,13 +39,11 @@ STATISTICS = "statistics"
 
 
 class Term(NamedTuple):
-    """The NLL of one call of a layer, and its gradients: what `aux_loss` needs. mean, parameter: the leaves; the rest has no history."""
+    """The NLL of one call of a layer, and its gradients: what `aux_loss` needs. parameters: the leaves; the rest has no history."""
 
-    mean: Tensor
-    parameter: Tensor
     value: Tensor
-    by_mean: Tensor
-    by_parameter: Tensor
+    parameters: tuple[Tensor, ...]
+    by: tuple[Tensor, ...]
 
 
 class Passes:
@@ -83,6 +81,8 @@ class Run:
     """scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
     micro-batches of unequal size are run. mask: which positions of the input count.
 
+    seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
+
     terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto".
     """
 
@@ -91,6 +91,8 @@ class Run:
     accumulate: int = 1
     share: float = 1.0
     mask: Tensor | None = None
+    seen: Tensor | None = None
+    fresh: bool = False
     terms: list[Term] = field(default_factory=list)
     read: bool = True
     passes: Passes | None = None
@@ -109,12 +111,19 @@ class Layer(Protocol):
     def mean(self) -> nn.Parameter: ...
     @property
     def std_parameter(self) -> nn.Parameter: ...
+    @property
+    def tracked(self) -> nn.Parameter | None: ...  # the mean input of the producer, of a layer that is coupled to one
+    @property
+    def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
+    def anchor(self) -> Any: ...
+    def follow(self, anchor: Any) -> None: ...
 
 
 class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
+    tracked = follows = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
         self._parameters = weakref.ref(mean), weakref.ref(parameter)
@@ -131,9 +140,16 @@ class InGraph:
     def std_parameter(self) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[1]())
 
+    def anchor(self) -> Any:
+        raise NotImplementedError("an exported program has no producers")
+
+    def follow(self, anchor: Any) -> None:
+        raise NotImplementedError("an exported program has no producers")
+
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 _adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> InGraph, which lives as long as it does
+_following: weakref.WeakKeyDictionary[Optimizer, list[tuple[Layer, Any]]] = weakref.WeakKeyDictionary()  # while it steps
 _hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
@@ -200,8 +216,12 @@ def counts(x: Tensor) -> bool:
         )
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    recomputed = torch._C._current_graph_task_id() != -1
-    return not recomputed and (torch.is_grad_enabled() or _caller(_is_checkpoint) is not None)
+    return not recomputes() and (torch.is_grad_enabled() or _caller(_is_checkpoint) is not None)
+
+
+def recomputes() -> bool:
+    """Whether this is the second run of a checkpoint, in backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def check_precision(parameter: Tensor) -> None:
@@ -244,23 +264,48 @@ def _is_scaler(frame: FrameType) -> GradScaler | None:
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before `step(self, closure=None)`: at once, or after the closure, which computes the gradients."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for layer in _live if layer.aux != "none" and (id(layer.mean) in groups or id(layer.std_parameter) in groups)]
-    if not layers:
+    layers = [layer for layer in _live if layer.aux != "none" and any(id(p) in groups for p in _statistics(layer))]
+    followers = [layer for layer in _live if layer.follows is not None and any(id(p) in groups for p in layer.follows.parameters(False))]
+    if not layers and not followers:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _advance(optimizer, groups, layers)
+        _anchor(optimizer, followers)
         return None
 
+    _anchor(optimizer, followers)
+
     def computed() -> Any:
+        _follow(optimizer)  # one that calls it several times has moved the weights in between
         loss = closure()
         _advance(optimizer, groups, layers)
+        _anchor(optimizer, followers)
         return loss
 
     return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
 
 
+def _statistics(layer: Layer) -> list[nn.Parameter]:
+    return [p for p in (layer.mean, layer.std_parameter, layer.tracked) if p is not None]
+
+
+@torch.no_grad()
+def _anchor(optimizer: Optimizer, followers: list[Layer]) -> None:
+    """Note where the producers' weights are before the optimizer moves them."""
+    if followers:
+        _following[optimizer] = [(layer, layer.anchor()) for layer in followers]
+
+
+@torch.no_grad()
+def _follow(optimizer: Optimizer) -> None:
+    for layer, anchor in _following.pop(optimizer, []):
+        layer.follow(anchor)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _follow(optimizer)
     for parameter, grad in _hidden.pop(optimizer, []):
         if parameter.grad is None:
             parameter.grad = grad
@@ -270,17 +315,16 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
     scaler = cast("GradScaler | None", _caller(_is_scaler))
     for layer in layers:
-        both = (layer.mean, layer.std_parameter)
-        held = [p for p in both if id(p) in groups and p.grad is not None]
+        held = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not held:
             if layer.aux == "explicit" and not layer.run.read:
                 layer.run.read = True
                 _warn(_FORGOTTEN)
             continue
         factor = _weight(layer, scaler)
-        if layer.stats == "natural":
-            _step(optimizer, layer, held, factor)
-        else:
+        _step(optimizer, layer, held if layer.stats == "natural" else [p for p in held if p is layer.tracked], factor)
+        held = [p for p in held if p.grad is not None]
+        if layer.stats == "raw":
             if factor != 1:
                 for parameter in held:
                     cast(Tensor, parameter.grad).mul_(factor)
@@ -294,12 +338,14 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
 def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], factor: float) -> None:
     # Fused optimizers are handed scaled gradients, and told so.
     scale, bad = (cast("Tensor | None", getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
-    by_mean, by_parameter = (
+    statistics = _statistics(layer)
+    by_mean, by_parameter, *by_tracked = (
         None if not any(p is h for h in held) else cast(Tensor, p.grad) * factor / (1 if scale is None else scale.to(p.device))
-        for p in (layer.mean, layer.std_parameter)
+        for p in statistics
     )
-    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, layer.momentum)
-    for parameter, value in zip((layer.mean, layer.std_parameter), stepped, strict=True):
+    stepped = [*numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, layer.momentum)]
+    stepped += [p if by is None else p - layer.momentum * by for p, by in zip(statistics[2:], by_tracked, strict=True)]
+    for parameter, value in zip(statistics, stepped, strict=True):
         parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
     for parameter in held:
         _hidden.setdefault(optimizer, []).append((parameter, cast(Tensor, parameter.grad)))

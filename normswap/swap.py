@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap import numerics
+from normswap import coupling, numerics
 from normswap.batchless import BatchlessNorm, Source
 from normswap.calls import Found, find
 from normswap.errors import SwapError
@@ -189,7 +189,10 @@ def revert(model: M, *, skip: bool = False) -> M:
             f"{', '.join(unknown)} cannot be reverted: no source layer with statistics was recorded",
             hint="skip=True reverts the others and leaves these",
         )
-    return _replaced(model, {layer: _source_of(layer, layer.source) for layer in layers if layer.source is not None})
+    reverted = _replaced(model, {layer: _source_of(layer, layer.source) for layer in layers if layer.source is not None})
+    for module in reverted.modules():
+        coupling.release(module)
+    return reverted
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
     for layer in layers.values():
         layer.run.read = True
-    values = [valued(term.value, term.mean, term.parameter, term.by_mean, term.by_parameter) for term in terms]
+    values = [valued(term.value, term.parameters, term.by) for term in terms]
     return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
 
 

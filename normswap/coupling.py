@@ -1,0 +1,267 @@
+r"""Statistics that are coupled to the weight of the conv or linear (the producer) whose output a norm normalizes.
+
+    x = W u + b                          u  what an output reads of the producer's input (a patch, 0 where it is padding)
+    mean = <W, a> + b + offset           a  the mean of u, `input_mean`: one number per input channel and tap of the kernel
+    std  = |W| s                         and offset = |W| c, in units of the weight norm ("units"); or std and offset as they are
+
+a, c, s (without units: a, offset, std) stay while W moves. So the gradient by W is centred at the mean input, as BatchNorm's is, and with
+units <W, dL/dW> = 0. Still no sample sees another one.
+
+Only mean and std are stored, as in every BatchlessNorm: c = (mean - <W, a> - b) / |W| and s = std / |W| are what they stand for. So
+
+    forward     has the values of mean and std as they are stored, and the gradients of the formulas: `through`
+    step        once an optimizer has moved W and b, mean and std are moved along: `moved`
+
+and the layer is an ordinary one to everything that reads it. Any input mean gives the same function; it decides the gradient alone.
+
+A filter is dead where std^2 < 2 eps, as most of std is then eps and not |W|: its std and offset have no units.
+
+Shapes: W as "filters" (outputs, inputs per group * taps), row by row what an output channel multiplies; a (input channels, *kernel).
+
+Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; the units are those of weight normalization, arXiv:1602.07868.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normswap.numerics import StdForm
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TINY = 1e-30  # squares of weights below it are none
+
+
+class Observer:
+    """A forward pre-hook of a producer: tells the norm the mean of the input. An object, so that a copy or a pickle keeps the pair.
+
+    It holds the norm weakly, as the norm holds the producer: a copy of a model that shares parameters with it, left to the garbage
+    collector for being a cycle, would go on to take part in the steps of optimizers.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        self._norm = weakref.ref(norm)
+
+    @property
+    def norm(self) -> Any:
+        return self._norm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"norm": self.norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        norm = state["norm"]
+        self._norm = (lambda: None) if norm is None else weakref.ref(norm)  # type: ignore[assignment]
+
+    def __call__(self, producer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        norm = self.norm
+        if norm is not None and norm.observes:
+            u = args[0] if args else kwargs["input"]
+            size = args[1] if len(args) > 1 else kwargs.get("output_size")
+            norm.run.seen, norm.run.fresh = patch_mean(producer, u, norm.run.mask, size), True
+
+
+def observers(producer: nn.Module) -> dict[int, Observer]:
+    return {key: hook for key, hook in producer._forward_pre_hooks.items() if isinstance(hook, Observer)}
+
+
+def release(producer: nn.Module, norm: object = None) -> None:
+    """Take the observer of `norm` off a producer; None: those of every norm that is no longer one of a pair."""
+    for key, hook in observers(producer).items():
+        if hook.norm is norm or (norm is None and getattr(hook.norm, "producer", None) is not producer):
+            del producer._forward_pre_hooks[key]
+            producer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+# --- the producer -----------------------------------------------------------------------------------------------------------------------
+
+
+def rank(producer: nn.Module) -> int:
+    """The number of dimensions of its kernel: 0 for a linear."""
+    return len(getattr(producer, "kernel_size", ()))
+
+
+def outputs_of(producer: Any) -> int:
+    return int(producer.out_features if isinstance(producer, nn.Linear) else producer.out_channels)
+
+
+def input_shape(producer: Any) -> tuple[int, ...]:
+    """The shape of the input mean."""
+    return (producer.in_features,) if isinstance(producer, nn.Linear) else (producer.in_channels, *producer.kernel_size)
+
+
+def filters(producer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight as one row per output channel, in `dtype`; differentiable."""
+    weight: Tensor = producer.weight.to(dtype)
+    if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
+        groups, taps = producer.groups, math.prod(producer.kernel_size)
+        weight = weight.reshape(groups, producer.in_channels // groups, -1, taps).transpose(1, 2)
+    return weight.reshape(outputs_of(producer), -1)
+
+
+def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
+    """<W, a> for each output channel."""
+    return (rows.view(groups, -1, rows.shape[1]) * input_mean.reshape(groups, 1, -1)).sum(2).flatten()
+
+
+def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """(<W, a> + b, |W|^2) for each output channel; differentiable by W and b."""
+    rows = filters(producer, input_mean.dtype)
+    moving = response(rows, input_mean.detach(), getattr(producer, "groups", 1))
+    bias = producer.bias
+    return moving if bias is None else moving + bias.to(moving.dtype), rows.square().sum(1)  # type: ignore[operator]
+
+
+# --- the statistics ---------------------------------------------------------------------------------------------------------------------
+
+
+def through(mean: Tensor, std: Tensor, moving: Tensor, square: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, std), the values unchanged, with the gradients of the coupled ones. moving, square: of `place`."""
+    still = moving.detach()
+    coupled = mean + (moving - still)
+    if not units:
+        return coupled, std
+    alive = (std.detach().square() >= 2 * eps) & (square.detach() > TINY)
+    growth = (square - square.detach()) * (alive / (2 * square.detach().clamp(min=TINY)))  # |W| / sg|W| - 1
+    return coupled + (mean - still).detach() * growth, std + std.detach() * growth
+
+
+def moved(
+    mean: Tensor,
+    parameter: Tensor,
+    std: Tensor,
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    form: StdForm,
+    *,
+    units: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(mean, p) of the same a, c, s once W and b have changed what `place` gives from `before` to `after`."""
+    (old, old_square), (new, new_square) = before, after
+    if not units:
+        return mean + (new - old), parameter
+    alive = (std.square() >= 2 * eps) & (old_square > TINY) & (new_square > TINY)
+    ratio = torch.where(alive, new_square / old_square.clamp(min=TINY), 1.0).sqrt()
+    parameter = parameter + ratio.log() if form == "log" else parameter * ratio if form == "abs" else parameter / ratio
+    return mean + (new - old) + (mean - old) * (ratio - 1), parameter
+
+
+# --- the input mean ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
+    """The mean over samples and outputs of what each tap of the kernel reads of the input u: <W, it> + b is the mean of the output.
+
+    The taps of a kernel read along each axis what no other axis decides, so the sum over samples is multiplied by one small matrix
+    per axis: how often each tap reads each place. Padding, stride and dilation are exact.
+
+    u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 as u is. Of an
+    empty u, 0.
+    """
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dims = rank(producer)
+    u = u.detach()
+    if dims == 0:
+        if mask is not None:
+            mask = mask.view(*mask.shape, *(1,) * (u.dim() - mask.dim())).expand(*u.shape[:-1], 1)
+            return torch.where(mask, u, 0).flatten(0, -2).sum(0, dtype=dtype) / mask.sum().clamp(min=1)
+        return u.reshape(-1, u.shape[-1]).sum(0, dtype=dtype) / max(u.numel() // u.shape[-1], 1)
+    if u.dim() == dims + 1:
+        u = u[None]
+    transposed = isinstance(producer, TRANSPOSED)
+    kernel, stride, dilation = producer.kernel_size, producer.stride, producer.dilation
+    sizes = u.shape[2:]
+    if transposed:
+        padding = [(p, p) for p in producer.padding]
+        outputs = [
+            (size - 1) * s - 2 * p + d * (k - 1) + extra + 1
+            for size, s, p, d, k, extra in zip(sizes, stride, producer.padding, dilation, kernel, producer.output_padding, strict=True)
+        ]
+        if output_size is not None:
+            outputs = list(output_size)[-dims:]
+    else:
+        flat = producer._reversed_padding_repeated_twice  # the last axis first
+        padding = [(flat[2 * i], flat[2 * i + 1]) for i in reversed(range(dims))]
+        outputs = [
+            (size + before + after - d * (k - 1) - 1) // s + 1
+            for size, (before, after), s, d, k in zip(sizes, padding, stride, dilation, kernel, strict=True)
+        ]
+    mode = producer.padding_mode
+    count = math.prod(outputs)
+    with torch.autocast(u.device.type, enabled=False):
+        if mask is not None and mask.dim() > 1:
+            return _masked(producer, u.to(dtype), mask, padding, outputs, dtype)
+        if mask is None:
+            total = u.sum(0, dtype=dtype) / (max(len(u), 1) * count)
+        else:
+            total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype) / (mask.sum().clamp(min=1) * count)
+        for axis in range(dims):
+            reads = _reads(
+                sizes[axis], outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis], transposed, mode, u.device
+            )
+            total = torch.tensordot(total, reads.to(dtype), dims=([1], [0]))
+        return cast(Tensor, total)
+
+
+def _reads(
+    size: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, int],
+    transposed: bool,
+    mode: str,
+    device: torch.device,
+) -> Tensor:
+    """(size, kernel): at how many outputs along this axis each tap reads each place of the input."""
+    before, after = padding
+    tap = torch.arange(kernel, device=device) * dilation
+    place = torch.arange(size if mode == "zeros" else size + before + after, device=device)[:, None]
+    if transposed:
+        output = place * stride - before + tap
+        return ((output >= 0) & (output < outputs)).float()
+    start = place + (before if mode == "zeros" else 0) - tap  # where the output begins that reads this place there
+    reads = ((start >= 0) & (start % stride == 0) & (start < outputs * stride)).float()
+    if mode == "zeros":
+        return reads
+    origin = F.pad(torch.arange(size, device=device, dtype=torch.float64)[None, None], padding, mode=mode)[0, 0].long()
+    return torch.zeros(size, kernel, device=device).index_add(0, origin, reads)
+
+
+def _masked(
+    producer: Any, u: Tensor, mask: Tensor, padding: Sequence[tuple[int, int]], outputs: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`patch_mean` over the outputs where mask is True: the gradient by the weight, of one output channel, of their sum."""
+    dims = len(outputs)
+    counted = mask.view(len(u), 1, *mask.shape[1:], *(1,) * (dims + 1 - mask.dim())).expand(len(u), 1, *outputs).to(dtype)
+    transposed = isinstance(producer, TRANSPOSED)
+    if not transposed:
+        mode = "constant" if producer.padding_mode == "zeros" else producer.padding_mode
+        u = F.pad(u, [p for pair in reversed(padding) for p in pair], mode=mode)
+    channels = u.shape[1]
+    shape = (channels, 1, *producer.kernel_size) if transposed else (1, channels, *producer.kernel_size)
+    _, total, _ = torch.ops.aten.convolution_backward(
+        counted,
+        u,
+        u.new_zeros(shape),
+        None,
+        list(producer.stride),
+        list(producer.padding) if transposed else [0] * dims,
+        list(producer.dilation),
+        transposed,
+        list(producer.output_padding),
+        1,
+        [False, True, False],
+    )
+    mean: Tensor = total.reshape(channels, *producer.kernel_size) / counted.sum().clamp(min=1)
+    return mean
