@@ -81,15 +81,24 @@ def _check(graph: RandomGraph) -> Outcome:
     wide, doubled = graph.make(torch.float64), graph.inputs(torch.float64)
     module = as_module(wide)
     candidate = swap(module, plan(module, doubled))
-    for number, (old, new) in enumerate(zip(_outputs(module, doubled), _outputs(candidate, doubled), strict=True)):
-        error = float((old - new).abs().max() / old.abs().max().clamp(min=1e-30))
-        if old.shape != new.shape or not error <= EXACT:
+    expected = _outputs(module, doubled)
+    # The mean of an InstanceNorm's output is 0 but for rounding. What is made of it moves with the last bit of the input.
+    nudged = [_outputs(module, tuple(x * (1 + torch.finfo(x.dtype).eps * sign) for x in doubled)) for sign in (1, -1)]
+    for number, (old, new) in enumerate(zip(expected, _outputs(candidate, doubled), strict=True)):
+        error, noise = _distance(old, new), max(_distance(old, outputs[number]) for outputs in nudged)
+        ill_conditioned |= noise > EXACT
+        if not error <= max(EXACT, NOISE_FACTOR * noise):
             found.append(f"output {number} is {error:.1e} off in float64")
     if isinstance(conversion.model, nn.Module):
         returned = revert(conversion.model)
         if any(not torch.allclose(old, new, rtol=1e-4, atol=1e-4) for old, new in zip(reference, _outputs(returned, inputs), strict=True)):
             found.append("revert does not bring the function back")
     return Outcome(found, ill_conditioned)
+
+
+def _distance(old: Tensor, new: Tensor) -> float:
+    """Relative to the largest value; infinity for another shape."""
+    return float((old - new).abs().max() / old.abs().max().clamp(min=1e-30)) if old.shape == new.shape else float("inf")
 
 
 def _only_above_the_cap(d: Difference) -> bool:

@@ -31,14 +31,14 @@ class Hit:
 
 
 def call_sites(
-    model: nn.Module, hits: Sequence[Hit], names: Mapping[str, Sequence[str]], forward: Callable[[], Forward | None]
+    model: nn.Module, hits: Sequence[Hit], idle: Sequence[str], names: Mapping[str, Sequence[str]], forward: Callable[[], Forward | None]
 ) -> list[tuple[int, Site]]:
-    """(number of its first hit, Site) for every call in the code of an owner of `hits`.
+    """(number of its first hit, Site) for every call in the code of an owner of `hits`, and of the `idle` owners, which were not run.
 
     model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: the arguments of
     a forward pass; asked only if the shape of an input must be known.
     """
-    owners = list(dict.fromkeys(hit.owner for hit in hits))
+    owners = list(dict.fromkeys([*(hit.owner for hit in hits), *idle]))
     found: dict[str, list[Found]] = {}
     why_not: dict[str, str] = {}
     for owner in owners:
@@ -55,7 +55,10 @@ def call_sites(
     for owner in owners:
         mine = [(i, hit) for i, hit in enumerate(hits) if hit.owner == owner]
         if owner in found:
-            sites += _sites(model.get_submodule(owner), owner, names[owner][1:], found[owner], mine)
+            sites += [
+                (len(hits) if first is None else first, site)
+                for first, site in _sites(model.get_submodule(owner), owner, names[owner][1:], found[owner], mine)
+            ]
         else:
             sites += _unreplaceable(owner, mine, why_not[owner])
     return sites
@@ -81,7 +84,9 @@ def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
     return each[0]
 
 
-def _sites(owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]]) -> list[tuple[int, Site]]:
+def _sites(
+    owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]]
+) -> list[tuple[int | None, Site]]:
     # The k-th of n calls was seen as the k-th, n + k-th, ... hit of its sort; otherwise not all of the code ran, and no count is known.
     seen: dict[int, list[tuple[int, Hit]]] = {}
     for hand_written in (False, True):
@@ -97,12 +102,12 @@ def _sites(owner: nn.Module, name: str, aliases: Sequence[str], found: list[Foun
         call = found[numbers[0]]
         executed = [hit for number in numbers for hit in seen[number]]
         own = _free(owner, _prefix(call) + call.name, taken)
-        first = min((i for i, _ in executed), default=hits[0][0])
+        first = min((i for i, _ in executed), default=hits[0][0] if hits else None)
         site = Site(
             name=f"{name}.{own}" if name else own,
             aliases=tuple(f"{alias}.{own}" for alias in aliases),
             module=call.layer,
-            calls=len(executed) or None,
+            calls=len(executed) or (None if hits else 0),
             producer=executed[0][1].producer if len(executed) == 1 else None,
             function=call.function,
             call=Call(name, tuple(numbers)) if call.layer is not None else None,

@@ -308,10 +308,10 @@ def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes, constants: s
     for node in graph.nodes:
         if node in taken or node in constants or not _is_root(node):
             continue
-        hit = next(
-            filter(None, (_span(entry, end, constants) for end in _scaled_by(node) for entry in _entries(node, end, constants))), None
-        )
-        if hit is None or hit[2] & taken:
+        # Two of them may share a cast or a centred x, but never what is scaled.
+        ends = (end for end in _scaled_by(node) if end not in taken)
+        hit = next(filter(None, (_span(entry, end, constants) for end in ends for entry in _entries(node, end, constants))), None)
+        if hit is None:
             continue
         start, end, nodes = hit
         end, nodes = _with_tail(end, nodes, root)

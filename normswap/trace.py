@@ -112,7 +112,7 @@ class _Names:
         return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
 
     def inside(self, module: nn.Module) -> list[nn.Module]:
-        return [part for part in module.modules() if id(part) in self.norms]
+        return [part for part in module.modules() if id(part) in self.listed]
 
 
 def _decided(model: nn.Module, is_norm: IsNorm) -> dict[str, bool]:
@@ -170,9 +170,11 @@ def _result(
     """model: what may be traced and run to find out about calls: a copy, or the GraphModule itself."""
     found: dict[str, Site] = {}
     owners = {hit.owner for hit in seen.hits} if seen is not None else set()
+    idle: list[str] = []
     for key, module in names.listed.items():
         first, *aliases = names.all[key]
-        if key not in names.norms and first in owners:
+        if key not in names.norms and seen is not None and first not in seen.unclear:
+            idle += [first] if first not in owners else []
             continue  # the calls in its code are listed instead
         found[first] = Site(
             name=first,
@@ -184,14 +186,14 @@ def _result(
             producer=None if seen is None else seen.producers.get(first),
         )
     calls: dict[int, list[Site]] = {}
-    if seen is not None and seen.hits:
+    if seen is not None and (seen.hits or idle):
         all_names = {aliases[0]: aliases for aliases in names.all.values()}
-        for number, site in call_sites(model, seen.hits, all_names, forward):
+        for number, site in call_sites(model, seen.hits, idle, all_names, forward):
             calls.setdefault(number, []).append(site)
     sites: list[Site] = []
     for place in seen.order if seen is not None else ():
-        sites += calls.get(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
-    return Trace((*sites, *found.values()), backend, tuple(notes))
+        sites += calls.pop(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
+    return Trace((*sites, *found.values(), *(site for rest in calls.values() for site in rest)), backend, tuple(notes))
 
 
 class _Tracer(fx.Tracer):

@@ -464,6 +464,48 @@ def test_a_subclass_that_adds_to_a_norm_is_rewritten_around_it() -> None:
     assert converted[1].running_mean is None or not any("running" in key for key in converted.state_dict() if "source" not in key)
 
 
+class TwoHeads(nn.Module):
+    """A second head that eval mode leaves out, as Inception's."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C))
+        self.side = nn.Sequential(nn.Conv2d(C, 4, 1), norm(4))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.trunk(x)
+        return (x, self.side(x)) if self.training else x
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_subclass_that_eval_mode_does_not_call(watched: bool) -> None:
+    model: Any = randomise(TwoHeads(BatchNormReLU), 4).eval()
+    if watched:
+        model.forward = model.forward  # torch.fx reads that of the class
+    x = torch.randn(N, 3, 9, 8)
+    plan = normswap.plan(model, x)
+    assert plan.backend == ("walk" if watched else "fx")
+    assert [(s.site.name, s.site.function, s.calls, s.preserves) for s in plan.swaps] == [
+        ("trunk.1", None, 1, "exact"),
+        ("side.1.norm", "torch.nn.BatchNorm2d.forward", 0, "exact"),
+    ]
+    model = randomise(TwoHeads(BatchNormReLU), 4).eval()
+    converted: Any = normswap.convert(model, x).model
+    before, after = model.side.eval()(model.trunk(x)), converted.side.eval()(converted.trunk(x))
+    torch.testing.assert_close(after, before)
+
+
+def test_a_subclass_that_eval_mode_does_not_call_and_that_cannot_be_traced_is_kept() -> None:
+    plan = normswap.plan(TwoHeads(Sometimes).eval(), torch.randn(N, 3, 9, 8))
+    (swap,), (skip,) = plan.swaps, plan.skips
+    assert swap.site.name == "trunk.1"
+    assert (skip.name, skip.calls, skip.reason) == (
+        "side.1",
+        0,
+        "is a Sometimes, which overrides forward, so it may do more than normalize",
+    )
+
+
 def test_a_subclass_of_a_norm_that_needs_data() -> None:
     model = nn.Sequential(nn.Linear(C, C), LayerNormTanh(C)).eval()
     (swap,) = normswap.plan(model, torch.randn(SEQUENCE), approximate=True).swaps
@@ -557,3 +599,38 @@ def test_without_inputs_a_call_without_weights_says_what_is_missing() -> None:
         "is a call of torch.nn.functional.instance_norm without weight and bias, so only its input says how many channels there are; "
         "give example inputs"
     )
+
+
+def _both(s: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.float64)
+    centred = wide - wide.mean(-1, keepdim=True)
+    first = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * s.weight
+    second = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-2) + s.bias
+    return first.sigmoid() + second.tanh()
+
+
+def _rms_of_one_cast(s: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.float64)
+    first = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    again = wide.to(torch.float64)
+    second = again * torch.rsqrt(again.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return first.sigmoid() + (s.weight * second).tanh() + again
+
+
+@pytest.mark.parametrize("form", [_both, _rms_of_one_cast], ids=["centred", "cast"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_forms_by_hand_that_share_their_beginning_are_all_found(form: Callable[[Any, Tensor], Tensor], graph: bool) -> None:
+    model: nn.Module = Net(form).double().eval()
+    if graph:
+        model = fx.symbolic_trace(model)
+    x = torch.randn(SEQUENCE, dtype=torch.float64)
+    planned = normswap.plan(model, x, approximate=True)
+    assert [s.kind for s in planned.swaps] == ["hand_written", "hand_written"]
+    swapped = normswap.convert(model, x, approximate=True, calibration=[x]).model
+    given: list[Tensor] = []
+    for layer in (m for m in swapped.modules() if isinstance(m, BatchlessNorm)):
+        layer.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    swapped(x)
+    assert len(given) == 2
+    for value in given:
+        torch.testing.assert_close(value, model.first(x))  # type: ignore[operator]
