@@ -97,6 +97,28 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
     return sorted(found, key=lambda f: place[f.end])
 
 
+def scalings(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that scale a value by the root of a mean or variance, or by a norm: what every normalization does, and little else."""
+    constants = _constants(graph)
+    found: dict[fx.Node, None] = {}
+    for root in graph.nodes:
+        if root not in constants and (_is_root(root) or _op(root) in LENGTHS) and _is_of_statistics(root, constants):
+            found.update(dict.fromkeys(n for n in _scaled_by(root) if len([i for i in n.all_input_nodes if i not in constants]) == 2))
+    return list(found)
+
+
+def _is_of_statistics(root: fx.Node, constants: set[fx.Node]) -> bool:
+    seen, queue = set[fx.Node](), [root]
+    while queue:
+        node = queue.pop()
+        if _op(node) in REDUCTIONS | LENGTHS:
+            return True
+        if node not in seen and node not in constants and _op(node) in ELEMENTWISE:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return False
+
+
 def _recorded_shape(node: fx.Node) -> tuple[Any, ...] | None:
     value = node.meta.get("val", node.meta.get("tensor_meta"))
     shape = getattr(value, "shape", None)
@@ -282,13 +304,14 @@ def _with_affine(layer: nn.Module, arguments: Arguments) -> nn.Module:
 
 # --- hand-written forms -----------------------------------------------------------------------------------------------------------------
 
-_REDUCTIONS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+REDUCTIONS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+LENGTHS = frozenset({"norm", "linalg_norm", "vector_norm", "linalg_vector_norm"})
 _ARITHMETIC = "add sub subtract rsub mul multiply truediv div divide true_divide neg pow square rsqrt sqrt reciprocal abs"
 _KEEPING = "to float double half bfloat16 type type_as _to_copy clamp clamp_min maximum clone contiguous alias detach"
 _SIZES = "getitem getattr size sym_size dim numel"
-_ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
-_THROUGH = _ELEMENTWISE - {"mul", "multiply", "truediv", "div", "divide", "true_divide"}  # between the root and what it scales
-_SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
+ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
+_THROUGH = ELEMENTWISE - {"mul", "multiply", "truediv", "div", "divide", "true_divide"}  # between the root and what it scales
+SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"})
 _REACH = 16  # nodes; the longest known form has 10
 
@@ -345,17 +368,17 @@ def _entries(root: fx.Node, end: fx.Node, constants: set[fx.Node]) -> list[fx.No
     cone, queue = set[fx.Node](), [root]
     while queue and len(cone) < _REACH:
         node = queue.pop(0)
-        if node in cone or node in constants or _op(node) not in _ELEMENTWISE | _REDUCTIONS:
+        if node in cone or node in constants or _op(node) not in ELEMENTWISE | REDUCTIONS:
             continue
         cone.add(node)
         inputs = node.all_input_nodes
-        if _op(node) in _REDUCTIONS and inputs:
+        if _op(node) in REDUCTIONS and inputs:
             reduced.update(dict.fromkeys(_before(inputs[0], lambda x: _is_square(x) or _op(x) in _CASTS | {"pow", "square", "abs", "sub"})))
         else:
             queue.extend(inputs)
 
     def rescaled(x: fx.Node) -> bool:
-        return _op(x) in _SCALES and len([n for n in x.all_input_nodes if n not in constants]) == 1 and not _is_square(x)
+        return _op(x) in SCALES and len([n for n in x.all_input_nodes if n not in constants]) == 1 and not _is_square(x)
 
     scaled = [x for n in end.all_input_nodes for x in _before(n, lambda x: rescaled(x) or _op(x) in _CASTS | {"sub"}, constants)]
     order = {n: i for i, n in enumerate(root.graph.nodes)}
@@ -385,7 +408,7 @@ def _scaled_by(root: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(node)
         for user in node.users:
-            if _op(user) in _SCALES and len(user.all_input_nodes) == 2:
+            if _op(user) in SCALES and len(user.all_input_nodes) == 2:
                 yield user
             elif _op(user) in _THROUGH:
                 queue.append(user)
@@ -399,12 +422,12 @@ def _span(entry: fx.Node, end: fx.Node, constants: set[fx.Node]) -> tuple[fx.Nod
         if node is entry:
             reached = True
         elif node not in nodes:
-            if node not in constants and _op(node) not in _ELEMENTWISE | _REDUCTIONS:
+            if node not in constants and _op(node) not in ELEMENTWISE | REDUCTIONS:
                 return None
             nodes.add(node)
             queue.extend(node.all_input_nodes)
     inside = {n for n in nodes if n not in constants}
-    return (entry, end, nodes) if reached and any(_op(n) in _REDUCTIONS for n in inside) else None
+    return (entry, end, nodes) if reached and any(_op(n) in REDUCTIONS for n in inside) else None
 
 
 def _with_tail(end: fx.Node, nodes: set[fx.Node], root: nn.Module) -> tuple[fx.Node, set[fx.Node]]:

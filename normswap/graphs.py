@@ -73,7 +73,8 @@ def _trace(module: nn.Module) -> fx.Graph:
         p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not inspect.Parameter.empty
     }
     if defaults and _nodes(_own(module, defaults), defaults) != _nodes(graph, defaults):
-        raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} are given")
+        are = "is" if len(defaults) == 1 else "are"
+        raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} {are} given")
     return graph
 
 

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap import functional
 from normswap.call_sites import Hit, call_sites, writes_its_own
-from normswap.calls import HAND_WRITTEN, attribute, find
+from normswap.calls import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALES, attribute, find, scalings
 from normswap.errors import SwapError, described
 from normswap.graphs import BASES, place_of
 from normswap.plan import Forward, Site, Trace
@@ -50,6 +50,7 @@ class _Seen:
     producers: dict[str, str | None] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     hits: list[Hit] = field(default_factory=list)
+    suspects: dict[str, None] = field(default_factory=dict)  # modules whose code scales by the root of a mean or variance
 
     def read(self, name: str, reader: str) -> None:
         if reader not in self.readers.setdefault(name, []):
@@ -184,10 +185,12 @@ def _result(
             producer=None if seen is None else seen.producers.get(first),
         )
     calls: dict[int, list[Site]] = {}
-    if seen is not None and seen.hits:
+    if seen is not None and (seen.hits or seen.suspects):
         all_names = {aliases[0]: aliases for aliases in names.all.values()}
-        for number, site in call_sites(model, seen.hits, all_names, forward):
+        of_calls, suspicions = call_sites(model, seen.hits, all_names, forward, tuple(seen.suspects))
+        for number, site in of_calls:
             calls.setdefault(number, []).append(site)
+        notes = [*notes, *suspicions]
     sites: list[Site] = []
     for place in seen.order if seen is not None else ():
         sites += calls.get(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
@@ -219,11 +222,15 @@ def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | No
     called = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
     called.update(id(owner) for node in graph.nodes if node.op == "get_attr" and (owner := _owner(root, node)))  # a weight that code reads
     calls = {call.end: call for call in find(graph, root)}
+    inside = {node for call in calls.values() for node in call.inside}
+    owned = root is graph.owning_module
+    suspects = [call.end for call in calls.values() if call.function == HAND_WRITTEN] + [n for n in scalings(graph) if n not in inside]
+    seen.suspects.update(dict.fromkeys("" if owned else place_of(node) for node in suspects))
     for node in graph.nodes:
         if node in calls:
             call = calls[node]
             seen.hit(
-                "" if root is graph.owning_module else place_of(node),
+                "" if owned else place_of(node),
                 call.function,
                 _producer_of(call.start, call.inside, root, names, called),
             )
@@ -281,6 +288,15 @@ def _may_be_root(function: str, args: tuple[Any, ...]) -> bool:
     return function in _ROOTS or (function in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float))
 
 
+_STATISTIC, _ROOT = 1, 2
+
+
+def _plain_name(function: str) -> str:
+    """The name of an operation, whichever side of the operator it stands on, in place or not: `__rtruediv__` is truediv."""
+    name = function.strip("_")
+    return name[1:] if name in ("rmul", "rdiv", "rtruediv", "radd") else name
+
+
 class _Watch(TorchFunctionMode):
     """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output."""
 
@@ -296,6 +312,7 @@ class _Watch(TorchFunctionMode):
         # what depends on parameters and buffers alone: a weight that is standardised is no activation
         self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
         self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
+        self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # what is a statistic of activations, or the root of one
         self.module_calls: Counter[int] = Counter()
         self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
 
@@ -369,9 +386,26 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if fixed:
             self.fixed.update(dict.fromkeys(_tensors(result)))
+        elif not function:
+            self._suspect(owner, func.__name__, args, given, result)
         if result is None or func.__name__ in _VALUES or next(_tensors(result), None) is not None:
             self._use(given)
         return result
+
+    def _suspect(self, owner: str, function: str, args: tuple[Any, ...], given: list[Tensor], result: Any) -> None:
+        """Follow statistics to their root, and the root to what it scales."""
+        name = _plain_name(function)
+        marks = [0 if tensor in self.fixed else self.roots.get(tensor, 0) for tensor in given]
+        if name in SCALES and len(given) == 2 and _ROOT in marks and not all(marks) and not any(tensor in self.fixed for tensor in given):
+            self.seen.suspects[owner] = None
+            return
+        mark = max(marks, default=0) if name in ELEMENTWISE else 0
+        if name in REDUCTIONS:
+            mark = _ROOT if name in ("std", "std_mean") else _STATISTIC
+        elif name in LENGTHS or (mark and _may_be_root(name, args)):
+            mark = _ROOT
+        if mark:
+            self.roots.update(dict.fromkeys(_tensors(result), mark))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
