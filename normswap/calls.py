@@ -100,23 +100,14 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
 def scalings(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that scale a value by the root of a mean or variance, or by a norm: what every normalization does, and little else."""
     constants = _constants(graph)
-    found: dict[fx.Node, None] = {}
-    for root in graph.nodes:
-        if root not in constants and (_is_root(root) or _op(root) in LENGTHS) and _is_of_statistics(root, constants):
-            found.update(dict.fromkeys(n for n in _scaled_by(root) if len([i for i in n.all_input_nodes if i not in constants]) == 2))
-    return list(found)
-
-
-def _is_of_statistics(root: fx.Node, constants: set[fx.Node]) -> bool:
-    seen, queue = set[fx.Node](), [root]
-    while queue:
-        node = queue.pop()
-        if _op(node) in REDUCTIONS | LENGTHS:
-            return True
-        if node not in seen and node not in constants and _op(node) in ELEMENTWISE:
-            seen.add(node)
-            queue.extend(node.all_input_nodes)
-    return False
+    statistics = set[fx.Node]()  # and what is computed from nothing else
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n not in constants]
+        if inputs and (_op(node) in REDUCTIONS | LENGTHS or (_op(node) in ELEMENTWISE and statistics.issuperset(inputs))):
+            statistics.add(node)
+    roots = (node for node in graph.nodes if node in statistics and (_is_root(node) or _op(node) in LENGTHS))
+    scaled = dict.fromkeys(node for root in roots for node in _scaled_by(root))
+    return [node for node in scaled if any(n not in statistics and n not in constants for n in node.all_input_nodes)]
 
 
 def _recorded_shape(node: fx.Node) -> tuple[Any, ...] | None:
@@ -150,7 +141,12 @@ def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
         if isinstance(arguments.get("weight"), Tensor) and "normalized_shape" in arguments:
             arguments["normalized_shape"] = tuple(arguments["weight"].shape)  # which a graph may compute from its input
         if kind == "batch_norm" and arguments.get("running_mean") is None and _one_sample(start):
-            raise _Obstacle("is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()")
+            raise _Obstacle(
+                "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()"
+                if isinstance(node.target, torch._ops.OpOverload)
+                else "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; "
+                "write it as F.group_norm or F.instance_norm"
+            )
         _constant(arguments)
         layer = _LAYERS[kind](arguments, _channels(shapes.get(start.name), name))
         layer.eval()
@@ -209,8 +205,12 @@ def _output(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
 
 def _one_sample(start: fx.Node) -> bool:
     """Whether this is a view of all samples as the channels of one."""
-    sizes = start.args[1] if _op(start) in ("view", "reshape", "_unsafe_view") and len(start.args) > 1 else ()
-    return isinstance(sizes, (list, tuple)) and bool(sizes) and sizes[0] == 1
+    if _op(start) == "contiguous":
+        start = cast(fx.Node, start.args[0])
+    sizes: tuple[Any, ...] = start.args[1:] if _op(start) in ("view", "reshape", "_unsafe_view") else ()
+    if sizes and isinstance(sizes[0], (list, tuple)):
+        sizes = tuple(sizes[0])
+    return bool(sizes) and type(sizes[0]) is int and sizes[0] == 1
 
 
 def _constant(arguments: Mapping[str, Any]) -> None:

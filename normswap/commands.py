@@ -141,7 +141,8 @@ def load(
     wanted = {site["name"]: site["std"] for site in recipe.sites}
     if wanted:
         known = _rules_of(recipe, directory) if rules is None else rules
-        decided = pipeline.plan(model, approximate=True, rules=known)  # which weights it has does not matter: they are about to be loaded
+        # Which weights it has does not matter: they are about to be loaded. The inputs tell the shapes that no weight tells.
+        decided = pipeline.plan(model, _described(recipe.inputs), approximate=True, rules=known)
         chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
         model = swap(model, chosen, std=wanted)
     load_weights(model, directory, recipe)
@@ -296,10 +297,17 @@ def export_files(
 
 
 def revert_files(
-    source: str, output: Path, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False
+    source: str,
+    output: Path,
+    *,
+    skip: bool = False,
+    arch: str | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
 ) -> Path:
     """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
 
+    skip: leave the layers as they are that cannot be reverted.
     A name that ends in .safetensors gets the state dict; any other a pickled module if the directory holds one, else a state dict.
     """
     directory = Path(source)
@@ -307,7 +315,7 @@ def revert_files(
     converted = load(directory, _factory(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
     if isinstance(converted, ExportedProgram):
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
-    model = revert(converted)
+    model = revert(converted, skip=skip)
     pipeline.check(verify(converted, model, _inputs_of(source, converted)))
     with outputs.file(output) as partial:
         if output.suffix == ".safetensors":

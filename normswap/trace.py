@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ from normswap.calls import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALE
 from normswap.errors import SwapError, described
 from normswap.graphs import BASES, place_of
 from normswap.plan import Forward, Site, Trace
-from normswap.sharing import shadow
+from normswap.sharing import shadow, uncompiled
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -92,6 +92,7 @@ class _Names:
         for key, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(key)
+        self.owners = owners
         self.shares_a_weight = {key for keys in owners.values() if len(keys) > 1 for key in keys}
         # The tensors that a norm has and its replacement has not.
         self.statistics = {
@@ -112,6 +113,14 @@ class _Names:
         plain = same and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
         return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
 
+    def tied(self, module: nn.Module) -> tuple[str, ...]:
+        """All names of the first of its parameters that another module holds, too."""
+        for parameter in module.parameters(recurse=False):
+            if len(holders := self.owners[id(parameter)]) > 1:
+                holding = ((self.all[key][0], self.modules[key]) for key in self.modules if key in holders)
+                return tuple(f"{name}.{own}".lstrip(".") for name, part in holding for own, p in part._parameters.items() if p is parameter)
+        return ()
+
     def inside(self, module: nn.Module) -> list[nn.Module]:
         return [part for part in module.modules() if id(part) in self.norms]
 
@@ -131,6 +140,12 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         raise SwapError(
             "the model is TorchScript, whose layers cannot be replaced", hint="convert the model that it was scripted or traced from"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise SwapError(
+                f"{name or 'the model'} is wrapped in DistributedDataParallel, which keeps the parameters that it was given",
+                hint="convert what it wraps, its `module`, and wrap the result",
+            )
     decided = _decided(model, is_norm)
     names = _Names(model, decided)
     notes: list[str] = []
@@ -179,9 +194,10 @@ def _result(
             name=first,
             aliases=tuple(aliases),
             module=module,
-            calls=None if seen is None or first in seen.unclear else seen.calls[first],
+            calls=None if seen is None or first in seen.unclear or isinstance(module, torch.jit.ScriptModule) else seen.calls[first],
             parents=tuple(type(parent) for parent in names.parents.get(key, ())),
-            readers=() if seen is None else tuple(seen.readers.get(first, ())),
+            readers=(*(() if seen is None else seen.readers.get(first, ())), *_fast_paths(module, names.parents.get(key, ()))),
+            tied=names.tied(module),
             producer=None if seen is None else seen.producers.get(first),
         )
     calls: dict[int, list[Site]] = {}
@@ -195,6 +211,18 @@ def _result(
     for place in seen.order if seen is not None else ():
         sites += calls.get(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
     return Trace((*sites, *found.values()), backend, tuple(notes))
+
+
+def _fast_paths(norm: nn.Module, parents: Iterable[nn.Module]) -> Iterator[str]:
+    """torch's encoder layers, in eval mode, hand the tensors of their norms to one fused function, where they can."""
+    for parent in parents:
+        if isinstance(parent, nn.TransformerEncoderLayer) and norm in (parent.norm1, parent.norm2):
+            attention = parent.self_attn
+            if parent.activation_relu_or_gelu and attention.batch_first and attention.in_proj_bias is not None:
+                yield (
+                    f"the fast path of {type(parent).__name__} (set its activation_relu_or_gelu = 0, and use_nested_tensor = False of the "
+                    "encoder, to do without it)"
+                )
 
 
 class _Tracer(fx.Tracer):
@@ -323,7 +351,7 @@ class _Watch(TorchFunctionMode):
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         failed: Exception | None = None
         try:
-            with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"), self:
+            with torch.random.fork_rng(), torch.no_grad(), uncompiled(), self:
                 output = self.model(*args, **kwargs)
             self._use(output)
         except Exception as error:  # the user's model may raise anything; what was seen until then stays true
@@ -399,7 +427,9 @@ class _Watch(TorchFunctionMode):
         if name in SCALES and len(given) == 2 and _ROOT in marks and not all(marks) and not any(tensor in self.fixed for tensor in given):
             self.seen.suspects[owner] = None
             return
-        mark = max(marks, default=0) if name in ELEMENTWISE else 0
+        # What is centred is no statistic: only what is computed from statistics alone is one.
+        others = [mark for tensor, mark in zip(given, marks, strict=True) if tensor not in self.fixed]
+        mark = max(others, default=0) if name in ELEMENTWISE and all(others) else 0
         if name in REDUCTIONS:
             mark = _ROOT if name in ("std", "std_mean") else _STATISTIC
         elif name in LENGTHS or (mark and _may_be_root(name, args)):
