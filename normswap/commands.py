@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import outputs, pipeline
+from normswap import graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
-from normswap.errors import LoadError, ParityError, UsageError
+from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Export, export
 from normswap.exported import as_module
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
@@ -132,7 +132,17 @@ def load(
     directory = Path(directory)
     recipe = read_recipe(directory)
     if factory is None and recipe.module is not None:
-        return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        try:
+            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        except UnsafePickleError as error:
+            if f"{graphs.__name__}.{graphs._rebuild.__name__}" not in error.wanted:
+                raise
+            raise UnsafePickleError(
+                f"{directory / recipe.module} carries code, as a norm was replaced in the code of one of its modules",
+                hint="--arch package.module:factory (factory=... in Python) with what builds the original model reads the weights instead; "
+                "or --trust-pickle, if you trust whoever made this file with everything on this account",
+                wanted=error.wanted,
+            ) from error
     if factory is None and recipe.factory is None:
         raise LoadError(
             f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"

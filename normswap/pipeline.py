@@ -193,6 +193,8 @@ def attempt(
             'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
             hint='aux="auto" puts the term into the graph',
         )
+    if max_drift is not None and not max_drift >= 0:
+        raise UsageError(f"max_drift is {max_drift}; expected a number that is 0 or more")
     approximate = approximate or max_drift is not None
     if reestimate == "adapt" and not approximate:
         raise UsageError(

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
     "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "swap", "sensitivity"},
     "commands": STAGE
-    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
+    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report", "graphs"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 import normswap
 from fixtures.nets import randomise
 from normswap import pipeline
-from normswap.errors import SwapError, UsageError
+from normswap.commands import convert_files
+from normswap.errors import SwapError, UnsafePickleError, UsageError
 from normswap.plan import Plan
 
 MAYBE = "scales by the root of a mean or variance, or by a norm, as a normalization written by hand does"
@@ -446,3 +449,53 @@ def test_distributed_data_parallel_is_unwrapped_first(monkeypatch: pytest.Monkey
         assert raised.value.hint is not None
         assert re.match(r"convert what it wraps, its `module`", raised.value.hint)
     assert len(normswap.plan(wrapped.module.eval(), batches(6, 5)[0]).swaps) == 1
+
+
+SOURCE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 8)
+        self.gain = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return F.layer_norm(self.linear(x), (8,), self.gain)
+
+
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().eval()
+"""
+
+
+def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_nets.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    nets = importlib.import_module("users_nets")
+    torch.save(nets.build(), tmp_path / "net.pt")
+    torch.save(batches(32, 5)[0], tmp_path / "data.pt")
+    out, trusted = tmp_path / "out", {"trust_packages": ["users_nets"]}
+    convert_files(str(tmp_path / "net.pt"), out, data=str(tmp_path / "data.pt"), approximate=True, onnx=False, **trusted)  # type: ignore[arg-type]
+    with pytest.raises(UnsafePickleError, match=r"out/model.pt carries code, as a norm was replaced in the code of one of its") as raised:
+        normswap.load(out, trust_packages=["users_nets"])
+    assert raised.value.hint is not None
+    assert raised.value.hint.startswith("--arch package.module:factory (factory=... in Python) with what builds the original model")
+    x = batches(4, 5)[0]
+    built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust_pickle=True))
+    assert torch.equal(built(x), run(x))
+    (out / "model.pt").write_bytes((tmp_path / "net.pt").read_bytes())  # whatever else it wants to run is listed as ever
+    with pytest.raises(UnsafePickleError, match=r"wants to run code that nobody vouched for:\n  users_nets.Net"):
+        normswap.load(out)
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+def test_a_drift_that_nothing_can_keep(limit: float) -> None:
+    with pytest.raises(UsageError, match=rf"^max_drift is {limit}; expected a number that is 0 or more$"):
+        normswap.convert(nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8)).eval(), calibration=batches(32, 5), max_drift=limit)
