@@ -59,7 +59,7 @@ class Untraceable(Code):
 
 class Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6) * gain
 
 
@@ -89,11 +89,11 @@ class TakesGated(nn.Module):
 def adain(self: Any, x: Tensor) -> Tensor:
     style = self.linear(x)
     mean, std = style.mean(1, keepdim=True), (style.var(1, keepdim=True) + 1e-5).sqrt()
-    return std * (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt() + mean
+    return cast(Tensor, std * (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt() + mean)
 
 
 def rms(self: Any, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
+    return cast(Tensor, x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain)
 
 
 NOTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -101,7 +101,7 @@ NOTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "standard deviation": (lambda: Untraceable(lambda s, x: (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-5)), "Untraceable"),
     "root as a power": (lambda: Untraceable(lambda s, x: x * (x.square().mean(-1, True) + 1e-6) ** -0.5), "Untraceable"),
     "in place": (lambda: Untraceable(lambda s, x: x.mul_(torch.rsqrt(x.square().mean(-1, True) + 1e-6))), "Untraceable"),
-    "a function with a gradient of its own": (lambda: Code(lambda s, x: cast(Tensor, Function.apply(x, s.gain))), "Code"),
+    "a function with a gradient of its own": (lambda: Code(lambda s, x: cast(Tensor, cast(Any, Function).apply(x, s.gain))), "Code"),
     "a gate that may be left out": (TakesGated, "Gated (gated)"),
     "statistics of another tensor": (lambda: Code(adain), "Code"),
     "length of a vector": (lambda: Code(lambda s, x: x / x.norm(dim=-1, keepdim=True) * 8**0.5 * s.gain), "Code"),
@@ -185,14 +185,16 @@ def test_layers_that_share_a_weight_stay_and_the_others_are_swapped() -> None:
     assert [swap.name for swap in conversion.plan.swaps] == ["last"]
     reason = "shares a parameter: left.weight and right.weight are one, and calibration would change all"
     assert [(skip.name, skip.reason) for skip in conversion.plan.skips] == [("left", reason), ("right", reason)]
-    assert conversion.model.left.weight is conversion.model.right.weight
+    converted = cast(Any, conversion.model)
+    assert converted.left.weight is converted.right.weight
 
 
 def test_exact_swaps_may_share_a_weight() -> None:
     model = randomise(Tied(nn.BatchNorm1d), 0).eval()
     conversion = normswap.convert(model, batches(32, 5)[0])
     assert [swap.name for swap in conversion.plan.swaps] == ["left", "right", "last"]
-    assert conversion.model.left.weight is conversion.model.right.weight
+    converted = cast(Any, conversion.model)
+    assert converted.left.weight is converted.right.weight
 
 
 def test_one_layer_at_two_places_shares_nothing() -> None:
@@ -205,7 +207,8 @@ def test_one_layer_at_two_places_shares_nothing() -> None:
 
 
 def encoder(**options: Any) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(12, 3, 20, **{"batch_first": True, **options})
+    chosen: dict[str, Any] = {"batch_first": True, **options}
+    layer = nn.TransformerEncoderLayer(12, 3, 20, **chosen)
     return randomise(nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(12), enable_nested_tensor=False), 0).eval()
 
 
@@ -224,7 +227,11 @@ def test_norms_that_the_fast_path_of_an_encoder_reads_stay() -> None:
 
 @pytest.mark.parametrize("how", ["as the reason says", "batch_first", "activation", "bias"])
 def test_norms_that_no_fast_path_reads_are_swapped(how: str) -> None:
-    options = {"batch_first": {"batch_first": False}, "activation": {"activation": F.silu}, "bias": {"bias": False}}
+    options: dict[str, dict[str, Any]] = {
+        "batch_first": {"batch_first": False},
+        "activation": {"activation": F.silu},
+        "bias": {"bias": False},
+    }
     model = encoder(**options.get(how, {}))
     if how == "as the reason says":
         for layer in cast(Any, model).layers:
@@ -242,7 +249,7 @@ def grouped(self: Any, x: Tensor, *, as_list: bool) -> Tensor:
     n, c, length = x.shape
     sizes = (1, n * 4, c * length // 4)
     view = x.reshape(sizes) if as_list else x.reshape(*sizes).contiguous()
-    return F.batch_norm(view, None, None, training=True).reshape(n, c, length) * self.gain
+    return cast(Tensor, F.batch_norm(view, None, None, training=True).reshape(n, c, length) * self.gain)
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -259,7 +266,7 @@ def test_groups_normalized_as_the_channels_of_one_sample_stay(as_list: bool) -> 
 
 def test_a_view_that_keeps_the_samples_apart_is_no_such_thing() -> None:
     def run(self: Any, x: Tensor) -> Tensor:
-        return F.batch_norm(x.reshape(-1, 8), None, None, training=True).reshape(x.shape) * self.gain
+        return cast(Tensor, F.batch_norm(x.reshape(-1, 8), None, None, training=True).reshape(x.shape) * self.gain)
 
     assert [swap.kind for swap in planned(Code(run), batches(6, 12, 8)[0]).swaps] == ["batch_norm"]
 
@@ -316,7 +323,7 @@ class InVmap(nn.Module):
 class Nested(InVmap):
     def forward(self, x: Tensor) -> Tensor:
         parts = torch.nested.nested_tensor([x[0, :3], x[1]], layout=torch.jagged)
-        return torch.nested.to_padded_tensor(self.norm(self.linear(parts)), 0.0)
+        return cast(Tensor, torch.nested.to_padded_tensor(self.norm(self.linear(parts)), 0.0))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +376,7 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x / x.norm(dim=-1, keepdim=True).clamp(min=1e-5)
+        return cast(Tensor, self.scale * x / x.norm(dim=-1, keepdim=True).clamp(min=1e-5))
 
 
 def test_one_gain_for_all_channels_is_no_number_of_channels() -> None:
@@ -428,7 +435,7 @@ def test_a_model_that_refuses_to_be_copied() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_the_norms_of_a_scripted_part_are_not_called_uncalled() -> None:
-    model = nn.Sequential(nn.Linear(5, 8), torch.jit.script(nn.Sequential(nn.BatchNorm1d(8)).eval()))  # type: ignore[no-untyped-call]
+    model = nn.Sequential(nn.Linear(5, 8), torch.jit.script(nn.Sequential(nn.BatchNorm1d(8)).eval()))
     plan, (known,) = pipeline.inspect(model.eval(), batches(6, 5)[0])
     assert plan.skips[0].calls is None
     assert "never_called" not in [trap.code for trap in known.warnings]
@@ -481,8 +488,8 @@ def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, m
     nets = importlib.import_module("users_nets")
     torch.save(nets.build(), tmp_path / "net.pt")
     torch.save(batches(32, 5)[0], tmp_path / "data.pt")
-    out, trusted = tmp_path / "out", {"trust_packages": ["users_nets"]}
-    convert_files(str(tmp_path / "net.pt"), out, data=str(tmp_path / "data.pt"), approximate=True, onnx=False, **trusted)  # type: ignore[arg-type]
+    out, trusted = tmp_path / "out", ["users_nets"]
+    convert_files(str(tmp_path / "net.pt"), out, data=str(tmp_path / "data.pt"), approximate=True, onnx=False, trust_packages=trusted)
     with pytest.raises(UnsafePickleError, match=r"out/model.pt carries code, as a norm was replaced in the code of one of its") as raised:
         normswap.load(out, trust_packages=["users_nets"])
     assert raised.value.hint is not None
