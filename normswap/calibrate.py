@@ -34,7 +34,7 @@ from normswap import numerics
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
 from normswap.errors import UsageError, described
 from normswap.moments import Moments
-from normswap.sharing import set_eval
+from normswap.sharing import set_eval, uncompiled
 
 MASK = "attention_mask"
 FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
@@ -161,6 +161,10 @@ def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
     return Fit(name, 0, 0.0, 0, 0, math.nan, None, how, channels, channels, (f"keeps its statistics: {reason}",))
 
 
+class _NotPlain(Exception):
+    """A layer gets something in whose values no calibration can look."""
+
+
 class _Calibration:
     """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
 
@@ -177,7 +181,8 @@ class _Calibration:
 
     def __enter__(self) -> _Calibration:
         set_eval(self.model)
-        self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True) for site in self.sites]
+        self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
+        self.handles += [site.layer.register_forward_pre_hook(self._guard(site), with_kwargs=True) for site in self.sites]
         for site in self.sites:
             self.handles += [
                 site.source.register_forward_pre_hook(self._enter(site)),
@@ -240,9 +245,11 @@ class _Calibration:
         try:
             for model in (self.original, self.model) if self.labels is None else (self.model,):
                 self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
-                with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]):
+                with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]), uncompiled():
                     own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
                     model(*own_args, **own_kwargs)
+        except _NotPlain as error:
+            raise UsageError(str(error), hint="exclude it from the conversion") from error
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
                 f"the model does not take the calibration data: {described(error)}",
@@ -276,11 +283,21 @@ class _Calibration:
 
         return hook
 
+    def _guard(self, site: _Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+                    raise _NotPlain(f"{site.name} is called inside torch.vmap or the like, so it cannot be calibrated")
+                if isinstance(x, Tensor) and x.is_nested:
+                    raise _NotPlain(f"{site.name} is called on a nested tensor, so it cannot be calibrated")
+
+        return hook
+
     def _hook(self, site: _Site) -> Callable[..., Tensor | None]:
         """On the layer: records its input, and answers what its source would until it is calibrated."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            x = args[0]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
             if site.done:
                 return None
             self.standing_in = True

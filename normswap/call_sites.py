@@ -31,14 +31,21 @@ class Hit:
 
 
 def call_sites(
-    model: nn.Module, hits: Sequence[Hit], idle: Sequence[str], names: Mapping[str, Sequence[str]], forward: Callable[[], Forward | None]
-) -> list[tuple[int, Site]]:
-    """(number of its first hit, Site) for every call in the code of an owner of `hits`, and of the `idle` owners, which were not run.
+    model: nn.Module,
+    hits: Sequence[Hit],
+    names: Mapping[str, Sequence[str]],
+    forward: Callable[[], Forward | None],
+    *,
+    idle: Sequence[str] = (),
+    suspects: Sequence[str] = (),
+) -> tuple[list[tuple[int, Site]], list[str]]:
+    """(number of its first hit, Site) for every call in the code of an owner of `hits`; and a note on every suspect that has no such site.
 
     model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: the arguments of
-    a forward pass; asked only if the shape of an input must be known.
+    a forward pass; asked only if the shape of an input must be known. idle: owners whose code was not run; their sites come last.
+    suspects: owners whose code does what hand-written norms do.
     """
-    owners = list(dict.fromkeys([*(hit.owner for hit in hits), *idle]))
+    owners = list(dict.fromkeys((*(hit.owner for hit in hits), *suspects, *idle)))
     found: dict[str, list[Found]] = {}
     why_not: dict[str, str] = {}
     for owner in owners:
@@ -46,7 +53,7 @@ def call_sites(
         try:
             found[owner] = _agreed(module, {})
         except NotTraceableError as error:
-            why_not[owner] = f"the code of {type(module).__name__}, which cannot be rewritten because {error}; make it a layer"
+            why_not[owner] = str(error)
     vague = [owner for owner, calls in found.items() if any(call.needs_shape for call in calls)]
     if vague:
         shapes = _observe(model, vague, forward())
@@ -57,11 +64,21 @@ def call_sites(
         if owner in found:
             sites += [
                 (len(hits) if first is None else first, site)
-                for first, site in _sites(model.get_submodule(owner), owner, names[owner][1:], found[owner], mine)
+                for first, site in _sites(model.get_submodule(owner), owner, names[owner][1:], found[owner], mine, owner in idle)
             ]
         else:
-            sites += _unreplaceable(owner, mine, why_not[owner])
-    return sites
+            sites += _unreplaceable(owner, type(model.get_submodule(owner)).__name__, mine, why_not[owner])
+    silent = [owner for owner in suspects if not any(call.function == HAND_WRITTEN for call in found.get(owner, ()))]
+    return sites, [_suspicion(model.get_submodule(owner), owner, why_not.get(owner)) for owner in silent]
+
+
+def _suspicion(module: nn.Module, name: str, why_not: str | None) -> str:
+    where = f"{type(module).__name__} ({name})" if name else type(module).__name__
+    why = f"its code cannot be rewritten because {why_not}" if why_not else "it has not the form of one that normswap knows"
+    return (
+        f"the code of {where} scales by the root of a mean or variance, or by a norm, as a normalization written by hand does; "
+        f"it is not listed, as {why}. If it is a normalization, make it a layer with Norm in the name of its class"
+    )
 
 
 def writes_its_own(module: nn.Module) -> bool:
@@ -85,7 +102,7 @@ def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
 
 
 def _sites(
-    owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]]
+    owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]], idle: bool
 ) -> list[tuple[int | None, Site]]:
     # The k-th of n calls was seen as the k-th, n + k-th, ... hit of its sort; otherwise not all of the code ran, and no count is known.
     seen: dict[int, list[tuple[int, Hit]]] = {}
@@ -107,7 +124,7 @@ def _sites(
             name=f"{name}.{own}" if name else own,
             aliases=tuple(f"{alias}.{own}" for alias in aliases),
             module=call.layer,
-            calls=len(executed) or (None if hits else 0),
+            calls=0 if idle else len(executed) or None,
             producer=executed[0][1].producer if len(executed) == 1 else None,
             function=call.function,
             call=Call(name, tuple(numbers)) if call.layer is not None else None,
@@ -117,13 +134,13 @@ def _sites(
     return sites
 
 
-def _unreplaceable(owner: str, hits: list[tuple[int, Hit]], why: str) -> list[tuple[int, Site]]:
-    """One site for each call that was seen; what merely looked like a form written by hand is not listed."""
+def _unreplaceable(owner: str, owner_class: str, hits: list[tuple[int, Hit]], why: str) -> list[tuple[int, Site]]:
+    """One site for each call that was seen; what only looks like a form written by hand is no site."""
     sites, taken = [], set[str]()
     for i, hit in hits:
         if hit.function != HAND_WRITTEN:
             own = _free(nn.Module(), hit.function.rpartition(".")[2], taken)
-            obstacle = f"is a call of {hit.function} in {why}"
+            obstacle = f"is a call of {hit.function} in the code of {owner_class}, which cannot be rewritten because {why}; make it a layer"
             sites.append((i, Site(f"{owner}.{own}" if owner else own, (), None, 1, (), (), hit.producer, hit.function, None, obstacle)))
     return sites
 

@@ -97,6 +97,19 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
     return sorted(found, key=lambda f: place[f.end])
 
 
+def scalings(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that scale a value by the root of a mean or variance, or by a norm: what every normalization does, and little else."""
+    constants = _constants(graph)
+    statistics = set[fx.Node]()  # and what is computed from nothing else
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n not in constants]
+        if inputs and (_op(node) in REDUCTIONS | LENGTHS or (_op(node) in ELEMENTWISE and statistics.issuperset(inputs))):
+            statistics.add(node)
+    roots = (node for node in graph.nodes if node in statistics and (_is_root(node) or _op(node) in LENGTHS))
+    scaled = dict.fromkeys(node for root in roots for node in _scaled_by(root))
+    return [node for node in scaled if any(n not in statistics and n not in constants for n in node.all_input_nodes)]
+
+
 def _recorded_shape(node: fx.Node) -> tuple[Any, ...] | None:
     value = node.meta.get("val", node.meta.get("tensor_meta"))
     shape = getattr(value, "shape", None)
@@ -128,7 +141,12 @@ def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
         if isinstance(arguments.get("weight"), Tensor) and "normalized_shape" in arguments:
             arguments["normalized_shape"] = tuple(arguments["weight"].shape)  # which a graph may compute from its input
         if kind == "batch_norm" and arguments.get("running_mean") is None and _one_sample(start):
-            raise _Obstacle("is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()")
+            raise _Obstacle(
+                "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()"
+                if isinstance(node.target, torch._ops.OpOverload)
+                else "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; "
+                "write it as F.group_norm or F.instance_norm"
+            )
         _constant(arguments)
         layer = _LAYERS[kind](arguments, _channels(shapes.get(start.name), name))
         layer.eval()
@@ -187,8 +205,12 @@ def _output(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
 
 def _one_sample(start: fx.Node) -> bool:
     """Whether this is a view of all samples as the channels of one."""
-    sizes = start.args[1] if _op(start) in ("view", "reshape", "_unsafe_view") and len(start.args) > 1 else ()
-    return isinstance(sizes, (list, tuple)) and bool(sizes) and sizes[0] == 1
+    if _op(start) == "contiguous":
+        start = cast(fx.Node, start.args[0])
+    sizes: tuple[Any, ...] = start.args[1:] if _op(start) in ("view", "reshape", "_unsafe_view") else ()
+    if sizes and isinstance(sizes[0], (list, tuple)):
+        sizes = tuple(sizes[0])
+    return bool(sizes) and type(sizes[0]) is int and sizes[0] == 1
 
 
 def _constant(arguments: Mapping[str, Any]) -> None:
@@ -282,13 +304,14 @@ def _with_affine(layer: nn.Module, arguments: Arguments) -> nn.Module:
 
 # --- hand-written forms -----------------------------------------------------------------------------------------------------------------
 
-_REDUCTIONS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+REDUCTIONS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+LENGTHS = frozenset({"norm", "linalg_norm", "vector_norm", "linalg_vector_norm"})
 _ARITHMETIC = "add sub subtract rsub mul multiply truediv div divide true_divide neg pow square rsqrt sqrt reciprocal abs"
 _KEEPING = "to float double half bfloat16 type type_as _to_copy clamp clamp_min maximum clone contiguous alias detach"
 _SIZES = "getitem getattr size sym_size dim numel"
-_ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
-_THROUGH = _ELEMENTWISE - {"mul", "multiply", "truediv", "div", "divide", "true_divide"}  # between the root and what it scales
-_SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
+ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
+_THROUGH = ELEMENTWISE - {"mul", "multiply", "truediv", "div", "divide", "true_divide"}  # between the root and what it scales
+SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"})
 _REACH = 16  # nodes; the longest known form has 10
 
@@ -345,17 +368,17 @@ def _entries(root: fx.Node, end: fx.Node, constants: set[fx.Node]) -> list[fx.No
     cone, queue = set[fx.Node](), [root]
     while queue and len(cone) < _REACH:
         node = queue.pop(0)
-        if node in cone or node in constants or _op(node) not in _ELEMENTWISE | _REDUCTIONS:
+        if node in cone or node in constants or _op(node) not in ELEMENTWISE | REDUCTIONS:
             continue
         cone.add(node)
         inputs = node.all_input_nodes
-        if _op(node) in _REDUCTIONS and inputs:
+        if _op(node) in REDUCTIONS and inputs:
             reduced.update(dict.fromkeys(_before(inputs[0], lambda x: _is_square(x) or _op(x) in _CASTS | {"pow", "square", "abs", "sub"})))
         else:
             queue.extend(inputs)
 
     def rescaled(x: fx.Node) -> bool:
-        return _op(x) in _SCALES and len([n for n in x.all_input_nodes if n not in constants]) == 1 and not _is_square(x)
+        return _op(x) in SCALES and len([n for n in x.all_input_nodes if n not in constants]) == 1 and not _is_square(x)
 
     scaled = [x for n in end.all_input_nodes for x in _before(n, lambda x: rescaled(x) or _op(x) in _CASTS | {"sub"}, constants)]
     order = {n: i for i, n in enumerate(root.graph.nodes)}
@@ -385,7 +408,7 @@ def _scaled_by(root: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(node)
         for user in node.users:
-            if _op(user) in _SCALES and len(user.all_input_nodes) == 2:
+            if _op(user) in SCALES and len(user.all_input_nodes) == 2:
                 yield user
             elif _op(user) in _THROUGH:
                 queue.append(user)
@@ -399,12 +422,12 @@ def _span(entry: fx.Node, end: fx.Node, constants: set[fx.Node]) -> tuple[fx.Nod
         if node is entry:
             reached = True
         elif node not in nodes:
-            if node not in constants and _op(node) not in _ELEMENTWISE | _REDUCTIONS:
+            if node not in constants and _op(node) not in ELEMENTWISE | REDUCTIONS:
                 return None
             nodes.add(node)
             queue.extend(node.all_input_nodes)
     inside = {n for n in nodes if n not in constants}
-    return (entry, end, nodes) if reached and any(_op(n) in _REDUCTIONS for n in inside) else None
+    return (entry, end, nodes) if reached and any(_op(n) in REDUCTIONS for n in inside) else None
 
 
 def _with_tail(end: fx.Node, nodes: set[fx.Node], root: nn.Module) -> tuple[fx.Node, set[fx.Node]]:

@@ -288,6 +288,7 @@ def export(
 def revert(
     source: Annotated[str, typer.Argument(metavar="DIR", help="A converted directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The model file to write.")],
+    skip: Annotated[bool, typer.Option("--skip", help="Leave layers as they are whose originals were not recorded.")] = False,
     arch: Arch = None,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
@@ -300,7 +301,7 @@ def revert(
     with _work(debug):
         from normswap import commands
 
-        path = commands.revert_files(source, output, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
+        path = commands.revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
     typer.echo(f"wrote {path}")
 
 

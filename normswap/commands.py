@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import outputs, pipeline
+from normswap import graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
-from normswap.errors import LoadError, ParityError, UsageError
+from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Export, export
 from normswap.exported import as_module
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
@@ -132,7 +132,17 @@ def load(
     directory = Path(directory)
     recipe = read_recipe(directory)
     if factory is None and recipe.module is not None:
-        return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        try:
+            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        except UnsafePickleError as error:
+            if f"{graphs.__name__}.{graphs._rebuild.__name__}" not in error.wanted:
+                raise
+            raise UnsafePickleError(
+                f"{directory / recipe.module} carries code, as a norm was replaced in the code of one of its modules",
+                hint="--arch package.module:factory (factory=... in Python) with what builds the original model reads the weights instead; "
+                "or --trust-pickle, if you trust whoever made this file with everything on this account",
+                wanted=error.wanted,
+            ) from error
     if factory is None and recipe.factory is None:
         raise LoadError(
             f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"
@@ -141,7 +151,8 @@ def load(
     wanted = {site["name"]: site["std"] for site in recipe.sites}
     if wanted:
         known = _rules_of(recipe, directory) if rules is None else rules
-        decided = pipeline.plan(model, approximate=True, rules=known)  # which weights it has does not matter: they are about to be loaded
+        # Which weights it has does not matter: they are about to be loaded. The inputs tell the shapes that no weight tells.
+        decided = pipeline.plan(model, _described(recipe.inputs), approximate=True, rules=known)
         chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
         model = swap(model, chosen, std=wanted)
     load_weights(model, directory, recipe)
@@ -296,10 +307,17 @@ def export_files(
 
 
 def revert_files(
-    source: str, output: Path, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False
+    source: str,
+    output: Path,
+    *,
+    skip: bool = False,
+    arch: str | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
 ) -> Path:
     """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
 
+    skip: leave the layers as they are that cannot be reverted.
     A name that ends in .safetensors gets the state dict; any other a pickled module if the directory holds one, else a state dict.
     """
     directory = Path(source)
@@ -307,7 +325,7 @@ def revert_files(
     converted = load(directory, _factory(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
     if isinstance(converted, ExportedProgram):
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
-    model = revert(converted)
+    model = revert(converted, skip=skip)
     pipeline.check(verify(converted, model, _inputs_of(source, converted)))
     with outputs.file(output) as partial:
         if output.suffix == ".safetensors":

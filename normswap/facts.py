@@ -21,12 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normswap import functional
+from normswap.calls import HAND_WRITTEN
 from normswap.errors import SwapError, described
 from normswap.plan import Forward, Plan, Site, Skip, Swap
-from normswap.sharing import shadow
+from normswap.sharing import shadow, uncompiled
 from normswap.traps import Held, Momentum, Trap, given_to, held_by, traps
 
 _PRODUCES = re.compile(r"(conv(_transpose)?[123]d|convolution|linear|addmm)(\.\w+)?$")  # torch's functions and aten's
+
+_UNSEEN = "no call of it was seen in the watched forward pass"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def _facts(model: nn.Module, decision: Swap | Skip, seen: _Seen | None, samples:
         held = held_by(decision.site.module)
     shapes = tuple(dict.fromkeys(seen.shapes)) if seen else ()
     into, why_not = _fold(model, decision, shapes)
-    unseen = None if seen or decision.calls == 0 else failed or "no call of it was seen in the watched forward pass"
+    written_out = decision.site.function == HAND_WRITTEN
+    none = "it is written out in code, of which a watched forward pass shows no call" if written_out else _UNSEEN
+    unseen = None if seen or decision.calls == 0 else failed or none
     return Facts(
         decision.name,
         shapes=shapes,
@@ -213,7 +218,7 @@ class _Watch(TorchFunctionMode):
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         try:
-            with _random_state_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"), self:
+            with _random_state_kept(), torch.no_grad(), uncompiled(), self:
                 self.model(*args, **kwargs)
         except Exception as error:  # the user's model may raise anything; what was seen until then stays true
             return error

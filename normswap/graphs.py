@@ -65,6 +65,8 @@ def graphs_of(module: nn.Module) -> Mapping[bool, fx.Graph]:
 def _trace(module: nn.Module) -> fx.Graph:
     before = {name: id(value) for name, value in _state(module)}
     graph = _own(module, {})
+    with _other_region():
+        _own(module, {})
     after = {name: id(value) for name, value in _state(module)}
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
@@ -73,7 +75,8 @@ def _trace(module: nn.Module) -> fx.Graph:
         p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not inspect.Parameter.empty
     }
     if defaults and _nodes(_own(module, defaults), defaults) != _nodes(graph, defaults):
-        raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} are given")
+        are = "is" if len(defaults) == 1 else "are"
+        raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} {are} given")
     return graph
 
 
@@ -106,6 +109,8 @@ def _own(module: nn.Module, concrete: Mapping[str, Any]) -> fx.Graph:
         raise
     except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
         text = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, NameError) and "not installed as a submodule" in text:
+            raise NotTraceableError("it calls a module that is no submodule of it: a list of modules has to be an nn.ModuleList") from error
         raise NotTraceableError(f"torch.fx cannot trace it ({type(error).__name__}: {text[:120]})") from error
     for node in graph.nodes:
         node.type = None  # annotations may be strings, which mean nothing in the generated code
@@ -126,6 +131,20 @@ class _OwnCode(fx.Tracer):
         if _region() != self.region:
             raise NotTraceableError("it has a region of its own of no_grad or autocast")
         return super().create_node(kind, *args, **kwargs)
+
+
+@contextmanager
+def _other_region() -> Iterator[None]:
+    """Gradients off and autocast on: a region of the code's own that is the usual case elsewhere shows here."""
+    devices = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device in devices:
+            torch.set_autocast_enabled(device, True)
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            yield
+    finally:
+        for device, enabled in devices.items():
+            torch.set_autocast_enabled(device, enabled)
 
 
 def _region() -> tuple[bool, ...]:

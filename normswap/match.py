@@ -46,6 +46,8 @@ def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: 
         reason = rule.inexact(site)
     if reason is None and rule.inexact is not None and site.calls == 0:
         reason = "is never called, so no data can reach it"
+    if reason is None and rule.inexact is not None and site.tied:
+        reason = f"shares a parameter: {' and '.join(site.tied)} are one, and calibration would change all"
     return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
 
 

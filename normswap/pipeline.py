@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from normswap.batchless import Aux
@@ -25,6 +26,7 @@ from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibr
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
+from normswap.graphs import BASES
 from normswap.inputs import Inputs, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS, Stats
@@ -191,6 +193,8 @@ def attempt(
             'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
             hint='aux="auto" puts the term into the graph',
         )
+    if max_drift is not None and not max_drift >= 0:
+        raise UsageError(f"max_drift is {max_drift}; expected a number that is 0 or more")
     approximate = approximate or max_drift is not None
     if reestimate == "adapt" and not approximate:
         raise UsageError(
@@ -207,6 +211,7 @@ def attempt(
         batches = list(calibration) if iter(calibration) is calibration else calibration
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
+    _check_lazy(module)
     decided = _plan(module, resolve, include, exclude, rules, approximate)
     inputs = resolve()
     if inputs is None:
@@ -246,6 +251,17 @@ def _coupled(word: Coupling, model: nn.Module, decided: Plan, inputs: Inputs, ba
     if word == "none":
         return ()
     return pairs.couple(model, decided.swaps, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
+
+
+def _check_lazy(module: nn.Module) -> None:
+    """Each forward pass would draw other weights for such a layer. (A lazy norm starts with ones and zeros.)"""
+    lazy = [name for name, m in module.named_modules() if not isinstance(m, BASES) and any(map(is_lazy, m.parameters(recurse=False)))]
+    if lazy:
+        are = "is lazy and has" if len(lazy) == 1 else "are lazy and have"
+        raise UsageError(
+            f"{', '.join(lazy)} {are} no weights yet, so there is no function to keep",
+            hint="run one forward pass, load the weights, then convert",
+        )
 
 
 def _adapted(s: Swap) -> Swap:

@@ -38,12 +38,13 @@ class Site:
     aliases   every other name by which the same object is reachable
     module    the norm as found; for a call, a layer that computes the same from the same tensors; None if there can be none
     parents   the classes of the modules that hold it as a child
-    readers   graph nodes that read its tensors directly instead of calling it
+    readers   code that reads its tensors directly instead of calling it
     calls     how often one forward in eval mode executes it; None when no back-end could run or trace a forward
     producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
     function  for a call, the dotted name of the function ("torch.nn.functional.batch_norm") or "hand-written"; None for a module
     call      for a call that has a layer, where it stands
     obstacle  for a call that has none, why
+    tied      the names of a parameter of its own that other modules hold too; empty if none is shared
     """
 
     name: str
@@ -56,6 +57,7 @@ class Site:
     function: str | None = None
     call: Call | None = None
     obstacle: str | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from normswap import precision
 from normswap.errors import SwapError
 from normswap.probes import Probe
+from normswap.sharing import uncompiled
 
 TAP_SIZE = 4096
 REFERENCE = "reference"  # in place of an optimisation level: onnx's own evaluator, which has every kernel in every dtype, and is slow
@@ -87,7 +88,8 @@ def module_runner(
 
     def tap(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output):  # which ends with its vmap
+            # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
+            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
                 flat = output.detach().reshape(-1)
                 taps[f"{name}@{calls[name]}"] = flat[:: _step(flat.numel())].clone()
@@ -103,7 +105,7 @@ def module_runner(
         calls.clear()
         # A model may write into its inputs; the probes must stay what they are.
         args, kwargs = probe.mapped(torch.clone)
-        with torch.no_grad(), torch.random.fork_rng(), mode():
+        with torch.no_grad(), torch.random.fork_rng(), uncompiled(), mode():
             torch.manual_seed(0)
             output = model(*args, **kwargs)
         return _named(output), dict(taps)

@@ -7,8 +7,10 @@ refers to it, whether as a child under any number of names, in a list, or as the
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -57,10 +59,12 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
             if isinstance(module, fx.GraphModule) and isinstance(memo.get(id(module)), fx.GraphModule):
                 _restore_attributes(module, memo[id(module)], memo)
         return copied
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, AssertionError) as error:
         raise SwapError(
             f"{what or type(model).__name__} cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint="copy.deepcopy(model) must work; a tensor of an earlier forward pass that a module keeps is the usual cause: "
+            hint="convert the model before fully_shard wraps it"
+            if "FSDP" in str(error)
+            else "copy.deepcopy(model) must work; a tensor of an earlier forward pass that a module keeps is the usual cause: "
             "delete it, or convert before the first forward pass",
         ) from error
 
@@ -80,6 +84,14 @@ def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     return set_eval(copy_with(model, memo))
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Runs what torch.compile has wrapped as it was written: hooks and modes see it, and nothing is compiled for one pass.
+
+    Without dynamo nothing is wrapped, and importing it takes seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def set_eval(model: M) -> M:

@@ -185,9 +185,12 @@ def revert(model: M, *, skip: bool = False) -> M:
     layers = {m: name for name, m in model.named_modules() if isinstance(m, BatchlessNorm)}
     unknown = [name for layer, name in layers.items() if layer.source is None]
     if unknown and not skip:
+        own = {name: layer.own_rule[0] for layer, name in layers.items() if layer.source is None and layer.own_rule is not None}
+        by_rules = "; ".join(f"{name} was made by your rule {kind!r}" for name, kind in own.items())
         raise SwapError(
-            f"{', '.join(unknown)} cannot be reverted: no source layer with statistics was recorded",
-            hint="skip=True reverts the others and leaves these",
+            f"{', '.join(unknown)} cannot be reverted: no source layer with statistics was recorded" + (f" ({by_rules})" if own else ""),
+            hint="keep the original model: nothing in the converted one tells what stood there; --skip (skip=True in Python) reverts the "
+            "others and leaves these",
         )
     reverted = _replaced(model, {layer: _source_of(layer, layer.source) for layer in layers if layer.source is not None})
     for module in reverted.modules():

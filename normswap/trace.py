@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap import functional
 from normswap.call_sites import Hit, call_sites, writes_its_own
-from normswap.calls import HAND_WRITTEN, attribute, find
+from normswap.calls import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALES, attribute, find, scalings
 from normswap.errors import SwapError, described
 from normswap.graphs import BASES, place_of
 from normswap.plan import Forward, Site, Trace
-from normswap.sharing import shadow
+from normswap.sharing import shadow, uncompiled
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -50,6 +50,7 @@ class _Seen:
     producers: dict[str, str | None] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     hits: list[Hit] = field(default_factory=list)
+    suspects: dict[str, None] = field(default_factory=dict)  # modules whose code scales by the root of a mean or variance
 
     def read(self, name: str, reader: str) -> None:
         if reader not in self.readers.setdefault(name, []):
@@ -91,6 +92,7 @@ class _Names:
         for key, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(key)
+        self.owners = owners
         self.shares_a_weight = {key for keys in owners.values() if len(keys) > 1 for key in keys}
         # The tensors that a norm has and its replacement has not.
         self.statistics = {
@@ -111,6 +113,14 @@ class _Names:
         plain = same and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
         return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
 
+    def tied(self, module: nn.Module) -> tuple[str, ...]:
+        """All names of the first of its parameters that another module holds, too."""
+        for parameter in module.parameters(recurse=False):
+            if len(holders := self.owners[id(parameter)]) > 1:
+                holding = ((self.all[key][0], self.modules[key]) for key in self.modules if key in holders)
+                return tuple(f"{name}.{own}".lstrip(".") for name, part in holding for own, p in part._parameters.items() if p is parameter)
+        return ()
+
     def inside(self, module: nn.Module) -> list[nn.Module]:
         return [part for part in module.modules() if id(part) in self.listed]
 
@@ -130,6 +140,12 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         raise SwapError(
             "the model is TorchScript, whose layers cannot be replaced", hint="convert the model that it was scripted or traced from"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise SwapError(
+                f"{name or 'the model'} is wrapped in DistributedDataParallel, which keeps the parameters that it was given",
+                hint="convert what it wraps, its `module`, and wrap the result",
+            )
     decided = _decided(model, is_norm)
     names = _Names(model, decided)
     notes: list[str] = []
@@ -180,20 +196,35 @@ def _result(
             name=first,
             aliases=tuple(aliases),
             module=module,
-            calls=None if seen is None or first in seen.unclear else seen.calls[first],
+            calls=None if seen is None or first in seen.unclear or isinstance(module, torch.jit.ScriptModule) else seen.calls[first],
             parents=tuple(type(parent) for parent in names.parents.get(key, ())),
-            readers=() if seen is None else tuple(seen.readers.get(first, ())),
+            readers=(*(() if seen is None else seen.readers.get(first, ())), *_fast_paths(module, names.parents.get(key, ()))),
+            tied=names.tied(module),
             producer=None if seen is None else seen.producers.get(first),
         )
     calls: dict[int, list[Site]] = {}
-    if seen is not None and (seen.hits or idle):
+    if seen is not None and (seen.hits or seen.suspects or idle):
         all_names = {aliases[0]: aliases for aliases in names.all.values()}
-        for number, site in call_sites(model, seen.hits, idle, all_names, forward):
+        of_calls, suspicions = call_sites(model, seen.hits, all_names, forward, idle=idle, suspects=tuple(seen.suspects))
+        for number, site in of_calls:
             calls.setdefault(number, []).append(site)
+        notes = [*notes, *suspicions]
     sites: list[Site] = []
     for place in seen.order if seen is not None else ():
         sites += calls.pop(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
     return Trace((*sites, *found.values(), *(site for rest in calls.values() for site in rest)), backend, tuple(notes))
+
+
+def _fast_paths(norm: nn.Module, parents: Iterable[nn.Module]) -> Iterator[str]:
+    """torch's encoder layers, in eval mode, hand the tensors of their norms to one fused function, where they can."""
+    for parent in parents:
+        if isinstance(parent, nn.TransformerEncoderLayer) and norm in (parent.norm1, parent.norm2):
+            attention = parent.self_attn
+            if parent.activation_relu_or_gelu and attention.batch_first and attention.in_proj_bias is not None:
+                yield (
+                    f"the fast path of {type(parent).__name__} (set its activation_relu_or_gelu = 0, and use_nested_tensor = False of the "
+                    "encoder, to do without it)"
+                )
 
 
 class _Tracer(fx.Tracer):
@@ -221,11 +252,15 @@ def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | No
     called = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
     called.update(id(owner) for node in graph.nodes if node.op == "get_attr" and (owner := _owner(root, node)))  # a weight that code reads
     calls = {call.end: call for call in find(graph, root)}
+    inside = {node for call in calls.values() for node in call.inside}
+    owned = root is graph.owning_module
+    suspects = [call.end for call in calls.values() if call.function == HAND_WRITTEN] + [n for n in scalings(graph) if n not in inside]
+    seen.suspects.update(dict.fromkeys("" if owned else place_of(node) for node in suspects))
     for node in graph.nodes:
         if node in calls:
             call = calls[node]
             seen.hit(
-                "" if root is graph.owning_module else place_of(node),
+                "" if owned else place_of(node),
                 call.function,
                 _producer_of(call.start, call.inside, root, names, called),
             )
@@ -283,6 +318,15 @@ def _may_be_root(function: str, args: tuple[Any, ...]) -> bool:
     return function in _ROOTS or (function in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float))
 
 
+_STATISTIC, _ROOT = 1, 2
+
+
+def _plain_name(function: str) -> str:
+    """The name of an operation, whichever side of the operator it stands on, in place or not: `__rtruediv__` is truediv."""
+    name = function.strip("_")
+    return name[1:] if name in ("rmul", "rdiv", "rtruediv", "radd") else name
+
+
 class _Watch(TorchFunctionMode):
     """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output."""
 
@@ -298,6 +342,7 @@ class _Watch(TorchFunctionMode):
         # what depends on parameters and buffers alone: a weight that is standardised is no activation
         self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
         self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
+        self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # what is a statistic of activations, or the root of one
         self.module_calls: Counter[int] = Counter()
         self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
 
@@ -308,7 +353,7 @@ class _Watch(TorchFunctionMode):
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         failed: Exception | None = None
         try:
-            with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"), self:
+            with torch.random.fork_rng(), torch.no_grad(), uncompiled(), self:
                 output = self.model(*args, **kwargs)
             self._use(output)
         except Exception as error:  # the user's model may raise anything; what was seen until then stays true
@@ -371,9 +416,28 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if fixed:
             self.fixed.update(dict.fromkeys(_tensors(result)))
+        elif not function:
+            self._suspect(owner, func.__name__, args, given, result)
         if result is None or func.__name__ in _VALUES or next(_tensors(result), None) is not None:
             self._use(given)
         return result
+
+    def _suspect(self, owner: str, function: str, args: tuple[Any, ...], given: list[Tensor], result: Any) -> None:
+        """Follow statistics to their root, and the root to what it scales."""
+        name = _plain_name(function)
+        marks = [0 if tensor in self.fixed else self.roots.get(tensor, 0) for tensor in given]
+        if name in SCALES and len(given) == 2 and _ROOT in marks and not all(marks) and not any(tensor in self.fixed for tensor in given):
+            self.seen.suspects[owner] = None
+            return
+        # What is centred is no statistic: only what is computed from statistics alone is one.
+        others = [mark for tensor, mark in zip(given, marks, strict=True) if tensor not in self.fixed]
+        mark = max(others, default=0) if name in ELEMENTWISE and all(others) else 0
+        if name in REDUCTIONS:
+            mark = _ROOT if name in ("std", "std_mean") else _STATISTIC
+        elif name in LENGTHS or (mark and _may_be_root(name, args)):
+            mark = _ROOT
+        if mark:
+            self.roots.update(dict.fromkeys(_tensors(result), mark))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
     "traps": frozenset({"functional", "graphs"}),
-    "facts": STAGE | {"traps"},
+    "facts": STAGE | {"calls", "traps"},
     "swap": STAGE | {"calls", "graphs", "coupling"},
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
@@ -55,12 +55,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
-    "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify"},
+    "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
     # Orchestrates stages as `pipeline` does, and asks `pipeline` for what they decide.
     "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
     "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "swap", "sensitivity"},
     "commands": STAGE
-    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report"},
+    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report", "graphs"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

@@ -114,4 +114,4 @@ def test_the_readme_commands_use_the_tested_versions() -> None:
     for command in (convert, test):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
         assert len(command.splitlines()) == 1
-    assert test.endswith("&& .venv/bin/python -m pytest\n")  # .ci/run splits it there
+    assert test.endswith("&& .venv/bin/python -m pytest -n 2\n")  # .ci/run splits it there

@@ -144,7 +144,7 @@ def test_a_layer_called_and_read() -> None:
     decided = normswap.plan(model)
     assert [s.name for s in decided.swaps] == ["batch_norm"]
     assert [(s.name, s.reason) for s in decided.skips] == [
-        ("norm", "has statistics that batch_norm reads directly instead of calling the layer")
+        ("norm", "has tensors that batch_norm reads directly instead of calling the layer")
     ]
     result = swapped(model)
     assert error(model, result, X) <= 1e-6

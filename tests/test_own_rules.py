@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -174,7 +175,12 @@ def test_a_directory_finds_its_rule_again(mynorms: ModuleType, tmp_path: Path) -
     assert _entries(normswap.save(loaded, tmp_path / "again")) == _entries(out)
     reverted = run("revert", out, "-o", tmp_path / "back.safetensors")
     assert reverted.exit_code == 1
-    assert reverted.stderr.startswith("error: 1 cannot be reverted: no source layer with statistics was recorded")
+    assert reverted.stderr.startswith(
+        "error: 1 cannot be reverted: no source layer with statistics was recorded (1 was made by your rule 'stream_norm')\n"
+        "hint: keep the original model"
+    )
+    assert run("revert", out, "-o", tmp_path / "back.safetensors", "--skip").exit_code == 0
+    assert {"1.mean", "4.running_mean"} < set(load_file(tmp_path / "back.safetensors"))
     back = normswap.revert(loaded, skip=True)
     assert isinstance(back, nn.Module)
     assert type(back[4]) is nn.BatchNorm2d  # type: ignore[index]

@@ -175,7 +175,7 @@ def test_without_a_source() -> None:
     result.third = nn.Sequential(BatchlessNorm(3))
     with pytest.raises(SwapError, match=r"^second, third.0 cannot be reverted: no source layer with statistics was recorded") as raised:
         normswap.revert(result)
-    assert "skip=True reverts the others and leaves these" in str(raised.value)
+    assert "--skip (skip=True in Python) reverts the others and leaves these" in str(raised.value)
     back = normswap.revert(result, skip=True)
     assert type(back.norm) is nn.BatchNorm2d
     assert type(back.second) is BatchlessNorm

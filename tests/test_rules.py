@@ -593,16 +593,18 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
         torch.testing.assert_close(rule.build(site, "log")(torch.ones(N, C)), torch.full((N, C), (1 + 1e-5) ** -0.5), rtol=1e-4, atol=0)
 
 
-# reasons that need more than one layer to come about: tested in test_trace.py, test_match.py and test_swap.py
+# reasons that need more than one layer to come about: tested in test_trace.py, test_match.py, test_swap.py and test_users_models.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of Net, which cannot be rewritten because its forward sets last; make it a layer",
     "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows",
     "is a call of torch.instance_norm without weight and bias, so only its input says how many channels there are; give example inputs",
     "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()",
+    "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size",
+    "shares a parameter: left.weight and right.weight are one, and calibration would change all",
     "returns batch statistics that the graph reads; expected only its output to be read",
     "has an input of shape (3, s0), which leaves the number of channels open",
     "is never called, so no data can reach it",
-    "has statistics that batch_norm reads directly instead of calling the layer",
+    "has tensors that batch_norm reads directly instead of calling the layer",
     "was excluded by name or kind",
     "is not among those that were asked for",
     "is TorchScript (BatchNorm2d), which cannot be replaced; convert the model before it is scripted",

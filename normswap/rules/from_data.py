@@ -37,6 +37,7 @@ def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], s
     )
     own = list(module.parameters(recurse=False))
     layer.requires_grad_(not own or any(p.requires_grad for p in own))
+    layer._modules.update({name: child for name, child in module._modules.items() if name not in ("drop", "act", "activation")})
     if after:
         for name in ("drop", "act"):
             setattr(layer, name, module._modules.get(name) or nn.Identity())

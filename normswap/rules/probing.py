@@ -85,7 +85,8 @@ def _probe(module: nn.Module) -> Normalizes | None:
     numbers = [v for v in vars(module).values() if type(v) is int and 1 < v < 1 << 20]
     numbers += [v[-1] for v in vars(module).values() if isinstance(v, (tuple, list)) and v and type(v[-1]) is int and v[-1] > 1]
     pairs = {tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 2}
-    sizes = sorted({p.numel() for p in module.parameters(recurse=False) if p.dim() < 2} | {*numbers}, reverse=True)
+    # One number for all channels (ScaleNorm) says nothing of how many there are.
+    sizes = sorted({n for p in module.parameters(recurse=False) if p.dim() < 2 and (n := p.numel()) > 1} | {*numbers}, reverse=True)
     layouts: list[tuple[int | tuple[int, ...], tuple[int, ...]]] = [((-2, -1), pair) for pair in sorted(pairs)]
     layouts += [(axis, (channels,)) for channels in sizes for axis in (-1, 1)]
     if (shape := getattr(module, "input_shape", None)) is not None:  # it says how many channels each axis could have

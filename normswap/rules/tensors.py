@@ -46,7 +46,7 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
         layer = "a BatchNorm" if known is KNOWN else f"the layer that the rule knows ({', '.join(known)})"
         return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize"
     if site.readers:
-        return f"has statistics that {', '.join(site.readers)} reads directly instead of calling the layer"
+        return f"has tensors that {', '.join(site.readers)} reads directly instead of calling the layer"
     return None
 
 
