@@ -254,7 +254,7 @@ def _is_checkpoint(frame: FrameType) -> bool | None:
 
 def _is_scaler(frame: FrameType) -> GradScaler | None:
     found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-    return found if isinstance(found, GradScaler) else None
+    return found if isinstance(found, GradScaler) and found.is_enabled() else None
 
 
 # --- stepping --------------------------------------------------------------------------------------------------------------------------

@@ -244,11 +244,27 @@ def mixed(x: Tensor, alone: bool) -> tuple[list[torch.dtype], list[str]]:
     return [seen[0], model[1].mean.grad.dtype, out.dtype], sorted({str(w.message) for w in caught})  # type: ignore[index,union-attr]
 
 
-def main(rank: int, directory: Path) -> None:
+@contextlib.contextmanager
+def joined(rank: int, directory: Path) -> Any:
+    """While it lasts, this is process `rank` of two. The variables are those by which Trainers see that they run under torchrun."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for and not used: there is a group already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = f"file://{directory / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=SECONDS))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def main(rank: int, directory: Path) -> None:
+    with joined(rank, directory):
+        torch.save(everything(rank, directory), directory / f"{rank}.pt")
+
+
+def everything(rank: int, directory: Path) -> dict[str, Any]:
     x, y = X[4 * rank : 4 * rank + 4], Y[4 * rank : 4 * rank + 4]
     warnings.simplefilter("error")
     found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | UNTOLD).items()}
@@ -260,8 +276,7 @@ def main(rank: int, directory: Path) -> None:
         found[f"{wrap} unused"] = unused(wrap, x)
     found["late"] = trained(LATE, x, y)
     found["mixed"] = {alone: mixed(x, alone) for alone in (True, False)}
-    torch.save(found, directory / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
