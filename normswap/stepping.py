@@ -414,7 +414,8 @@ def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> fl
         parameter = passes.parameter()
         grad = None if parameter is None else parameter.grad
         unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
-        if layer.stats == "natural" and not unchanged and not _is_part(grad):
+        # Views of one bucket of DistributedDataParallel are written to together, so that who was cannot be seen.
+        if layer.stats == "natural" and not unchanged and not _is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
             _warn(_CHANGED)
         if layer.aux == "auto" and passes.count > run.accumulate:
             factor *= run.accumulate / passes.count
@@ -439,12 +440,12 @@ _FORGOTTEN = (
     'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
 )
 _LOST = (
-    'an optimizer steps a model converted with aux="explicit", and its term was read, but no gradient of it came, so the statistics stay as '
-    "they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
+    'an optimizer steps a model converted with aux="explicit", and its term was read, but no gradient of it came, so the statistics stay '
+    "as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
 )
 _UNREACHED = (
-    "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to it, "
-    "as under torch.no_grad or where its output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
+    "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to "
+    "it, as under torch.no_grad or where its output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
     "requires_grad_(False)"
 )
 _UNGROUPED = (
@@ -460,8 +461,8 @@ _SCALED = (
     "multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
 )
 _UNSCALED = (
-    "an optimizer steps without the GradScaler that normswap was told of. The gradients of the statistics of a BatchlessNorm were divided by "
-    "its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), or "
+    "an optimizer steps without the GradScaler that normswap was told of. The gradients of the statistics of a BatchlessNorm were divided "
+    "by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), or "
     "normswap.attach(model) where there is no scaler any more"
 )
 _CHANGED = (

@@ -2,6 +2,21 @@
 
 Doors: injected by itself (aux="auto"), `loss + aux_loss(model)`, the callbacks of transformers and of Lightning. CONTEXTS in doors.py says
 what each of them must stand, and there are two processes. The reference is in doors.py too: the formulas of the method, without the layer.
+
+What else peers do wrong here, each reproduced once, and the test that holds it:
+
+    R16  an activation in place after the norm               test_injection  test_in_place_activations
+    R18  a full backward hook, and such an activation        test_injection  test_full_backward_hooks_do_what_they_do_on_batch_norm
+    R19  deepcopy after a forward pass (EMA)                 test_injection  test_copies_after_a_forward_pass
+    R20  checkpoints, reentrant and not                      test_injection  test_checkpoints; here
+    R21  per-sample gradients by vmap                        test_injection  test_per_sample_gradients
+    R23  the keys of the norms of a ResNet-50, all 53        test_micro      test_norm_keys_of_a_resnet
+    R24  no weight decay of the Trainer of transformers      test_trainers   test_weight_decay_of_transformers_does_not_reach_the_statistics
+                                                                             test_weight_decay_of_transformers_on_the_weights_of_norms
+    R25  channels last and bf16 stay what they are           test_injection  test_bf16_autocast
+    R29  1 x 64, 8 x 8 and 64 x 1 samples, one gradient      test_injection  test_micro_batches_add_up; test_batch_norm_does_not
+    R30  torch.compile(fullgraph=True)                       test_injection  test_compiles_whole; here
+    R31  any scale, accumulation, number of processes        test_injection  test_grad_scaler, test_accumulation; here
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.batchless import BatchlessNorm
@@ -323,6 +327,15 @@ def test_passes_are_counted_from_the_last_gradient(aux: str, throw_away: Callabl
     assert torch.equal(statistics(net)[1], statistics(plain)[1])
 
 
+def test_a_gradient_that_was_written_to_is_not_thrown_away() -> None:
+    net = Net()
+    for _ in range(2):
+        net.loss(torch.randn(4, 3, 8)).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=CHANGED):
+        SGD(net.parameters(), lr=0.0).step()
+
+
 def test_what_came_after_the_thrown_away_is_accumulation() -> None:
     net = Net()
     for _ in range(3):
@@ -515,8 +528,7 @@ def test_an_explicit_term_that_is_read_and_not_added() -> None:
 
 def without_gradients(net: Net, x: Tensor) -> Tensor:
     with torch.no_grad():
-        hidden = net.norm(x)
-    return hidden  # type: ignore[no-any-return]
+        return net.norm(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("hidden", [without_gradients, lambda net, x: net.norm(x).detach()])
@@ -576,6 +588,199 @@ def test_the_warning_is_shown_once_by_default() -> None:
         for _ in range(3):
             one_step(net, k=2)
     assert len(caught) == 1
+
+
+# --- what surrounds a step ---------------------------------------------------------------------------------------------------------------
+
+ONE = next(batches(3.0, 2.0, 1))
+
+
+def abandons_the_loss(net: Net) -> None:
+    net.loss(3 * ONE)
+    with torch.inference_mode():
+        net.norm(3 * ONE)
+
+
+def breaks_in_a_mask(net: Net) -> None:
+    with contextlib.suppress(RuntimeError), normswap.masked(net, torch.zeros(16, dtype=torch.bool)):
+        raise RuntimeError
+
+
+def breaks_in_micro_batches(net: Net) -> None:
+    def loss(x: Tensor) -> Tensor:
+        if net.norm.mean.grad is not None:
+            raise RuntimeError
+        return net.loss(x)
+
+    with contextlib.suppress(RuntimeError):
+        normswap.backward_in_micro_batches(net, loss, ONE, size=4)
+    assert net.norm.mean.grad is not None
+    net.zero_grad()
+
+
+def is_averaged(net: Net) -> None:
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    net.loss(3 * ONE).backward()
+    net.zero_grad()
+    average.update_parameters(net)
+    average.module.loss(3 * ONE).backward()
+
+
+def trains_frozen(net: Net) -> None:
+    net.norm.requires_grad_(False)
+    net.loss(3 * ONE).backward()
+    SGD(net.parameters(), lr=0.0).step()
+    net.zero_grad()
+    net.norm.requires_grad_(True)
+
+
+def is_pickled_between_passes(net: Net) -> None:
+    """The copy has neither the gradient nor the count of what it was copied from."""
+    net.loss(ONE).backward()
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        one_step(copied)
+        assert_averaged(copied)
+    net.zero_grad()
+
+
+def is_halved(net: Net) -> None:
+    net.half().float()
+
+
+def is_on_meta(net: Net) -> None:
+    state = net.state_dict()
+    net.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def is_assigned(net: Net) -> None:
+    net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+
+
+def has_a_parametrization(net: Net) -> None:
+    nn.utils.parametrizations.weight_norm(net.head)
+
+
+def looks_at_gradients(net: Net) -> None:
+    for p in net.parameters():
+        p.register_hook(lambda grad: None)
+    net.head.register_full_backward_hook(lambda module, by_input, by_output: None)
+
+
+def assert_averaged(net: Net, steps: int = 1) -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    for _ in range(steps):
+        square = (ONE - mean.view(3, 1)).square().mean((0, 2)) + 1e-5
+        mean, var = 0.9 * mean + 0.1 * ONE.mean((0, 2)), 0.9 * var + 0.1 * square
+    m, s = statistics(net)
+    torch.testing.assert_close(m, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(s.square(), var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        abandons_the_loss,
+        breaks_in_a_mask,
+        breaks_in_micro_batches,
+        is_averaged,
+        trains_frozen,
+        is_pickled_between_passes,
+        is_halved,
+        is_on_meta,
+        is_assigned,
+        has_a_parametrization,
+        looks_at_gradients,
+    ],
+)
+def test_a_step_is_the_average_whatever_came_before(before: Callable[[Net], None]) -> None:
+    net = Net()
+    before(net)
+    one_step(net)
+    assert_averaged(net)
+
+
+def saved_on_the_host(net: Net) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return net.loss(ONE)
+
+
+def with_a_penalty(net: Net) -> Tensor:
+    x = ONE.clone().requires_grad_()
+    loss = net.loss(x)
+    (by_x,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + by_x.square().sum()
+
+
+@pytest.mark.parametrize("loss", [saved_on_the_host, with_a_penalty])
+def test_a_step_is_the_average_whatever_the_loss(loss: Callable[[Net], Tensor]) -> None:
+    net = Net()
+    loss(net).backward()
+    SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_in_micro_batches(reentrant: bool) -> None:
+    net = Net()
+
+    def loss(x: Tensor) -> Tensor:
+        hidden = checkpoint(net.norm, x.clone().requires_grad_(), use_reentrant=reentrant)
+        return net.head(hidden.mean(2)).square().mean()  # type: ignore[no-any-return]
+
+    normswap.backward_in_micro_batches(net, loss, ONE, size=5)
+    SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+def test_a_graph_that_is_walked_twice_counts_as_two_passes() -> None:
+    net = Net()
+    loss = net.loss(ONE)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.warns(UserWarning, match=ACCUMULATED):
+        SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_step(whole: bool) -> None:
+    net = Net()
+    optimizer = SGD(net.parameters(), lr=0.0)
+
+    def backward() -> None:
+        net.loss(ONE).backward()
+
+    if not whole:
+        backward()
+
+    @torch.compile(backend="aot_eager")
+    def step() -> None:
+        if whole:
+            backward()
+        optimizer.step()
+
+    step()
+    assert_averaged(net)
+
+
+def test_an_optimizer_that_goes_on_from_its_state() -> None:
+    net, other = Net(), Net()
+    optimizers = [ADAMW(normswap.param_groups(n, lr=0.0)) for n in (net, other)]
+    one_step(net, optimizer=optimizers[0])
+    other.load_state_dict(net.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    one_step(other, optimizer=optimizers[1])
+    assert_averaged(other, steps=2)
+
+
+def test_an_optimizer_that_steps_in_backward_is_refused_by_autograd() -> None:
+    net = Net()
+    optimizers = {p: SGD([p], lr=0.1) for p in net.parameters()}
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        net.loss(ONE).backward()
 
 
 # --- parameter groups --------------------------------------------------------------------------------------------------------------------

@@ -297,8 +297,9 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
     for wrap in WRAPS:
         found[f"{wrap} two forwards"] = two_forwards(wrap, x, y)
         found[f"{wrap} micro-batches"] = in_micro_batches(wrap, x, y)
-    for wrap in ("ddp", "view"):
+    for wrap in WRAPS:
         found[f"{wrap} clipped"] = {everything: clipped(wrap, x, everything) for everything in (True, False)}
+    for wrap in ("ddp", "view"):
         found[f"{wrap} thrown away"] = thrown_away(wrap, x, y)
     for wrap in ("ddp", "fsdp"):
         found[f"{wrap} checkpoint"] = checkpointed(wrap, x, y, directory)
