@@ -244,7 +244,7 @@ class BatchlessNorm(nn.Module):
     @property
     def follows(self) -> nn.Module | None:
         """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen."""
-        frozen = not all(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std]))  # type: ignore[union-attr]
+        frozen = not all(tensor.requires_grad for tensor in self._held)
         return None if frozen or not self.training else self.producer
 
     @property
@@ -254,8 +254,13 @@ class BatchlessNorm(nn.Module):
 
     @property
     def _learns(self) -> bool:
-        # As they are held: a tracer hands out proxies instead.
-        return any(self._parameters[name].requires_grad for name in ("mean", PARAMETER_OF_FORM[self.std]))  # type: ignore[union-attr]
+        return any(tensor.requires_grad for tensor in self._held)
+
+    @property
+    def _held(self) -> list[Tensor]:
+        """Mean and the std's parameter as they are held: a tracer hands out proxies instead. A replica of nn.DataParallel has tensors."""
+        held: Mapping[str, Any] = self._parameters if "mean" in self._parameters else self.__dict__
+        return [held[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
 
     def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True) -> None:
         """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
@@ -351,6 +356,8 @@ class BatchlessNorm(nn.Module):
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
         if not self._learns:
             return shift
+        if "mean" not in self._parameters:
+            stepping.refuse_replicas()
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
         _, std = self.statistics()
@@ -360,6 +367,7 @@ class BatchlessNorm(nn.Module):
             if stepping.counts(x):
                 stepping.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
             return shift
+        stepping.owe(run)
         if not torch.is_grad_enabled():
             return shift
         stepping.watch_passes(self)

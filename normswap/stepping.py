@@ -20,13 +20,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.amp.grad_scaler import GradScaler
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -66,14 +66,33 @@ class Passes:
     def _arrives(self, gradient: Tensor) -> None:
         # DistributedDataParallel may have put another tensor in the place of the gradient of the last pass.
         parameter = self.parameter()
-        self.added = parameter is not None and parameter.grad is not None
+        grad = None if parameter is None else parameter.grad
+        self.added = grad is not None
+        if grad is not None and self.count and not _is_part(grad) and self.changed(grad) and not grad.any():
+            self.count = 0  # zero_grad(set_to_none=False) has thrown away what came until now
 
     def _passed(self, parameter: Tensor) -> None:
         grad = parameter.grad
         passes = 1 if self.inner is None else max(self.inner.count, 1)
         # zero_grad takes the tensor away, and the next pass makes another
         self.count = passes + (self.count if self.added or grad is self.grad else 0)
+        self._note(grad)
+        if _several() and torch._C._current_graph_task_id() != -1:
+            # DistributedDataParallel writes the average of all processes at the end of backward, in a callback that it asks for later.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._averaged))
+
+    def _averaged(self) -> None:
+        parameter = self.parameter()
+        if parameter is not None:
+            self._note(parameter.grad)
+
+    def _note(self, grad: Tensor | None) -> None:
         self.grad, self.version = grad, 0 if grad is None else grad._version
+
+    def changed(self, grad: Tensor, by: int = 0) -> bool:
+        """Whether `grad`, that of the parameter, was replaced or written to since the last pass, other than `by` times."""
+        return grad is not self.grad or grad._version > self.version + by
 
 
 @dataclass
@@ -83,7 +102,8 @@ class Run:
 
     seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
 
-    terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto".
+    terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto". owed: whether there
+    was a forward pass from which the statistics should learn since the last step.
     """
 
     scaler: GradScaler | None = None
@@ -96,6 +116,7 @@ class Run:
     terms: list[Term] = field(default_factory=list)
     read: bool = True
     passes: Passes | None = None
+    owed: bool = False
 
 
 class Layer(Protocol):
@@ -201,6 +222,10 @@ def watch_passes(layer: Layer) -> None:
             layer.run.passes = Passes(parameter, passes if _is_part(parameter) else None)
 
 
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_part(parameter: Tensor | None) -> bool:
     """Whether it is a DTensor. There is none before that module is imported, which takes long."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -230,7 +255,22 @@ def check_precision(parameter: Tensor) -> None:
         _warn(_ROUNDED.format(dtype=parameter.dtype))
 
 
+def refuse_replicas() -> NoReturn:
+    """A copy that nn.DataParallel made for one of its devices cannot train: it adds up the gradients of all, however many there are."""
+    raise UsageError(
+        "nn.DataParallel adds up the gradients of the statistics of a BatchlessNorm over its devices, where they should be averaged",
+        hint="use torch.nn.parallel.DistributedDataParallel; or one device, eval mode or statistics with requires_grad_(False)",
+    )
+
+
+def owe(run: Run) -> None:
+    """There is a forward pass from which the statistics should learn."""
+    if not torch.compiler.is_exporting():
+        run.owed = True
+
+
 def note(run: Run, term: Term) -> None:
+    run.owed = True
     if run.read:
         run.terms, run.read = [], False
     run.terms.append(term)
@@ -254,7 +294,7 @@ def _is_checkpoint(frame: FrameType) -> bool | None:
 
 def _is_scaler(frame: FrameType) -> GradScaler | None:
     found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-    return found if isinstance(found, GradScaler) else None
+    return found if isinstance(found, GradScaler) and found.is_enabled() else None
 
 
 # --- stepping --------------------------------------------------------------------------------------------------------------------------
@@ -314,14 +354,16 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 @torch.no_grad()
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
     scaler = cast("GradScaler | None", _caller(_is_scaler))
+    trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     for layer in layers:
         held = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not held:
-            if layer.aux == "explicit" and not layer.run.read:
-                layer.run.read = True
-                _warn(_FORGOTTEN)
+            if layer.run.owed and trains:
+                _warn(_UNREACHED if layer.aux == "auto" else _LOST if layer.run.read else _FORGOTTEN)
+            layer.run.owed, layer.run.read = False, True
             continue
-        factor = _weight(layer, scaler)
+        layer.run.owed = False
+        factor = _weight(optimizer, layer, scaler)
         _step(optimizer, layer, held if layer.stats == "natural" else [p for p in held if p is layer.tracked], factor)
         held = [p for p in held if p.grad is not None]
         if layer.stats == "raw":
@@ -362,17 +404,18 @@ def _unscaling(device: torch.device) -> int:
     return grad._version
 
 
-def _weight(layer: Layer, scaler: GradScaler | None) -> float:
+def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> float:
     """What the gradients have to be multiplied by to have weight 1, and a warning if it is not 1."""
     run, factor = layer.run, 1.0
     if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
         return factor  # Opacus put its own gradient in the place of the one that passes are counted of
     passes = run.passes
     if passes is not None and passes.count:
-        grad = passes.grad
-        unchanged = grad is None or grad._version <= passes.version + (0 if scaler is None else _unscaling(grad.device))
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if layer.stats == "natural" and not unchanged and not several:
+        parameter = passes.parameter()
+        grad = None if parameter is None else parameter.grad
+        unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
+        # Views of one bucket of DistributedDataParallel are written to together, so that who was cannot be seen.
+        if layer.stats == "natural" and not unchanged and not _is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
             _warn(_CHANGED)
         if layer.aux == "auto" and passes.count > run.accumulate:
             factor *= run.accumulate / passes.count
@@ -380,12 +423,30 @@ def _weight(layer: Layer, scaler: GradScaler | None) -> float:
     if layer.aux == "auto" and scaler is not None and scaler is not run.scaler:
         factor *= scaler.get_scale() / (1 if run.scale is None else run.scale.item())
         _warn(_SCALED)
+    if layer.aux == "auto" and scaler is None and run.scaler is not None and run.scale is not None and _scaled(run.scaler, optimizer):
+        factor /= run.scale.item()
+        _warn(_UNSCALED)
     return factor
+
+
+def _scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the gradients of an optimizer still have the scale in them: nobody called `unscale_`."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return state is None or state["stage"] is OptState.READY
 
 
 _FORGOTTEN = (
     'an optimizer steps a model converted with aux="explicit", but its term was not read since the last forward pass, so the statistics '
     'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
+)
+_LOST = (
+    'an optimizer steps a model converted with aux="explicit", and its term was read, but no gradient of it came, so the statistics stay '
+    "as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
+)
+_UNREACHED = (
+    "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to "
+    "it, as under torch.no_grad or where its output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
+    "requires_grad_(False)"
 )
 _UNGROUPED = (
     'an optimizer steps the statistics of a model converted with stats="raw" like any weight, with its weight decay and momentum. '
@@ -398,6 +459,11 @@ _ACCUMULATED = (
 _SCALED = (
     "a GradScaler that normswap was not told of has divided the gradients of the statistics of a BatchlessNorm by its scale. They were "
     "multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
+)
+_UNSCALED = (
+    "an optimizer steps without the GradScaler that normswap was told of. The gradients of the statistics of a BatchlessNorm were divided "
+    "by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), or "
+    "normswap.attach(model) where there is no scaler any more"
 )
 _CHANGED = (
     "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "

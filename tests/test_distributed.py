@@ -139,6 +139,24 @@ def test_micro_batches(wrap: str, found: list[dict[str, Any]], alone: dict[Case,
         assert_same(found[rank][f"{wrap} micro-batches"], expected)
 
 
+def test_clipping_is_noticed_behind_the_average(found: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        (warning,) = found[rank]["ddp clipped"][True]
+        assert warning.startswith("the gradients of the statistics of a BatchlessNorm were changed between backward and step")
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_clipping_the_others_is_not_taken_for_it(wrap: str, found: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        assert found[rank][f"{wrap} clipped"][False] == []
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "view"])
+def test_a_pass_that_was_thrown_away(wrap: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        assert_same(found[rank][f"{wrap} thrown away"], alone[Case(None)]["states"][0])
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_checkpoints_round_trip(wrap: str, found: list[dict[str, Any]]) -> None:
     """Bit for bit, with the optimizer: the next step of the loaded model is that of the saved one."""

@@ -43,7 +43,12 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-PATHS = [block for block in blocks(REPOSITORY / "docs/training.md", "python") if "normswap.verify(" in block]
+PATHS = [
+    block
+    for page, language in (("training", "python"), ("training", "py"), ("private", "python"))
+    for block in blocks(REPOSITORY / f"docs/{page}.md", language)
+    if "normswap.verify(" in block
+]
 
 
 def unbound(script: str) -> set[str]:
@@ -59,7 +64,8 @@ def unbound(script: str) -> set[str]:
 
 @pytest.mark.parametrize("block", PATHS)
 def test_a_path_from_model_to_file_is_short_and_whole(block: str) -> None:
-    """`test_python_runs` runs it, after the others of its page; here: it needs nothing of them."""
+    """`test_python_runs` runs it, after the others of its page, and test_distributed.py the one of several processes; here: it needs
+    nothing of them."""
     assert unbound(block) == set()
     assert sum(bool(line.strip()) for line in block.splitlines()) < 30
     for step in ("normswap.convert(", "parity.passed", "normswap.param_groups(", "normswap.export_onnx(", "normswap.verify("):
@@ -67,7 +73,7 @@ def test_a_path_from_model_to_file_is_short_and_whole(block: str) -> None:
 
 
 def test_the_paths_are_found() -> None:
-    assert len(PATHS) == 3
+    assert len(PATHS) == 5  # a loop, transformers, Lightning, several processes, Opacus
     assert unbound("import a.b as c, d.e\ndef f(x): return c, d, f, x, y, print") == {"y"}
 
 

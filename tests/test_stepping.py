@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.batchless import BatchlessNorm
@@ -74,6 +78,7 @@ OPTIMIZERS: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = 
     (torch.optim.ASGD, {}),
     (torch.optim.Rprop, {}),
 ]
+LBFGS = [{"lr": 0.1}, {"lr": 0.1, "line_search_fn": "strong_wolfe"}]
 
 
 # --- the running averages of BatchNorm ---------------------------------------------------------------------------------------------------
@@ -109,10 +114,27 @@ def test_param_groups_track(cls: Any, options: dict[str, Any], mean: float, std:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 10.0), (0.0, 0.01)])
-@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS[:6])
+@pytest.mark.parametrize(("cls", "options"), OPTIMIZERS)
 def test_so_does_the_loop_of_a_user_who_never_heard_of_it(cls: Any, options: dict[str, Any], mean: float, std: float) -> None:
     net = Net()
     train(net, cls(net.parameters(), **options), batches(mean, std))
+    assert_tracks(net, mean, std)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 10.0), (0.0, 0.01)])
+@pytest.mark.parametrize("options", LBFGS)
+def test_so_does_an_optimizer_that_evaluates_the_loss_several_times(options: dict[str, Any], mean: float, std: float) -> None:
+    net = Net()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=5, **options)
+    for x in batches(mean, std):
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = net.loss(x)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
     assert_tracks(net, mean, std)
 
 
@@ -237,6 +259,9 @@ ACCUMULATED = r"more backward passes have reached .* Say normswap\.attach\(model
 SCALED = r"a GradScaler that normswap was not told of .* Say normswap\.attach\(model, scaler=\.\.\.\)"
 CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the others only"
 UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(model, lr=\.\.\.\)'
+UNSCALED = r"steps without the GradScaler that normswap was told of.* Say scaler\.scale\(loss\)\.backward\(\) and scaler\.step"
+LOST = r"its term was read, but no gradient of it came.* before backward: loss \+ normswap\.aux_loss\(model\)"
+UNREACHED = r"called in train mode since the last step, but no gradient came back to it.* Freeze them if that is meant"
 FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
 
 
@@ -283,13 +308,40 @@ def test_an_incomplete_accumulation_is_as_the_loss_has_it() -> None:
     torch.testing.assert_close(statistics(net)[0], torch.full((3,), 0.15), rtol=0.1, atol=0)
 
 
+def zeros(net: Net) -> None:
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("throw_away", [nn.Module.zero_grad, lambda net: net.zero_grad(set_to_none=False), zeros])
 @pytest.mark.parametrize("aux", ["auto", "explicit"])
-def test_passes_are_counted_from_the_last_gradient(aux: str) -> None:
+def test_passes_are_counted_from_the_last_gradient(aux: str, throw_away: Callable[[Net], None]) -> None:
     """Another model's loss goes through this one (a GAN's generator), and its gradient is thrown away."""
-    net = Net(aux=aux)
+    plain, net = Net(aux=aux), Net(aux=aux)
     for _ in range(3):
         net.loss(torch.randn(4, 3, 8)).backward()
-        net.zero_grad()
+        throw_away(net)
+        one_step(net)
+        one_step(plain)
+    assert torch.equal(statistics(net)[0], statistics(plain)[0])
+    assert torch.equal(statistics(net)[1], statistics(plain)[1])
+
+
+def test_a_gradient_that_was_written_to_is_not_thrown_away() -> None:
+    net = Net()
+    for _ in range(2):
+        net.loss(torch.randn(4, 3, 8)).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=CHANGED):
+        SGD(net.parameters(), lr=0.0).step()
+
+
+def test_what_came_after_the_thrown_away_is_accumulation() -> None:
+    net = Net()
+    for _ in range(3):
+        net.zero_grad(set_to_none=False)
+        net.loss(torch.randn(4, 3, 8)).backward()
+    with pytest.warns(UserWarning, match=ACCUMULATED):
         one_step(net)
 
 
@@ -353,6 +405,58 @@ def test_a_step_that_the_scaler_skips(cls: Any, options: dict[str, Any], unscale
     assert scaler.get_scale() == 512.0
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_scaler_that_is_disabled(attached: bool) -> None:
+    """As in a loop that is written for both: GradScaler(enabled=use_amp)."""
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    if attached:
+        normswap.attach(net, scaler=scaler)
+    one_step(net, scaler=scaler)
+    assert torch.equal(statistics(net)[0], statistics(plain)[0])
+
+
+@pytest.mark.parametrize("stats", ["natural", "raw"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_scaler_that_normswap_was_told_of_and_that_does_not_make_the_step(scaled: bool, stats: str) -> None:
+    """Left behind by another loop: the term is multiplied by a scale that nobody takes away."""
+    plain, net = Net(stats=stats), Net(stats=stats)
+    one_step(plain, optimizer=SGD(normswap.param_groups(plain, lr=0.1)))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(normswap.param_groups(net, lr=0.1))
+    normswap.attach(net, scaler=scaler)
+    loss = net.loss(next(batches(3.0, 2.0, 1)))
+    (scaler.scale(loss) if scaled else loss).backward()
+    with pytest.warns(UserWarning, match=UNSCALED):
+        optimizer.step()
+    torch.testing.assert_close(statistics(net), statistics(plain))
+
+
+def test_gradients_that_the_scaler_has_unscaled() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(net.parameters(), lr=0.0)
+    normswap.attach(net, scaler=scaler)
+    scaler.scale(net.loss(next(batches(3.0, 2.0, 1)))).backward()
+    scaler.unscale_(optimizer)
+    optimizer.step()
+    torch.testing.assert_close(statistics(net), statistics(plain))
+
+
+def halved(net: Net) -> None:
+    for p in net.parameters():
+        p.grad = p.grad / 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [halved, lambda net: nn.utils.clip_grad_value_(net.parameters(), 0.01)])
+def test_other_changes_of_the_gradients(change: Callable[[Net], None]) -> None:
+    net = Net()
+    net.loss(torch.randn(4, 3, 8) + 1).backward()
+    change(net)
+    with pytest.warns(UserWarning, match=CHANGED):
+        SGD(net.parameters(), lr=0.1).step()
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_clipping_the_statistics_too(scaled: bool) -> None:
     net = Net()
@@ -373,9 +477,19 @@ def test_clipping_the_others_only(scaled: bool) -> None:
     one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)
 
 
-def test_raw_statistics_given_like_any_weight() -> None:
+@pytest.mark.parametrize("cls", [SGD, ADAMW, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.LBFGS])
+def test_raw_statistics_given_like_any_weight(cls: Any) -> None:
+    net = Net(stats="raw")
+    optimizer = cls(net.parameters(), lr=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = net.loss(torch.randn(4, 3, 8))
+        loss.backward()
+        return loss
+
     with pytest.warns(UserWarning, match=UNGROUPED):
-        one_step(Net(stats="raw"))
+        optimizer.step(closure)
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -401,6 +515,71 @@ def test_an_explicit_term_that_nobody_reads() -> None:
     one_step(net)
 
 
+def test_an_explicit_term_that_is_read_and_not_added() -> None:
+    net = Net(aux="explicit")
+    optimizer = SGD(net.parameters(), lr=0.1)
+    loss = net(torch.randn(4, 3, 8)).sum()
+    normswap.aux_loss(net)
+    loss.backward()
+    with pytest.warns(UserWarning, match=LOST):
+        optimizer.step()
+    one_step(net)
+
+
+def without_gradients(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.norm(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hidden", [without_gradients, lambda net, x: net.norm(x).detach()])
+def test_statistics_that_no_gradient_reaches(hidden: Callable[[Net, Tensor], Tensor]) -> None:
+    """A head on features, where BatchNorm would have moved."""
+    net, x = Net(), torch.randn(4, 3, 8)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net.head(hidden(net, x).mean(2)).sum().backward()
+    with pytest.warns(UserWarning, match=UNREACHED):
+        optimizer.step()
+    net.zero_grad()
+    net.eval()
+    net.head(hidden(net, x).mean(2)).sum().backward()
+    optimizer.step()
+
+
+def test_statistics_that_need_no_gradient() -> None:
+    """Frozen ones, a pass without gradients beside one with, another model's step, and a step of nothing."""
+    net, x = Net(), torch.randn(4, 3, 8)
+    without_gradients(net, x)
+    SGD(net.parameters(), lr=0.1).step()
+    net.head(x.mean(2)).sum().backward()
+    SGD(net.head.parameters(), lr=0.1).step()
+    net.zero_grad()
+    one_step(net)
+    net.norm.requires_grad_(False)
+    net.head(without_gradients(net, x).mean(2)).sum().backward()
+    SGD(net.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_replicas_of_data_parallel(aux: str) -> None:
+    """As nn.parallel.replicate makes them on several GPUs: their gradients would be added up."""
+
+    def replica(layer: nn.Module) -> nn.Module:
+        copied = layer._replicate_for_data_parallel()
+        for name, p in layer.named_parameters():
+            setattr(copied, name, p * 1)
+        return copied
+
+    layer, x = BatchlessNorm(3, aux=aux), torch.randn(4, 3, 8)
+    with pytest.raises(UsageError, match=r"^nn.DataParallel adds up the gradients .*\nhint: use torch.nn.parallel.DistributedDataParallel"):
+        replica(layer)(x)
+    expected = layer.eval()(x)
+    assert torch.equal(replica(layer)(x), expected)
+    layer.train()
+    layer.mean.requires_grad_(False)
+    layer.log_std.requires_grad_(False)
+    assert torch.equal(replica(layer)(x), expected)
+
+
 def test_the_warning_is_shown_once_by_default() -> None:
     net = Net()
     with warnings.catch_warnings(record=True) as caught:
@@ -409,6 +588,199 @@ def test_the_warning_is_shown_once_by_default() -> None:
         for _ in range(3):
             one_step(net, k=2)
     assert len(caught) == 1
+
+
+# --- what surrounds a step ---------------------------------------------------------------------------------------------------------------
+
+ONE = next(batches(3.0, 2.0, 1))
+
+
+def abandons_the_loss(net: Net) -> None:
+    net.loss(3 * ONE)
+    with torch.inference_mode():
+        net.norm(3 * ONE)
+
+
+def breaks_in_a_mask(net: Net) -> None:
+    with contextlib.suppress(RuntimeError), normswap.masked(net, torch.zeros(16, dtype=torch.bool)):
+        raise RuntimeError
+
+
+def breaks_in_micro_batches(net: Net) -> None:
+    def loss(x: Tensor) -> Tensor:
+        if net.norm.mean.grad is not None:
+            raise RuntimeError
+        return net.loss(x)
+
+    with contextlib.suppress(RuntimeError):
+        normswap.backward_in_micro_batches(net, loss, ONE, size=4)
+    assert net.norm.mean.grad is not None
+    net.zero_grad()
+
+
+def is_averaged(net: Net) -> None:
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    net.loss(3 * ONE).backward()
+    net.zero_grad()
+    average.update_parameters(net)
+    average.module.loss(3 * ONE).backward()
+
+
+def trains_frozen(net: Net) -> None:
+    net.norm.requires_grad_(False)
+    net.loss(3 * ONE).backward()
+    SGD(net.parameters(), lr=0.0).step()
+    net.zero_grad()
+    net.norm.requires_grad_(True)
+
+
+def is_pickled_between_passes(net: Net) -> None:
+    """The copy has neither the gradient nor the count of what it was copied from."""
+    net.loss(ONE).backward()
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        one_step(copied)
+        assert_averaged(copied)
+    net.zero_grad()
+
+
+def is_halved(net: Net) -> None:
+    net.half().float()
+
+
+def is_on_meta(net: Net) -> None:
+    state = net.state_dict()
+    net.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def is_assigned(net: Net) -> None:
+    net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+
+
+def has_a_parametrization(net: Net) -> None:
+    nn.utils.parametrizations.weight_norm(net.head)
+
+
+def looks_at_gradients(net: Net) -> None:
+    for p in net.parameters():
+        p.register_hook(lambda grad: None)
+    net.head.register_full_backward_hook(lambda module, by_input, by_output: None)
+
+
+def assert_averaged(net: Net, steps: int = 1) -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    for _ in range(steps):
+        square = (ONE - mean.view(3, 1)).square().mean((0, 2)) + 1e-5
+        mean, var = 0.9 * mean + 0.1 * ONE.mean((0, 2)), 0.9 * var + 0.1 * square
+    m, s = statistics(net)
+    torch.testing.assert_close(m, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(s.square(), var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        abandons_the_loss,
+        breaks_in_a_mask,
+        breaks_in_micro_batches,
+        is_averaged,
+        trains_frozen,
+        is_pickled_between_passes,
+        is_halved,
+        is_on_meta,
+        is_assigned,
+        has_a_parametrization,
+        looks_at_gradients,
+    ],
+)
+def test_a_step_is_the_average_whatever_came_before(before: Callable[[Net], None]) -> None:
+    net = Net()
+    before(net)
+    one_step(net)
+    assert_averaged(net)
+
+
+def saved_on_the_host(net: Net) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return net.loss(ONE)
+
+
+def with_a_penalty(net: Net) -> Tensor:
+    x = ONE.clone().requires_grad_()
+    loss = net.loss(x)
+    (by_x,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + by_x.square().sum()
+
+
+@pytest.mark.parametrize("loss", [saved_on_the_host, with_a_penalty])
+def test_a_step_is_the_average_whatever_the_loss(loss: Callable[[Net], Tensor]) -> None:
+    net = Net()
+    loss(net).backward()
+    SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_in_micro_batches(reentrant: bool) -> None:
+    net = Net()
+
+    def loss(x: Tensor) -> Tensor:
+        hidden = checkpoint(net.norm, x.clone().requires_grad_(), use_reentrant=reentrant)
+        return net.head(hidden.mean(2)).square().mean()  # type: ignore[no-any-return]
+
+    normswap.backward_in_micro_batches(net, loss, ONE, size=5)
+    SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+def test_a_graph_that_is_walked_twice_counts_as_two_passes() -> None:
+    net = Net()
+    loss = net.loss(ONE)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.warns(UserWarning, match=ACCUMULATED):
+        SGD(net.parameters(), lr=0.0).step()
+    assert_averaged(net)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_step(whole: bool) -> None:
+    net = Net()
+    optimizer = SGD(net.parameters(), lr=0.0)
+
+    def backward() -> None:
+        net.loss(ONE).backward()
+
+    if not whole:
+        backward()
+
+    @torch.compile(backend="aot_eager")
+    def step() -> None:
+        if whole:
+            backward()
+        optimizer.step()
+
+    step()
+    assert_averaged(net)
+
+
+def test_an_optimizer_that_goes_on_from_its_state() -> None:
+    net, other = Net(), Net()
+    optimizers = [ADAMW(normswap.param_groups(n, lr=0.0)) for n in (net, other)]
+    one_step(net, optimizer=optimizers[0])
+    other.load_state_dict(net.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    one_step(other, optimizer=optimizers[1])
+    assert_averaged(other, steps=2)
+
+
+def test_an_optimizer_that_steps_in_backward_is_refused_by_autograd() -> None:
+    net = Net()
+    optimizers = {p: SGD([p], lr=0.1) for p in net.parameters()}
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        net.loss(ONE).backward()
 
 
 # --- parameter groups --------------------------------------------------------------------------------------------------------------------

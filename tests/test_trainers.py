@@ -281,6 +281,20 @@ def test_transformers_clips_the_others_only(tmp_path: Path) -> None:
     assert built.state.log_history[0]["normswap/grad_norm"] > 0.1
 
 
+@pytest.mark.parametrize(("decay", "optimizer"), [(0.2, None), (0.0, None), (0.2, "groups")])
+def test_weight_decay_of_transformers_on_the_weights_of_norms(decay: float, optimizer: Any, tmp_path: Path) -> None:
+    """It knows norms by class and name, and these by neither."""
+    built = trainer(net(), tmp_path, optimizer=optimizer, weight_decay=decay, max_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built.train()
+    found = [str(w.message) for w in caught if "weight decay" in str(w.message)]
+    expected = (
+        "weight decay reaches the weights of body.1, body.4, which are norms. Give the Trainer an optimizer: Trainer(..., optimizers="
+    )
+    assert [m.startswith(expected) for m in found] == ([True] if (decay, optimizer) == (0.2, None) else [])
+
+
 def test_transformers_that_clips_everything_is_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -184,6 +184,32 @@ def in_micro_batches(wrap: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return grads
 
 
+def clipped(wrap: str, x: Tensor, everything: bool) -> list[str]:
+    """What is warned of when all gradients are clipped, or those that are not statistics."""
+    model = wrapped(build("auto", "natural"), wrap)
+    optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.1))
+    task = [p for group in optimizer.param_groups if "normswap" not in group for p in group["params"]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=False)
+            model(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters() if everything else task, 0.1)
+            optimizer.step()
+    return sorted({str(w.message) for w in caught})
+
+
+def thrown_away(wrap: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The state after a step, before which a pass was thrown away; its zeros are written into the gradients."""
+    model = wrapped(build("auto", "natural"), wrap)
+    optimizer = torch.optim.AdamW(normswap.param_groups(model, lr=0.01), lr=0.01)
+    for inputs in (3 * x, x):
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(inputs), y).backward()
+    optimizer.step()  # warns if it takes these for two passes
+    return {plain(n): full(t) for n, t in model.state_dict().items()}
+
+
 def checkpointed(wrap: str, x: Tensor, y: Tensor, directory: Path) -> dict[str, Any]:
     """Two steps, a checkpoint, another step: by the model that was saved, and by one that was loaded."""
     import torch.distributed.checkpoint as dcp
@@ -244,24 +270,43 @@ def mixed(x: Tensor, alone: bool) -> tuple[list[torch.dtype], list[str]]:
     return [seen[0], model[1].mean.grad.dtype, out.dtype], sorted({str(w.message) for w in caught})  # type: ignore[index,union-attr]
 
 
-def main(rank: int, directory: Path) -> None:
+@contextlib.contextmanager
+def joined(rank: int, directory: Path) -> Any:
+    """While it lasts, this is process `rank` of two. The variables are those by which Trainers see that they run under torchrun."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for and not used: there is a group already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = f"file://{directory / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=SECONDS))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def main(rank: int, directory: Path) -> None:
+    with joined(rank, directory):
+        torch.save(everything(rank, directory), directory / f"{rank}.pt")
+
+
+def everything(rank: int, directory: Path) -> dict[str, Any]:
     x, y = X[4 * rank : 4 * rank + 4], Y[4 * rank : 4 * rank + 4]
     warnings.simplefilter("error")
     found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | UNTOLD).items()}
     for wrap in WRAPS:
         found[f"{wrap} two forwards"] = two_forwards(wrap, x, y)
         found[f"{wrap} micro-batches"] = in_micro_batches(wrap, x, y)
+    for wrap in WRAPS:
+        found[f"{wrap} clipped"] = {everything: clipped(wrap, x, everything) for everything in (True, False)}
+    for wrap in ("ddp", "view"):
+        found[f"{wrap} thrown away"] = thrown_away(wrap, x, y)
     for wrap in ("ddp", "fsdp"):
         found[f"{wrap} checkpoint"] = checkpointed(wrap, x, y, directory)
         found[f"{wrap} unused"] = unused(wrap, x)
     found["late"] = trained(LATE, x, y)
     found["mixed"] = {alone: mixed(x, alone) for alone in (True, False)}
-    torch.save(found, directory / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":

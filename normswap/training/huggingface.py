@@ -29,8 +29,8 @@ class NormswapCallback(TrainerCallback):
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. The Trainer itself would clip all of
       them: turn that off with TrainingArguments(max_grad_norm=0.0). In the logs, `grad_norm` is over all and normswap/grad_norm over the
       others.
-    * Warns when training begins if the Trainer clips, if its optimizer holds no statistics, or if stats="raw" ones are in a group with
-      weights.
+    * Warns when training begins if the Trainer clips, if its optimizer holds no statistics, if stats="raw" ones are in a group with
+      weights, or if weight decay reaches the weight of a layer. The Trainer keeps it from norms that it knows by class or name.
 
     Models that take num_items_in_batch divide their loss by it, and the Trainer leaves it as it is. That is right
     with aux="auto"; with aux="explicit", divide aux_loss by gradient_accumulation_steps there.
@@ -50,6 +50,7 @@ class NormswapCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         trainers.check(model, [optimizer], ADVICE, clips=bool(args.max_grad_norm))
+        trainers.check_decay(model, optimizer, ADVICE)
         trainers.tell(model, scaler=getattr(optimizer, "scaler", None), accumulate=args.gradient_accumulation_steps)
         self._batches, self.latest = 0, {}
 

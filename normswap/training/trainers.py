@@ -66,6 +66,14 @@ def check(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips:
         )
 
 
+def check_decay(model: nn.Module, optimizer: Any, advice: Advice) -> None:
+    """Warn of weight decay on weights and biases of layers."""
+    decays = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+    decayed = [name for name, layer in layers_of(model).items() if any(id(p) in decays for p in (layer.weight, layer.bias))]
+    if decayed:
+        _warn(f"weight decay reaches the weights of {_names(decayed)}, which are norms. {advice.groups}")
+
+
 def before_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None, *, max_grad_norm: float | None, share: float = 1.0
 ) -> dict[str, Tensor]:
