@@ -46,7 +46,7 @@ EXACT = 1e-10  # relative, in float64: what may be left where the statistics are
 
 
 class Outcome(NamedTuple):
-    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original itself rounds to near the cap."""
+    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original's own rounding is near the cap, or above EXACT."""
 
     findings: list[str]
     ill_conditioned: bool = False
@@ -82,8 +82,9 @@ def _check(graph: RandomGraph) -> Outcome:
     module = as_module(wide)
     candidate = swap(module, plan(module, doubled))
     expected = _outputs(module, doubled)
-    # The mean of an InstanceNorm's output is 0 but for rounding. What is made of it moves with the last bit of the input.
-    nudged = [_outputs(module, tuple(x * (1 + torch.finfo(x.dtype).eps * sign) for x in doubled)) for sign in (1, -1)]
+    # The mean of an InstanceNorm's output is 0 but for rounding, as is its output for a channel that does not vary. What is made of those
+    # moves with the last bit of the input and of the weights.
+    nudged = [_nudged(graph, sign * torch.finfo(torch.float64).eps) for sign in (1, -1)]
     for number, (old, new) in enumerate(zip(expected, _outputs(candidate, doubled), strict=True)):
         error, noise = _distance(old, new), max(_distance(old, outputs[number]) for outputs in nudged)
         ill_conditioned |= noise > EXACT
@@ -94,6 +95,16 @@ def _check(graph: RandomGraph) -> Outcome:
         if any(not torch.allclose(old, new, rtol=1e-4, atol=1e-4) for old, new in zip(reference, _outputs(returned, inputs), strict=True)):
             found.append("revert does not bring the function back")
     return Outcome(found, ill_conditioned)
+
+
+def _nudged(graph: RandomGraph, by: float) -> tuple[Tensor, ...]:
+    """The outputs if every number of the input and of the model is larger by this share of itself."""
+    model = graph.make(torch.float64)
+    with torch.no_grad():
+        for tensor in _state(model):
+            if tensor.is_floating_point():
+                tensor.mul_(1 + by)
+    return _outputs(model, tuple(x * (1 + by) for x in graph.inputs(torch.float64)))
 
 
 def _distance(old: Tensor, new: Tensor) -> float:
@@ -195,7 +206,7 @@ def line(found: dict[str, Any]) -> str:
     modes = ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())
     return (
         f"{found['clean']:,} of {found['graphs']:,} graphs with {sum(found['norms'].values()):,} norms (seed {found['seed']}) are clean:\n"
-        f"{modes}; {found['ill-conditioned']:,} of them round to near the cap by themselves, so that `convert` refuses them in float32.\n"
+        f"{modes}; {found['ill-conditioned']:,} of them turn rounding into outputs of their own, so that `convert` may refuse them.\n"
         f"Measured on {found['environment']['machine']}, python {found['environment']['python']}, torch {found['environment']['torch']}."
     )
 
