@@ -46,7 +46,7 @@ EXACT = 1e-10  # relative, in float64: what may be left where the statistics are
 
 
 class Outcome(NamedTuple):
-    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original's own rounding is near the cap, or above EXACT."""
+    """findings: what is wrong, in words; nothing if all is well. ill_conditioned: the original rounds to near the cap, or above EXACT."""
 
     findings: list[str]
     ill_conditioned: bool = False
