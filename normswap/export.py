@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from normswap.folding import Affine, Constants
+    from normswap.folding import Affine, Constants, Fate
 
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
@@ -63,7 +63,10 @@ class Export:
     """An ONNX file that was written.
 
     nodes     how often each operator occurs, by its type ("domain::type" outside of ai.onnx)
-    folded    the norms that vanished into a neighbour, residue: those that stayed a Mul and an Add; one entry per call site
+    sites     where each norm went, one `normswap.folding.Fate` per call: by which rewrite, into which layers, what is left of it and why
+    folded    the names of those of which nothing is left; residue: the others
+    skeleton  the operators of the same model without its norms
+    extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
     parity    what comparing the file to the model gave, once somebody did
     """
@@ -71,13 +74,22 @@ class Export:
     path: Path
     opset: int
     nodes: Mapping[str, int]
-    folded: tuple[str, ...]
-    residue: tuple[str, ...]
+    sites: tuple[Fate, ...]
+    skeleton: Mapping[str, int]
+    extra: Mapping[str, int]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic: bool = True
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites if not site.left)
+
+    @property
+    def residue(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites if site.left)
 
 
 def export(
@@ -110,9 +122,10 @@ def export(
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
     weights = list(graph.graph.initializers.values())
-    folded, residue = _fold(graph, sites)
+    fates, skeleton = _fold(graph, sites)
     del sites
     _tidy(graph, *names)
+    extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
     proto, tensors = _skeleton(graph)
@@ -129,8 +142,9 @@ def export(
         path=Path(path),
         opset=opset,
         nodes=nodes,
-        folded=folded,
-        residue=residue,
+        sites=tuple(fates),
+        skeleton=dict(skeleton.most_common()),
+        extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
         dynamic=free,
@@ -332,33 +346,40 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fold every norm where that is exact; the names of those that vanished, and of those that stayed."""
+def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[str]]:
+    """Fold every norm where that is exact: where each went, and the operators that there are without them."""
+    from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    from normswap.folding import REWRITES, Constants
+    from normswap.folding import Constants, fold
 
     if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
         optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
     constants = Constants(model.graph)
-    folded: list[str] = []
-    residue: list[str] = []
-    nodes = list(model.graph.all_nodes())
-    names = {str(node.name) for node in nodes}
-    for node in nodes:
-        affine = _marked(node, sites) or _spelled_out(node, constants)
-        if affine is None:
-            continue
-        with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
-            done = any(rewrite(affine, constants) for rewrite in REWRITES)
-            if not done and node.domain == _DOMAIN:
-                _spell_out(affine, sites[node.attributes.get_int("site")].norm, constants, names)
-        (folded if done else residue).append(affine.name)
-    return tuple(folded), tuple(residue)
+    common.RemoveUnusedNodesPass()(model)
+    found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
+    affines = [affine for affine in found if affine is not None]
+    skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
+    return fold(model.graph, affines, constants), skeleton
+
+
+def _operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes() if n not in without)
+
+
+def _alike(operators: Counter[str]) -> Counter[str]:
+    """Max(x, a constant) costs what Relu costs, and a MatMul with a bias is a Gemm."""
+    places = {"Max": "Relu", "Gemm": "MatMul"}
+    counts: Counter[str] = Counter()
+    for name, count in operators.items():
+        counts[places.get(name, name)] += count
+    return counts
 
 
 def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
     """The affine of a normswap::Affine."""
+    import onnx_ir as ir
+
     from normswap.folding import Affine
 
     x = node.inputs[0] if node.domain == _DOMAIN else None
@@ -366,34 +387,12 @@ def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
         return None
     site = sites[node.attributes.get_int("site")]
     assert x.shape is not None
-    scale, shift = (t.cpu().numpy() for t in site.norm.folded(len(x.shape)))
-    return Affine(site.name, x, node.outputs[0], (node,), scale, shift)
-
-
-def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants, names: set[str]) -> None:
-    """Mul and Add in the norm's precision, with casts around them if x has less, as BatchlessNorm.forward computes it."""
-    import onnx_ir as ir
-
-    assert affine.x.dtype is not None
-    double = norm.mean.dtype == torch.float64 or affine.x.dtype == ir.DataType.DOUBLE
-    wide = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
-    scale, shift = (
-        constants.add(f"{affine.name}.{name}", array.astype(wide.numpy()))
-        for name, array in (("scale", affine.scale), ("shift", affine.shift))
-    )
-    steps: list[tuple[str, list[ir.Value], list[ir.Attr]]] = [("Mul", [scale], []), ("Add", [shift], [])]
-    if affine.x.dtype != wide:
-        steps = [("Cast", [], [ir.AttrInt64("to", wide)]), *steps, ("Cast", [], [ir.AttrInt64("to", affine.x.dtype)])]
-    value = affine.x
-    mark = affine.nodes[0]
-    for op_type, others, attributes in steps:
-        names.add(name := _unused(f"{affine.name}.{op_type}", names))  # onnxruntime wants them all different
-        node = ir.Node("", op_type, [value, *others], attributes, name=name)
-        mark.prepend(node)
-        value = node.outputs[0]
-        value.shape = affine.y.shape
-        value.type = ir.TensorType(ir.DataType(attributes[0].as_int()) if attributes else wide)
-    affine.replace_by(value)
+    rank, norm = len(x.shape), site.norm
+    scale, shift = (t.cpu().numpy() for t in norm.folded(rank))
+    mean, std = (t.detach().expand(norm.mean.shape) for t in norm.statistics(torch.float64))
+    size = (mean.square() + std.square()).sqrt().expand(norm.sizes).reshape(scale.shape).cpu().numpy()
+    double = norm.mean.dtype == torch.float64 or x.dtype == ir.DataType.DOUBLE
+    return Affine(site.name, (node,), scale, shift, size=size, wide=ir.DataType.DOUBLE if double else ir.DataType.FLOAT)
 
 
 def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
@@ -411,13 +410,13 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
     x, scale = _and_constant(multiply, constants)
     if x is None or x.shape is None:
         return None
-    y, nodes, shape = node.outputs[0], [multiply, node], x.shape
+    y, nodes, rank, index = node.outputs[0], [multiply, node], len(x.shape), list(multiply.inputs).index(x)
     casts = x.producer(), next(iter(y.consumers()), None)
     if only_use(x) and only_use(y) and all(c is not None and c.op_type == "Cast" and _norm_around(c) == name for c in casts):
         before, after = cast(tuple["ir.Node", "ir.Node"], casts)
-        x, y, nodes = cast("ir.Value", before.inputs[0]), after.outputs[0], [before, *nodes, after]
-    scale, shift = (a.astype(np.float64).reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in (scale, shift))
-    return Affine(name, x, y, tuple(nodes), scale, shift)
+        nodes, index = [before, *nodes, after], 0
+    scale, shift = (a.astype(np.float64).reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, shift))
+    return Affine(name, tuple(nodes), scale, shift, index, wide=x.dtype)
 
 
 def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
