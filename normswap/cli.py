@@ -285,6 +285,30 @@ def export(
 
 
 @app.command()
+def fold(
+    source: Annotated[str, typer.Argument(metavar="MODEL.ONNX", help="Any ONNX file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")],
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fold the normalization of an ONNX file.
+
+    Folds what normalization an ONNX file holds into its layers, and proves that it is the same function. If there is nothing to fold, the
+    file is copied as it is.
+    """
+    with _work(debug):
+        from normswap import commands
+        from normswap.report import fold_json, fold_summary, fold_table
+
+        result = commands.fold_file(source, output, inputs=inputs or ())
+    if as_json:
+        _print_json(fold_json(source, result))
+    else:
+        _print_table(fold_table(result), fold_summary(result))
+
+
+@app.command()
 def revert(
     source: Annotated[str, typer.Argument(metavar="DIR", help="A converted directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The model file to write.")],

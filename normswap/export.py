@@ -19,16 +19,13 @@ import inspect
 import io
 import itertools
 import logging
-import os
 import re
-import secrets
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +34,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from normswap import onnx_file
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.injection import inject_operator
@@ -53,8 +51,6 @@ if TYPE_CHECKING:
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 _DOMAIN = "normswap"
-_STREAMED = 1 << 16  # bytes from which on a tensor is written straight from memory instead of through protobuf
-_INLINE_LIMIT = 3 << 29  # bytes of tensors beyond which they go to a file of their own; protobuf ends at 2 GiB
 _NO_ONNX = "`--no-onnx` writes the converted model without an ONNX file"
 
 
@@ -128,14 +124,14 @@ def export(
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
-    proto, tensors = _skeleton(graph)
+    proto, tensors = onnx_file.skeleton(graph)
     for value in weights:
         value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
     del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
-    nodes = _census(proto.graph)
-    _write(proto, tensors, Path(path))
+    nodes = onnx_file.census(proto.graph)
+    onnx_file.write(proto, tensors, Path(path))
     del tensors
     gc.collect()  # a graph refers to itself all over; with it go the folded weights
     return Export(
@@ -471,27 +467,10 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     model.metadata_props.clear()
 
 
-def _skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """(the model with its large constants as inputs, those constants): ONNX's own tools copy a model several times."""
-    import onnx_ir as ir
-
-    large: dict[str, ir.TensorProtocol] = {}
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        assert tensor is not None
-        if tensor.nbytes >= _STREAMED and tensor.dtype.bitwidth % 8 == 0:
-            large[name] = tensor
-            value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-            value.const_value = None
-            del model.graph.initializers[name]
-            model.graph.inputs.append(value)
-    return ir.to_proto(model), large
-
-
 def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     import onnx
 
-    if _opset_of(proto) > opset:
+    if onnx_file.opset_of(proto) > opset:
         _drop_defaults(proto)
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
@@ -500,9 +479,9 @@ def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
                 f"this model cannot be written in opset {opset}: {_first_line(error)}",
                 hint=f"opset {_TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
             ) from error
-    if _opset_of(proto) != opset:
+    if onnx_file.opset_of(proto) != opset:
         raise ExportError(
-            f"opset {opset} was asked for, but this model came out in opset {_opset_of(proto)}",
+            f"opset {opset} was asked for, but this model came out in opset {onnx_file.opset_of(proto)}",
             hint=f"the default is opset {DEFAULT_OPSET}",
         )
     onnx.helper.set_model_props(proto, {"normswap_version": version_of("normswap")})
@@ -514,13 +493,9 @@ def _drop_defaults(proto: onnx.ModelProto) -> None:
     import onnx
 
     for node in proto.graph.node:
-        known = onnx.defs.get_schema(node.op_type, _opset_of(proto), node.domain).attributes
+        known = onnx.defs.get_schema(node.op_type, onnx_file.opset_of(proto), node.domain).attributes
         for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
             node.attribute.remove(attribute)
-
-
-def _opset_of(proto: onnx.ModelProto) -> int:
-    return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _check(proto: onnx.ModelProto) -> None:
@@ -532,108 +507,3 @@ def _check(proto: onnx.ModelProto) -> None:
         line = _first_line(error)
         hint = "most operators take bfloat16 from opset 22 on" if "bfloat16" in line else _NO_ONNX
         raise ExportError(f"the ONNX graph that torch made is not valid: {line}", hint=hint) from error
-
-
-def _census(graph: onnx.GraphProto) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-
-    def count(graph: onnx.GraphProto) -> None:
-        for node in graph.node:
-            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
-            for attribute in node.attribute:
-                for inner in (attribute.g, *attribute.graphs):
-                    count(inner)
-
-    count(graph)
-    return dict(counts.most_common())
-
-
-def _write(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:
-    """Write the model, its large constants straight from memory; beyond _INLINE_LIMIT to `<path>.data`."""
-    for value in [value for value in proto.graph.input if value.name in tensors]:
-        proto.graph.input.remove(value)
-    if sum(tensor.nbytes for tensor in tensors.values()) > _INLINE_LIMIT:
-        data = path.with_name(f"{path.name}.data")
-        entries = _external_entries(tensors, data.name)
-        with _replacing(data) as file:
-            for tensor in tensors.values():
-                file.write(_bytes_of(tensor))
-        proto.graph.initializer.extend(entries)
-        tensors = {}
-    with _replacing(path) as file:
-        _write_inline(proto, tensors, file)
-
-
-def _external_entries(tensors: Mapping[str, ir.TensorProtocol], location: str) -> list[onnx.TensorProto]:
-    import onnx
-
-    entries, offset = [], 0
-    for name, tensor in tensors.items():
-        entry = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape.numpy(), data_location=onnx.TensorProto.EXTERNAL)
-        for key, value in (("location", location), ("offset", offset), ("length", tensor.nbytes)):
-            entry.external_data.add(key=key, value=str(value))
-        entries.append(entry)
-        offset += tensor.nbytes
-    return entries
-
-
-def _write_inline(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], file: BinaryIO) -> None:
-    """The bytes of `proto` with `tensors` among its initializers, without ever holding them.
-
-    A protobuf message is a list of fields in any order, each a key and a value; a message inside a message is a key, a length and its
-    own fields. So the large tensors can be appended to the serialized rest of the graph, as long as the lengths are known.
-    """
-    import onnx
-
-    graph = proto.graph.SerializeToString()
-    heads = [onnx.TensorProto(name=n, data_type=t.dtype, dims=t.shape.numpy()).SerializeToString() for n, t in tensors.items()]
-    raw_data, initializer, graph_field = (
-        message.DESCRIPTOR.fields_by_name[name].number
-        for message, name in ((onnx.TensorProto, "raw_data"), (onnx.GraphProto, "initializer"), (onnx.ModelProto, "graph"))
-    )
-    prefixes, length = [], len(graph)
-    for head, tensor in zip(heads, tensors.values(), strict=True):
-        body = head + _field(raw_data, tensor.nbytes)
-        prefixes.append(_field(initializer, len(body) + tensor.nbytes) + body)
-        length += len(prefixes[-1]) + tensor.nbytes
-    proto.ClearField("graph")
-    file.write(proto.SerializeToString() + _field(graph_field, length) + graph)
-    for prefix, tensor in zip(prefixes, tensors.values(), strict=True):
-        file.write(prefix)
-        file.write(_bytes_of(tensor))
-
-
-def _field(number: int, length: int) -> bytes:
-    """Key and length of a protobuf field of `length` bytes (wire type 2), as varints: seven bits a byte, lowest first."""
-    result = bytearray()
-    for value in (number << 3 | 2, length):
-        while value > 0x7F:
-            result.append(value & 0x7F | 0x80)
-            value >>= 7
-        result.append(value)
-    return bytes(result)
-
-
-def _bytes_of(tensor: ir.TensorProtocol) -> bytes | memoryview:
-    """The tensor as ONNX stores it, little-endian, without a copy where the memory is so."""
-    if sys.byteorder == "big":
-        return tensor.tobytes()
-    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears as `path` once it is complete and on the disk, and not at all if anything fails before."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -20,6 +20,8 @@ from normswap.plan import Plan, Skip, Swap
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from normswap.fold import Folded
+    from normswap.folding import Fate
     from normswap.sensitivity import Choice, Measurement, Sensitivity
 
 SCHEMA_VERSION = 1
@@ -502,6 +504,65 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; 
 </body>
 </html>
 """
+
+
+# -- where the norms of an ONNX file went --------------------------------------------------------------------------------------
+
+FOLD_VERSION = 1
+WAYS = {
+    "": "stays",
+    "into_producer": "into the layer before it",
+    "into_consumers": "into what reads it",
+    "stream_shift": "into what reads it and what comes before",
+    "threshold": "through a ReLU into what reads it",
+    "into_producers": "into all that comes before it",
+}
+
+
+def fates_json(sites: Iterable[Fate]) -> list[dict[str, Any]]:
+    """Where each norm went. docs/report.md documents it."""
+    return [{**asdict(site), "into": list(site.into), "left": list(site.left)} for site in sites]
+
+
+def fold_json(source: str, result: Folded) -> dict[str, Any]:
+    """What folding one ONNX file did, as strict JSON. docs/report.md documents it."""
+    return {
+        "version": FOLD_VERSION,
+        "status": "folded" if result.changed else "nothing to fold",
+        "source": source,
+        "path": str(result.path),
+        "nodes_before": dict(result.before),
+        "nodes": dict(result.nodes),
+        "sites": fates_json(result.sites),
+        "notes": list(result.notes),
+        "parity": None if result.parity is None else parity_json(result.parity),
+        "versions": versions(),
+    }
+
+
+def fold_table(result: Folded) -> Table:
+    """One row for each norm, and for each chain of products and sums with constants."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("site", "what", "left", "why", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
+    for site in result.sites:
+        table.add_row(*map(Text, (site.name, WAYS[site.how], ", ".join(site.left), site.reason)))
+    return table
+
+
+def fold_summary(result: Folded) -> str:
+    """What was folded, and what was measured. Plain text."""
+    gone = sum(not site.left for site in result.sites)
+    before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
+    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else "nothing to fold"]
+    if result.parity is not None:
+        lines.append(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+    lines += [f"  note: {note}" for note in result.notes]
+    return "\n".join([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
 
 
 # -- one Sensitivity -------------------------------------------------------------------------------------------------------------

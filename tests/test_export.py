@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-import normswap.export
+import normswap.onnx_file
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
 from normswap.errors import ExportError, UsageError
 from normswap.export import Export, export
@@ -678,7 +678,7 @@ def test_a_write_that_fails_leaves_what_was_there(error: Any, step: str, path: P
 
     model, x = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5)), torch.randn(2, 3, 9, 8)
     with monkeypatch.context() as patch:
-        patch.setattr(normswap.export.os, step, fail)
+        patch.setattr(normswap.onnx_file.os, step, fail)
         with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ExportError) as caught:
             export(model, (x,), {}, path)
     if error is not KeyboardInterrupt:
@@ -702,7 +702,7 @@ def test_the_file_has_the_permissions_of_any_new_file(path: Path) -> None:
 
 
 def test_large_weights_are_written_from_memory(path: Path) -> None:
-    # Above _STREAMED bytes, in every dtype; read back by protobuf and by onnxruntime.
+    # Above STREAMED bytes, in every dtype; read back by protobuf and by onnxruntime.
     model = nn.Sequential(nn.Conv2d(3, 300, 13), norm(300), nn.Conv2d(300, 70, 1))
     exported(model, path, 2, 3, 14, 15)
     proto = onnx.load(path)
@@ -719,11 +719,11 @@ def test_field_headers_are_those_of_protobuf(length: int) -> None:
     from google.protobuf.internal import encoder
 
     expected = encoder.TagBytes(9, 2) + encoder._VarintBytes(length)
-    assert normswap.export._field(9, length) == expected
+    assert normswap.onnx_file._field(9, length) == expected
 
 
 def test_beyond_two_gibibytes_the_weights_go_to_a_file_of_their_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normswap.export, "_INLINE_LIMIT", 400_000)
+    monkeypatch.setattr(normswap.onnx_file, "INLINE_LIMIT", 400_000)
     model = nn.Sequential(nn.Conv2d(3, 300, 13), norm(300), nn.Conv2d(300, 70, 1))
     result = export(model, (torch.randn(2, 3, 14, 15),), {}, path)
     assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]

@@ -37,6 +37,10 @@ class Conflict(Exception):
     """A change of basis is not exact here; the message says why, as a clause."""
 
 
+class Imprecise(Conflict):
+    """It would be exact, but cost digits."""
+
+
 class Use(NamedTuple):
     """A constant as one input of one node: every use of it has a basis of its own."""
 

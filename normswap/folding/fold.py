@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from normswap.folding import into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
 from normswap.folding.affine import Affine, Constants
-from normswap.folding.basis import Bases, Change, Conflict
+from normswap.folding.basis import Bases, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
 
 Attempt = Callable[[Affine, Bases], Change]
@@ -89,13 +89,14 @@ def _touched(affine: Affine, bases: Bases) -> bool:
 
 
 def _decide(affine: Affine, bases: Bases) -> Fate:
-    reasons: dict[str, str] = {}
+    reasons: list[str] = []
     for how, attempt in ATTEMPTS:
         try:
             return _accepted(affine, how, attempt(affine, bases))
         except Conflict as conflict:
-            reasons[how] = str(conflict)
-    reason = "; ".join(dict.fromkeys(reasons[how] for how in TOLD))
+            if how in TOLD or isinstance(conflict, Imprecise):
+                reasons.append(str(conflict))
+    reason = "; ".join(dict.fromkeys(reasons))
     if not remainder.batch_normalizes(affine):
         try:
             return Fate(affine.name, reason=reason, into=_accepted(affine, "scale_alone", scale_alone.attempt(affine, bases)).into)

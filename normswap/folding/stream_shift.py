@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from normswap.folding.affine import Affine, Array
-from normswap.folding.basis import Bases, Basis, Change, Conflict
+from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 
 LIMIT = 64.0
 
@@ -27,7 +27,7 @@ def attempt(affine: Affine, bases: Bases) -> Change:
         raise Conflict("its scale is 0 in some channels and its shift is not")
     offset = np.where(scale == 0, 0.0, -shift / np.where(scale == 0, 1.0, scale))
     if not np.all(np.abs(offset) <= LIMIT * size_of(affine)):
-        raise Conflict(f"the shift is more than {LIMIT:.0f} times as large as what it shifts")
+        raise Imprecise(f"the shift is more than {LIMIT:.0f} times as large as what it shifts")
     stored = oriented(old.scale, scale)
     change = Change(bases)
     change.gone.add(affine)

@@ -9,8 +9,10 @@ s may be small: the error is that of adding t.
 
 from __future__ import annotations
 
+import numpy as np
+
 from normswap.folding.affine import Affine
-from normswap.folding.basis import Bases, Change
+from normswap.folding.basis import Bases, Change, Conflict
 from normswap.folding.stream_shift import oriented
 
 
@@ -20,7 +22,13 @@ def attempt(affine: Affine, bases: Bases) -> Change:
     basis = old.scaled(oriented(old.scale, affine.scale))
     change = Change(bases, thresholds=True)
     change.gone.add(affine)
-    change.set(affine.x, basis)
-    change.set(affine.y, basis.then(affine.scale, affine.shift))
-    change.run()
+    try:
+        change.set(affine.x, basis)
+        change.set(affine.y, basis.then(affine.scale, affine.shift))
+        change.run()
+    except Conflict as conflict:
+        turned = int(np.count_nonzero(basis.scale != np.broadcast_to(old.scale, basis.scale.shape)))
+        if not turned:
+            raise
+        raise Conflict(f"{turned} of {basis.scale.size} scales are negative, and {conflict}") from conflict
     return change
