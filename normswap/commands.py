@@ -29,7 +29,7 @@ from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.plan import Rule
-from normswap.report import Report, report
+from normswap.report import Report, fates_json, report
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
@@ -421,6 +421,9 @@ def _onnx_facts(exported: Export) -> dict[str, Any]:
         "nodes": dict(exported.nodes),
         "folded": list(exported.folded),
         "residue": list(exported.residue),
+        "sites": fates_json(exported.sites),
+        "skeleton": dict(exported.skeleton),
+        "extra": dict(exported.extra),
         "notes": list(exported.notes),
     }
 

@@ -36,7 +36,7 @@ class Report:
 
     source    what was converted, as the user named it
     parities  by leg ("torch", "onnxruntime (all)"), in the order they were measured; empty for a plan
-    onnx      opset, nodes by operator before and after folding, residue: the sites that stayed as Mul and Add; None without ONNX
+    onnx      opset, nodes by operator, where each norm went, and what the file has on top of the model without norms; None without ONNX
     seconds   by stage, in order
     files     what was written, relative to the output directory
     fits      for each layer that was calibrated or re-estimated, how well that went (`calibrate.Fit`)
@@ -86,6 +86,7 @@ class Report:
     def summary(self) -> str:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
+        lines += self._residue()
         approximate = sum(known["approximate"] for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
@@ -94,6 +95,14 @@ class Report:
         unseen = [(f"has an input of unknown shape: {known['unseen']}", known["name"]) for known in self.facts if known["unseen"]]
         lines += [f"  note: {names} {text}" for text, names in _by_text(unseen)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
+
+    def _residue(self) -> list[str]:
+        """What of the norms is left in the ONNX file, and why."""
+        sites = (self.onnx or {}).get("sites", ())
+        left = [site for site in sites if site["left"]]
+        gone = [f"  onnx: {len(sites) - len(left)} of {len(sites)} calls of norms cost nothing"] if sites else []
+        said = [(f"in the file as {' and '.join(site['left'])}: {site['reason']}", site["name"]) for site in left]
+        return [*gone, *(f"  onnx: {names} {text}" for text, names in _by_text(said))]
 
     @property
     def verdict(self) -> str:
@@ -173,7 +182,8 @@ class Report:
         facts = [
             ("found by", self.plan.backend),
             *(("note", note) for note in self.plan.notes),
-            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items()),
+            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items() if key != "sites"),
+            *(("onnx", line.partition("onnx: ")[2]) for line in self._residue()),
             ("files", _plain(self.files)),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())),
             ("versions", _plain(self.versions)),

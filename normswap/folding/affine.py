@@ -52,8 +52,11 @@ class Affine:
         return all(only_use(node.outputs[0]) for node in self.nodes[:-1])
 
     def replace_by(self, value: ir.Value) -> None:
-        """Let everything that reads y read `value`, and remove what computed y."""
-        ir.convenience.replace_all_uses_with(self.y, value, replace_graph_outputs=True)
+        """Let everything that reads y read `value`, and remove what computed y. An output of the graph keeps its name."""
+        y = self.y
+        if y.is_graph_output() and not value.is_graph_output():
+            y.name, value.name = value.name, y.name
+        ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
         for node in reversed(self.nodes):
             assert node.graph is not None
             node.graph.remove(node, safe=True)
