@@ -72,16 +72,16 @@ class Whole(nn.Module):
 def bert(output: str) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, attn_implementation="sdpa"
-    )
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "intermediate_size": 96}
+    config = BertConfig(vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, **options)
     return Whole(BertModel(config), output)
 
 
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return Whole(GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, attn_implementation="sdpa")), "logits")
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "bos_token_id": 0, "eos_token_id": 0}
+    return Whole(GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=4, **options)), "logits")
 
 
 def torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:

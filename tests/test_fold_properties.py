@@ -1,0 +1,123 @@
+"""Folding never changes what a graph computes: random ONNX graphs, and random networks of torch, in float64."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx_ir.passes import common
+
+import normswap
+from fixtures import random_onnx
+from fixtures.random_graphs import generate
+from normswap.errors import ExportError
+from normswap.export import export
+from normswap.exported import as_module
+from normswap.folding import Constants, Fate, fold
+from normswap.folding.found import affines
+
+EXACT = 1e-10
+
+
+def folded(proto: onnx.ModelProto) -> tuple[list[Fate], onnx.ModelProto]:
+    model = ir.from_proto(proto)
+    constants = Constants(model.graph)
+    fates = fold(model.graph, affines(model.graph, constants), constants)
+    common.RemoveUnusedNodesPass()(model)
+    return fates, ir.to_proto(model)
+
+
+def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> float:
+    """The largest error of any output, relative to its largest value at the larger of two inputs."""
+    onnx.checker.check_model(after, full_check=True)
+    shape = [d.dim_value for d in before.graph.input[0].type.tensor_type.shape.dim]
+    worst, sizes = 0.0, None
+    for factor in (3.0, 0.0):
+        x = np.random.default_rng(5).standard_normal(shape) * factor
+        want, got = (onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}) for proto in (before, after))
+        sizes = [float(np.abs(a).max()) for a in want] if sizes is None else sizes
+        for a, b, size in zip(want, got, sizes, strict=True):
+            assert a.shape == b.shape
+            worst = max(worst, float(np.abs(a - b).max()) / max(size, float(np.abs(a).max()), 1e-300))
+    return worst
+
+
+def number_of(proto: onnx.ModelProto) -> int:
+    return len(proto.graph.node)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_random_graphs_keep_their_function(r: random.Random) -> None:
+    proto = random_onnx.generate(r)
+    fates, after = folded(proto)
+    assert difference(proto, after) <= EXACT, onnx.printer.to_text(proto)
+    assert number_of(after) <= number_of(proto)
+    assert [value.name for value in after.graph.output] == [value.name for value in proto.graph.output]
+    for fate in fates:
+        assert bool(fate.left) == bool(fate.reason), fate
+
+
+def test_every_way_is_taken_and_refused() -> None:
+    ways: Counter[str] = Counter()
+    for number in range(250):
+        ways.update(fate.how or ("stays" if fate.left else "nothing") for fate in folded(random_onnx.generate(random.Random(number)))[0])
+    for way in ("into_producer", "into_consumers", "stream_shift", "threshold", "into_producers", "stays"):
+        assert ways[way] >= 5, ways
+
+
+@pytest.mark.parametrize("mistake", ["response", "along"])
+def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.folding import basis, linear
+
+    if mistake == "response":
+        monkeypatch.setattr(linear.Linear, "response", lambda self, shift: np.zeros(self.outputs))
+    else:
+        original = basis.Basis.along
+        monkeypatch.setattr(basis.Basis, "along", lambda self, axis, size: tuple(v[::-1] for v in original(self, axis, size)))
+    protos = [random_onnx.generate(random.Random(number)) for number in range(40)]
+    assert any(difference(proto, folded(proto)[1]) > EXACT for proto in protos)
+
+
+def keeps_its_function(r: random.Random, path: Path) -> None:
+    """A random network, converted in float64: the file computes what the model computes."""
+    graph = generate(r)
+    inputs = graph.inputs(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own
+        model = graph.make(torch.float64)
+        conversion = normswap.convert(model, inputs)
+        try:
+            result = export(conversion.model, inputs, {}, path)
+        except ExportError:
+            return  # it branches on its data, or has an operator that ONNX lacks
+        with torch.no_grad():
+            wanted = as_module(conversion.model)(*(x.clone() for x in inputs))
+    got = onnx.reference.ReferenceEvaluator(onnx.load(path)).run(None, {result.input_names[0]: inputs[0].numpy()})
+    for want, found in zip(torch.utils._pytree.tree_leaves(wanted), got, strict=True):
+        # What is left of a norm is computed in the precision that it has in torch, too.
+        size = max(float(want.abs().max()), 1.0)
+        assert float((torch.from_numpy(np.asarray(found)) - want).abs().max()) <= 1e-10 * size, repr(graph)
+
+
+@settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_random_networks_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
+    keeps_its_function(r, tmp_path_factory.mktemp("net") / "model.onnx")
+
+
+@pytest.mark.slow
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_many_random_networks_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
+    keeps_its_function(r, tmp_path_factory.mktemp("net") / "model.onnx")
