@@ -1,6 +1,6 @@
 """Exact rewrites that make an affine vanish from an ONNX graph, one per file.
 
-`Affine` is what they work on, and `fold` tries them in order:
+`Affine` is what they work on, and `fold` (decide.py) tries them in order:
 
     into_producer     into the linear layer right before it, whatever its scale
     into_consumers    into all that reads it
@@ -18,6 +18,6 @@ Importing this package imports onnx_ir: do it inside a function.
 from __future__ import annotations
 
 from normswap.folding.affine import Affine, Constants
-from normswap.folding.fold import Fate, fold
+from normswap.folding.decide import Fate, fold
 
 __all__ = ["Affine", "Constants", "Fate", "fold"]
