@@ -1,8 +1,8 @@
-"""From a model with BatchlessNorm layers to an ONNX file: the only writer of ONNX.
+"""From a model with BatchlessNorm layers to an ONNX file.
 
 1. In a copy that shares the model's tensors, every call of a BatchlessNorm becomes one node `normswap::Affine` that says which norm it is.
 2. torch.onnx.export makes a graph of that copy. Every use of every tensor is explicit in it, whatever the model's Python looks like.
-3. Each Affine is folded into a neighbour where that is exact (`normswap.folding`), and becomes a Mul and an Add elsewhere. Both are
+3. Each Affine is folded into the layers around it where that is exact (`normswap.folding`), and becomes one operator elsewhere. Both are
    computed in float64 from the parameters and rounded once.
 4. The file is checked, and appears under its name by rename, whole or not at all.
 

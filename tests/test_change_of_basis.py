@@ -450,6 +450,12 @@ STAY: dict[str, tuple] = {
         IMAGE,
         "more than 64 times as large",
     ),
+    "a threshold that float64 cannot hold": (
+        f"t = Tanh(x) {affine('a', 't', 'n')} r = Relu(n) z = Conv(r, wp)",
+        {"wp": normal(5, 4, 1, 1) * 1e9, "a_s": np.full((1, 4, 1, 1), 1e-309), "a_t": positive(1, 4, 1, 1)},
+        "double[2,4,5,6] x",
+        "the threshold of Relu would overflow",
+    ),
     "numbers that are not finite": (
         f"{affine('a', 'x', 'n')} z = Conv(n, wp)",
         P | N4 | {"a_s": np.full((1, 4, 1, 1), np.inf)},

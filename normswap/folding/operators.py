@@ -62,6 +62,12 @@ def check(node: ir.Node, change: Change) -> None:
             raise Conflict(f"the output of {called(node)} would be scaled by up to {_extreme(out_scale):.0e}")
         if not layer.holds(*bases):
             raise Conflict(f"the weight of {called(node)} would overflow or lose digits")
+    if node.op_type == "Relu" and node not in change.bases.affines:
+        value = node.inputs[0]
+        assert value is not None
+        assert value.dtype is not None
+        if not fits(np.abs(_threshold(change.of(change.bases.slot(node, 0)))), value.dtype.numpy(), zero_below=True):
+            raise Conflict(f"the threshold of {called(node)} would overflow")
     for index in range(len(node.inputs)):
         use = Use(node, index)
         if use in change.new:
@@ -448,12 +454,14 @@ def _write_relu(node: ir.Node, bases: Bases) -> None:
     if not basis.shift.any():
         return
     assert x.dtype is not None
-    scale = np.where(basis.scale == 0, 1.0, basis.scale)
-    threshold = np.where(basis.scale == 0, 0.0, -basis.shift / scale)
-    threshold = np.broadcast_to(threshold, np.broadcast_shapes(basis.scale.shape, basis.shift.shape))
     node.op_type = "Max"
     node.resize_inputs(2)
-    node.replace_input_with(1, bases.constants.add(f"{node.name}_threshold", threshold.astype(x.dtype.numpy())))
+    node.replace_input_with(1, bases.constants.add(f"{node.name}_threshold", _threshold(basis).astype(x.dtype.numpy())))
+
+
+def _threshold(basis: Basis) -> Array:
+    """Below which the stored input of a ReLU counts for no more than this: -c / a, and anything where a = 0."""
+    return np.where(basis.scale == 0, 0.0, -basis.shift / np.where(basis.scale == 0, 1.0, basis.scale))
 
 
 def _write_constant(node: ir.Node, index: int, basis: Basis, constants: Constants) -> None:

@@ -9,26 +9,31 @@ s may be small: the error is that of adding t.
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
 
 from normswap.folding.affine import Affine
-from normswap.folding.basis import Bases, Change, Conflict
+from normswap.folding.basis import Bases, Basis, Change, Conflict
 from normswap.folding.stream_shift import oriented
 
 
 def attempt(affine: Affine, bases: Bases) -> Change:
     """Raises Conflict where it is not exact."""
     old = bases.of(affine.x)
-    basis = old.scaled(oriented(old.scale, affine.scale))
+    try:
+        return _attempt(affine, bases, old)
+    except Conflict:
+        turned = old.scaled(oriented(old.scale, affine.scale))
+        if turned.agrees(old):
+            raise
+        with contextlib.suppress(Conflict):  # then the first one is the reason
+            return _attempt(affine, bases, turned)
+        raise
+
+
+def _attempt(affine: Affine, bases: Bases, basis: Basis) -> Change:
     change = Change(bases, thresholds=True)
     change.gone.add(affine)
-    try:
-        change.set(affine.x, basis)
-        change.set(affine.y, basis.then(affine.scale, affine.shift))
-        change.run()
-    except Conflict as conflict:
-        turned = int(np.count_nonzero(basis.scale != np.broadcast_to(old.scale, basis.scale.shape)))
-        if not turned:
-            raise
-        raise Conflict(f"{turned} of {basis.scale.size} scales are negative, and {conflict}") from conflict
+    change.set(affine.x, basis)
+    change.set(affine.y, basis.then(affine.scale, affine.shift))
+    change.run()
     return change
