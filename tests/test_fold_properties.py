@@ -44,7 +44,8 @@ def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> float:
     worst, sizes = 0.0, None
     for factor in (3.0, 0.0):
         x = np.random.default_rng(5).standard_normal(shape) * factor
-        want, got = (onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}) for proto in (before, after))
+        with np.errstate(all="ignore"):  # the evaluator warns of what its Sigmoid computes and does not use; NaN fails below
+            want, got = (onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x}) for proto in (before, after))
         sizes = [float(np.abs(a).max()) for a in want] if sizes is None else sizes
         for a, b, size in zip(want, got, sizes, strict=True):
             assert a.shape == b.shape
@@ -68,6 +69,12 @@ def test_random_graphs_keep_their_function(r: random.Random) -> None:
     assert [value.name for value in after.graph.output] == [value.name for value in proto.graph.output]
     for fate in fates:
         assert bool(fate.left) == bool(fate.reason), fate
+
+
+def test_a_shared_value_is_not_stored_with_a_shift_that_costs_its_digits() -> None:
+    """Back through a tiny scale into a value that another norm reads: 1e-8 was lost where the graph itself loses 1e-15."""
+    proto = random_onnx.generate(random.Random(2634))
+    assert difference(proto, folded(proto)[1]) <= 1e-12
 
 
 def test_every_way_is_taken_and_refused() -> None:
@@ -111,8 +118,11 @@ def keeps_its_function(r: random.Random, directory: Path) -> None:
             patch.setattr("normswap.folding.into_producer.fold", lambda affine, constants, adding=False: None)
             plain = export(model, inputs, {}, directory / "plain.onnx")
     assert plain.folded == ()
+    if any(a.name == "group" and a.i > 1 for n in onnx.load(plain.path).graph.node if n.op_type == "ConvTranspose" for a in n.attribute):
+        return  # onnx's evaluator cannot run one
     feeds = {result.input_names[0]: inputs[0].numpy()}
-    want, got = (onnx.reference.ReferenceEvaluator(onnx.load(e.path)).run(None, feeds) for e in (plain, result))
+    with np.errstate(all="ignore"):
+        want, got = (onnx.reference.ReferenceEvaluator(onnx.load(e.path)).run(None, feeds) for e in (plain, result))
     assert len(want) == len(got)
     for a, b in zip(want, got, strict=True):
         assert np.abs(a - b).max() <= EXACT * max(float(np.abs(a).max()), 1e-3), repr(graph)

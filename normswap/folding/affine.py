@@ -43,6 +43,13 @@ class Affine:
     def y(self) -> ir.Value:
         return self.nodes[-1].outputs[0]
 
+    def typical(self) -> Array:
+        """The root mean square of x, or what it probably is: an output of a norm is about 1."""
+        if self.size is not None:
+            return self.size
+        scale = np.abs(self.scale[self.scale != 0])
+        return np.full((1,) * self.scale.ndim, float(np.median(1 / scale)) if scale.size else 0.0)
+
     def is_private(self) -> bool:
         """Whether nothing else sees x, or anything on the way from x to y."""
         return only_use(self.x) and self.is_closed()

@@ -32,9 +32,10 @@ import onnx_ir as ir
 
 from normswap.folding import layouts
 from normswap.folding.affine import Affine, Array, Constants, fits, only_use
-from normswap.folding.basis import Bases, Basis, Change, Conflict, Slot, Use, called, close, rank_of, sizes_of, total
+from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise, Slot, Use, called, close, rank_of, sizes_of, total
 from normswap.folding.linear import FLOATS, Linear, describe
 
+LIMIT = 64.0  # how much larger than a value its shift may be
 SHARED = 1 << 20  # bytes from which on a constant with other uses is not stored a second time
 REACH = {"float16": 2.0**6, "bfloat16": 2.0**40, "float32": 2.0**40, "float64": 2.0**200}  # how far a stored value may be scaled
 
@@ -52,7 +53,10 @@ def spread(node: ir.Node, change: Change) -> None:
 
 def check(node: ir.Node, change: Change) -> None:
     """Whether the dtypes hold what the new bases make of the constants. Raises Conflict."""
-    layer = None if node in change.bases.affines else describe(node, change.bases.constants)
+    affine = change.bases.affines.get(node)
+    if affine is not None:
+        _keeps_digits(affine, change)
+    layer = None if affine is not None else describe(node, change.bases.constants)
     if layer is not None:
         _, _, out_scale, _ = bases = _around(layer, change)
         dtype = layer.weight.dtype
@@ -62,7 +66,7 @@ def check(node: ir.Node, change: Change) -> None:
             raise Conflict(f"the output of {called(node)} would be scaled by up to {_extreme(out_scale):.0e}")
         if not layer.holds(*bases):
             raise Conflict(f"the weight of {called(node)} would overflow or lose digits")
-    if node.op_type == "Relu" and node not in change.bases.affines:
+    if node.op_type == "Relu" and affine is None:
         value = node.inputs[0]
         assert value is not None
         assert value.dtype is not None
@@ -82,6 +86,15 @@ def check(node: ir.Node, change: Change) -> None:
             assert value is not None
             if array.nbytes >= SHARED and len(value.uses()) > 1 and not basis.is_identity():
                 raise Conflict(f"{value.name} is large and used elsewhere, too")
+
+
+def _keeps_digits(affine: Affine, change: Change) -> None:
+    """x' = (x - c) / a is computed to so many digits of c: whoever reads it must not need those of a much smaller x."""
+    new = change.new.get(affine.x)
+    if new is None or change.bases.of(affine.x).agrees(new):
+        return
+    if not np.all(np.abs(new.shift) <= LIMIT * affine.typical()):
+        raise Imprecise(f"the shift is more than {LIMIT:.0f} times as large as what it shifts")
 
 
 def _extreme(scale: Array) -> float:

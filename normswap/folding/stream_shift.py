@@ -6,8 +6,8 @@ In a pre-activation network x is the residual stream. The last bias of the branc
 next branch b - t / s; where the stream begins, the layer before it takes the shift. No operator is added.
 
 Exact if s is not 0 and has one sign per channel in all readers of x: where it is negative, the stream is stored as -x. Precise only if the
-shift is not much larger than the stream: digits of x' = x + t / s that are spent on t / s are lost to x. The limit is LIMIT times the root
-mean square of x, from the norm's own statistics, or from 1 / s if there are none (an output of a norm is about 1).
+shift is not much larger than the stream: digits of x' = x + t / s that are spent on t / s are lost to x. The limit, which `operators.check`
+holds every change of basis to, is LIMIT times the root mean square of x, from the norm's own statistics, or from 1 / s if there are none.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from normswap.folding.affine import Affine, Array
-from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
-
-LIMIT = 64.0
+from normswap.folding.basis import Bases, Basis, Change, Conflict
 
 
 def attempt(affine: Affine, bases: Bases) -> Change:
@@ -26,8 +24,6 @@ def attempt(affine: Affine, bases: Bases) -> Change:
     if ((scale == 0) & (shift != 0)).any():
         raise Conflict("its scale is 0 in some channels and its shift is not")
     offset = np.where(scale == 0, 0.0, -shift / np.where(scale == 0, 1.0, scale))
-    if not np.all(np.abs(offset) <= LIMIT * size_of(affine)):
-        raise Imprecise(f"the shift is more than {LIMIT:.0f} times as large as what it shifts")
     stored = oriented(old.scale, scale)
     change = Change(bases)
     change.gone.add(affine)
@@ -35,14 +31,6 @@ def attempt(affine: Affine, bases: Bases) -> Change:
     change.set(affine.y, Basis(scale * stored, np.zeros_like(shift)))
     change.run()
     return change
-
-
-def size_of(affine: Affine) -> Array:
-    """The root mean square of x, or what it probably is."""
-    if affine.size is not None:
-        return affine.size
-    scale = np.abs(affine.scale[affine.scale != 0])
-    return np.full((1,) * affine.scale.ndim, float(np.median(1 / scale)) if scale.size else 0.0)
 
 
 def oriented(stored: Array, scale: Array) -> Array:
