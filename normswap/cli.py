@@ -262,7 +262,7 @@ def export(
     """
     with _work(debug):
         from normswap import commands
-        from normswap.report import parity_json, parity_summary
+        from normswap.report import fates_json, parity_json, parity_summary
 
         result = commands.export_files(
             source,
@@ -274,14 +274,39 @@ def export(
             trust_pickle=trust_pickle,
         )
     if as_json:
-        facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue)}
-        _print_json({**facts, "parity": result.parity and parity_json(result.parity)})
+        facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue), "extra": dict(result.extra)}
+        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity)})
     else:
         typer.echo(f"wrote {result.path}, opset {result.opset}")
         if result.parity is not None:
             typer.echo(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
-        if result.residue:
-            typer.echo(f"  not folded, left as Mul and Add: {', '.join(result.residue)}")
+        for site in result.sites:
+            if site.left:
+                typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")
+
+
+@app.command()
+def fold(
+    source: Annotated[str, typer.Argument(metavar="MODEL.ONNX", help="Any ONNX file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")],
+    inputs: Inputs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fold the normalization of an ONNX file.
+
+    Folds what normalization an ONNX file holds into its layers, and proves that it is the same function. If there is nothing to fold, the
+    file is copied as it is.
+    """
+    with _work(debug):
+        from normswap import commands
+        from normswap.report import fold_json, fold_summary, fold_table
+
+        result = commands.fold_file(source, output, inputs=inputs or ())
+    if as_json:
+        _print_json(fold_json(source, result))
+    else:
+        _print_table(fold_table(result), fold_summary(result))
 
 
 @app.command()

@@ -23,12 +23,13 @@ from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Export, export
 from normswap.exported import as_module
+from normswap.fold import Folded, fold
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.plan import Rule
-from normswap.report import Report, report
+from normswap.report import Report, fates_json, report
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
@@ -306,6 +307,25 @@ def export_files(
     return export_onnx(model, known, output, opset=opset)
 
 
+def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
+    """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
+    given = parse(inputs) if inputs else None
+    path = Path(source)
+    with outputs.file(output) as partial:
+        result = fold(path, partial)
+        parity = None
+        if result.changed:
+            declared = None if given is not None else onnx_inputs(path)
+            known = given or (None if declared is None else Inputs(declared))
+            if known is None:
+                raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
+            judgement = judge(path, known.args, known.kwargs)
+            for level in LEVELS:
+                parity = compare(judgement, partial, level=level)
+                pipeline.check(parity)
+    return dataclasses.replace(result, path=output, parity=parity)
+
+
 def revert_files(
     source: str,
     output: Path,
@@ -419,6 +439,9 @@ def _onnx_facts(exported: Export) -> dict[str, Any]:
         "nodes": dict(exported.nodes),
         "folded": list(exported.folded),
         "residue": list(exported.residue),
+        "sites": fates_json(exported.sites),
+        "skeleton": dict(exported.skeleton),
+        "extra": dict(exported.extra),
         "notes": list(exported.notes),
     }
 

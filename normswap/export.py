@@ -1,8 +1,8 @@
-"""From a model with BatchlessNorm layers to an ONNX file: the only writer of ONNX.
+"""From a model with BatchlessNorm layers to an ONNX file.
 
 1. In a copy that shares the model's tensors, every call of a BatchlessNorm becomes one node `normswap::Affine` that says which norm it is.
 2. torch.onnx.export makes a graph of that copy. Every use of every tensor is explicit in it, whatever the model's Python looks like.
-3. Each Affine is folded into a neighbour where that is exact (`normswap.folding`), and becomes a Mul and an Add elsewhere. Both are
+3. Each Affine is folded into the layers around it where that is exact (`normswap.folding`), and becomes one operator elsewhere. Both are
    computed in float64 from the parameters and rounded once.
 4. The file is checked, and appears under its name by rename, whole or not at all.
 
@@ -19,16 +19,13 @@ import inspect
 import io
 import itertools
 import logging
-import os
 import re
-import secrets
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +34,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from normswap import onnx_file
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.injection import inject_operator
@@ -48,13 +46,11 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from normswap.folding import Affine, Constants
+    from normswap.folding import Affine, Constants, Fate
 
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 _DOMAIN = "normswap"
-_STREAMED = 1 << 16  # bytes from which on a tensor is written straight from memory instead of through protobuf
-_INLINE_LIMIT = 3 << 29  # bytes of tensors beyond which they go to a file of their own; protobuf ends at 2 GiB
 _NO_ONNX = "`--no-onnx` writes the converted model without an ONNX file"
 
 
@@ -63,7 +59,10 @@ class Export:
     """An ONNX file that was written.
 
     nodes     how often each operator occurs, by its type ("domain::type" outside of ai.onnx)
-    folded    the norms that vanished into a neighbour, residue: those that stayed a Mul and an Add; one entry per call site
+    sites     where each norm went, one `normswap.folding.Fate` per call: by which rewrite, into which layers, what is left of it and why
+    folded    the names of those of which nothing is left; residue: the others
+    skeleton  the operators of the same model without its norms
+    extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
     parity    what comparing the file to the model gave, once somebody did
     """
@@ -71,13 +70,22 @@ class Export:
     path: Path
     opset: int
     nodes: Mapping[str, int]
-    folded: tuple[str, ...]
-    residue: tuple[str, ...]
+    sites: tuple[Fate, ...]
+    skeleton: Mapping[str, int]
+    extra: Mapping[str, int]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic: bool = True
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites if not site.left)
+
+    @property
+    def residue(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites if site.left)
 
 
 def export(
@@ -110,27 +118,29 @@ def export(
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
     weights = list(graph.graph.initializers.values())
-    folded, residue = _fold(graph, sites)
+    fates, skeleton = _fold(graph, sites)
     del sites
     _tidy(graph, *names)
+    extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
-    proto, tensors = _skeleton(graph)
+    proto, tensors = onnx_file.skeleton(graph)
     for value in weights:
         value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
     del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
-    nodes = _census(proto.graph)
-    _write(proto, tensors, Path(path))
+    nodes = onnx_file.census(proto.graph)
+    onnx_file.write(proto, tensors, Path(path))
     del tensors
     gc.collect()  # a graph refers to itself all over; with it go the folded weights
     return Export(
         path=Path(path),
         opset=opset,
         nodes=nodes,
-        folded=folded,
-        residue=residue,
+        sites=tuple(fates),
+        skeleton=dict(skeleton.most_common()),
+        extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
         dynamic=free,
@@ -332,33 +342,40 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fold every norm where that is exact; the names of those that vanished, and of those that stayed."""
+def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[str]]:
+    """Fold every norm where that is exact: where each went, and the operators that there are without them."""
+    from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    from normswap.folding import REWRITES, Constants
+    from normswap.folding import Constants, fold
 
     if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
         optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
     constants = Constants(model.graph)
-    folded: list[str] = []
-    residue: list[str] = []
-    nodes = list(model.graph.all_nodes())
-    names = {str(node.name) for node in nodes}
-    for node in nodes:
-        affine = _marked(node, sites) or _spelled_out(node, constants)
-        if affine is None:
-            continue
-        with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
-            done = any(rewrite(affine, constants) for rewrite in REWRITES)
-            if not done and node.domain == _DOMAIN:
-                _spell_out(affine, sites[node.attributes.get_int("site")].norm, constants, names)
-        (folded if done else residue).append(affine.name)
-    return tuple(folded), tuple(residue)
+    common.RemoveUnusedNodesPass()(model)
+    found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
+    affines = [affine for affine in found if affine is not None]
+    skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
+    return fold(model.graph, affines, constants), skeleton
+
+
+def _operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes() if n not in without)
+
+
+def _alike(operators: Counter[str]) -> Counter[str]:
+    """Max(x, a constant) costs what Relu costs, and a MatMul with a bias is a Gemm."""
+    places = {"Max": "Relu", "Gemm": "MatMul"}
+    counts: Counter[str] = Counter()
+    for name, count in operators.items():
+        counts[places.get(name, name)] += count
+    return counts
 
 
 def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
     """The affine of a normswap::Affine."""
+    import onnx_ir as ir
+
     from normswap.folding import Affine
 
     x = node.inputs[0] if node.domain == _DOMAIN else None
@@ -366,34 +383,12 @@ def _marked(node: ir.Node, sites: Sequence[_Site]) -> Affine | None:
         return None
     site = sites[node.attributes.get_int("site")]
     assert x.shape is not None
-    scale, shift = (t.cpu().numpy() for t in site.norm.folded(len(x.shape)))
-    return Affine(site.name, x, node.outputs[0], (node,), scale, shift)
-
-
-def _spell_out(affine: Affine, norm: BatchlessNorm, constants: Constants, names: set[str]) -> None:
-    """Mul and Add in the norm's precision, with casts around them if x has less, as BatchlessNorm.forward computes it."""
-    import onnx_ir as ir
-
-    assert affine.x.dtype is not None
-    double = norm.mean.dtype == torch.float64 or affine.x.dtype == ir.DataType.DOUBLE
-    wide = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
-    scale, shift = (
-        constants.add(f"{affine.name}.{name}", array.astype(wide.numpy()))
-        for name, array in (("scale", affine.scale), ("shift", affine.shift))
-    )
-    steps: list[tuple[str, list[ir.Value], list[ir.Attr]]] = [("Mul", [scale], []), ("Add", [shift], [])]
-    if affine.x.dtype != wide:
-        steps = [("Cast", [], [ir.AttrInt64("to", wide)]), *steps, ("Cast", [], [ir.AttrInt64("to", affine.x.dtype)])]
-    value = affine.x
-    mark = affine.nodes[0]
-    for op_type, others, attributes in steps:
-        names.add(name := _unused(f"{affine.name}.{op_type}", names))  # onnxruntime wants them all different
-        node = ir.Node("", op_type, [value, *others], attributes, name=name)
-        mark.prepend(node)
-        value = node.outputs[0]
-        value.shape = affine.y.shape
-        value.type = ir.TensorType(ir.DataType(attributes[0].as_int()) if attributes else wide)
-    affine.replace_by(value)
+    rank, norm = len(x.shape), site.norm
+    scale, shift = (t.cpu().numpy() for t in norm.folded(rank))
+    mean, std = (t.detach().expand(norm.mean.shape) for t in norm.statistics(torch.float64))
+    size = (mean.square() + std.square()).sqrt().expand(norm.sizes).reshape(scale.shape).cpu().numpy()
+    double = norm.mean.dtype == torch.float64 or x.dtype == ir.DataType.DOUBLE
+    return Affine(site.name, (node,), scale, shift, size=size, wide=ir.DataType.DOUBLE if double else ir.DataType.FLOAT)
 
 
 def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
@@ -411,13 +406,13 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
     x, scale = _and_constant(multiply, constants)
     if x is None or x.shape is None:
         return None
-    y, nodes, shape = node.outputs[0], [multiply, node], x.shape
+    y, nodes, rank, index = node.outputs[0], [multiply, node], len(x.shape), list(multiply.inputs).index(x)
     casts = x.producer(), next(iter(y.consumers()), None)
     if only_use(x) and only_use(y) and all(c is not None and c.op_type == "Cast" and _norm_around(c) == name for c in casts):
         before, after = cast(tuple["ir.Node", "ir.Node"], casts)
-        x, y, nodes = cast("ir.Value", before.inputs[0]), after.outputs[0], [before, *nodes, after]
-    scale, shift = (a.astype(np.float64).reshape((1,) * (len(shape) - a.ndim) + a.shape) for a in (scale, shift))
-    return Affine(name, x, y, tuple(nodes), scale, shift)
+        nodes, index = [before, *nodes, after], 0
+    scale, shift = (a.astype(np.float64).reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, shift))
+    return Affine(name, tuple(nodes), scale, shift, index, wide=x.dtype)
 
 
 def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
@@ -472,27 +467,10 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     model.metadata_props.clear()
 
 
-def _skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """(the model with its large constants as inputs, those constants): ONNX's own tools copy a model several times."""
-    import onnx_ir as ir
-
-    large: dict[str, ir.TensorProtocol] = {}
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        assert tensor is not None
-        if tensor.nbytes >= _STREAMED and tensor.dtype.bitwidth % 8 == 0:
-            large[name] = tensor
-            value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-            value.const_value = None
-            del model.graph.initializers[name]
-            model.graph.inputs.append(value)
-    return ir.to_proto(model), large
-
-
 def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     import onnx
 
-    if _opset_of(proto) > opset:
+    if onnx_file.opset_of(proto) > opset:
         _drop_defaults(proto)
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
@@ -501,9 +479,9 @@ def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
                 f"this model cannot be written in opset {opset}: {_first_line(error)}",
                 hint=f"opset {_TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
             ) from error
-    if _opset_of(proto) != opset:
+    if onnx_file.opset_of(proto) != opset:
         raise ExportError(
-            f"opset {opset} was asked for, but this model came out in opset {_opset_of(proto)}",
+            f"opset {opset} was asked for, but this model came out in opset {onnx_file.opset_of(proto)}",
             hint=f"the default is opset {DEFAULT_OPSET}",
         )
     onnx.helper.set_model_props(proto, {"normswap_version": version_of("normswap")})
@@ -515,13 +493,9 @@ def _drop_defaults(proto: onnx.ModelProto) -> None:
     import onnx
 
     for node in proto.graph.node:
-        known = onnx.defs.get_schema(node.op_type, _opset_of(proto), node.domain).attributes
+        known = onnx.defs.get_schema(node.op_type, onnx_file.opset_of(proto), node.domain).attributes
         for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
             node.attribute.remove(attribute)
-
-
-def _opset_of(proto: onnx.ModelProto) -> int:
-    return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _check(proto: onnx.ModelProto) -> None:
@@ -533,108 +507,3 @@ def _check(proto: onnx.ModelProto) -> None:
         line = _first_line(error)
         hint = "most operators take bfloat16 from opset 22 on" if "bfloat16" in line else _NO_ONNX
         raise ExportError(f"the ONNX graph that torch made is not valid: {line}", hint=hint) from error
-
-
-def _census(graph: onnx.GraphProto) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-
-    def count(graph: onnx.GraphProto) -> None:
-        for node in graph.node:
-            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
-            for attribute in node.attribute:
-                for inner in (attribute.g, *attribute.graphs):
-                    count(inner)
-
-    count(graph)
-    return dict(counts.most_common())
-
-
-def _write(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:
-    """Write the model, its large constants straight from memory; beyond _INLINE_LIMIT to `<path>.data`."""
-    for value in [value for value in proto.graph.input if value.name in tensors]:
-        proto.graph.input.remove(value)
-    if sum(tensor.nbytes for tensor in tensors.values()) > _INLINE_LIMIT:
-        data = path.with_name(f"{path.name}.data")
-        entries = _external_entries(tensors, data.name)
-        with _replacing(data) as file:
-            for tensor in tensors.values():
-                file.write(_bytes_of(tensor))
-        proto.graph.initializer.extend(entries)
-        tensors = {}
-    with _replacing(path) as file:
-        _write_inline(proto, tensors, file)
-
-
-def _external_entries(tensors: Mapping[str, ir.TensorProtocol], location: str) -> list[onnx.TensorProto]:
-    import onnx
-
-    entries, offset = [], 0
-    for name, tensor in tensors.items():
-        entry = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape.numpy(), data_location=onnx.TensorProto.EXTERNAL)
-        for key, value in (("location", location), ("offset", offset), ("length", tensor.nbytes)):
-            entry.external_data.add(key=key, value=str(value))
-        entries.append(entry)
-        offset += tensor.nbytes
-    return entries
-
-
-def _write_inline(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], file: BinaryIO) -> None:
-    """The bytes of `proto` with `tensors` among its initializers, without ever holding them.
-
-    A protobuf message is a list of fields in any order, each a key and a value; a message inside a message is a key, a length and its
-    own fields. So the large tensors can be appended to the serialized rest of the graph, as long as the lengths are known.
-    """
-    import onnx
-
-    graph = proto.graph.SerializeToString()
-    heads = [onnx.TensorProto(name=n, data_type=t.dtype, dims=t.shape.numpy()).SerializeToString() for n, t in tensors.items()]
-    raw_data, initializer, graph_field = (
-        message.DESCRIPTOR.fields_by_name[name].number
-        for message, name in ((onnx.TensorProto, "raw_data"), (onnx.GraphProto, "initializer"), (onnx.ModelProto, "graph"))
-    )
-    prefixes, length = [], len(graph)
-    for head, tensor in zip(heads, tensors.values(), strict=True):
-        body = head + _field(raw_data, tensor.nbytes)
-        prefixes.append(_field(initializer, len(body) + tensor.nbytes) + body)
-        length += len(prefixes[-1]) + tensor.nbytes
-    proto.ClearField("graph")
-    file.write(proto.SerializeToString() + _field(graph_field, length) + graph)
-    for prefix, tensor in zip(prefixes, tensors.values(), strict=True):
-        file.write(prefix)
-        file.write(_bytes_of(tensor))
-
-
-def _field(number: int, length: int) -> bytes:
-    """Key and length of a protobuf field of `length` bytes (wire type 2), as varints: seven bits a byte, lowest first."""
-    result = bytearray()
-    for value in (number << 3 | 2, length):
-        while value > 0x7F:
-            result.append(value & 0x7F | 0x80)
-            value >>= 7
-        result.append(value)
-    return bytes(result)
-
-
-def _bytes_of(tensor: ir.TensorProtocol) -> bytes | memoryview:
-    """The tensor as ONNX stores it, little-endian, without a copy where the memory is so."""
-    if sys.byteorder == "big":
-        return tensor.tobytes()
-    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears as `path` once it is complete and on the disk, and not at all if anything fails before."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error

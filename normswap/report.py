@@ -20,6 +20,8 @@ from normswap.plan import Plan, Skip, Swap
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from normswap.fold import Folded
+    from normswap.folding import Fate
     from normswap.sensitivity import Choice, Measurement, Sensitivity
 
 SCHEMA_VERSION = 1
@@ -34,7 +36,7 @@ class Report:
 
     source    what was converted, as the user named it
     parities  by leg ("torch", "onnxruntime (all)"), in the order they were measured; empty for a plan
-    onnx      opset, nodes by operator before and after folding, residue: the sites that stayed as Mul and Add; None without ONNX
+    onnx      opset, nodes by operator, where each norm went, and what the file has on top of the model without norms; None without ONNX
     seconds   by stage, in order
     files     what was written, relative to the output directory
     fits      for each layer that was calibrated or re-estimated, how well that went (`calibrate.Fit`)
@@ -84,6 +86,7 @@ class Report:
     def summary(self) -> str:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
+        lines += self._residue()
         approximate = sum(known["approximate"] for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
@@ -92,6 +95,14 @@ class Report:
         unseen = [(f"has an input of unknown shape: {known['unseen']}", known["name"]) for known in self.facts if known["unseen"]]
         lines += [f"  note: {names} {text}" for text, names in _by_text(unseen)]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
+
+    def _residue(self) -> list[str]:
+        """What of the norms is left in the ONNX file, and why."""
+        sites = (self.onnx or {}).get("sites", ())
+        left = [site for site in sites if site["left"]]
+        gone = [f"  onnx: {len(sites) - len(left)} of {len(sites)} calls of norms cost nothing"] if sites else []
+        said = [(f"in the file as {' and '.join(site['left'])}: {site['reason']}", site["name"]) for site in left]
+        return [*gone, *(f"  onnx: {names} {text}" for text, names in _by_text(said))]
 
     @property
     def verdict(self) -> str:
@@ -171,7 +182,8 @@ class Report:
         facts = [
             ("found by", self.plan.backend),
             *(("note", note) for note in self.plan.notes),
-            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items()),
+            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items() if key != "sites"),
+            *(("onnx", line.partition("onnx: ")[2]) for line in self._residue()),
             ("files", _plain(self.files)),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())),
             ("versions", _plain(self.versions)),
@@ -502,6 +514,65 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; 
 </body>
 </html>
 """
+
+
+# -- where the norms of an ONNX file went --------------------------------------------------------------------------------------
+
+FOLD_VERSION = 1
+WAYS = {
+    "": "stays",
+    "into_producer": "into the layer before it",
+    "into_consumers": "into what reads it",
+    "stream_shift": "into what reads it and what comes before",
+    "threshold": "through a ReLU into what reads it",
+    "into_producers": "into all that comes before it",
+}
+
+
+def fates_json(sites: Iterable[Fate]) -> list[dict[str, Any]]:
+    """Where each norm went. docs/report.md documents it."""
+    return [{**asdict(site), "into": list(site.into), "left": list(site.left)} for site in sites]
+
+
+def fold_json(source: str, result: Folded) -> dict[str, Any]:
+    """What folding one ONNX file did, as strict JSON. docs/report.md documents it."""
+    return {
+        "version": FOLD_VERSION,
+        "status": "folded" if result.changed else "nothing to fold",
+        "source": source,
+        "path": str(result.path),
+        "nodes_before": dict(result.before),
+        "nodes": dict(result.nodes),
+        "sites": fates_json(result.sites),
+        "notes": list(result.notes),
+        "parity": None if result.parity is None else parity_json(result.parity),
+        "versions": versions(),
+    }
+
+
+def fold_table(result: Folded) -> Table:
+    """One row for each norm, and for each chain of products and sums with constants."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("site", "what", "left", "why", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
+    for site in result.sites:
+        table.add_row(*map(Text, (site.name, WAYS[site.how], ", ".join(site.left), site.reason)))
+    return table
+
+
+def fold_summary(result: Folded) -> str:
+    """What was folded, and what was measured. Plain text."""
+    gone = sum(not site.left for site in result.sites)
+    before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
+    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else "nothing to fold"]
+    if result.parity is not None:
+        lines.append(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+    lines += [f"  note: {note}" for note in result.notes]
+    return "\n".join([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
 
 
 # -- one Sensitivity -------------------------------------------------------------------------------------------------------------

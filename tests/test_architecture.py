@@ -50,7 +50,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "swap": STAGE | {"calls", "graphs", "coupling"},
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
-    "export": STAGE | {"folding", "versions", "injection"},
+    "onnx_file": frozenset({"errors"}),
+    "export": STAGE | {"folding", "versions", "injection", "onnx_file"},
+    "fold": STAGE | {"folding", "versions", "onnx_file"},
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
@@ -60,7 +62,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
     "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "swap", "sensitivity"},
     "commands": STAGE
-    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "save", "report", "graphs"},
+    | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
+    | {"graphs"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

@@ -1,4 +1,4 @@
-"""Rewrites on ONNX graphs: each is compared to the graph it came from, in float64 and by onnx's own evaluator."""
+"""An affine into the layer before it: each graph is compared to the one it came from, in float64 and by onnx's own evaluator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import parser
 from onnx.numpy_helper import from_array, to_array
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from normswap.folding import REWRITES, Affine, Constants
+from normswap.folding import Affine, Constants, into_producer
 
 RNG = np.random.default_rng(20260)
 
@@ -37,9 +37,9 @@ def fold(proto: onnx.ModelProto) -> tuple[bool, onnx.ModelProto]:
     mul = next(n for n in model.graph if n.outputs[0].name == "scaled")
     constants = Constants(model.graph)
     scale, shift = (constants.of(v).astype(np.float64) for v in (mul.inputs[1], add.inputs[1]))
-    affine = Affine("norm", mul.inputs[0], add.outputs[0], (mul, add), scale, shift)
+    affine = Affine("norm", (mul, add), scale, shift)
     with np.errstate(all="ignore"):
-        done = any(rewrite(affine, constants) for rewrite in REWRITES)
+        done = into_producer.fold(affine, constants, adding=True) is not None
     if done:
         model.graph.outputs[0].name = "y"
     RemoveUnusedNodesPass()(model)
@@ -118,7 +118,41 @@ MUST_FOLD = {
     ),
 }
 
+MUST_FOLD |= {
+    "conv, transposed": (
+        "c = Conv(x, w, b) h = Transpose <perm=[0,2,3,1]> (c)",
+        CONV2D | {"scale": channels(4, (1, 1, 1, 4)), "shift": channels(4, (1, 1, 1, 4))},
+        IMAGE,
+    ),
+    "conv, flattened": (
+        "c = Conv(x, w, b) h = Flatten(c)",
+        CONV2D | {"scale": np.repeat(channels(4, (1, 4)), 25, 1), "shift": np.repeat(channels(4, (1, 4)), 25, 1)},
+        IMAGE,
+    ),
+    "matmul + bias 3d, heads apart": (
+        "m = MatMul(x, w) c = Add(m, b) r = Reshape(c, heads) h = Transpose <perm=[0,2,1,3]> (r)",
+        {"w": normal(3, 10), "b": normal(10), "scale": normal(1, 1, 1, 5), "shift": normal(1, 1, 1, 5), "heads": np.array([0, 7, 2, 5])},
+        CUBE,
+    ),
+}
+
 MUST_NOT_FOLD = {
+    "a flattened conv, and an affine that varies in space": (
+        "c = Conv(x, w, b) h = Flatten(c)",
+        CONV2D | {"scale": normal(1, 100), "shift": normal(1, 100)},
+        IMAGE,
+    ),
+    "heads mixed with rows": (
+        "m = MatMul(x, w) c = Add(m, b) h = Reshape(c, mixed)",
+        {"w": normal(3, 10), "b": normal(10), "scale": normal(1, 1, 7), "shift": normal(1, 1, 7), "mixed": np.array([2, 10, 7])},
+        CUBE,
+    ),
+    "a transposed conv that something else reads": (
+        "c = Conv(x, w, b) h = Transpose <perm=[0,2,3,1]> (c) z = Relu(c)",
+        CONV2D | {"scale": channels(4, (1, 1, 1, 4)), "shift": channels(4, (1, 1, 1, 4))},
+        IMAGE,
+        "double y, double z",
+    ),
     "an activation between": ("c = Conv(x, w, b) h = Relu(c)", CONV2D, IMAGE),
     "something else reads the conv": ("h = Conv(x, w, b) z = Relu(h)", CONV2D, IMAGE, "double y, double z"),
     "the product is an output, too": ("h = Conv(x, w, b)", CONV2D, IMAGE, "double y, double scaled"),
@@ -275,7 +309,7 @@ def test_products_are_rounded_once_from_float64() -> None:
 def test_large_weights_are_folded_in_slices_with_the_same_result() -> None:
     weight, scale = RNG.standard_normal((700, 1900), dtype=np.float32), normal(700, 1)
     model = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [from_array(weight, "w")])))
-    value = Constants(model.graph).scaled(model.graph.initializers["w"], scale, weight.shape)
+    value = Constants(model.graph).scaled(model.graph.initializers["w"], (scale,), weight.shape)
     np.testing.assert_array_equal(value.const_value.numpy(), (weight.astype(np.float64) * scale).astype(np.float32))
 
 
@@ -283,7 +317,7 @@ def test_the_same_product_is_made_once() -> None:
     weight = normal(4, 3).astype(np.float32)
     model = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [from_array(weight, "w")])))
     constants, value, scale = Constants(model.graph), model.graph.initializers["w"], normal(4, 1)
-    first, again, other = (constants.scaled(value, s, (4, 3)) for s in (scale, scale.copy(), scale + 1))
+    first, again, other = (constants.scaled(value, (s,), (4, 3)) for s in (scale, scale.copy(), scale + 1))
     assert first is again
     assert first is not other
     assert {"w", "w_folded", "w_folded_1"} == set(model.graph.initializers)

@@ -268,6 +268,12 @@ def full() -> Report:
             "nodes": {"Conv": 3, "Mul": 1},
             "folded": ["stem.norm"],
             "residue": ["body.norm"],
+            "sites": [
+                {"name": "stem.norm", "how": "into_producer", "into": ["node_conv"], "left": [], "reason": ""},
+                {"name": "body.norm", "how": "", "into": [], "left": ["BatchNormalization"], "reason": "an output is next to it"},
+            ],
+            "skeleton": {"Conv": 3},
+            "extra": {"BatchNormalization": 1},
             "notes": [],
         },
         seconds={"load": 0.25},
@@ -275,6 +281,15 @@ def full() -> Report:
         fits=map(dataclasses.asdict, FITS),
         facts=FACTS,
     )
+
+
+def test_the_summary_says_what_is_left_in_the_file_and_why() -> None:
+    lines = [line for line in full().summary().splitlines() if "onnx:" in line]
+    assert lines == [
+        "  onnx: 1 of 2 calls of norms cost nothing",
+        "  onnx: body.norm in the file as BatchNormalization: an output is next to it",
+    ]
+    assert "body.norm in the file as BatchNormalization" in full().html()
 
 
 def test_json_is_strict_and_says_not_a_number_in_words() -> None:
@@ -327,7 +342,7 @@ def keys(value: object) -> Iterator[str]:
             yield key
             if key == "parities":
                 yield from (inner for leg in item.values() for inner in keys(leg))
-            elif key not in {"seconds", "versions", "nodes"}:
+            elif key not in {"seconds", "versions", "nodes", "skeleton", "extra"}:
                 yield from keys(item)
     elif isinstance(value, list):
         for item in value:

@@ -14,38 +14,56 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
     """y = x * scale + shift, one call of one norm.
 
     name    the norm's qualified name
-    x, y    the values in the graph                    nodes   what computes y from x, and is removed when y is computed otherwise
+    nodes   what computes y from x, in order, and is removed when y is computed otherwise; `index` says which input of the first is x
     scale, shift   float64, with as many dimensions as x, size 1 on every axis that shares them
+    size    how large x is, its root mean square, shaped likewise, if the norm's statistics say so
+    wide    what the norm computes in, where that is more than the dtype of x
     """
 
     name: str
-    x: ir.Value
-    y: ir.Value
     nodes: tuple[ir.Node, ...]
     scale: Array
     shift: Array
+    index: int = 0
+    size: Array | None = None
+    wide: ir.DataType | None = None
 
-    def along(self, axis: int, *, rank: int, size: int) -> tuple[Array, Array] | None:
-        """(scale, shift) as vectors of `size` if x has `rank` dimensions and they vary along `axis` alone, else None."""
-        both = np.stack(np.broadcast_arrays(self.scale, self.shift))
-        channels = both.shape[1:][axis] if both.ndim == rank + 1 else 0
-        if channels not in (1, size) or both[0].size != channels:
-            return None
-        scale, shift = np.broadcast_to(both.reshape(2, channels), (2, size))
-        return scale, shift
+    @property
+    def x(self) -> ir.Value:
+        value = self.nodes[0].inputs[self.index]
+        assert value is not None
+        return value
+
+    @property
+    def y(self) -> ir.Value:
+        return self.nodes[-1].outputs[0]
+
+    def typical(self) -> Array:
+        """The root mean square of x, or what it probably is: an output of a norm is about 1."""
+        if self.size is not None:
+            return self.size
+        scale = np.abs(self.scale[self.scale != 0])
+        return np.full((1,) * self.scale.ndim, float(np.median(1 / scale)) if scale.size else 0.0)
 
     def is_private(self) -> bool:
         """Whether nothing else sees x, or anything on the way from x to y."""
-        return only_use(self.x) and all(only_use(node.outputs[0]) for node in self.nodes[:-1])
+        return only_use(self.x) and self.is_closed()
+
+    def is_closed(self) -> bool:
+        """Whether nothing else sees anything on the way from x to y."""
+        return all(only_use(node.outputs[0]) for node in self.nodes[:-1])
 
     def replace_by(self, value: ir.Value) -> None:
-        """Let everything that reads y read `value`, and remove what computed y."""
-        ir.convenience.replace_all_uses_with(self.y, value, replace_graph_outputs=True)
+        """Let everything that reads y read `value`, and remove what computed y. An output of the graph keeps its name."""
+        y = self.y
+        if y.is_graph_output() and not value.is_graph_output():
+            y.name, value.name = value.name, y.name
+        ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
         for node in reversed(self.nodes):
             assert node.graph is not None
             node.graph.remove(node, safe=True)
@@ -73,15 +91,15 @@ class Constants:
             made = self._made[key] = self._register(name, array)
         return made
 
-    def scaled(self, weight: ir.Value, scale: Array, view: Sequence[int]) -> ir.Value | None:
-        """weight * scale, computed in float64 and rounded once to the weight's dtype.
+    def scaled(self, weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> ir.Value | None:
+        """weight * factors, computed in float64 and rounded once to the weight's dtype.
 
-        `scale` has as many dimensions as `view`, a shape of the weight in which the channels have axes of their own.
+        A factor has as many dimensions as `view`, a shape of the weight in which the channels have axes of their own.
         None if the dtype cannot hold the product: an overflow, or a channel so small that its values lose digits.
         """
-        key = (id(weight), scale.shape, scale.tobytes())
+        key = (id(weight), *(part for factor in factors for part in (factor.shape, factor.tobytes())))
         if key not in self._made:
-            array = _scaled(weight, scale, view)
+            array = _scaled(weight, factors, view)
             self._made[key] = None if array is None else self._register(f"{weight.name}_folded", array)
         return self._made[key]
 
@@ -95,21 +113,44 @@ class Constants:
         return value
 
 
-def _scaled(weight: ir.Value, scale: Array, view: Sequence[int]) -> Array | None:
+def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> Array | None:
     tensor = ir.convenience.get_const_tensor(weight)
     assert tensor is not None
     array = tensor.numpy().reshape(view)
-    shared = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
-    highest, lowest = (np.asarray(f(axis=shared, keepdims=True), np.float64) for f in (array.max, array.min))
-    if not fits(np.maximum(highest, -lowest) * np.abs(scale), array.dtype):
+    if not fits_product(array, *factors):
         return None
     result = np.empty_like(array)
-    # In slices: a whole weight in float64 would be the largest thing in memory.
-    step = max(1, (1 << 20) * len(array) // max(1, array.size))
-    for start in range(0, len(array), step):
-        part = slice(start, start + step)
-        result[part] = array[part].astype(np.float64) * (scale[part] if len(scale) > 1 else scale)
+    for part in slices(array):
+        piece = array[part].astype(np.float64)
+        for factor in factors:
+            piece = piece * factor_of(factor, part)
+        result[part] = piece
     return result.reshape(tensor.shape.numpy())
+
+
+def slices(array: Array) -> list[slice]:
+    """Parts along axis 0, to be taken to float64 one by one: as a whole, a weight would be the largest thing in memory."""
+    step = max(1, (1 << 20) * len(array) // max(1, array.size))
+    return [slice(start, start + step) for start in range(0, len(array), step)]
+
+
+def factor_of(factor: Array, part: slice) -> Array:
+    """That of a part."""
+    return factor[part] if len(factor) > 1 else factor
+
+
+def fits_product(array: Array, *factors: Array) -> bool:
+    """Whether its dtype holds the array times the factors: no overflow, and no channel so small that its values lose digits."""
+    largest: list[Array] = [np.zeros(factor.shape) for factor in factors]
+    for part in slices(array):
+        piece = np.abs(array[part].astype(np.float64))
+        for factor in factors:
+            piece = piece * np.abs(factor_of(factor, part))
+        for maxima in largest:
+            others = tuple(axis for axis in range(maxima.ndim) if maxima.shape[axis] == 1)
+            found = piece.max(axis=others, keepdims=True, initial=0.0)
+            factor_of(maxima, part)[...] = np.maximum(factor_of(maxima, part), found)
+    return all(fits(maxima, array.dtype) for maxima in largest)
 
 
 def fits(largest: Array, dtype: np.dtype[Any], *, zero_below: bool = False) -> bool:

@@ -1,0 +1,150 @@
+"""Folds what any ONNX file holds of normalization into its layers, without the model that it was made from.
+
+1. The file is read and checked, and the shapes of its values are inferred.
+2. Its affines are found (`normswap.folding.found`) and folded where that is exact (`normswap.folding`).
+3. If any could be, the new graph is written; if none, the file is copied as it is.
+
+Whether the two files are the same function is for `verify` to say, before the new one gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normswap import onnx_file
+from normswap.errors import ExportError, LoadError
+from normswap.parity import Parity
+from normswap.versions import version_of
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from normswap.folding import Fate
+
+OLDEST = 13  # the opset from which on every operator that is rewritten means what it means today
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An ONNX file that was folded, or copied because there was nothing to fold.
+
+    before, nodes  how often each operator occurs in the file that came in, and in the one that was written
+    sites          where each affine went, one `normswap.folding.Fate` each
+    notes          why nothing was folded, if that is not for the sites to say
+    parity         what comparing the two files gave, once somebody did
+    """
+
+    path: Path
+    before: Mapping[str, int]
+    nodes: Mapping[str, int]
+    sites: tuple[Fate, ...] = ()
+    notes: tuple[str, ...] = ()
+    parity: Parity | None = None
+
+    @property
+    def changed(self) -> bool:
+        return any(site.how or site.into for site in self.sites) or dict(self.before) != dict(self.nodes)
+
+
+def fold(source: Path, target: Path) -> Folded:
+    """Write `source`, folded, to `target`.
+
+    Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    from normswap.folding import Constants
+    from normswap.folding import fold as fold_affines
+    from normswap.folding.found import affines
+
+    proto = read(source)
+    before = onnx_file.census(proto.graph)
+    if onnx_file.opset_of(proto) < OLDEST:
+        note = f"the file has opset {onnx_file.opset_of(proto)}; what is older than {OLDEST} is left as it is"
+        return _copied(source, target, proto, before, (), (note,))
+    known = {tensor.name for tensor in proto.graph.initializer}
+    open_to_callers = [value.name for value in proto.graph.input if value.name in known]
+    model = ir.load(str(source))
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    constants = Constants(model.graph)
+    sites = tuple(fold_affines(model.graph, affines(model.graph, constants), constants))
+    if not any(site.how or site.into for site in sites) and model.graph.num_nodes() == len(proto.graph.node):
+        note = f"{len(open_to_callers)} of its weights are inputs that a caller may replace"
+        return _copied(source, target, proto, before, sites, (note,) if open_to_callers else ())
+    common.RemoveUnusedNodesPass()(model)
+    model.metadata_props["normswap_version"] = version_of("normswap")
+    _with_base(model, source)
+    new, tensors = onnx_file.skeleton(model)
+    _check(new)
+    nodes = onnx_file.census(new.graph)
+    onnx_file.write(new, tensors, target)
+    return Folded(target, before, nodes, sites)
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The file without the data of its large tensors."""
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist", hint="give the path of an .onnx file") from None
+    except Exception as error:
+        raise LoadError(f"{path} is not an ONNX file, or it was cut off: {_line(error)}", hint="write it again from its source") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise LoadError(f"{path} is not an ONNX file: it has no graph", hint="give the path of an .onnx file")
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        raise LoadError(f"{path} is not a valid ONNX file: {_line(error)}", hint="write it again from its source") from error
+    return proto
+
+
+def _copied(
+    source: Path, target: Path, proto: onnx.ModelProto, before: Mapping[str, int], sites: tuple[Fate, ...], notes: tuple[str, ...]
+) -> Folded:
+    """The same bytes under another name, and those of the files that hold its large tensors."""
+    try:
+        shutil.copyfile(source, target)
+        for name in dict.fromkeys(_external(proto)):
+            with contextlib.suppress(shutil.SameFileError):
+                (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.parent / name, target.parent / name)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
+    return Folded(target, before, before, sites, notes)
+
+
+def _external(proto: onnx.ModelProto) -> list[str]:
+    found = []
+    for tensor in proto.graph.initializer:
+        found += [entry.value for entry in tensor.external_data if entry.key == "location"]
+    return found
+
+
+def _with_base(model: ir.Model, source: Path) -> None:
+    """Read what lies in files beside the source: the new file has its own."""
+    import onnx_ir as ir
+
+    ir.external_data.set_base_dir(model.graph, str(source.parent))
+    ir.external_data.load_to_model(model)
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+    except Exception as error:
+        raise ExportError(f"the folded graph is not valid: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

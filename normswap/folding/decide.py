@@ -1,0 +1,127 @@
+"""Decides for every affine of a graph where it goes, then rewrites the graph once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from normswap.folding import into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
+from normswap.folding.affine import Affine, Constants
+from normswap.folding.basis import Bases, Change, Conflict, Imprecise
+from normswap.folding.linear import FLOATS, describe
+
+Attempt = Callable[[Affine, Bases], Change]
+ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
+    ("into_consumers", into_consumers.attempt),
+    ("stream_shift", stream_shift.attempt),
+    ("threshold", threshold.attempt),
+    ("into_producers", into_producers.attempt),
+)
+TOLD = ("threshold", "into_producers")  # whose refusals make up the reason: those that can do the most, forwards and backwards
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Where one affine went.
+
+    how     the rewrite that it went by, "" if none
+    into    the layers whose weights or biases took it, by the names of their nodes
+    left    the operators that remain of it
+    reason  why anything remains, else ""
+    """
+
+    name: str
+    how: str = ""
+    into: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants) -> list[Fate]:
+    """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph."""
+    fates: dict[Affine, Fate] = {}
+    with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
+        for affine in affines:
+            layer = into_producer.fold(affine, constants)
+            if layer is not None:
+                fates[affine] = Fate(affine.name, "into_producer", (layer,))
+        unfit = {affine: reason for affine in affines if affine not in fates and (reason := _unfit(affine)) is not None}
+        left = [affine for affine in affines if affine not in fates and affine not in unfit]
+        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes})
+        for affine in left:
+            fates[affine] = _decide(affine, bases)
+        for affine in left:
+            if not fates[affine].how and not fates[affine].into and not _touched(affine, bases):
+                layer = into_producer.fold(affine, constants, adding=True)
+                if layer is not None:
+                    fates[affine] = Fate(affine.name, "", (layer,), ("Add",), fates[affine].reason)
+        left = [affine for affine in left if not fates[affine].left]
+        pending = [(affine, *remainder.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
+        operators.write(bases)
+        names = {str(node.name) for node in graph.all_nodes()}
+        for affine, scale, shift in pending:
+            if affine in bases.gone:
+                affine.replace_by(affine.x)
+            else:
+                fates[affine] = replace(fates[affine], left=remainder.write(affine, scale, shift, constants, names))
+        for affine, reason in unfit.items():
+            operations = [node for node in affine.nodes if node.op_type != "Cast"]
+            known = all(node.domain == "" for node in operations)  # then it is left as it is
+            types = tuple(node.op_type for node in operations)
+            if not known:
+                types = remainder.write(affine, affine.scale, affine.shift, constants, names)
+            fates[affine] = Fate(affine.name, left=types, reason=reason)
+    return [fates[affine] for affine in affines]
+
+
+def _touched(affine: Affine, bases: Bases) -> bool:
+    """Whether x, y or anything that x is computed from by its layer is stored otherwise."""
+    slots, value = [affine.x, affine.y], affine.x
+    while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None and node not in bases.affines:
+        value = node.inputs[0]
+        slots.append(value)
+        if describe(node, bases.constants) is not None:
+            break
+    return any(slot in bases.known for slot in slots)
+
+
+def _decide(affine: Affine, bases: Bases) -> Fate:
+    reasons: list[str] = []
+    for how, attempt in ATTEMPTS:
+        try:
+            return _accepted(affine, how, attempt(affine, bases))
+        except Conflict as conflict:
+            if how in TOLD or isinstance(conflict, Imprecise):
+                reasons.append(str(conflict))
+    reason = "; ".join(dict.fromkeys(reasons))
+    if not remainder.batch_normalizes(affine):
+        try:
+            return Fate(affine.name, reason=reason, into=_accepted(affine, "scale_alone", scale_alone.attempt(affine, bases)).into)
+        except Conflict:
+            pass
+    return Fate(affine.name, reason=reason)
+
+
+def _accepted(affine: Affine, how: str, change: Change) -> Fate:
+    change.accept()
+    layers = (node.name for node in change.nodes if node not in change.bases.affines and describe(node, change.bases.constants) is not None)
+    return Fate(affine.name, how, tuple(str(name) for name in layers))
+
+
+def _unfit(affine: Affine) -> str | None:
+    """Why no change of basis can be made of it, if so."""
+    x, y = affine.x, affine.y
+    if x.dtype is None or x.dtype != y.dtype or x.dtype.numpy().name not in FLOATS or x.shape is None or y.shape is None:
+        return "its input and output are not of one floating-point type and known shape"
+    if not affine.is_closed():
+        return "something else reads a part of it"
+    sizes = [size if isinstance(size, int) else None for size in x.shape]
+    for array in (affine.scale, affine.shift):
+        if array.ndim != len(sizes) or any(a > 1 and a != size for a, size in zip(array.shape, sizes, strict=True)):
+            return "it repeats its input along an axis"
+        if not np.isfinite(array).all():
+            return "its numbers are not finite"
+    return None

@@ -1,0 +1,177 @@
+r"""The layers of an ONNX graph that are linear in their first input: what they do to a diagonal change of basis on either side.
+
+    y = W x + b        x = a x' + c,  y = p y' + q        y' = (W a / p) x' + (b + W c - q) / p
+
+a, c: one number per input channel; p, q: one per output channel, no p zero. Exact if W and b are constants. With c unequal to 0 it is
+exact only where every output sees every tap of W, so not at a border of zeros.
+
+Shapes of W: Conv (O, I/g, *k); ConvTranspose (I, O/g, *k), output channel g' * O/g + j; Gemm (K, O), or (O, K) under transB; MatMul (K, O).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from normswap.folding.affine import Array, Constants, factor_of, fits, fits_product, only_use, slices
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A node that multiplies by a constant weight, its input 1.
+
+    rank, axis          dimensions of the output, and which of them are its channels
+    in_rank, in_axis    the same of the input
+    view                the shape of the weight in which channels have axes of their own
+    in_shape, out_shape what a vector over input or output channels is reshaped to, to multiply the view
+    factor              what the product is multiplied by (Gemm's alpha)
+    bias                what is added per channel, float64, one number or (channels,)
+    biased              whether the node itself has a place for a bias
+    border              whether some outputs see zeros instead of the input
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    rank: int
+    axis: int
+    in_rank: int
+    in_axis: int
+    view: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    bias: Array
+    biased: bool = True
+    border: bool = False
+    factor: float = 1.0
+
+    @property
+    def inputs(self) -> int:
+        return math.prod(self.in_shape)
+
+    @property
+    def outputs(self) -> int:
+        return math.prod(self.out_shape)
+
+    def response(self, shift: Array) -> Array:
+        """W c: the constant that a constant per input channel becomes."""
+        if not shift.any():
+            return np.zeros(self.outputs)
+        summed = tuple(axis for axis, size in enumerate(self.out_shape) if size == 1)
+        array = _array(self.weight).reshape(self.view)
+        spread = shift.reshape(self.in_shape)
+        parts = []
+        for part in slices(array):
+            product = array[part].astype(np.float64) * factor_of(spread, part)
+            parts.append(product.sum(axis=summed, keepdims=True))
+        total = np.concatenate(parts) if 0 not in summed else np.sum(parts, axis=0)
+        return np.asarray(self.factor * total.reshape(self.outputs))
+
+    def rebased(self, bias_of: Array, scale: Array, shift: Array, out_scale: Array, out_shift: Array) -> Array:
+        """(b + W c - q) / p for the bias b."""
+        return np.broadcast_to((bias_of + self.response(shift) - out_shift) / out_scale, (self.outputs,))
+
+    def weight_factor(self, scale: Array, out_scale: Array) -> tuple[Array, Array]:
+        """What the view of the weight is multiplied by, in two steps."""
+        return scale.reshape(self.in_shape), (1 / out_scale).reshape(self.out_shape)
+
+    def holds(self, scale: Array, shift: Array, out_scale: Array, out_shift: Array) -> bool:
+        """Whether the dtype holds the weight and the bias in the new bases."""
+        array = _array(self.weight)
+        bias = self.rebased(self.bias, scale, shift, out_scale, out_shift)
+        factors = self.weight_factor(scale, out_scale)
+        return fits(np.abs(bias), array.dtype, zero_below=True) and fits_product(array.reshape(self.view), *factors)
+
+
+def describe(node: ir.Node | None, constants: Constants) -> Linear | None:
+    """The node as a Linear, if it is one with constant weight and bias."""
+    makers = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
+    if node is None or node.domain != "" or node.op_type not in makers:
+        return None
+    weight = constants.of(node.inputs[1])
+    return makers[node.op_type](node, weight, constants) if weight is not None and weight.dtype.name in FLOATS else None
+
+
+def _array(value: ir.Value) -> Array:
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def _conv(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
+    bias = vector_of(node, constants)
+    if bias is None:
+        return None
+    group = node.attributes.get_int("group", 1)
+    outputs, inputs, *kernel = weight.shape
+    ones, rank = (1,) * len(kernel), weight.ndim
+    border = any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    view, in_shape, out_shape = weight.shape, (1, inputs, *ones), (outputs, 1, *ones)
+    if group > 1:
+        view = (group, outputs // group, inputs, *kernel)
+        in_shape, out_shape = (group, 1, inputs, *ones), (group, outputs // group, 1, *ones)
+    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=border)
+
+
+def _conv_transpose(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
+    bias = vector_of(node, constants)
+    if bias is None:
+        return None
+    group = node.attributes.get_int("group", 1)
+    inputs, outputs, *kernel = weight.shape
+    ones, rank = (1,) * len(kernel), weight.ndim
+    view, in_shape, out_shape = weight.shape, (inputs, 1, *ones), (1, outputs, *ones)
+    if group > 1:
+        view = (group, inputs // group, outputs, *kernel)
+        in_shape, out_shape = (group, inputs // group, 1, *ones), (group, 1, outputs, *ones)
+    # How many taps an output sees depends on where it lies.
+    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=True)
+
+
+def _gemm(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
+    bias = vector_of(node, constants)
+    if bias is None or weight.ndim != 2:
+        return None
+    transposed = node.attributes.get_int("transB", 0)
+    outputs, inputs = weight.shape if transposed else weight.shape[::-1]
+    in_shape, out_shape = ((1, inputs), (outputs, 1)) if transposed else ((inputs, 1), (1, outputs))
+    in_axis = 0 if node.attributes.get_int("transA", 0) else 1
+    bias = bias * node.attributes.get_float("beta", 1.0)
+    return Linear(
+        node, _value(node), 2, 1, 2, in_axis, weight.shape, in_shape, out_shape, bias, factor=node.attributes.get_float("alpha", 1.0)
+    )
+
+
+def _matmul(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
+    shape = node.outputs[0].shape
+    if weight.ndim != 2 or shape is None or len(shape) < 2:
+        return None
+    rank, (inputs, outputs) = len(shape), weight.shape
+    y = node.outputs[0]
+    reader = next(iter(y.consumers()), None)
+    added = only_use(y) and reader is not None and reader.op_type == "Add" and any(constants.of(v) is not None for v in reader.inputs)
+    biased = rank == 2 and not added  # it then becomes a Gemm
+    return Linear(node, _value(node), rank, rank - 1, rank, rank - 1, weight.shape, (inputs, 1), (1, outputs), np.zeros(()), biased)
+
+
+def _value(node: ir.Node) -> ir.Value:
+    value = node.inputs[1]
+    assert value is not None
+    return value
+
+
+def vector_of(node: ir.Node, constants: Constants) -> Array | None:
+    """The node's input 2: zero if it has none, None if it is not a constant with one number per channel."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return np.zeros(()) if value is None else vector(constants.of(value))
+
+
+def vector(array: Array | None) -> Array | None:
+    """(channels,), in float64, of an array that may have ones in front of it; a bias that varies along another axis is None."""
+    if array is None or array.size != (array.shape or (1,))[-1]:
+        return None
+    return array.reshape(-1).astype(np.float64)

@@ -1,0 +1,305 @@
+"""`normswap fold` on files that others wrote: torch's own exporter, graphs in ONNX's text form, and files that are broken."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import parser
+from onnx.numpy_helper import from_array, to_array
+from torch import nn
+from typer.testing import CliRunner
+
+import normswap.commands
+from benchmarks.onnx_skeletons import PreActivation
+from fixtures.nets import randomise
+from normswap.cli import app
+from normswap.errors import ExportError, LoadError, ParityError, UsageError
+from normswap.fold import Folded, fold
+
+RNG = np.random.default_rng(61)
+
+
+def model_of(
+    body: str, *arrays: onnx.TensorProto, inputs: str = "float[b,3,6,5] x", imports: str = '"": 20', ir_version: int = 10
+) -> onnx.ModelProto:
+    proto = parser.parse_model(f"<ir_version: {ir_version}, opset_import: [{imports}]> g ({inputs}) => (float[ob,oc,oh,ow] y) {{ {body} }}")
+    proto.graph.initializer.extend(arrays)
+    return proto
+
+
+def tensor(name: str, *shape: int, low: float | None = None) -> onnx.TensorProto:
+    array = RNG.standard_normal(shape) if low is None else RNG.uniform(low, low + 1, shape)
+    return from_array(array.astype(np.float32), name)
+
+
+CONV = (tensor("w", 4, 3, 3, 3), tensor("c", 4))
+NORM = (tensor("s", 4, low=0.5), tensor("t", 4), tensor("m", 4), tensor("v", 4, low=0.5))
+NORM3 = (tensor("s", 3, low=0.5), tensor("t", 3), tensor("m", 3), tensor("v", 3, low=0.5))
+
+
+def saved(path: Path, proto: onnx.ModelProto) -> Path:
+    onnx.save(proto, path)
+    return path
+
+
+def run(path: Path, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+# -- what folds -----------------------------------------------------------------------------------------------------------------------
+
+FOLDS: dict[str, tuple[onnx.ModelProto, dict[str, int]]] = {
+    "conv, norm": (model_of("h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)", *CONV, *NORM), {"Conv": 1}),
+    "norm, conv": (
+        model_of("h = BatchNormalization <epsilon=0.01> (x, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3),
+        {"Conv": 1},
+    ),
+    "the four operations of a norm by hand": (
+        model_of(
+            "h = Conv(x, w) h1 = Sub(h, m) h2 = Div(h1, s) h3 = Mul(h2, k) y = Add(t, h3)",
+            *CONV,
+            *(tensor(name, 4, 1, 1, low=0.5) for name in "mskt"),
+        ),
+        {"Conv": 1},
+    ),
+    "the four operations, and nowhere to go": (
+        model_of("h = Sub(x, m) h1 = Mul(h, s) h2 = Mul(h1, k) y = Add(h2, t)", *(tensor(name, 3, 1, 1, low=0.5) for name in "mskt")),
+        {"BatchNormalization": 1},
+    ),
+    "a number minus x": (model_of("h = Sub(one, x) y = Conv(h, w, c)", *CONV, from_array(np.float32(1), "one")), {"Conv": 1}),
+    "through a ReLU": (
+        model_of("z = Tanh(x) h = BatchNormalization(z, s, t, m, v) r = Relu(h) y = Conv(r, w, c)", *CONV, *NORM3),
+        {"Tanh": 1, "Max": 1, "Conv": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDS)
+def test_folds(case: str, tmp_path: Path) -> None:
+    proto, nodes = FOLDS[case]
+    source = saved(tmp_path / "in.onnx", proto)
+    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
+    assert result.changed
+    assert result.nodes == nodes
+    assert result.parity is not None
+    assert result.parity.passed
+    for batch in (1, 7):
+        x = RNG.standard_normal((batch, 3, 6, 5)).astype(np.float32)
+        want, got = run(source, x), run(tmp_path / "out.onnx", x)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    made = onnx.load(tmp_path / "out.onnx")
+    assert [(o.domain, o.version) for o in made.opset_import] == [("", 20)]
+    assert [value.name for value in (*made.graph.input, *made.graph.output)] == ["x", "y"]
+
+
+def test_a_file_of_torchs_exporter(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = randomise(PreActivation(), 3).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    x = torch.randn(2, 3, 12, 10)
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        torch.onnx.export(model, (x,), source, dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False, external_data=False)
+    result = normswap.commands.fold_file(str(source), target)
+    assert all(site.left == () for site in result.sites)
+    assert not {"BatchNormalization", "Mul"} & set(result.nodes)
+    assert result.nodes["Add"] == 4
+    with torch.no_grad():
+        want = model.double()(x.double()).numpy()
+    assert np.abs(run(target, x.numpy()) - want).max() <= 1e-5 * np.abs(want).max()
+    again = normswap.commands.fold_file(str(target), tmp_path / "again.onnx")
+    assert not again.changed
+    assert (tmp_path / "again.onnx").read_bytes() == target.read_bytes()
+
+
+def test_large_weights_stay_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normswap.onnx_file, "INLINE_LIMIT", 100_000)
+    wide = (tensor("w", 300, 3, 9, 9), *(tensor(name, 300, low=0.5) for name in "stmv"))
+    proto = model_of("h = Conv(x, w) y = BatchNormalization(h, s, t, m, v)", *wide, inputs="float[b,3,11,10] x")
+    source = tmp_path / "in" / "model.onnx"
+    source.parent.mkdir()
+    onnx.save(proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    result = normswap.commands.fold_file(str(source), tmp_path / "out" / "model.onnx")
+    assert result.nodes == {"Conv": 1}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx.data"]
+    x = RNG.standard_normal((2, 3, 11, 10)).astype(np.float32)
+    want, got = run(source, x), run(tmp_path / "out" / "model.onnx", x)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+# -- what does not --------------------------------------------------------------------------------------------------------------------
+
+UNCHANGED: dict[str, Callable[[], onnx.ModelProto]] = {
+    "no norm": lambda: model_of("h = Conv(x, w, c) y = Relu(h)", *CONV),
+    "a norm with nothing to take it": lambda: model_of("y = BatchNormalization(x, s, t, m, v)", *NORM3),
+    "a norm between two activations": lambda: model_of("a = Tanh(x) h = BatchNormalization(a, s, t, m, v) y = Sigmoid(h)", *NORM3),
+    "a norm in training mode": lambda: model_of(
+        "h, i, j = BatchNormalization <training_mode=1> (x, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3
+    ),
+    "an older opset": lambda: model_of("h = Conv(x, w) y = BatchNormalization(h, s, t, m, v)", *CONV, *NORM, imports='"": 11'),
+    "weights that a caller may replace": lambda: model_of("h = Conv(x, w) y = Relu(h)", *CONV, inputs="float[b,3,6,5] x, float[4,3,3,3] w"),
+    "integers": lambda: model_of(
+        "i = Cast <to=7> (x) j = Mul(i, two) k = Add(j, two) y = Cast <to=1> (k)", from_array(np.array([2]), "two")
+    ),
+    "an operator of somebody's own": lambda: model_of(
+        "h = BatchNormalization(x, s, t, m, v) y = own.Swirl(h)", *NORM3, imports='"": 20, "own": 1'
+    ),
+    "quantised": lambda: model_of(
+        "h = BatchNormalization(x, s, t, m, v) q = QuantizeLinear(h, a, z) p = DequantizeLinear(q, a, z) k = DequantizeLinear(i, a, n) "
+        "y = Conv(p, k)",
+        *NORM3,
+        from_array(np.float32(0.1), "a"),
+        from_array(np.uint8(3), "z"),
+        from_array(np.int8(0), "n"),
+        from_array(RNG.integers(-9, 9, (4, 3, 3, 3)).astype(np.int8), "i"),
+    ),
+    "a weight computed from the input": lambda: model_of(
+        "h = BatchNormalization(x, s, t, m, v) p = GlobalAveragePool(x) q = ReduceSum <keepdims=0> (p, all) k = Mul(w, q) y = Conv(h, k)",
+        *CONV,
+        *NORM3,
+        from_array(np.array([0, 1, 2, 3]), "all"),
+    ),
+    "inside a branch": lambda: model_of(
+        "q = ReduceMax <keepdims=0> (x) p = Greater(q, zero) "
+        "y = If(p) <then_branch = a () => (float[b,3,6,5] o) { o = BatchNormalization(x, s, t, m, v) }, "
+        "else_branch = e () => (float[b,3,6,5] o2) { o2 = Identity(x) }>",
+        *NORM3,
+        from_array(np.float32(0), "zero"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCHANGED)
+def test_nothing_to_fold_is_the_same_bytes(case: str, tmp_path: Path) -> None:
+    source, target = saved(tmp_path / "in.onnx", UNCHANGED[case]()), tmp_path / "out.onnx"
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(target)])
+    assert found.exit_code == 0, found.stderr
+    assert "nothing to fold" in found.stdout
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_it_says_why_nothing_was_folded(tmp_path: Path) -> None:
+    old = fold(saved(tmp_path / "a.onnx", UNCHANGED["an older opset"]()), tmp_path / "b.onnx")
+    assert old.notes == ("the file has opset 11; what is older than 13 is left as it is",)
+    theirs = fold(saved(tmp_path / "a.onnx", UNCHANGED["weights that a caller may replace"]()), tmp_path / "b.onnx")
+    assert theirs.notes == ("1 of its weights are inputs that a caller may replace",)
+
+
+def test_a_copy_takes_its_weights_along(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / "model.onnx"
+    onnx.save(model_of("h = Conv(x, w, c) y = Relu(h)", *CONV), source, save_as_external_data=True, location="w.bin", size_threshold=0)
+    result = normswap.commands.fold_file(str(source), tmp_path / "out" / "model.onnx")
+    assert not result.changed
+    assert (tmp_path / "out" / "w.bin").read_bytes() == (tmp_path / "in" / "w.bin").read_bytes()
+
+
+def test_what_a_norm_cannot_leave_is_said(tmp_path: Path) -> None:
+    result = fold(saved(tmp_path / "a.onnx", UNCHANGED["an operator of somebody's own"]()), tmp_path / "b.onnx")
+    assert isinstance(result, Folded)
+    assert [site.left for site in result.sites] == [("BatchNormalization",)]
+    assert "Swirl" in result.sites[0].reason
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------------------------
+
+
+def broken(kind: str, path: Path) -> Path:
+    data = saved(path, FOLDS["conv, norm"][0]).read_bytes()
+    if kind == "cut off":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "something else":
+        path.write_bytes(b"PK\x03\x04 this is no protobuf")
+    elif kind == "not valid":
+        onnx.save(model_of("h = Conv(x, nowhere) y = Relu(h)"), path)
+    elif kind == "without its weights":
+        onnx.save(model_of("y = Conv(x, w)", CONV[0]), path, save_as_external_data=True, location="gone.bin", size_threshold=0)
+        (path.parent / "gone.bin").unlink()
+    else:
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut off", "is not an ONNX file, or it was cut off"),
+        ("empty", "it has no graph"),
+        ("something else", "is not an ONNX file"),
+        ("not valid", "is not a valid ONNX file: .*nowhere"),
+        ("without its weights", "is not a valid ONNX file: .*gone.bin"),
+        ("missing", "does not exist"),
+    ],
+)
+def test_a_broken_file_is_an_error_and_nothing_is_written(kind: str, message: str, tmp_path: Path) -> None:
+    source = broken(kind, tmp_path / "in.onnx")
+    with pytest.raises(LoadError, match=message):
+        normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx")])
+    assert found.exit_code == 1
+    assert found.stderr.startswith("error: ")
+
+
+def test_a_fold_that_is_wrong_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.folding.linear import Linear
+
+    monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))  # forgets W t
+    source = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0])
+    with pytest.raises(ParityError):
+        normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
+    assert not (tmp_path / "out.onnx").exists()
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx")])
+    assert found.exit_code == 3
+
+
+def test_inputs_that_the_file_does_not_say(tmp_path: Path) -> None:
+    proto = model_of("h = BatchNormalization(x, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3, inputs="float[b,3,height,width] x")
+    source = saved(tmp_path / "in.onnx", proto)
+    with pytest.raises(UsageError, match="does not say how large its inputs are") as caught:
+        normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert caught.value.hint == "give them: --input 1x3x224x224"
+    assert normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).changed
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="cannot be written"):
+        fold(saved(tmp_path / "in.onnx", UNCHANGED["no norm"]()), tmp_path / "missing" / "out.onnx")
+
+
+def test_in_place(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model.onnx", FOLDS["conv, norm"][0])
+    assert normswap.commands.fold_file(str(path), path).changed
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["Conv"]
+
+
+def test_weights_are_rounded_once_from_float64(tmp_path: Path) -> None:
+    proto = FOLDS["conv, norm"][0]
+    fold(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    old = {i.name: to_array(i).astype(np.float64) for i in proto.graph.initializer}
+    (weight,) = (to_array(i) for i in onnx.load(tmp_path / "out.onnx").graph.initializer if len(i.dims) == 4)
+    scale = old["s"] / np.sqrt(old["v"] + np.float32(1e-5).astype(np.float64))
+    np.testing.assert_array_equal(weight, (old["w"] * scale.reshape(4, 1, 1, 1)).astype(np.float32))
+
+
+def test_json(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx", FOLDS["conv, norm"][0])
+    found = json.loads(CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx"), "--json"]).stdout)
+    assert (found["version"], found["status"], found["nodes"]) == (1, "folded", {"Conv": 1})
+    assert found["nodes_before"] == {"Conv": 1, "BatchNormalization": 1}
+    assert found["sites"][0]["how"] == "into_producer"
+    assert found["parity"]["passed"] is True
