@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from normswap.errors import NormswapError as NormswapError
     from normswap.errors import ParityError as ParityError
     from normswap.export import Export as Export
+    from normswap.facts import Facts as Facts
     from normswap.parity import Parity as Parity
     from normswap.pipeline import Conversion as Conversion
     from normswap.pipeline import convert as convert
+    from normswap.pipeline import inspect as inspect
     from normswap.pipeline import plan as plan
     from normswap.plan import Plan as Plan
     from normswap.plan import Rule as Rule
@@ -52,6 +54,7 @@ _HOMES = {
     "Conversion": "pipeline",
     "DEFAULT_RULES": "rules",
     "Export": "export",
+    "Facts": "facts",
     "MicroBatches": "training.micro",
     "NormswapError": "errors",
     "Parity": "parity",
@@ -70,6 +73,7 @@ _HOMES = {
     "convert": "pipeline",
     "export_onnx": "commands",
     "for_opacus": "training.private",
+    "inspect": "pipeline",
     "load": "commands",
     "masked": "training.loss",
     "norm_keys": "training.groups",

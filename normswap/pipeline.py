@@ -156,7 +156,11 @@ def convert(
     )
     check(conversion.parity)
     if conversion.drift is not None:
-        check(conversion.drift)
+        check(
+            conversion.drift,
+            "approximate, and further from the original than max_drift allows",
+            "allow more, calibrate on more or other data, or exclude the layers of which `normswap sensitivity` says that they cost most",
+        )
     return conversion
 
 
@@ -286,12 +290,15 @@ def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iter
     return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
 
 
-def check(parity: Parity) -> None:
-    """Raise ParityError unless the measurement passed."""
+def check(
+    parity: Parity,
+    failed: str = "not the same function",
+    hint: str = "exclude the layer that differs, or report this with the model's architecture",
+) -> None:
+    """Raise ParityError unless the measurement passed. failed: what the candidate is if not; hint: what to do then."""
     if parity.passed:
         return
     bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
-    hint = "exclude the layer that differs, or report this with the model's architecture"
     if parity.failure is not None or bad is None:
         what = parity.failure or "nothing was compared"
     elif bad.problem is not None:
@@ -306,7 +313,7 @@ def check(parity: Parity) -> None:
                 f"the original itself is {bad.noise:.3g} away from its float64 run there, as if it made a choice that rounding decides "
                 "(nms, top-k, argmax, an unstable recursion): convert and verify the part of the model before that choice"
             )
-    raise ParityError(f"converted, but {parity.candidate} is not the same function: {what}", parity=parity, hint=hint)
+    raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)
 
 
 def _plan(

@@ -81,8 +81,9 @@ def test_all_are_swapped_when_asked_and_the_distance_is_told() -> None:
 def test_a_drift_above_the_limit_is_a_parity_error() -> None:
     drift = normswap.convert(_net(), calibration=_data(64), max_drift=10.0).drift
     assert drift is not None
-    with pytest.raises(ParityError, match="is not the same function"):
+    with pytest.raises(ParityError, match="is approximate, and further from the original than max_drift") as raised:
         normswap.convert(_net(), calibration=_data(64), max_drift=drift.max_rel / 2)
+    assert str(raised.value.hint).startswith("allow more, calibrate on more or other data, or exclude the layers")
 
 
 def test_batches_of_any_size_give_the_same_layers() -> None:
