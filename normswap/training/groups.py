@@ -33,8 +33,9 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> l
             stepping.watch_passes(layer)
         for parameter in (layer.mean, layer.std_parameter):
             rates.setdefault(parameter, layer.momentum if layer.stats == "natural" and layer.aux != "none" else lr)
-        if layer.tracked is not None:
-            rates.setdefault(layer.tracked, layer.momentum)
+        for own in (layer.tracked, layer.steering):
+            if own is not None:
+                rates.setdefault(own, layer.momentum)
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if p not in rates]
     groups = [

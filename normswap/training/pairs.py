@@ -99,6 +99,9 @@ def couple(
             found.append(Pair(s.name, at.producer_name, None, start))
         else:
             found.append(Pair(s.name, reason=reason))
+        layer = modules.get(s.name)
+        if isinstance(layer, BatchlessNorm):
+            layer.steer()
     return tuple(found)
 
 
