@@ -311,8 +311,9 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
             a, c = a + delta, c - w.flatten(1) @ delta.flatten() / n
         steps[1].step()
     close(norm.input_mean.detach(), a, 1e-9)
-    close(norm.trend.detach(), trend, 1e-9)
-    assert bool(trend.any()) == (door == "auto")
+    assert (norm.steering is not None) == (door == "auto")
+    if door == "auto":
+        close(norm.trend.detach(), trend, 1e-9)
     close(conv.weight.detach(), w.detach(), 1e-9)
     moving, n = place()
     close(norm.statistics()[0].detach(), (moving + n * c).detach(), 1e-9)

@@ -100,7 +100,7 @@ def couple(
         else:
             found.append(Pair(s.name, reason=reason))
         layer = modules.get(s.name)
-        if isinstance(layer, BatchlessNorm):
+        if isinstance(layer, BatchlessNorm) and layer.aux == "auto":
             layer.steer()
     return tuple(found)
 
