@@ -421,7 +421,8 @@ class BatchlessNorm(nn.Module):
         mean, std = (t.detach() for t in self.statistics())
         d, r, f = numerics.misfit(x, mean.view(sizes), std.view(sizes), mask, eps=self._eps)
         first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
-        number = x.new_tensor(x.numel() / mean.numel(), dtype=mean.dtype) if mask is None else mask.expand(x.shape).sum() / mean.numel()
+        counted = x.numel() if mask is None else mask.expand(x.shape).sum()
+        number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
         slope, level = trend.detach() * (options["share"] / number.clamp(min=1))
         known = (
             torch.stack([slope * second + level * first, slope * first + level]) * number
