@@ -264,18 +264,23 @@ ROWS: dict[str, Callable[[nn.Module, Tensor, int], nn.Module]] = {
     "centred": lambda model, start, batch: _converted(model, start, coupled=True, units=False, feedback=False),
     "coupled": lambda model, start, batch: _converted(model, start, coupled=True, feedback=False),
     "coupled+feedback": lambda model, start, batch: _converted(model, start, coupled=True, feedback=True),
+    "default": lambda model, start, batch: _converted(model, start, coupled=True, feedback=True),  # and param_groups(batch=batch)
 }
 
 
-def _groups(model: nn.Module, lr: float) -> Any:
-    return normswap.param_groups(model, lr=lr) if any(isinstance(m, BatchlessNorm) for m in model.modules()) else model.parameters()
+def _groups(model: nn.Module, lr: float, batch: int | None) -> Any:
+    return (
+        normswap.param_groups(model, lr=lr, batch=batch)
+        if any(isinstance(m, BatchlessNorm) for m in model.modules())
+        else model.parameters()
+    )
 
 
 # --- a run -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, data: Images, batch: int, epochs: int, lr: float, seed: int) -> list[float]:
-    optimizer = torch.optim.SGD(_groups(model, lr), lr=lr, momentum=0.9)
+def _train(model: nn.Module, data: Images, batch: int, epochs: int, lr: float, seed: int, *, paced: bool) -> list[float]:
+    optimizer = torch.optim.SGD(_groups(model, lr, batch if paced else None), lr=lr, momentum=0.9)
     order = torch.Generator().manual_seed(seed)
     each = len(data.x) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * each)
@@ -305,7 +310,7 @@ def _learned(task: str, seed: int) -> nn.Module:
     if spec.learned is not None:
         before = spec.learned(seed)
         _measured(model, before.train.x[:START])
-        _train(model, before.train, 64, 8, 0.1, seed)
+        _train(model, before.train, 64, 8, 0.1, seed, paced=False)
     return model
 
 
@@ -320,7 +325,7 @@ def run(task: str, row: str, batch: int, lr: float, seed: int) -> dict[str, Any]
     model = ROWS[row](_measured(copy.deepcopy(_learned(task, seed)), data.train.x[:START]), data.train.x[:START], batch).train()
     torch.manual_seed(seed)
     began = time.perf_counter()
-    losses = _train(model, data.train, batch, spec.epochs[batch], lr, seed)
+    losses = _train(model, data.train, batch, spec.epochs[batch], lr, seed, paced=row == "default")
     seconds = time.perf_counter() - began
     smooth = list(itertools.accumulate(losses, lambda old, new: old + (new - old) * min(1, batch / 256)))
     found = {

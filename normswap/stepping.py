@@ -38,6 +38,17 @@ MARK = "normswap"  # the key of a parameter group that `param_groups` made for s
 STATISTICS = "statistics"
 
 
+FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
+
+
+def pace_of(batch: int | None) -> float:
+    """What the momentum of the statistics is multiplied by for `batch` samples in a step:  sqrt(batch / 8) below 8, else 1; None: 1.
+
+    The fewer samples, the noisier the moments of a step, and the average has to be over more steps. Measured: docs/benchmarks.md.
+    """
+    return 1.0 if batch is None else min(1.0, (batch / FULL) ** 0.5)
+
+
 class Term(NamedTuple):
     """The NLL of one call of a layer, and its gradients: what `aux_loss` needs. parameters: the leaves; the rest has no history."""
 
@@ -98,7 +109,8 @@ class Passes:
 @dataclass
 class Run:
     """scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
-    micro-batches of unequal size are run. mask: which positions of the input count.
+    micro-batches of unequal size are run. pace: what the momentum is multiplied by, see `pace_of`. mask: which positions of the
+    input count.
 
     seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
 
@@ -110,6 +122,7 @@ class Run:
     scale: Tensor | None = None
     accumulate: int = 1
     share: float = 1.0
+    pace: float = 1.0
     mask: Tensor | None = None
     seen: Tensor | None = None
     fresh: bool = False
@@ -398,12 +411,12 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     def stepping(parameter: nn.Parameter | None) -> bool:
         return any(parameter is p for p in held)
 
-    factor = passes * unscaled
+    factor, rate = passes * unscaled, layer.momentum * layer.run.pace
     by_mean, by_parameter = (by(p, factor) if stepping(p) else None for p in (layer.mean, layer.std_parameter))
-    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, layer.momentum)
+    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, rate)
     values = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
     if tracked is not None and stepping(tracked):
-        values[tracked] = tracked - layer.momentum * by(tracked, factor)
+        values[tracked] = tracked - rate * by(tracked, factor)
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
     if steering is not None and stepping(steering) and unscaled == 1:
         square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
