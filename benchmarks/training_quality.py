@@ -9,7 +9,8 @@ interrupted, and `--part 1/2` and `--part 2/2` share it out to two processes.
 
 Every row starts from the same weights and from statistics of the same first images, sees the same samples in the same order, and is
 trained by SGD with momentum .9 on a cosine schedule, no weight decay. The learning rate is the one with the best mean accuracy on the
-validation sets of all seeds; what is reported is that of the test sets. Each seed has its own split, weights and order.
+validation sets of all seeds, and of equal ones the one with the lower training loss; what is reported is that of the test sets. Each seed has
+its own split, weights and order.
 
     adapt     (a) a net of three convs that learned the digits of scikit-learn, on inverted, noisy ones: 300 images
     scratch   (b) a net of six convs from scratch, on the digits
@@ -400,7 +401,8 @@ def best_of(entries: Iterable[dict[str, Any]]) -> Best | None:
     if not seeds:
         return None
     means = {lr: statistics.fmean(found[s]["validation"] for s in seeds) for lr, found in by_rate.items()}
-    lr = max(means, key=lambda rate: means[rate])
+    losses = {lr: statistics.fmean(found[s]["loss"] for s in seeds) for lr, found in by_rate.items()}
+    lr = max(means, key=lambda rate: (means[rate], -losses[rate] if math.isfinite(losses[rate]) else -math.inf))
     chosen = [by_rate[lr][s] for s in sorted(seeds)]
     near = [rate for rate, mean in means.items() if mean >= means[lr] - 0.05]
     targets = [entry["to_target"] for entry in chosen]
@@ -434,8 +436,47 @@ def table(task: str, entries: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+SHOWN = {
+    "batchnorm": "k--",
+    "default": "C3-",
+    "plain": "C7-",
+    "online": "C0-",
+    "mabn": "C1-",
+    "renorm": "C2-",
+    "groupnorm+ws": "C4-",
+    "frozen": "C5-",
+}
+
+
+def _plot(entries: list[dict[str, Any]]) -> None:
+    """Accuracy against the batch size, one picture per task."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "normswap"
+    from matplotlib import pyplot as plt
+
+    tasks = [task for task in TASKS if len({e["batch"] for e in entries if e["task"] == task}) > 1]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.5), squeeze=False)
+    for task, axis in zip(tasks, axes[0], strict=True):
+        for row, style in SHOWN.items():
+            here = [e for e in entries if e["task"] == task and e["row"] == row]
+            found = [(batch, best_of(e for e in here if e["batch"] == batch)) for batch in sorted({e["batch"] for e in here})]
+            points = [(batch, statistics.fmean(best.tests.values())) for batch, best in found if best is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, marker=".", label="BatchlessNorm" if row == "default" else row)
+        axis.set(xscale="log", xlabel="batch size", title=task)
+        axis.set_xticks(batches := sorted(TASKS[task].epochs), [str(b) for b in batches], minor=False)
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("test accuracy")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
 def _report(options: argparse.Namespace) -> None:
     entries = list(_read().values())
+    _plot(entries)
     for task in TASKS:
         if any(entry["task"] == task for entry in entries):
             print(f"\n{task}\n")
