@@ -9,8 +9,8 @@ interrupted, and `--part 1/2` and `--part 2/2` share it out to two processes.
 
 Every row starts from the same weights and from statistics of the same first images, sees the same samples in the same order, and is
 trained by SGD with momentum .9 on a cosine schedule, no weight decay. The learning rate is the one with the best mean accuracy on the
-validation sets of all seeds, and of equal ones the one with the lower training loss; what is reported is that of the test sets. Each seed has
-its own split, weights and order.
+validation sets of all seeds, and of equal ones the one with the lower training loss; what is reported is that of the test sets. Each seed
+has its own split, weights and order.
 
     adapt     (a) a net of three convs that learned the digits of scikit-learn, on inverted, noisy ones: 300 images
     scratch   (b) a net of six convs from scratch, on the digits
