@@ -17,6 +17,7 @@ from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, St
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
+KNOWN = 10**9
 MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
 PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
 
@@ -195,6 +196,7 @@ class BatchlessNorm(nn.Module):
     momentum: float = MOMENTUM
     units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
     pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
+    observed: int = 0  # the steps of training that input_mean is the mean of; KNOWN if it was good from the start
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
     def __init__(
@@ -299,7 +301,7 @@ class BatchlessNorm(nn.Module):
         held: Mapping[str, Any] = self._parameters if "mean" in self._parameters else self.__dict__
         return [held[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
 
-    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True) -> None:
+    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True, known: bool = True) -> None:
         """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
 
             mean = <W, input_mean> + b + offset        units: offset and std in units of the norm of each filter of W
@@ -308,7 +310,8 @@ class BatchlessNorm(nn.Module):
         change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
         forward pre-hook and is otherwise untouched.
 
-        input_mean: (input channels, *kernel). Raises ValueError for another shape, or a producer with other outputs than channels here.
+        input_mean: (input channels, *kernel); known: whether it is measured, and moves by the momentum. Else it becomes the mean over the
+        first steps. Raises ValueError for another shape, or a producer with other outputs than channels here.
         """
         shape, sizes = coupling.input_shape(producer), (coupling.outputs_of(producer),)
         if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
@@ -317,7 +320,7 @@ class BatchlessNorm(nn.Module):
                 f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
             )
         self.decouple()
-        self.units, self.pair = units, (producer,)
+        self.units, self.pair, self.observed = units, (producer,), KNOWN if known else 0
         self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
         producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
 
@@ -512,6 +515,8 @@ class BatchlessNorm(nn.Module):
             given = state_dict.pop(key, None)
             if held is not None:
                 state_dict[key] = held.detach() if given is None else given
+                if given is not None and name == "input_mean":
+                    self.observed = KNOWN
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

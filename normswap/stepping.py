@@ -140,6 +140,7 @@ class Layer(Protocol):
     aux: Any
     stats: Any
     momentum: float
+    observed: int  # the steps that the mean input was averaged over
 
     @property
     def mean(self) -> nn.Parameter: ...
@@ -160,6 +161,7 @@ class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
+    observed = 0
     tracked = follows = steering = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
@@ -416,7 +418,9 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, rate)
     values = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
     if tracked is not None and stepping(tracked):
-        values[tracked] = tracked - rate * by(tracked, factor)
+        # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
+        layer.observed += 1
+        values[tracked] = tracked - max(rate, 1 / layer.observed) * by(tracked, factor)
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
     if steering is not None and stepping(steering) and unscaled == 1:
         square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))

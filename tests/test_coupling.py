@@ -358,14 +358,35 @@ def test_averaged_gradients_of_two_workers_are_those_of_the_batch() -> None:
 def test_the_input_mean_steps_by_itself() -> None:
     """By the layer's momentum, whatever the optimizer does to weights, with raw statistics too."""
     for stats in ("natural", "raw"):
-        model, x = coupled("linear", stats=stats, data=False)
+        model, x = coupled("linear", stats=stats)
         norm = model[1]
         step = torch.optim.AdamW(normswap.param_groups(model, lr=0.3, weight_decay=0.5))
-        start = norm.input_mean.detach().clone()
+        with torch.no_grad():
+            start = norm.input_mean.normal_().clone()
         model(x).square().mean().backward()
         step.step()
         close(norm.input_mean.detach(), 0.9 * start + 0.1 * x.mean(0))
         assert not step.state[norm.input_mean]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_input_mean_that_was_not_measured_is_at_first_that_of_the_first_steps(loaded: bool) -> None:
+    """In the k-th step it moves by 1 / k until that is less than the momentum. One that was loaded is taken for measured."""
+    model, x = coupled("linear", data=False)
+    if loaded:
+        other, _ = coupled("linear")
+        model.load_state_dict(other.state_dict())
+    norm = model[1]
+    step = torch.optim.SGD(normswap.param_groups(model, lr=0.01))
+    expected = norm.input_mean.detach().clone()
+    for k in range(1, 14):
+        batch = x + k
+        step.zero_grad()
+        model(batch).square().mean().backward()
+        step.step()
+        expected += (0.1 if loaded else max(0.1, 1 / k)) * (batch.mean(0) - expected)
+        close(norm.input_mean.detach(), expected)
+    assert copy.deepcopy(norm).observed == norm.observed
 
 
 @pytest.mark.parametrize("what", ["eval", "frozen", "one frozen"])

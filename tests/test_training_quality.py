@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +131,16 @@ def test_validation_chooses_and_the_test_set_is_reported() -> None:
     assert best_of(tied).lr == 0.2  # type: ignore[union-attr]
     assert best_of([]) is None
     assert best_of([entry("plain", 0.1, 0, 1, 1), entry("plain", 0.3, 1, 1, 1)]) is None
+
+
+def test_the_tables_of_the_docs_are_those_of_the_runs(repository: Path) -> None:
+    entries = [json.loads(line) for line in training_quality.KEPT.read_text(encoding="utf-8").splitlines()]
+    page = (repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"{len(entries)} runs" in page
+    for task in {entry["task"] for entry in entries}:
+        assert "\n".join(table(task, entries)) in page
+    keys = [tuple(entry[key] for key in training_quality.KEYS) for entry in entries]
+    assert sorted(set(keys)) == keys
 
 
 def test_the_table_has_the_paired_standard_error() -> None:
