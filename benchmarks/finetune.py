@@ -8,6 +8,7 @@ takes the learning rate that is best on a validation set, in the mean over the s
 
     natural      normswap.convert, statistics with BatchNorm's momentum of .1
     slow         the same with a momentum of .1 * batch / 64, so that the average is over as many samples at every batch size
+    coupled      normswap.convert(coupling="auto"), with normswap.param_groups(batch=batch)
     raw          normswap.convert(stats="raw"): the statistics learn by the learning rate of the others
     batch norm   in train mode
     frozen       BatchNorm in eval mode, whose weight and bias train
@@ -97,6 +98,10 @@ def slow(model: nn.Module, batch: int) -> nn.Module:
     return model
 
 
+def coupled(model: nn.Module, batch: int) -> nn.Module:
+    return normswap.convert(model, torch.zeros(3, 1, 8, 8), coupling="auto").model.train()
+
+
 def raw(model: nn.Module, batch: int) -> nn.Module:
     return normswap.convert(model, torch.zeros(3, 1, 8, 8), stats="raw").model.train()
 
@@ -123,20 +128,20 @@ def group_norm(model: nn.Module, batch: int) -> nn.Module:
 
 
 METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    f.__name__.replace("_", " "): f for f in (natural, slow, raw, batch_norm, frozen, group_norm)
+    f.__name__.replace("_", " "): f for f in (coupled, natural, slow, raw, batch_norm, frozen, group_norm)
 }
 
 
-def parameters_of(model: nn.Module, rate: float) -> Any:
+def parameters_of(model: nn.Module, rate: float, batch: int | None = None) -> Any:
     swapped = any(isinstance(m, BatchlessNorm) for m in model.modules())
-    return normswap.param_groups(model, lr=rate) if swapped else model.parameters()
+    return normswap.param_groups(model, lr=rate, batch=batch) if swapped else model.parameters()
 
 
 def run(start: nn.Module, domain: Domain, method: str, batch: int, rate: float, seed: int) -> dict[str, Any]:
     """One fine-tuning: the accuracies after it, or the error that it ends with."""
     torch.manual_seed(seed)
     model = METHODS[method](start, batch)
-    optimizer = torch.optim.SGD(parameters_of(model, rate), lr=rate, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters_of(model, rate, batch if method == "coupled" else None), lr=rate, momentum=0.9)
     result: dict[str, Any] = {"method": method, "batch": batch, "rate": rate, "seed": seed}
     images, labels = domain.train
     try:

@@ -10,13 +10,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normswap import coupling, numerics, stepping
+from normswap import coupling, feedback, numerics, stepping
 from normswap.errors import UsageError
 from normswap.injection import followed, injected
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
+KNOWN = 10**9
 MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
 PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
 
@@ -64,16 +65,28 @@ def _laid_out(y: Tensor) -> Tensor:
     return y.contiguous()
 
 
+Misfit = tuple[Tensor, Tensor, Tensor]  # (d, r, f) of `numerics.misfit`, as shaped there
+
+
 def _gradients(
-    x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    parameter: Tensor,
+    mask: Tensor | None,
+    options: Mapping[str, Any],
+    found: Misfit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(NLL of x, its gradient by mean, by the std's parameter), with no history; the gradients in the shapes of the parameters."""
+    """(NLL of x, its gradient by mean, by the std's parameter), with no history; the gradients in the shapes of the parameters.
+
+    found: the misfit of x, if it is known.
+    """
     _shape(x, options["sizes"], options["axes"])
     shape = numerics.axes_shape(mean.shape, options["axes"], x.dim())
     if mask is not None:
         mask = _mask_of(x, mask, options["axes"])
     mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
-    d, r, f = numerics.misfit(x, mean, std, mask, eps=options["eps"])
+    d, r, f = found or numerics.misfit(x, mean, std, mask, eps=options["eps"])
     modes = {name: options[name] for name in ("stats", "reduction")}
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
@@ -95,10 +108,18 @@ def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _injected(
-    x: Tensor, shift: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, scale: Tensor | None, **options: Any
+    x: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    parameter: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    found: Misfit | None = None,
+    **options: Any,
 ) -> Tensor:
     """shift, with the gradients of the NLL of x on their way to mean and parameter."""
-    _, by_mean, by_parameter = _gradients(x, mean, std, parameter, mask, options)
+    _, by_mean, by_parameter = _gradients(x, mean, std, parameter, mask, options, found)
     passed = {name: options[name] for name in ("form", "stats", "rate")}
     return injected(shift, mean, parameter, by_mean, by_parameter, scale=scale, **passed)
 
@@ -110,6 +131,14 @@ def _term(
     value, *by = _gradients(x, mean, std, parameter, mask, options)
     given = () if more is None else (more,)
     return stepping.Term(value, (mean, parameter, *(p for p, _ in given)), (*by, *(g for _, g in given)))
+
+
+def _refuse_traces(x: Any, why: str) -> None:
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+        raise UsageError(
+            f"a BatchlessNorm that {why} cannot be traced in train mode: no graph would move its statistics",
+            hint='trace in eval mode, or convert with coupling="none"',
+        )
 
 
 # Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
@@ -167,6 +196,7 @@ class BatchlessNorm(nn.Module):
     momentum: float = MOMENTUM
     units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
     pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
+    observed: int = 0  # the steps of training that input_mean is the mean of; KNOWN if it was good from the start
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
     def __init__(
@@ -242,6 +272,15 @@ class BatchlessNorm(nn.Module):
         return self._parameters.get("input_mean")
 
     @property
+    def steering(self) -> nn.Parameter | None:
+        """`trend`: (slope, level) of the gradient over the normalized input, stacked: of a layer that was told to `steer`."""
+        return self._parameters.get("trend")
+
+    @property
+    def _steers(self) -> bool:
+        return self.aux == "auto" and self.steering is not None and self._learns and torch.is_grad_enabled()
+
+    @property
     def follows(self) -> nn.Module | None:
         """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen."""
         frozen = not all(tensor.requires_grad for tensor in self._held)
@@ -262,7 +301,7 @@ class BatchlessNorm(nn.Module):
         held: Mapping[str, Any] = self._parameters if "mean" in self._parameters else self.__dict__
         return [held[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
 
-    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True) -> None:
+    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True, known: bool = True) -> None:
         """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
 
             mean = <W, input_mean> + b + offset        units: offset and std in units of the norm of each filter of W
@@ -271,7 +310,8 @@ class BatchlessNorm(nn.Module):
         change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
         forward pre-hook and is otherwise untouched.
 
-        input_mean: (input channels, *kernel). Raises ValueError for another shape, or a producer with other outputs than channels here.
+        input_mean: (input channels, *kernel); known: whether it is measured, and moves by the momentum. Else it becomes the mean over the
+        first steps. Raises ValueError for another shape, or a producer with other outputs than channels here.
         """
         shape, sizes = coupling.input_shape(producer), (coupling.outputs_of(producer),)
         if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
@@ -280,7 +320,7 @@ class BatchlessNorm(nn.Module):
                 f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
             )
         self.decouple()
-        self.units, self.pair = units, (producer,)
+        self.units, self.pair, self.observed = units, (producer,), KNOWN if known else 0
         self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
         producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
 
@@ -291,6 +331,16 @@ class BatchlessNorm(nn.Module):
         self.pair = ()
         self._parameters.pop("input_mean", None)
 
+    def steer(self) -> None:
+        """Take away what BatchNorm's gradient lacks, its mean and its part along the normalized input, by feedback. See `feedback`.
+
+        In train mode with aux="auto", as the statistics are trained. The function is the same. It starts from 0, which takes nothing away.
+        """
+        self.trend = nn.Parameter(torch.zeros(2, *self.mean.shape).to(self.mean), requires_grad=self._learns)
+
+    def unsteer(self) -> None:
+        self._parameters.pop("trend", None)
+
     def _through(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, std), with the gradient by the producer's weight and bias in train mode."""
         producer, tracked = self.follows, self.tracked
@@ -298,6 +348,13 @@ class BatchlessNorm(nn.Module):
             return mean, std
         place = coupling.place(producer, tracked.to(mean.dtype))
         return coupling.through(mean, std, *place, units=self.units, eps=self._eps)
+
+    def square(self, by_parameter: Tensor) -> Tensor:
+        """<z^2> of the inputs whose gradient by the std's parameter is this."""
+        std = self.statistics()[1]
+        modes: dict[str, Any] = {"stats": self.stats, "reduction": self.reduction}
+        _, r = numerics.misfit_of(std, by_parameter, self._eps / std.square(), std, self.std_parameter, self.std, **modes)
+        return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `follow` has to know of the producer before its weight is moved."""
@@ -347,12 +404,44 @@ class BatchlessNorm(nn.Module):
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        scale, shift = self.affine_map()
+        found = None
+        if self.training and self._steers:
+            input, scale, shift, found = self._steered(input)
+        else:
+            scale, shift = self.affine_map()
         if self.training and self.aux != "none":
-            shift = self._observed(input, shift)
+            shift = self._observed(input, shift, found)
         return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
 
-    def _observed(self, x: Tensor, shift: Tensor) -> Tensor:
+    def _steered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Misfit]:
+        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend; and the misfit of x."""
+        _refuse_traces(x, "has feedback")
+        run, trend = self.run, cast(nn.Parameter, self.steering)
+        options, mask, axes = self._options(), run.mask, self.channel_axis
+        sizes = numerics.axes_shape(self.mean.shape, axes, x.dim())
+        if mask is not None:
+            mask = _mask_of(x, mask, axes)
+        mean, std = (t.detach() for t in self.statistics())
+        d, r, f = numerics.misfit(x, mean.view(sizes), std.view(sizes), mask, eps=self._eps)
+        first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
+        counted = x.numel() if mask is None else mask.expand(x.shape).sum()
+        number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
+        slope, level = trend.detach() * (options["share"] / number.clamp(min=1))
+        known = (
+            torch.stack([slope * second + level * first, slope * first + level]) * number
+        )  # what is taken away: the sums of . z and of .
+        coupled_mean, coupled_std = self._through(mean, std)
+        scale, shift = numerics.affine_of(coupled_mean, coupled_std, self.weight, self.bias)
+        weight = None if self.weight is None else self.weight.detach()
+        scale, shift = feedback.felt(scale, shift, trend, weight, mean, std, known, factor=run.scale)
+        for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])):
+            if through.requires_grad:
+                shift = followed(shift, through, by / std, scale=run.scale)
+        # slope z + level, over std, as a function of x
+        slope, level = slope / std.square(), (level - slope * mean / std) / std
+        return feedback.leaned(x, slope.view(sizes), level.view(sizes), counted=mask, scale=run.scale), scale, shift, (d, r, f)
+
+    def _observed(self, x: Tensor, shift: Tensor, found: Misfit | None = None) -> Tensor:
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
         if not self._learns:
             return shift
@@ -371,7 +460,7 @@ class BatchlessNorm(nn.Module):
         if not torch.is_grad_enabled():
             return shift
         stepping.watch_passes(self)
-        shift = _injected(x, shift, mean, std, parameter, run.mask, run.scale, **options)
+        shift = _injected(x, shift, mean, std, parameter, run.mask, run.scale, found, **options)
         return shift if more is None else followed(shift, *more, scale=run.scale)
 
     def _input_seen(self, x: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
@@ -379,11 +468,7 @@ class BatchlessNorm(nn.Module):
         tracked, run = self.tracked, self.run
         if tracked is None or self.follows is None:
             return None
-        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
-            raise UsageError(
-                "a BatchlessNorm that is coupled to its producer cannot be traced in train mode: no graph would move its statistics",
-                hint='trace in eval mode, or convert with coupling="none"',
-            )
+        _refuse_traces(x, "is coupled to its producer")
         # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.
         if run.seen is None or not (run.fresh or stepping.recomputes()):
             raise UsageError(
@@ -424,11 +509,14 @@ class BatchlessNorm(nn.Module):
         self.std_parameter.copy_(numerics.parameter_of(std.double(), self.std))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The function does not depend on it: the state of a coupled layer fits a plain one, and the other way round.
-        key, tracked = f"{prefix}input_mean", self.tracked
-        given = state_dict.pop(key, None)
-        if tracked is not None:
-            state_dict[key] = tracked.detach() if given is None else given
+        # The function does not depend on them: the state of a coupled layer fits a plain one, and the other way round.
+        for name in ("input_mean", "trend"):
+            key, held = f"{prefix}{name}", self._parameters.get(name)
+            given = state_dict.pop(key, None)
+            if held is not None:
+                state_dict[key] = held.detach() if given is None else given
+                if given is not None and name == "input_mean":
+                    self.observed = KNOWN
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

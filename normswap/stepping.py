@@ -30,12 +30,23 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from normswap import numerics
+from normswap import feedback, numerics
 from normswap.errors import UsageError
 from normswap.numerics import StdForm
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
+
+
+FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
+
+
+def pace_of(batch: int | None) -> float:
+    """What the momentum of the statistics is multiplied by for `batch` samples in a step:  sqrt(batch / 8) below 8, else 1; None: 1.
+
+    The fewer samples, the noisier the moments of a step, and the average has to be over more steps. Measured: docs/benchmarks.md.
+    """
+    return 1.0 if batch is None else min(1.0, (batch / FULL) ** 0.5)
 
 
 class Term(NamedTuple):
@@ -98,7 +109,8 @@ class Passes:
 @dataclass
 class Run:
     """scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
-    micro-batches of unequal size are run. mask: which positions of the input count.
+    micro-batches of unequal size are run. pace: what the momentum is multiplied by, see `pace_of`. mask: which positions of the
+    input count.
 
     seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
 
@@ -110,6 +122,7 @@ class Run:
     scale: Tensor | None = None
     accumulate: int = 1
     share: float = 1.0
+    pace: float = 1.0
     mask: Tensor | None = None
     seen: Tensor | None = None
     fresh: bool = False
@@ -127,6 +140,7 @@ class Layer(Protocol):
     aux: Any
     stats: Any
     momentum: float
+    observed: int  # the steps that the mean input was averaged over
 
     @property
     def mean(self) -> nn.Parameter: ...
@@ -134,6 +148,9 @@ class Layer(Protocol):
     def std_parameter(self) -> nn.Parameter: ...
     @property
     def tracked(self) -> nn.Parameter | None: ...  # the mean input of the producer, of a layer that is coupled to one
+    @property
+    def steering(self) -> nn.Parameter | None: ...  # the trend of the gradient, of a layer with feedback
+    def square(self, by_parameter: Tensor) -> Tensor: ...  # the <z^2> that the gradient of the std's parameter tells
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
     def anchor(self) -> Any: ...
@@ -144,7 +161,8 @@ class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
-    tracked = follows = None
+    observed = 0
+    tracked = follows = steering = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
         self._parameters = weakref.ref(mean), weakref.ref(parameter)
@@ -160,6 +178,9 @@ class InGraph:
     @property
     def std_parameter(self) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[1]())
+
+    def square(self, by_parameter: Tensor) -> Tensor:
+        raise NotImplementedError("an exported program has no feedback")
 
     def anchor(self) -> Any:
         raise NotImplementedError("an exported program has no producers")
@@ -327,7 +348,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _statistics(layer: Layer) -> list[nn.Parameter]:
-    return [p for p in (layer.mean, layer.std_parameter, layer.tracked) if p is not None]
+    return [p for p in (layer.mean, layer.std_parameter, layer.tracked, layer.steering) if p is not None]
 
 
 @torch.no_grad()
@@ -363,8 +384,11 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             layer.run.owed, layer.run.read = False, True
             continue
         layer.run.owed = False
-        factor = _weight(optimizer, layer, scaler)
-        _step(optimizer, layer, held if layer.stats == "natural" else [p for p in held if p is layer.tracked], factor)
+        passes, factor = _weight(optimizer, layer, scaler)
+        own = (layer.tracked, layer.steering)
+        natural = [p for p in held if layer.stats == "natural" or any(p is o for o in own)]
+        _step(optimizer, layer, natural, passes, factor)
+        factor *= passes
         held = [p for p in held if p.grad is not None]
         if layer.stats == "raw":
             if factor != 1:
@@ -377,17 +401,31 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             watch_passes(layer)
 
 
-def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], factor: float) -> None:
+def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: float, unscaled: float) -> None:
+    """held: those that step here. passes, unscaled: of `_weight`."""
     # Fused optimizers are handed scaled gradients, and told so.
     scale, bad = (cast("Tensor | None", getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
-    statistics = _statistics(layer)
-    by_mean, by_parameter, *by_tracked = (
-        None if not any(p is h for h in held) else cast(Tensor, p.grad) * factor / (1 if scale is None else scale.to(p.device))
-        for p in statistics
-    )
-    stepped = [*numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, layer.momentum)]
-    stepped += [p if by is None else p - layer.momentum * by for p, by in zip(statistics[2:], by_tracked, strict=True)]
-    for parameter, value in zip(statistics, stepped, strict=True):
+    tracked, steering = layer.tracked, layer.steering
+
+    def by(parameter: nn.Parameter, factor: float) -> Tensor:
+        return cast(Tensor, parameter.grad) * factor / (1 if scale is None else scale.to(parameter.device))
+
+    def stepping(parameter: nn.Parameter | None) -> bool:
+        return any(parameter is p for p in held)
+
+    factor, rate = passes * unscaled, layer.momentum * layer.run.pace
+    by_mean, by_parameter = (by(p, factor) if stepping(p) else None for p in (layer.mean, layer.std_parameter))
+    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, rate)
+    values = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
+    if tracked is not None and stepping(tracked):
+        # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
+        layer.observed += 1
+        values[tracked] = tracked - max(rate, 1 / layer.observed) * by(tracked, factor)
+    # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
+    if steering is not None and stepping(steering) and unscaled == 1:
+        square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
+        values[steering] = feedback.stepped(steering, by(steering, 1), torch.ones_like(steering[0]) if square is None else square)
+    for parameter, value in values.items():
         parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
     for parameter in held:
         _hidden.setdefault(optimizer, []).append((parameter, cast(Tensor, parameter.grad)))
@@ -404,11 +442,11 @@ def _unscaling(device: torch.device) -> int:
     return grad._version
 
 
-def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> float:
-    """What the gradients have to be multiplied by to have weight 1, and a warning if it is not 1."""
-    run, factor = layer.run, 1.0
+def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tuple[float, float]:
+    """What the gradients have to be multiplied by to have weight 1, for the passes and for the scale, and a warning if it is not 1."""
+    run, factor, unscaled = layer.run, 1.0, 1.0
     if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
-        return factor  # Opacus put its own gradient in the place of the one that passes are counted of
+        return factor, unscaled  # Opacus put its own gradient in the place of the one that passes are counted of
     passes = run.passes
     if passes is not None and passes.count:
         parameter = passes.parameter()
@@ -421,12 +459,12 @@ def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> fl
             factor *= run.accumulate / passes.count
             _warn(_ACCUMULATED)
     if layer.aux == "auto" and scaler is not None and scaler is not run.scaler:
-        factor *= scaler.get_scale() / (1 if run.scale is None else run.scale.item())
+        unscaled = scaler.get_scale() / (1 if run.scale is None else run.scale.item())
         _warn(_SCALED)
     if layer.aux == "auto" and scaler is None and run.scaler is not None and run.scale is not None and _scaled(run.scaler, optimizer):
-        factor /= run.scale.item()
+        unscaled /= run.scale.item()
         _warn(_UNSCALED)
-    return factor
+    return factor, unscaled
 
 
 def _scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -275,6 +275,7 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
         return rows @ a.flatten(), rows.norm(dim=1) if units else torch.ones(len(rows), dtype=F64)
 
     c, s = (((mean - place()[0]) / place()[1]).detach(), (std / place()[1]).detach())
+    trend = torch.zeros(2, len(w), dtype=F64)
     options: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
     steps = torch.optim.SGD(normswap.param_groups(model, lr=0.05), momentum=0.9), torch.optim.SGD([*reference.values()], **options)
     data = torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(5), dtype=F64) + 1
@@ -287,11 +288,19 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
         y = nn.functional.conv2d(batch, w, None, padding=conv.padding)
         moving, n = place()
         z = (y - shaped(moving + n * c, y)) / shaped(n * s, y)
+        number = z[:, 0].numel()
+        left: list[Tensor] = []
+        if door == "auto":  # the feedback
+            fixed, (slope, level) = z.detach(), (shaped(t / number, y) for t in trend)
+            z.register_hook(lambda g, f=fixed, a=slope, b=level, left=left: left.append(g - a * f - b) or left[0])  # type: ignore[misc, func-returns-value]
         expected = nn.functional.silu(shaped(reference["g"], y) * z + shaped(reference["b"], y)).square().mean()
         close(loss.detach(), expected.detach(), 1e-9)
         steps[1].zero_grad()
         expected.backward()
         with torch.no_grad():
+            for r in left:
+                square = fixed.square().mean((0, 2, 3)).clamp(min=1)
+                trend += 0.1 * torch.stack([(r * fixed).sum((0, 2, 3)) / square, r.sum((0, 2, 3))])
             deviation = y - shaped(moving + n * c, y)
             eta, eps = norm.momentum, norm.source.eps
             variance = (n * s).square() * (1 - eta) + eta * (deviation.square().mean((0, 2, 3)) + eps)
@@ -302,6 +311,9 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
             a, c = a + delta, c - w.flatten(1) @ delta.flatten() / n
         steps[1].step()
     close(norm.input_mean.detach(), a, 1e-9)
+    assert (norm.steering is not None) == (door == "auto")
+    if door == "auto":
+        close(norm.trend.detach(), trend, 1e-9)
     close(conv.weight.detach(), w.detach(), 1e-9)
     moving, n = place()
     close(norm.statistics()[0].detach(), (moving + n * c).detach(), 1e-9)
@@ -346,14 +358,35 @@ def test_averaged_gradients_of_two_workers_are_those_of_the_batch() -> None:
 def test_the_input_mean_steps_by_itself() -> None:
     """By the layer's momentum, whatever the optimizer does to weights, with raw statistics too."""
     for stats in ("natural", "raw"):
-        model, x = coupled("linear", stats=stats, data=False)
+        model, x = coupled("linear", stats=stats)
         norm = model[1]
         step = torch.optim.AdamW(normswap.param_groups(model, lr=0.3, weight_decay=0.5))
-        start = norm.input_mean.detach().clone()
+        with torch.no_grad():
+            start = norm.input_mean.normal_().clone()
         model(x).square().mean().backward()
         step.step()
         close(norm.input_mean.detach(), 0.9 * start + 0.1 * x.mean(0))
         assert not step.state[norm.input_mean]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_input_mean_that_was_not_measured_is_at_first_that_of_the_first_steps(loaded: bool) -> None:
+    """In the k-th step it moves by 1 / k until that is less than the momentum. One that was loaded is taken for measured."""
+    model, x = coupled("linear", data=False)
+    if loaded:
+        other, _ = coupled("linear")
+        model.load_state_dict(other.state_dict())
+    norm = model[1]
+    step = torch.optim.SGD(normswap.param_groups(model, lr=0.01))
+    expected = norm.input_mean.detach().clone()
+    for k in range(1, 14):
+        batch = x + k
+        step.zero_grad()
+        model(batch).square().mean().backward()
+        step.step()
+        expected += (0.1 if loaded else max(0.1, 1 / k)) * (batch.mean(0) - expected)
+        close(norm.input_mean.detach(), expected)
+    assert copy.deepcopy(norm).observed == norm.observed
 
 
 @pytest.mark.parametrize("what", ["eval", "frozen", "one frozen"])

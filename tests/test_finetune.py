@@ -47,7 +47,7 @@ def test_the_statistics_are_those_of_the_new_domain(start: nn.Module, domain: fi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["natural", "slow", "raw", "batch norm", "frozen"])
+@pytest.mark.parametrize("method", ["coupled", "natural", "slow", "raw", "batch norm", "frozen"])
 def test_every_method_but_group_norm_starts_from_one_function(method: str, start: nn.Module, domain: finetune.Domain) -> None:
     model = finetune.METHODS[method](start, 4)
     assert model.training
@@ -57,13 +57,24 @@ def test_every_method_but_group_norm_starts_from_one_function(method: str, start
 
 def test_what_trains(start: nn.Module) -> None:
     layers = {name: [m for m in make(start, 4).modules() if isinstance(m, BatchlessNorm)] for name, make in finetune.METHODS.items()}
-    assert {name: len(found) for name, found in layers.items() if found} == {"natural": 4, "slow": 4, "raw": 4}
+    assert {name: len(found) for name, found in layers.items() if found} == {"coupled": 4, "natural": 4, "slow": 4, "raw": 4}
+    assert all(layer.producer is not None and layer.steering is not None for layer in layers["coupled"])
+    assert not any(layer.producer is not None or layer.steering is not None for layer in layers["natural"])
     assert {layer.momentum for layer in layers["natural"]} == {0.1}
     assert {layer.momentum for layer in layers["slow"]} == {0.1 / 16}
     assert {layer.stats for layer in layers["raw"]} == {"raw"}
     assert not any(norm.training for norm in norms(finetune.METHODS["frozen"](start, 4)))
     assert all(norm.training for norm in norms(finetune.METHODS["batch norm"](start, 4)))
     assert norms(finetune.METHODS["group norm"](start, 4)) == []
+
+
+def test_coupled_alone_is_told_the_batch(start: nn.Module) -> None:
+    paces = []
+    for batch in (None, 2):
+        model = finetune.METHODS["coupled"](start, 2)
+        finetune.parameters_of(model, 0.1, batch)
+        paces.append({m.run.pace for m in model.modules() if isinstance(m, BatchlessNorm)})
+    assert paces == [{1.0}, {0.5}]
 
 
 def test_batch_norm_refuses_one_sample(start: nn.Module, domain: finetune.Domain) -> None:

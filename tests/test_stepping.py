@@ -824,6 +824,27 @@ def test_tied_and_raw_parameters() -> None:
     assert [(len(g["params"]), g["lr"]) for g in groups] == [(1, 0.3), (3, 0.3), (2, 0.3)]
 
 
+@pytest.mark.parametrize(("batch", "pace"), [(1, 8**-0.5), (2, 0.5), (8, 1.0), (64, 1.0), (None, 1.0)])
+def test_a_small_batch_slows_the_statistics(batch: int | None, pace: float) -> None:
+    net = Net(dtype=torch.float64)
+    net.head.double()
+    normswap.param_groups(net, lr=0.3, batch=2)  # what was said last holds
+    groups = normswap.param_groups(net, lr=0.3, batch=batch)
+    assert groups[-1]["lr"] == pytest.approx(0.1 * pace)
+    x = torch.randn(5, 3, 8, dtype=torch.float64) + 2
+    train(net, SGD(groups), iter([x]))
+    m, s = statistics(net)
+    torch.testing.assert_close(m, 0.1 * pace * x.mean((0, 2)))
+    torch.testing.assert_close(s.square(), 1 + 0.1 * pace * (x.square().mean((0, 2)) + 1e-5 - 1))
+    assert net.norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("batch", [0, -1, True, 2.0])
+def test_a_batch_that_is_none(batch: Any) -> None:
+    with pytest.raises(UsageError, match=f"batch is {batch!r}; expected the number of samples"):
+        normswap.param_groups(Net(), lr=0.3, batch=batch)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

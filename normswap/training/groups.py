@@ -15,26 +15,34 @@ from normswap.stepping import MARK, STATISTICS
 from normswap.training.loss import layers_of
 
 
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batch: int | None = None) -> list[dict[str, Any]]:
     """Every trainable parameter of `model`, exactly once, in groups for an optimizer:  torch.optim.AdamW(param_groups(model, lr=1e-3)).
 
         1  weights of two or more dimensions                    lr, weight_decay
         2  biases, and the weights of norms                     lr, no weight decay
         3  statistics of the layers, one group per momentum     lr = momentum, no weight decay, no momentum
 
+    batch: the number of samples in a step, over all micro-batches and processes. Below 8 the statistics are averaged over more steps, with
+    `momentum` times sqrt(batch / 8). None keeps the momentum.
+
     Empty groups are left out. The statistics' groups have the key "normswap". With stats="natural" their parameters step by themselves when
     the optimizer does, see `stepping`; with stats="raw" the optimizer steps them, at `lr`.
 
-    Raises UsageError if the model has no BatchlessNorm layer.
+    Raises UsageError if the model has no BatchlessNorm layer, or for a batch below 1.
     """
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise UsageError(f"batch is {batch!r}; expected the number of samples in a step, at least 1")
     rates: dict[nn.Parameter, float] = {}
     for layer in _in_graph(model) or layers_of(model).values():
         if layer.aux == "auto":
             stepping.watch_passes(layer)
+        layer.run.pace = stepping.pace_of(batch)
+        momentum = layer.momentum * layer.run.pace
         for parameter in (layer.mean, layer.std_parameter):
-            rates.setdefault(parameter, layer.momentum if layer.stats == "natural" and layer.aux != "none" else lr)
-        if layer.tracked is not None:
-            rates.setdefault(layer.tracked, layer.momentum)
+            rates.setdefault(parameter, momentum if layer.stats == "natural" and layer.aux != "none" else lr)
+        for own in (layer.tracked, layer.steering):
+            if own is not None:
+                rates.setdefault(own, momentum)
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if p not in rates]
     groups = [

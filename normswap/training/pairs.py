@@ -95,10 +95,13 @@ def couple(
         reason = reasons[s.name] or (failed and f"a forward pass failed: {failed}") or (_misses(at) if at is not None else None)
         if reason is None and at is not None:
             start, mean = at.start()
-            cast(BatchlessNorm, modules[s.name]).couple(modules[at.producer_name], mean)
+            cast(BatchlessNorm, modules[s.name]).couple(modules[at.producer_name], mean, known=start == "data")
             found.append(Pair(s.name, at.producer_name, None, start))
         else:
             found.append(Pair(s.name, reason=reason))
+        layer = modules.get(s.name)
+        if isinstance(layer, BatchlessNorm) and layer.aux == "auto":
+            layer.steer()
     return tuple(found)
 
 
