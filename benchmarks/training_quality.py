@@ -352,12 +352,12 @@ def _read() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def _wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, int, float, int]]:
     """Seed by seed, so that what there is when it is interrupted is complete for some."""
-    for seed in range(5):
+    for seed in range(max(spec.seeds for spec in TASKS.values())) if options.seed is None else options.seed:
         for task in options.task or (QUICK if options.quick else TASKS):
             spec = TASKS[task]
             for batch, row in itertools.product(spec.epochs, spec.rows):
                 rates = (QUICK.get(task, {}).get(batch, ()) if options.quick else RATES) if options.lr is None else options.lr
-                known = row in ROWS and seed in (range(spec.seeds) if options.seed is None else options.seed)
+                known = row in ROWS and (options.seed is not None or seed < spec.seeds)
                 if known and row in (options.row or spec.rows) and batch in (options.batch or spec.epochs):
                     yield from ((task, row, batch, lr, seed) for lr in rates)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # `fixtures` is a package of the repository, not of the installation
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import os
 import signal
 
 import pytest
@@ -28,6 +29,8 @@ def _one_thread() -> None:
 def repository() -> Path:
     return Path(__file__).parent.parent
 
+
+os.environ.pop("COLUMNS", None)  # which `-n 2` sets for its workers: tests read what a pipe is given
 
 # A shell starts what runs in the background with Ctrl-C ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
 
-import normswap
 from fixtures import random_onnx
 from fixtures.random_graphs import generate
 from normswap.errors import ExportError
@@ -25,6 +24,7 @@ from normswap.export import export
 from normswap.folding import Affine, Constants, Fate, fold
 from normswap.folding.basis import Bases, Change, Conflict
 from normswap.folding.found import affines
+from normswap.pipeline import attempt
 
 EXACT = 1e-10
 
@@ -107,7 +107,8 @@ def keeps_its_function(r: random.Random, directory: Path) -> None:
     inputs = graph.inputs(torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own
-        model = normswap.convert(graph.make(torch.float64), inputs).model
+        # `convert` refuses a network that rounds to near its limit, which is no matter here.
+        model = attempt(graph.make(torch.float64), inputs).model
         try:
             result = export(model, inputs, {}, directory / "folded.onnx")
         except ExportError:
