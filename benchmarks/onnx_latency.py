@@ -309,9 +309,28 @@ def publish(rows: list[Row]) -> None:
 
 
 def page(raw: Row) -> str:
-    where = raw["environment"]
+    """What docs/benchmarks.md shows of the figures: the verdicts, the tables, what is missing, and where they were made."""
+    where, rows = raw["environment"], raw["rows"]
+    there = {(row["net"], row["signs"]) for row in rows}
+    missing = [f"{name} ({word})" for word in SIGNS.values() for name in NETS if (name, word) not in there]
     tools = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if name != "normswap")
-    return f"{table(raw['rows'])}\n\n{where['machine']}; {tools}."
+    gone = [f"Not measured: {', '.join(missing)}."] if missing else []
+    return "\n\n".join((verdict(rows), table(rows), *gone, f"{where['machine']}; {tools}."))
+
+
+def verdict(rows: list[Row]) -> str:
+    """How many rows are as small as the best peer's, and which are not."""
+    lines = []
+    for what, of in (("nodes", "operators"), ("onnxruntime", "operators in onnxruntime"), ("bytes", "bytes")):
+        more = [f"{row['net']} ({row['signs']}) by {above(row, what):,}" for row in rows if above(row, what) > 0]
+        lines.append(
+            f"* {of}: no more than the best peer in {len(rows) - len(more)} of {len(rows)}"
+            + ("; above it: " * bool(more))
+            + ", ".join(more)
+        )
+    found = [f"{row['net']} ({row['signs']})" for row in rows if finds_more(row)]
+    lines.append(f"* a tool removes more than without norms in {len(found)} of {len(rows)}" + (": " * bool(found)) + ", ".join(found))
+    return "\n".join(lines)
 
 
 def main() -> None:
