@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import sys
 import tempfile
@@ -228,10 +229,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def without_its_operators() -> None:
+    """torchvision and what imports it, on a build of torch for CPUs: before the first of the nets."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    importlib.import_module("torchvision_shim")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nets", nargs="*", choices=[*NETS, []], metavar="NET")
     asked = parser.parse_args().nets
+    without_its_operators()
     rows = []
     for name in asked or NETS:
         for signs in (False, True):
