@@ -20,6 +20,7 @@ first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a d
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -353,8 +354,6 @@ def arguments_of(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], Mapping
         return (), batch
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
-    import inspect
-
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
     return tuple(batch) if variadic else tuple(batch)[: len(parameters)], {}

@@ -310,8 +310,8 @@ _ARITHMETIC = "add sub subtract rsub mul multiply truediv div divide true_divide
 _KEEPING = "to float double half bfloat16 type type_as _to_copy clamp clamp_min maximum clone contiguous alias detach"
 _SIZES = "getitem getattr size sym_size dim numel"
 ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
-_THROUGH = ELEMENTWISE - {"mul", "multiply", "truediv", "div", "divide", "true_divide"}  # between the root and what it scales
 SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
+_THROUGH = ELEMENTWISE - SCALES  # between the root and what it scales
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"})
 _REACH = 16  # nodes; the longest known form has 10
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap import onnx_file
-from normswap.errors import ExportError, LoadError
+from normswap.errors import ExportError, LoadError, first_line
 from normswap.parity import Parity
 from normswap.versions import version_of
 
@@ -97,13 +97,15 @@ def read(path: Path) -> onnx.ModelProto:
     except FileNotFoundError:
         raise LoadError(f"{path} does not exist", hint="give the path of an .onnx file") from None
     except Exception as error:
-        raise LoadError(f"{path} is not an ONNX file, or it was cut off: {_line(error)}", hint="write it again from its source") from error
+        raise LoadError(
+            f"{path} is not an ONNX file, or it was cut off: {first_line(error)}", hint="write it again from its source"
+        ) from error
     if not proto.graph.node and not proto.graph.output:
         raise LoadError(f"{path} is not an ONNX file: it has no graph", hint="give the path of an .onnx file")
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:
-        raise LoadError(f"{path} is not a valid ONNX file: {_line(error)}", hint="write it again from its source") from error
+        raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
     return proto
 
 
@@ -143,8 +145,4 @@ def _check(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
-        raise ExportError(f"the folded graph is not valid: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise ExportError(f"the folded graph is not valid: {first_line(error)}") from error

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from normswap.errors import SwapError
+from normswap.errors import SwapError, first_line
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
         return copied
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, AssertionError) as error:
         raise SwapError(
-            f"{what or type(model).__name__} cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{what or type(model).__name__} cannot be copied: {first_line(error)}",
             hint="convert the model before fully_shard wraps it"
             if "FSDP" in str(error)
             else "copy.deepcopy(model) must work; a tensor of an earlier forward pass that a module keeps is the usual cause: "

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from normswap import coupling
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
-from normswap.errors import UsageError
+from normswap.errors import UsageError, described
 from normswap.plan import Swap
 from normswap.sharing import HOOKS, shadow
 
@@ -200,7 +200,7 @@ class _See:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]), _Through(self.known):
                     self.model(*args, **kwargs)
         except Exception as error:  # the user's model may raise anything
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return described(error)
         finally:
             self.known = {}
         return None
