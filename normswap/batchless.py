@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap import coupling, feedback, numerics, stepping
 from normswap.errors import UsageError
-from normswap.injection import followed, injected
+from normswap.injection import in_graph, injected
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
 
 Aux = Literal["auto", "explicit", "none"]
@@ -107,6 +107,9 @@ def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
     return mask.view(numerics.axes_shape(tuple(mask.shape), free[: mask.dim()], x.dim()))
 
 
+Given = Sequence[tuple[Tensor, Tensor]]  # tensors, and the gradients that they get
+
+
 def _injected(
     x: Tensor,
     shift: Tensor,
@@ -116,21 +119,20 @@ def _injected(
     mask: Tensor | None,
     scale: Tensor | None,
     found: Misfit | None = None,
+    more: Given = (),
     **options: Any,
 ) -> Tensor:
-    """shift, with the gradients of the NLL of x on their way to mean and parameter."""
+    """shift, with the gradients of the NLL of x on their way to mean and parameter, and those of `more`."""
     _, by_mean, by_parameter = _gradients(x, mean, std, parameter, mask, options, found)
-    passed = {name: options[name] for name in ("form", "stats", "rate")}
-    return injected(shift, mean, parameter, by_mean, by_parameter, scale=scale, **passed)
+    if torch.compiler.is_exporting():
+        told = {name: options[name] for name in ("form", "stats", "rate")}
+        return in_graph(shift, mean, parameter, by_mean, by_parameter, **told)
+    return injected(shift, (mean, parameter, *(t for t, _ in more)), (by_mean, by_parameter, *(by for _, by in more)), scale=scale)
 
 
-def _term(
-    x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: tuple[Tensor, Tensor] | None, **options: Any
-) -> stepping.Term:
-    """more: one more parameter, and its gradient."""
+def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: Given, **options: Any) -> stepping.Term:
     value, *by = _gradients(x, mean, std, parameter, mask, options)
-    given = () if more is None else (more,)
-    return stepping.Term(value, (mean, parameter, *(p for p, _ in given)), (*by, *(g for _, g in given)))
+    return stepping.Term(value, (mean, parameter, *(t for t, _ in more)), (*by, *(by for _, by in more)))
 
 
 def _refuse_traces(x: Any, why: str) -> None:
@@ -404,17 +406,19 @@ class BatchlessNorm(nn.Module):
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        found = None
+        found: Misfit | None = None
+        more: Given = ()
         if self.training and self._steers:
-            input, scale, shift, found = self._steered(input)
+            input, scale, shift, found, more = self._steered(input)
         else:
             scale, shift = self.affine_map()
         if self.training and self.aux != "none":
-            shift = self._observed(input, shift, found)
+            shift = self._observed(input, shift, found, more)
         return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
 
-    def _steered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Misfit]:
-        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend; and the misfit of x."""
+    def _steered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Misfit, Given]:
+        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend, once `Given` is given;
+        and the misfit of x."""
         _refuse_traces(x, "has feedback")
         run, trend = self.run, cast(nn.Parameter, self.steering)
         options, mask, axes = self._options(), run.mask, self.channel_axis
@@ -434,14 +438,12 @@ class BatchlessNorm(nn.Module):
         scale, shift = numerics.affine_of(coupled_mean, coupled_std, self.weight, self.bias)
         weight = None if self.weight is None else self.weight.detach()
         scale, shift = feedback.felt(scale, shift, trend, weight, mean, std, known, factor=run.scale)
-        for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])):
-            if through.requires_grad:
-                shift = followed(shift, through, by / std, scale=run.scale)
+        more = [(through, by / std) for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])) if through.requires_grad]
         # slope z + level, over std, as a function of x
         slope, level = slope / std.square(), (level - slope * mean / std) / std
-        return feedback.leaned(x, slope.view(sizes), level.view(sizes), counted=mask, scale=run.scale), scale, shift, (d, r, f)
+        return feedback.leaned(x, slope.view(sizes), level.view(sizes), counted=mask, scale=run.scale), scale, shift, (d, r, f), more
 
-    def _observed(self, x: Tensor, shift: Tensor, found: Misfit | None = None) -> Tensor:
+    def _observed(self, x: Tensor, shift: Tensor, found: Misfit | None, more: Given) -> Tensor:
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
         if not self._learns:
             return shift
@@ -451,7 +453,7 @@ class BatchlessNorm(nn.Module):
         mean, parameter, run = self.mean, self.std_parameter, self.run
         _, std = self.statistics()
         options = self._options()
-        more = self._input_seen(x, options["share"])
+        more = (*more, *self._input_seen(x, options["share"]))
         if self.aux == "explicit":
             if stepping.counts(x):
                 stepping.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
@@ -460,14 +462,13 @@ class BatchlessNorm(nn.Module):
         if not torch.is_grad_enabled():
             return shift
         stepping.watch_passes(self)
-        shift = _injected(x, shift, mean, std, parameter, run.mask, run.scale, found, **options)
-        return shift if more is None else followed(shift, *more, scale=run.scale)
+        return _injected(x, shift, mean, std, parameter, run.mask, run.scale, found, more, **options)
 
-    def _input_seen(self, x: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
-        """(input_mean, its gradient): with it a step of SGD at the rate a is the running average with momentum a. None if not coupled."""
+    def _input_seen(self, x: Tensor, share: float) -> Given:
+        """input_mean and its gradient, with which a step of SGD at the rate a is the running average with momentum a. None if not coupled."""
         tracked, run = self.tracked, self.run
         if tracked is None or self.follows is None:
-            return None
+            return ()
         _refuse_traces(x, "is coupled to its producer")
         # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.
         if run.seen is None or not (run.fresh or stepping.recomputes()):
@@ -477,7 +478,7 @@ class BatchlessNorm(nn.Module):
             )
         run.fresh = False
         by = (tracked.detach() - run.seen.to(tracked.dtype)) * (share if x.numel() else 0)
-        return tracked, by if run.mask is None else by * run.mask.any()
+        return ((tracked, by if run.mask is None else by * run.mask.any()),)
 
     def _options(self) -> dict[str, Any]:
         share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)

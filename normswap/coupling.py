@@ -23,6 +23,7 @@ Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; the units a
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -197,6 +198,8 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
         ]
     mode = producer.padding_mode
     count = math.prod(outputs)
+    # What is kept must not be a fake tensor, nor one of a trace.
+    reads_of = _kept_reads if type(u) is Tensor and not torch.compiler.is_compiling() else _reads
     with torch.autocast(u.device.type, enabled=False):
         if mask is not None and mask.dim() > 1:
             return _masked(producer, u.to(dtype), mask, padding, outputs, dtype)
@@ -205,10 +208,10 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
         else:
             total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype) / (mask.sum().clamp(min=1) * count)
         for axis in range(dims):
-            reads = _reads(
-                sizes[axis], outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis], transposed, mode, u.device
+            reads = reads_of(
+                sizes[axis], outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis], transposed, mode, u.device, dtype
             )
-            total = torch.tensordot(total, reads.to(dtype), dims=([1], [0]))
+            total = torch.tensordot(total, reads, dims=([1], [0]))
         return cast(Tensor, total)
 
 
@@ -222,6 +225,7 @@ def _reads(
     transposed: bool,
     mode: str,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(size, kernel): at how many outputs along this axis each tap reads each place of the input."""
     before, after = padding
@@ -229,13 +233,16 @@ def _reads(
     place = torch.arange(size if mode == "zeros" else size + before + after, device=device)[:, None]
     if transposed:
         output = place * stride - before + tap
-        return ((output >= 0) & (output < outputs)).float()
+        return ((output >= 0) & (output < outputs)).to(dtype)
     start = place + (before if mode == "zeros" else 0) - tap  # where the output begins that reads this place there
-    reads = ((start >= 0) & (start % stride == 0) & (start < outputs * stride)).float()
+    reads = ((start >= 0) & (start % stride == 0) & (start < outputs * stride)).to(dtype)
     if mode == "zeros":
         return reads
     origin = F.pad(torch.arange(size, device=device, dtype=torch.float64)[None, None], padding, mode=mode)[0, 0].long()
-    return torch.zeros(size, kernel, device=device).index_add(0, origin, reads)
+    return torch.zeros(size, kernel, device=device, dtype=dtype).index_add(0, origin, reads)
+
+
+_kept_reads = functools.lru_cache(maxsize=1024)(_reads)  # to find out takes longer than to use it
 
 
 def _masked(

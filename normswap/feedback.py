@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.autograd import signed
+
 RATE = 0.1
 
 
@@ -37,6 +39,7 @@ class _Leaned(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(x: Tensor, slope: Tensor, level: Tensor, counted: Tensor | None, scale: Tensor | None) -> Tensor:
         return x.view_as(x)
 
@@ -61,6 +64,7 @@ class _Felt(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(
         scale: Tensor,
         shift: Tensor,

@@ -1,8 +1,8 @@
 """A gradient that reaches parameters without being in the loss: the auxiliary loss through the back door, and through the front.
 
-    injected(shift, mean, p, ...)    shift, unchanged. When a gradient comes back to it, the given gradients are added to mean and p.
-    followed(shift, a, by_a)         the same of one more parameter, whose gradient is not that of a likelihood.
-    valued(value, parameters, by)    value, of which the parameters have the given gradients.
+    injected(shift, parameters, by)     shift, unchanged. When a gradient comes back to it, the parameters get the given gradients.
+    in_graph(shift, mean, p, ...)       the same as an operator, for a graph that is exported.
+    valued(value, parameters, by)       value, of which the parameters have the given gradients.
 
 Both save what they give and no activation. The layer sends its shift, one number per channel, through `injected`: never its output, which
 an activation may overwrite, nor its input, which would then need a gradient of its own even when nothing before the layer is trained.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from normswap import stepping
+from normswap.autograd import signed
 
 OP = "normswap::inject"
 
@@ -27,42 +28,28 @@ def inject_operator() -> Any:
 
 
 class _Injected(torch.autograd.Function):
-    """Plain tensors in and out, the context set up apart, and no Python state: so torch.compile and torch.func take it as it is."""
+    """Plain tensors in and out, the context set up apart, and no Python state: so torch.compile and torch.func take it as it is.
+
+    Of the parameters, then as many gradients. One for all of them: `apply` takes longer than what it does.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, scale: Tensor | None) -> Tensor:
+    @signed
+    def forward(shift: Tensor, scale: Tensor | None, *pairs: Tensor) -> Tensor:
         return shift.clone()  # not the input itself: that would come out as a view
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
-        ctx.save_for_backward(*inputs[3:])
+        _, scale, *pairs = inputs
+        ctx.save_for_backward(scale, *pairs[len(pairs) // 2 :])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        by_mean, by_parameter, scale = ctx.saved_tensors
-        if scale is not None:
-            by_mean, by_parameter = by_mean * scale, by_parameter * scale
-        return gradient, by_mean, by_parameter, None, None, None
-
-
-class _Followed(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(shift: Tensor, parameter: Tensor, by: Tensor, scale: Tensor | None) -> Tensor:
-        return shift.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        by, scale = ctx.saved_tensors
-        return gradient, by if scale is None else by * scale, None, None
+        scale, *given = ctx.saved_tensors
+        return gradient, None, *(given if scale is None else (by * scale for by in given)), *(None for _ in given)
 
 
 class _Valued(torch.autograd.Function):
@@ -71,6 +58,7 @@ class _Valued(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(value: Tensor, *pairs: Tensor) -> Tensor:
         return value.clone()
 
@@ -111,30 +99,19 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 _inject.register_autograd(_backward, setup_context=_set_up)
 
 
-def injected(
-    shift: Tensor,
-    mean: Tensor,
-    parameter: Tensor,
-    by_mean: Tensor,
-    by_parameter: Tensor,
-    *,
-    scale: Tensor | None = None,
-    form: str,
-    stats: str,
-    rate: float,
+def in_graph(
+    shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, *, form: str, stats: str, rate: float
 ) -> Tensor:
-    """shift, a fresh tensor. Once a gradient reaches it, mean and parameter get by_mean and by_parameter times scale, whatever it is.
+    """`injected` in a graph that is being exported. form, stats, rate: what it says about the statistics, see `stepping`."""
+    return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
 
-    scale: a scalar, None for 1. form, stats, rate: what a graph that has been exported says about the statistics, see `stepping`.
+
+def injected(shift: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor], *, scale: Tensor | None = None) -> Tensor:
+    """shift, a fresh tensor. Once a gradient reaches it, the parameters get `by` times scale, whatever it is.
+
+    scale: a scalar, None for 1. The parameters may be tensors with a history.
     """
-    if torch.compiler.is_exporting():
-        return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
-    return _Injected.apply(shift, mean, parameter, by_mean, by_parameter, scale)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def followed(shift: Tensor, parameter: Tensor, by: Tensor, *, scale: Tensor | None = None) -> Tensor:
-    """shift, a fresh tensor. Once a gradient reaches it, parameter gets `by` times scale, whatever it is."""
-    return _Followed.apply(shift, parameter, by, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _Injected.apply(shift, scale, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def valued(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:
