@@ -51,6 +51,7 @@ RUNNING, KEPT, PLOT = (
     ROOT / "docs" / "training_quality.svg",
 )
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+WIDE = ("batchnorm", "default")  # the rows that are run at all of them: where does the one train, and the other not?
 TARGET = 0.5  # a training loss to reach
 KEYS = ("task", "row", "batch", "lr", "seed")
 START = 256  # images that the first statistics are measured on
@@ -202,7 +203,7 @@ class Task:
 
 
 PEERS = ("batchnorm", "frozen", "groupnorm", "groupnorm+ws", "online", "mabn", "renorm")
-ALL = (*PEERS, "plain", "feedback", "centred", "coupled", "coupled+feedback", "default")
+ALL = (*PEERS, "plain", "coupled", "default")
 FEW = ("batchnorm", "groupnorm+ws", "online", "mabn", "renorm", "plain", "coupled", "default")
 TASKS = {
     "adapt": Task(
@@ -350,13 +351,20 @@ def _read() -> dict[tuple[Any, ...], dict[str, Any]]:
     return {tuple(entry[key] for key in KEYS): entry for entry in found}
 
 
+def rates_of(row: str, batch: int) -> tuple[float, ...]:
+    """Four, half a power of ten apart, and larger for larger batches."""
+    first = 0 if batch < 4 else 1 if batch < 16 else 2 if batch < 64 else 3
+    return RATES if row in WIDE else RATES[first : first + 4]
+
+
 def _wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, int, float, int]]:
     """Seed by seed, so that what there is when it is interrupted is complete for some."""
     for seed in range(max(spec.seeds for spec in TASKS.values())) if options.seed is None else options.seed:
         for task in options.task or (QUICK if options.quick else TASKS):
             spec = TASKS[task]
             for batch, row in itertools.product(spec.epochs, spec.rows):
-                rates = (QUICK.get(task, {}).get(batch, ()) if options.quick else RATES) if options.lr is None else options.lr
+                grid = QUICK.get(task, {}).get(batch, ()) if options.quick else rates_of(row, batch)
+                rates = grid if options.lr is None else options.lr
                 known = row in ROWS and (options.seed is not None or seed < spec.seeds)
                 if known and row in (options.row or spec.rows) and batch in (options.batch or spec.epochs):
                     yield from ((task, row, batch, lr, seed) for lr in rates)

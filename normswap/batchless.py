@@ -465,7 +465,7 @@ class BatchlessNorm(nn.Module):
         return _injected(x, shift, mean, std, parameter, run.mask, run.scale, found, more, **options)
 
     def _input_seen(self, x: Tensor, share: float) -> Given:
-        """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. None if not coupled."""
+        """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""
         tracked, run = self.tracked, self.run
         if tracked is None or self.follows is None:
             return ()

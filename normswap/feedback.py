@@ -8,11 +8,13 @@ slope and level are the running regression of g on z. They are constant in a ste
 learn from what is left, a feedback loop:
 
     r = g - slope z - level          < > over all samples of the step
-    slope += RATE <r z> / max(1, <z^2>)       level += RATE <r>
+    a = (<r z> / max(1, <z^2>), <r>)                  what the trend (slope, level) misses
+    trend += RATE a + LENGTH <a, trend> / |trend|^2 trend          < , > and | | over the channels, for slope and level apart
 
-so that what is left adds up to no more than the trend itself: over many steps, the gradient lacks what BatchNorm's lacks. The division
-keeps the loop stable where the statistics lag behind. The gradients of weight and bias are as they were; those of a coupled producer
-(`coupling`) are that of r.
+so that over many steps, the gradient lacks what BatchNorm's lacks. The division keeps the loop stable where the statistics lag behind. As
+the loss falls, gradients shrink faster than a running average forgets: the length of the trend, which all channels tell together and so
+with little noise, is therefore learned faster than where it points to. The gradients of weight and bias are as they were; those of a
+coupled producer (`coupling`) are that of r.
 
 They are stored times the number n of elements of the step: where the loss is a mean, g is as small as its samples are many, and n g
 does not depend on that. Their gradients, `trend.grad`, are then -n <r z> and -n <r>, which are sums over what passed: micro-batches and
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from normswap.autograd import signed
 
-RATE = 0.1
+RATE, LENGTH = 0.1, 0.5
 
 
 class _Leaned(torch.autograd.Function):
@@ -120,6 +122,11 @@ def felt(
     return _Felt.apply(scale, shift, trend, weight, mean, std, known, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def stepped(trend: Tensor, by_trend: Tensor, square: Tensor) -> Tensor:
-    """The trend after one step. by_trend: its gradient; square: <z^2>, in the shape of the statistics."""
-    return trend - RATE * by_trend / torch.stack([square.clamp(min=1), torch.ones_like(square)])
+def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0) -> Tensor:
+    """The trend after one step. by_trend: its gradient; square: <z^2>, in the shape of the statistics; pace: of LENGTH, see `pace_of`."""
+    missed = -by_trend / torch.stack([square.clamp(min=1), torch.ones_like(square)])
+    channels = tuple(range(1, trend.dim()))
+    along, length = ((other * trend).sum(channels, keepdim=True) for other in (missed, trend))
+    # An outlier must not make it more than 2.5 times as long, nor turn it around.
+    grown = (along / length.clamp(min=torch.finfo(trend.dtype).tiny)).clamp(-1, 3)
+    return trend + RATE * missed + LENGTH * pace * grown * trend

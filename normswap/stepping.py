@@ -424,7 +424,8 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
     if steering is not None and stepping(steering) and unscaled == 1:
         square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
-        values[steering] = feedback.stepped(steering, by(steering, 1), torch.ones_like(steering[0]) if square is None else square)
+        square = torch.ones_like(steering[0]) if square is None else square
+        values[steering] = feedback.stepped(steering, by(steering, 1), square, layer.run.pace)
     for parameter, value in values.items():
         parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
     for parameter in held:

@@ -141,9 +141,40 @@ def test_it_is_stable_where_the_statistics_lag(far: float) -> None:
     assert left[-1] < 1e-6 * left[0]
 
 
+BY, SQUARE = torch.tensor([[3.0, 4.0, -7.0], [5.0, 6.0, 0.5]], dtype=F64), torch.tensor([0.5, 8.0, 2.0], dtype=F64)
+MISSED = torch.tensor([[-3.0, -0.5, 3.5], [-5.0, -6.0, -0.5]], dtype=F64)  # divided by max(1, square), the slopes alone
+
+
 def test_the_step() -> None:
-    by, square = torch.tensor([[3.0, 4.0], [5.0, 6.0]], dtype=F64), torch.tensor([0.5, 8.0], dtype=F64)
-    close(feedback.stepped(torch.ones(2, 2, dtype=F64), by, square), torch.tensor([[0.7, 0.95], [0.5, 0.4]], dtype=F64))
+    trend = torch.tensor([[1.0, 2.0, 0.5], [8.0, -3.0, 2.0]], dtype=F64)
+    along = torch.tensor([(-3 - 1 + 1.75) / (1 + 4 + 0.25), (-40 + 18 - 1) / (64 + 9 + 4)], dtype=F64)[:, None]
+    for pace in (1.0, 0.3):
+        close(feedback.stepped(trend, BY, SQUARE, pace), trend + 0.1 * MISSED + 0.5 * pace * along * trend)
+
+
+def test_the_first_step_has_no_length_yet() -> None:
+    close(feedback.stepped(torch.zeros(2, 3, dtype=F64), BY, SQUARE), 0.1 * MISSED)
+
+
+@pytest.mark.parametrize(("far", "factor"), [(1e6, 2.5), (-1e6, 0.5)])
+def test_an_outlier_neither_turns_the_trend_around_nor_lets_it_explode(far: float, factor: float) -> None:
+    trend = torch.tensor([[1.0, 2.0, 0.5], [8.0, -3.0, 2.0]], dtype=F64)
+    close(feedback.stepped(trend, -far * trend, torch.ones(3, dtype=F64)) - 0.1 * far * trend, factor * trend, 1e-8)
+
+
+def test_what_is_no_part_of_the_trend_is_learned_slowly() -> None:
+    """At right angles: by RATE alone."""
+    trend, by = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=F64), torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
+    close(feedback.stepped(trend, by, torch.ones(2, dtype=F64)), trend - 0.1 * by)
+
+
+def test_a_trend_that_halves_is_followed_faster_than_it_is_learned() -> None:
+    """All of it shrinks by half at once, as gradients do when a loss falls: after three steps less than a tenth of what was is too much."""
+    trend = torch.tensor([[3.0, -2.0], [1.0, 4.0]], dtype=F64)
+    there = trend / 2
+    for _ in range(3):
+        trend = feedback.stepped(trend, trend - there, torch.ones(2, dtype=F64))
+    assert (trend - there).norm() < 0.1 * there.norm()
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
