@@ -358,6 +358,11 @@ class BatchlessNorm(nn.Module):
         _, r = numerics.misfit_of(std, by_parameter, self._eps / std.square(), std, self.std_parameter, self.std, **modes)
         return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
+    @torch.no_grad()
+    def clip(self, scale: Tensor | None) -> None:
+        """Shorten the gradient of the producer's weight where that is too long for the statistics to follow. See `coupling.clip`."""
+        coupling.clip(self.pair[0], scale)
+
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `follow` has to know of the producer before its weight is moved."""
         producer, tracked = self.pair[0], cast(nn.Parameter, self.tracked)

@@ -38,6 +38,7 @@ from normswap.numerics import StdForm
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TINY = 1e-30  # squares of weights below it are none
+CLIP, FLOOR = 0.1, 1e-3
 
 
 class Observer:
@@ -98,9 +99,9 @@ def input_shape(producer: Any) -> tuple[int, ...]:
     return (producer.in_features,) if isinstance(producer, nn.Linear) else (producer.in_channels, *producer.kernel_size)
 
 
-def filters(producer: Any, dtype: torch.dtype) -> Tensor:
-    """The weight as one row per output channel, in `dtype`; differentiable."""
-    weight: Tensor = producer.weight.to(dtype)
+def filters(producer: Any, dtype: torch.dtype, of: Tensor | None = None) -> Tensor:
+    """The weight, or `of` in its shape, as one row per output channel, in `dtype`; differentiable."""
+    weight: Tensor = (producer.weight if of is None else of).to(dtype)
     if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
         groups, taps = producer.groups, math.prod(producer.kernel_size)
         weight = weight.reshape(groups, producer.in_channels // groups, -1, taps).transpose(1, 2)
@@ -118,6 +119,25 @@ def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
     moving = response(rows, input_mean.detach(), getattr(producer, "groups", 1))
     bias = producer.bias
     return moving if bias is None else moving + bias.to(moving.dtype), rows.square().sum(1)  # type: ignore[operator]
+
+
+def clip(producer: Any, scale: Tensor | None = None) -> None:
+    """Shorten the gradient G of each filter W of the producer, in place, to |G| <= CLIP max(|W|, FLOOR) scale; scale: None for 1.
+
+    BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, in which what they are late by is
+    multiplied from layer to layer. So no filter may turn by more than they can follow.
+
+    Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171.
+    """
+    weight = producer.weight
+    if weight.grad is None:
+        return
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    length, by = (torch.linalg.vector_norm(filters(producer, dtype, t), dim=1) for t in (weight.detach(), weight.grad))
+    factor = (CLIP * length.clamp(min=FLOOR) * (1 if scale is None else scale) / by).clamp(max=1)
+    if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
+        factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
+    weight.grad.mul_(factor.view(*factor.shape, *(1,) * (weight.dim() - factor.dim())).to(weight.grad.dtype))
 
 
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ class Layer(Protocol):
     def square(self, by_parameter: Tensor) -> Tensor: ...  # the <z^2> that the gradient of the std's parameter tells
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
+    def clip(self, scale: Tensor | None) -> None: ...
     def anchor(self) -> Any: ...
     def follow(self, anchor: Any) -> None: ...
 
@@ -181,6 +182,9 @@ class InGraph:
 
     def square(self, by_parameter: Tensor) -> Tensor:
         raise NotImplementedError("an exported program has no feedback")
+
+    def clip(self, scale: Tensor | None) -> None:
+        raise NotImplementedError("an exported program has no producers")
 
     def anchor(self) -> Any:
         raise NotImplementedError("an exported program has no producers")
@@ -353,8 +357,10 @@ def _statistics(layer: Layer) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _anchor(optimizer: Optimizer, followers: list[Layer]) -> None:
-    """Note where the producers' weights are before the optimizer moves them."""
+    """Note where the producers' weights are before the optimizer moves them, and see that it does not move them too far."""
     if followers:
+        for layer in followers:
+            layer.clip(getattr(optimizer, "grad_scale", None))
         _following[optimizer] = [(layer, layer.anchor()) for layer in followers]
 
 

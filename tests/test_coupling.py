@@ -279,8 +279,9 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
     options: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
     steps = torch.optim.SGD(normswap.param_groups(model, lr=0.05), momentum=0.9), torch.optim.SGD([*reference.values()], **options)
     data = torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(5), dtype=F64) + 1
+    clipped: list[Tensor] = []
     for batch in data:
-        loss = model(batch).square().mean()
+        loss = 4 * model(batch).square().mean()
         steps[0].zero_grad()
         (loss + normswap.aux_loss(model) if door == "explicit" else loss).backward()
         steps[0].step()
@@ -293,14 +294,16 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
         if door == "auto":  # the feedback
             fixed, (slope, level) = z.detach(), (shaped(t / number, y) for t in trend)
             z.register_hook(lambda g, f=fixed, a=slope, b=level, left=left: left.append(g - a * f - b) or left[0])  # type: ignore[misc, func-returns-value]
-        expected = nn.functional.silu(shaped(reference["g"], y) * z + shaped(reference["b"], y)).square().mean()
+        expected = 4 * nn.functional.silu(shaped(reference["g"], y) * z + shaped(reference["b"], y)).square().mean()
         close(loss.detach(), expected.detach(), 1e-9)
         steps[1].zero_grad()
         expected.backward()
         with torch.no_grad():
             for r in left:
                 square = fixed.square().mean((0, 2, 3)).clamp(min=1)
-                trend += 0.1 * torch.stack([(r * fixed).sum((0, 2, 3)) / square, r.sum((0, 2, 3))])
+                missed = torch.stack([(r * fixed).sum((0, 2, 3)) / square, r.sum((0, 2, 3))])
+                along = ((missed * trend).sum(1) / trend.square().sum(1).clamp(min=1e-300)).clamp(-1, 3)
+                trend += 0.1 * missed + 0.5 * along[:, None] * trend
             deviation = y - shaped(moving + n * c, y)
             eta, eps = norm.momentum, norm.source.eps
             variance = (n * s).square() * (1 - eta) + eta * (deviation.square().mean((0, 2, 3)) + eps)
@@ -309,7 +312,11 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
             patches = nn.functional.unfold(batch, conv.kernel_size, padding=conv.padding).mean((0, 2)).view_as(a)
             delta = eta * (patches - a)
             a, c = a + delta, c - w.flatten(1) @ delta.flatten() / n
+            shorter = (0.1 * w.flatten(1).norm(dim=1) / w.grad.flatten(1).norm(dim=1)).clamp(max=1)
+            w.grad *= shaped(shorter, w.transpose(0, 1)).transpose(0, 1)
+            clipped += [shorter < 1]
         steps[1].step()
+    assert 0 < torch.stack(clipped).double().mean() < 1
     close(norm.input_mean.detach(), a, 1e-9)
     assert (norm.steering is not None) == (door == "auto")
     if door == "auto":
@@ -318,6 +325,63 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
     moving, n = place()
     close(norm.statistics()[0].detach(), (moving + n * c).detach(), 1e-9)
     close(norm.statistics()[1].detach(), (n * s).detach(), 1e-9)
+
+
+def lengths(producer: Any, t: Tensor) -> list[float]:
+    """|t| of each filter, one after the other."""
+    if not isinstance(producer, coupling.TRANSPOSED):
+        return [float(row.norm()) for row in t]
+    inputs, outputs = producer.in_channels // producer.groups, producer.out_channels // producer.groups
+    return [float(t[g * inputs : (g + 1) * inputs, o].norm()) for g in range(producer.groups) for o in range(outputs)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_a_long_gradient_is_shortened_filter_by_filter(kind: str, scale: float | None) -> None:
+    producer: Any = pair_of(kind)[0][0]  # type: ignore[index]
+    sizes = torch.logspace(-3, 1, coupling.outputs_of(producer), dtype=F64)
+    gradient = torch.randn(producer.weight.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
+    if isinstance(producer, coupling.TRANSPOSED):
+        per = sizes.view(producer.groups, 1, -1).expand(-1, producer.in_channels // producer.groups, -1).flatten(0, 1)
+    else:
+        per = sizes
+    gradient *= per.view(*per.shape, *(1,) * (gradient.dim() - per.dim())) * (scale or 1)
+    producer.weight.grad = gradient.clone()
+    coupling.clip(producer, None if scale is None else torch.tensor(scale))
+    before, after, most = (lengths(producer, t) for t in (gradient, producer.weight.grad, producer.weight.detach()))
+    limits = [0.1 * length * (scale or 1) for length in most]
+    assert any(b > m for b, m in zip(before, limits, strict=True))
+    assert any(b < m for b, m in zip(before, limits, strict=True))
+    for b, a, m in zip(before, after, limits, strict=True):
+        assert a == pytest.approx(min(b, m), rel=1e-12)
+
+
+def test_a_filter_of_nothing_can_grow() -> None:
+    producer = nn.Linear(3, 2, dtype=F64)
+    nn.init.zeros_(producer.weight)
+    producer.weight.grad = torch.full_like(producer.weight, 7.0)
+    coupling.clip(producer)
+    assert lengths(producer, producer.weight.grad) == pytest.approx([1e-4, 1e-4])
+
+
+@pytest.mark.parametrize("what", ["uncoupled", "frozen", "eval", "no gradient"])
+def test_no_other_gradient_is_shortened(what: str) -> None:
+    model, x = coupled("conv2d")
+    if what == "uncoupled":
+        model[1].decouple()
+    (1e6 * model(x).square().mean()).backward()
+    if what == "frozen":
+        for p in (model[1].mean, model[1].std_parameter):
+            p.requires_grad_(False)
+    if what == "eval":
+        model.eval()
+    if what == "no gradient":
+        model[0].weight.grad = None
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    torch.optim.SGD(normswap.param_groups(model, lr=1e-9)).step()
+    for name in ("0.weight", "1.weight", "1.bias"):
+        if name in before:
+            close(model.get_parameter(name).grad, before[name], 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
