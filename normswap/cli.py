@@ -262,7 +262,7 @@ def export(
     """
     with _work(debug):
         from normswap import commands
-        from normswap.report import fates_json, parity_json, parity_summary
+        from normswap.report import cuda_json, cuda_lines, fates_json, parity_json, parity_summary
 
         result = commands.export_files(
             source,
@@ -274,7 +274,8 @@ def export(
             trust_pickle=trust_pickle,
         )
     if as_json:
-        facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue), "extra": dict(result.extra)}
+        facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
+        facts = {**facts, "extra": dict(result.extra), "notes": list(result.notes), "cuda": result.cuda and cuda_json(result.cuda)}
         _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity)})
     else:
         typer.echo(f"wrote {result.path}, opset {result.opset}")
@@ -283,6 +284,10 @@ def export(
         for site in result.sites:
             if site.left:
                 typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")
+        for line in [] if result.cuda is None else cuda_lines(cuda_json(result.cuda)):
+            typer.echo(f"  cuda: {line}")
+        for note in result.notes:
+            typer.echo(f"  note: {note}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import graphs, outputs, pipeline
+from normswap import cuda, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Export, export
@@ -29,7 +29,7 @@ from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.plan import Rule
-from normswap.report import Report, fates_json, report
+from normswap.report import Report, cuda_json, fates_json, report
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
@@ -429,11 +429,29 @@ def _export(
             result = dataclasses.replace(result, notes=(*result.notes, f"{reason}, so it was verified in {parity.candidate}"))
             return result, {parity.candidate: parity}
         legs[parity.candidate] = parity
-    return result, legs
+    result, leg = on_provider(result, judgement)
+    return result, {**legs, **leg}
+
+
+def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVIDER) -> tuple[Export, Mapping[str, Parity]]:
+    """Where onnxruntime has the provider, one more comparison, and where each kernel ran; elsewhere the export says that it was not run."""
+    if result.cuda is None:
+        return result, {}
+    why = cuda.unavailable(result.path, provider)
+    if why is not None:
+        return dataclasses.replace(result, cuda=dataclasses.replace(result.cuda, why=why)), {}
+    parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic)
+    if parity.failure is not None:
+        return result, {parity.candidate: parity}
+    arrays = [tensor.numpy(force=True) for tensor in judgement.probes[0].tensors()]
+    placed = cuda.run(result.path, arrays, {site.name: site.left for site in result.sites}, provider=provider)
+    known = dataclasses.replace(result.cuda, run=placed, why="")
+    return dataclasses.replace(result, cuda=known), {parity.candidate: parity}
 
 
 def _onnx_facts(exported: Export) -> dict[str, Any]:
     return {
+        "target": exported.target,
         "opset": exported.opset,
         "dynamic_batch": exported.dynamic,
         "nodes": dict(exported.nodes),
@@ -442,6 +460,7 @@ def _onnx_facts(exported: Export) -> dict[str, Any]:
         "sites": fates_json(exported.sites),
         "skeleton": dict(exported.skeleton),
         "extra": dict(exported.extra),
+        "cuda": None if exported.cuda is None else cuda_json(exported.cuda),
         "notes": list(exported.notes),
     }
 

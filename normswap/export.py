@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -34,8 +34,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from normswap import onnx_file
+from normswap import cuda, onnx_file
 from normswap.batchless import BatchlessNorm, _laid_out
+from normswap.cuda import Cuda
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.injection import inject_operator
 from normswap.parity import Parity
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from normswap.folding import Affine, Constants, Fate
 
+Target = Literal["portable"]
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 _DOMAIN = "normswap"
@@ -65,6 +67,8 @@ class Export:
     extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
     parity    what comparing the file to the model gave, once somebody did
+    target    what the file was written for
+    cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
     """
 
     path: Path
@@ -78,6 +82,8 @@ class Export:
     dynamic: bool = True
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    target: Target = "portable"
+    cuda: Cuda | None = None
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -94,6 +100,7 @@ def export(
     kwargs: Mapping[str, Any],
     path: Path,
     *,
+    target: Target = "portable",
     opset: int | None = None,
     dynamic: bool = True,
 ) -> Export:
@@ -101,6 +108,7 @@ def export(
 
     Args:
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
+        target: "portable", operators of ai.onnx alone.
         opset: of the file; DEFAULT_OPSET unless given.
         dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
 
@@ -108,6 +116,8 @@ def export(
     """
     import onnx
 
+    if target not in get_args(Target):
+        raise UsageError(f"the target is {target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
     opset = DEFAULT_OPSET if opset is None else opset
     newest = onnx.defs.onnx_opset_version()
     if not 7 <= opset <= newest:
@@ -131,6 +141,7 @@ def export(
     proto = _at_opset(proto, opset)
     _check(proto)
     nodes = onnx_file.census(proto.graph)
+    on_cuda = cuda.of_file(proto)
     onnx_file.write(proto, tensors, Path(path))
     del tensors
     gc.collect()  # a graph refers to itself all over; with it go the folded weights
@@ -145,6 +156,8 @@ def export(
         output_names=outputs,
         dynamic=free,
         notes=notes,
+        target=target,
+        cuda=on_cuda,
     )
 
 

@@ -178,8 +178,9 @@ def compare(
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
-    level: "disabled", "basic", "extended", "all", or REFERENCE for onnx's own evaluator. only_like_example: the candidate takes no other
-    batch size. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a failure.
+    level: "disabled", "basic", "extended", "all", REFERENCE for onnx's own evaluator, or the name of an execution provider.
+    only_like_example: the candidate takes no other batch size. original: a model of which the candidate claims to be an independent copy;
+    reading one of its tensors is a failure.
     """
     runtime = "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
     name = runtime if isinstance(candidate, Path) else str(judgement.dtype)
