@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -35,6 +37,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from normswap import cuda, onnx_file
+from normswap.attention import ATTENTION_OPSET, attends
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.cuda import Cuda
 from normswap.errors import ExportError, SwapError, UsageError
@@ -103,13 +106,17 @@ def export(
     target: Target = "portable",
     opset: int | None = None,
     dynamic: bool = True,
+    external_data: bool | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Export:
     """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
 
     Args:
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
         target: "portable", operators of ai.onnx alone.
-        opset: of the file; DEFAULT_OPSET unless given.
+        opset: of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention.
+        external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
+        metadata: what else to write into the file, by key.
         dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
@@ -118,13 +125,38 @@ def export(
 
     if target not in get_args(Target):
         raise UsageError(f"the target is {target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
-    opset = DEFAULT_OPSET if opset is None else opset
     newest = onnx.defs.onnx_opset_version()
-    if not 7 <= opset <= newest:
+    if opset is not None and not 7 <= opset <= newest:
         raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
     sites: tuple[_Site, ...] = ()
+    attention = opset is None and isinstance(model, ExportedProgram) and attends(model, args, kwargs)
     if isinstance(model, nn.Module):
-        model, sites = _marked_copy(model)
+        model = _copy(model)
+        attention = opset is None and attends(model, args, kwargs)
+        sites = _mark(model)
+    make = functools.partial(_make, model, sites, args, kwargs, dynamic)
+    del model, sites
+    made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
+    del make
+    made.proto.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in metadata.items())
+    onnx_file.write(made.proto, made.tensors, Path(path), external=external_data)
+    made.tensors.clear()
+    gc.collect()  # a graph refers to itself all over; with it go the folded weights
+    return dataclasses.replace(made.export, path=Path(path), target=target)
+
+
+@dataclass
+class _Made:
+    """A file that was not written yet, and what there is to say about it."""
+
+    proto: onnx.ModelProto
+    tensors: dict[str, ir.TensorProtocol]
+    export: Export
+
+
+def _make(
+    model: nn.Module | ExportedProgram, sites: Sequence[_Site], args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool, opset: int
+) -> _Made:
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
     weights = list(graph.graph.initializers.values())
@@ -140,15 +172,10 @@ def export(
     del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
-    nodes = onnx_file.census(proto.graph)
-    on_cuda = cuda.of_file(proto)
-    onnx_file.write(proto, tensors, Path(path))
-    del tensors
-    gc.collect()  # a graph refers to itself all over; with it go the folded weights
-    return Export(
-        path=Path(path),
+    found = Export(
+        path=Path(),
         opset=opset,
-        nodes=nodes,
+        nodes=onnx_file.census(proto.graph),
         sites=tuple(fates),
         skeleton=dict(skeleton.most_common()),
         extra=dict(extra.most_common()),
@@ -156,9 +183,31 @@ def export(
         output_names=outputs,
         dynamic=free,
         notes=notes,
-        target=target,
-        cuda=on_cuda,
+        cuda=cuda.of_file(proto),
     )
+    return _Made(proto, tensors, found)
+
+
+def _with_attention(make: Callable[[int], _Made]) -> _Made:
+    """In the opset that has an operator for attention, unless torch cannot, or more of the rest would be without a CUDA kernel there."""
+    try:
+        made = make(ATTENTION_OPSET)
+    except ExportError as error:
+        why, made = f"torch cannot write attention as one operator: {error.message.partition(': ')[2]}", make(DEFAULT_OPSET)
+    else:
+        missing = _without_kernel(made)
+        if not missing:
+            return made
+        other = make(DEFAULT_OPSET)
+        if len(_without_kernel(other)) >= len(missing):
+            return made
+        lost = Counter(node.op for node in missing) - Counter(node.op for node in _without_kernel(other))
+        why, made = f"in opset {ATTENTION_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
+    return dataclasses.replace(made, export=dataclasses.replace(made.export, notes=(*made.export.notes, f"opset {DEFAULT_OPSET}: {why}")))
+
+
+def _without_kernel(made: _Made) -> tuple[cuda.Missing, ...]:
+    return () if made.export.cuda is None else made.export.cuda.without_kernel
 
 
 # 1. A copy of the model with a mark for every norm --------------------------------------------------------------------------------
@@ -190,11 +239,15 @@ def _mark_op() -> Any:
 _LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # its operators live as long as it does
 
 
-def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
+def _copy(model: nn.Module) -> nn.Module:
     try:
-        twin = shadow(model)
+        return shadow(model)
     except SwapError as error:
         raise ExportError(error.message, hint=_NO_ONNX) from error
+
+
+def _mark(twin: nn.Module) -> tuple[_Site, ...]:
+    """Put a mark in the place of every norm of a model that is nobody else's."""
     sites = tuple(_Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
     for number, site in enumerate(sites):
         # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around
@@ -202,7 +255,7 @@ def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
         cls = type(site.norm)
         site.norm.__class__ = _Mark if cls is BatchlessNorm else type(cls.__name__, (cls, _Mark), {})
         cast(_Mark, site.norm).number = number
-    return twin, sites
+    return sites
 
 
 # 2. The graph, by torch -------------------------------------------------------------------------------------------------------------
