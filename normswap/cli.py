@@ -76,7 +76,20 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", metavar="PKG.MOD:RULE", help="A normswap.Rule for norms of your own; goes before normswap's. Repeatable."),
 ]
-Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write.")]
+Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write; default 20, or 23 for its Attention.")]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="ONNX file with weights, inputs and outputs in float16.")]
+ExternalData = Annotated[
+    bool, typer.Option("--external-data", help="Weights of the ONNX file in FILE.data beside it; above 1.5 GiB they always are.")
+]
+
+
+class Target(str, Enum):
+    """What an ONNX file is written for."""
+
+    portable = "portable"
+
+
+For = Annotated[Target, typer.Option("--target", help="What the ONNX file is written for: portable, operators of ONNX alone.")]
 TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
@@ -130,7 +143,10 @@ def convert(
         ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
+    target: For = Target.portable,
     opset: Opset = None,
+    fp16: Fp16 = False,
+    external_data: ExternalData = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -158,7 +174,7 @@ def convert(
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
-            opset=opset,
+            export_options=_export_options(target, opset, fp16, external_data),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
             progress=progress,
@@ -250,7 +266,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")],
     arch: Arch = None,
     inputs: Inputs = None,
+    target: For = Target.portable,
     opset: Opset = None,
+    fp16: Fp16 = False,
+    external_data: ExternalData = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -268,10 +287,10 @@ def export(
             source,
             output,
             inputs=inputs or (),
-            opset=opset,
             arch=arch,
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
+            **_export_options(target, opset, fp16, external_data),
         )
     if as_json:
         facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
@@ -399,6 +418,11 @@ def sensitivity(
         _print_json(sensitivity_json(source, found))
     else:
         _print_table(sensitivity_table(found), sensitivity_summary(found, data))
+
+
+def _export_options(target: Target, opset: int | None, fp16: bool, external_data: bool) -> dict[str, Any]:
+    """As `export_onnx` takes them."""
+    return {"target": target.value, "opset": opset, "half": fp16, "external_data": external_data or None}
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from normswap.attention import ATTENTION_OPSET, attends
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.cuda import Cuda
 from normswap.errors import ExportError, SwapError, UsageError
+from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
 from normswap.parity import Parity
 from normswap.sharing import shadow
@@ -106,6 +107,7 @@ def export(
     target: Target = "portable",
     opset: int | None = None,
     dynamic: bool = True,
+    half: bool = False,
     external_data: bool | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Export:
@@ -115,6 +117,7 @@ def export(
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
         target: "portable", operators of ai.onnx alone.
         opset: of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention.
+        half: whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once.
         external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
         metadata: what else to write into the file, by key.
         dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
@@ -129,12 +132,22 @@ def export(
     if opset is not None and not 7 <= opset <= newest:
         raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
     sites: tuple[_Site, ...] = ()
+    precise: nn.Module | None = None
+    if half and isinstance(model, ExportedProgram):
+        raise UsageError(
+            "an ExportedProgram computes in the dtypes that it was exported with", hint="convert the module it came from to float16"
+        )
     attention = opset is None and isinstance(model, ExportedProgram) and attends(model, args, kwargs)
     if isinstance(model, nn.Module):
         model = _copy(model)
+        if half:
+            precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
         attention = opset is None and attends(model, args, kwargs)
         sites = _mark(model)
-    make = functools.partial(_make, model, sites, args, kwargs, dynamic)
+    if precise is not None:
+        norms = dict(precise.named_modules())
+        sites = tuple(_Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
+    make = functools.partial(_make, model, sites, args, kwargs, dynamic, precise)
     del model, sites
     made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
     del make
@@ -155,10 +168,18 @@ class _Made:
 
 
 def _make(
-    model: nn.Module | ExportedProgram, sites: Sequence[_Site], args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool, opset: int
+    model: nn.Module | ExportedProgram,
+    sites: Sequence[_Site],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: bool,
+    precise: nn.Module | None,
+    opset: int,
 ) -> _Made:
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
+    if precise is not None:
+        remember(graph.graph, precise)
     weights = list(graph.graph.initializers.values())
     fates, skeleton = _fold(graph, sites)
     del sites

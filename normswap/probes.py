@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+LARGE = " x 1000"  # how the last one's name ends
+
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 

@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "onnx_file": frozenset({"errors"}),
     "cuda": NOTHING,
     "attention": frozenset({"sharing"}),
-    "export": STAGE | {"folding", "versions", "injection", "onnx_file", "cuda", "attention"},
+    "half": frozenset({"errors", "sharing", "folding"}),
+    "export": STAGE | {"folding", "versions", "injection", "onnx_file", "cuda", "attention", "half"},
     "fold": STAGE | {"folding", "versions", "onnx_file"},
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda"},
+    | {"graphs", "cuda", "half"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

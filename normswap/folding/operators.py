@@ -446,7 +446,7 @@ def _write_linear(layer: Linear, change: Change) -> None:
     assert weight is not None
     node.replace_input_with(1, weight)
     if layer.biased and (bias.any() or layer.bias.any()):
-        set_bias(node, constants.add(f"{name}_folded_bias", bias.astype(dtype.numpy())))
+        set_bias(node, constants.add(f"{name}_folded_bias", bias, dtype.numpy()))
 
 
 def set_bias(node: ir.Node, bias: ir.Value) -> None:
@@ -479,8 +479,9 @@ def _threshold(basis: Basis) -> Array:
 
 def _write_constant(node: ir.Node, index: int, basis: Basis, constants: Constants) -> None:
     value = node.inputs[index]
-    array = constants.of(value)
+    array, source = constants.of(value), constants.exact(value)
     assert value is not None
     assert array is not None
-    stored = (array.astype(np.float64) - basis.shift) / basis.scale
-    node.replace_input_with(index, constants.add(f"{value.name}_folded", stored.astype(array.dtype)))
+    assert source is not None
+    stored = (source.astype(np.float64) - basis.shift) / basis.scale
+    node.replace_input_with(index, constants.add(f"{value.name}_folded", stored, array.dtype))
