@@ -83,6 +83,17 @@ ExternalData = Annotated[
 ]
 
 
+class Dynamic(str, Enum):
+    """Which sizes of the inputs an ONNX file leaves free."""
+
+    batch = "batch"
+    spatial = "spatial"
+    none = "none"
+
+
+Free = Annotated[Dynamic, typer.Option("--dynamic", help="Free sizes in the ONNX file: batch; spatial, also height, width, length; none.")]
+
+
 class Target(str, Enum):
     """What an ONNX file is written for."""
 
@@ -145,6 +156,7 @@ def convert(
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
     target: For = Target.portable,
     opset: Opset = None,
+    dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
     trust_package: TrustPackage = None,
@@ -174,7 +186,7 @@ def convert(
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
-            export_options=_export_options(target, opset, fp16, external_data),
+            export_options=_export_options(target, opset, dynamic, fp16, external_data),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
             progress=progress,
@@ -268,6 +280,7 @@ def export(
     inputs: Inputs = None,
     target: For = Target.portable,
     opset: Opset = None,
+    dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
     trust_package: TrustPackage = None,
@@ -290,7 +303,7 @@ def export(
             arch=arch,
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
-            **_export_options(target, opset, fp16, external_data),
+            **_export_options(target, opset, dynamic, fp16, external_data),
         )
     if as_json:
         facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
@@ -420,9 +433,9 @@ def sensitivity(
         _print_table(sensitivity_table(found), sensitivity_summary(found, data))
 
 
-def _export_options(target: Target, opset: int | None, fp16: bool, external_data: bool) -> dict[str, Any]:
+def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool) -> dict[str, Any]:
     """As `export_onnx` takes them."""
-    return {"target": target.value, "opset": opset, "half": fp16, "external_data": external_data or None}
+    return {"target": target.value, "opset": opset, "dynamic": dynamic.value, "half": fp16, "external_data": external_data or None}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from normswap import cuda, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
-from normswap.export import Export, Target, export
+from normswap.export import Dynamic, Export, Target, export
 from normswap.exported import as_module
 from normswap.fold import Folded, fold
 from normswap.half import arguments, halved
@@ -31,7 +31,7 @@ from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.plan import Rule
-from normswap.probes import LARGE, probes
+from normswap.probes import LARGE, Probe, probes, resized
 from normswap.report import Report, cuda_json, fates_json, report
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
@@ -86,16 +86,16 @@ def export_onnx(
     *,
     target: Target = "portable",
     opset: int | None = None,
-    dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
     half: bool = False,
     external_data: bool | None = None,
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
     example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone. opset: that of the file;
-    None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there. dynamic: leave the batch size free.
-    half: weights, inputs and outputs in float16. external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot
-    hold them.
+    None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there. dynamic: what to leave free: "batch"
+    (True), "spatial" (also height and width, or the length; verified at other sizes than the example's), or "none" (False). half: weights,
+    inputs and outputs in float16. external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold them.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
@@ -434,17 +434,26 @@ def _export(
     module, legs, notes = as_module(model), dict[str, Parity](), list[str]()
     if isinstance(model, nn.Module):
         options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
+    reference, given, wide = module, (inputs.args, dict(inputs.kwargs)), None
     if half:
-        rounded, given = halved(module), arguments((inputs.args, dict(inputs.kwargs)))
-        judgement = judge(rounded, *given, wide=module, asked=[probe for probe in probes(*given) if not probe.name.endswith(LARGE)])
+        reference, given, wide = halved(module), arguments(given), module
+        judgement = judge(reference, *given, wide=wide, asked=[probe for probe in probes(*given) if not probe.name.endswith(LARGE)])
         noise = max((truth.noise for outputs in judgement.outputs.values() for truth in outputs.values()), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
-        del rounded
     elif judgement is None:
         judgement = judge(module, inputs.args, inputs.kwargs)
-    del module
     result = export(model, inputs.args, inputs.kwargs, path, half=half, **options)
+    if any(axis for found in result.free for axis in found):
+        sizes, missing = _other_sizes(reference, given, wide, result)
+        if missing and isinstance(model, nn.Module):
+            notes.append(f"fixed: {', '.join(missing)}; the model itself runs at no other size that was tried")
+            result = export(model, inputs.args, inputs.kwargs, path, half=half, **{**options, "dynamic": "batch"})
+        elif missing:
+            notes.append(f"not verified: other sizes of {', '.join(missing)}; the model runs at none that was tried")
+        else:
+            legs["onnxruntime (all), other sizes"] = compare(sizes, path)
+    del module, reference, wide
     result = dataclasses.replace(result, notes=(*result.notes, *notes))
     for level in LEVELS:
         parity = compare(judgement, path, level=level, only_like_example=not result.dynamic)
@@ -457,6 +466,17 @@ def _export(
         legs[parity.candidate] = parity
     result, leg_on_provider = on_provider(result, judgement)
     return result, {**legs, **leg_on_provider}
+
+
+def _other_sizes(
+    reference: nn.Module, given: tuple[tuple[Any, ...], Mapping[str, Any]], wide: nn.Module | None, result: Export
+) -> tuple[Judgement, list[str]]:
+    """(what the model gives at other sizes than the example's, the free axes of which the model takes no other size)."""
+    others = list(resized(*given, result.free))
+    judgement = judge(reference, *given, wide=wide, asked=[Probe("example", *given), *(probe for _, probe in others)])
+    usable = {probe.name for probe in judgement.probes}
+    seen = {axis for axis, probe in others if probe.name in usable}
+    return judgement, [axis for axis in dict.fromkeys(axis for axis, _ in others) if axis not in seen]
 
 
 def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVIDER) -> tuple[Export, Mapping[str, Parity]]:
@@ -480,6 +500,7 @@ def _onnx_facts(exported: Export) -> dict[str, Any]:
         "target": exported.target,
         "opset": exported.opset,
         "dynamic_batch": exported.dynamic,
+        "free_axes": list(dict.fromkeys(name for axes in exported.free for name in axes.values())),
         "nodes": dict(exported.nodes),
         "folded": list(exported.folded),
         "residue": list(exported.residue),

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from normswap.folding import Affine, Constants, Fate
 
 Target = Literal["portable"]
+Dynamic = Literal["batch", "spatial", "none"]
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 _DOMAIN = "normswap"
@@ -70,6 +71,7 @@ class Export:
     skeleton  the operators of the same model without its norms
     extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
+    free      for each input, its free axes: their numbers and names
     parity    what comparing the file to the model gave, once somebody did
     target    what the file was written for
     cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
@@ -84,6 +86,7 @@ class Export:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic: bool = True
+    free: tuple[Mapping[int, str], ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
     target: Target = "portable"
@@ -106,7 +109,7 @@ def export(
     *,
     target: Target = "portable",
     opset: int | None = None,
-    dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
     half: bool = False,
     external_data: bool | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
@@ -120,7 +123,8 @@ def export(
         half: whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once.
         external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
         metadata: what else to write into the file, by key.
-        dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
+        dynamic: what to leave free. "batch" (True): dimension 0 of every input tensor that agrees there with the first one. "spatial": also
+            the dimensions after the channels, or the length of a sequence. "none" (False).
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
     """
@@ -128,6 +132,9 @@ def export(
 
     if target not in get_args(Target):
         raise UsageError(f"the target is {target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
+    freedom = dynamic if isinstance(dynamic, str) else "batch" if dynamic else "none"
+    if freedom not in get_args(Dynamic):
+        raise UsageError(f"dynamic is {dynamic!r}; expected True, False or one of {', '.join(map(repr, get_args(Dynamic)))}")
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 7 <= opset <= newest:
         raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
@@ -147,7 +154,7 @@ def export(
     if precise is not None:
         norms = dict(precise.named_modules())
         sites = tuple(_Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
-    make = functools.partial(_make, model, sites, args, kwargs, dynamic, precise)
+    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise)
     del model, sites
     made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
     del make
@@ -172,7 +179,7 @@ def _make(
     sites: Sequence[_Site],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    dynamic: bool,
+    dynamic: Dynamic,
     precise: nn.Module | None,
     opset: int,
 ) -> _Made:
@@ -186,7 +193,9 @@ def _make(
     _tidy(graph, *names)
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
-    free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
+    free = tuple(
+        {axis: str(size) for axis, size in enumerate(value.shape or ()) if not isinstance(size, int)} for value in graph.graph.inputs
+    )
     proto, tensors = onnx_file.skeleton(graph)
     for value in weights:
         value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
@@ -202,7 +211,8 @@ def _make(
         extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
-        dynamic=free,
+        dynamic=any(free),
+        free=free,
         notes=notes,
         cuda=cuda.of_file(proto),
     )
@@ -283,20 +293,22 @@ def _mark(twin: nn.Module) -> tuple[_Site, ...]:
 
 
 def _graph_of(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: bool
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic
 ) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
     """(the graph, the names that its inputs and outputs should have, notes)."""
     marks = {_mark_op(): _onnx_mark(), inject_operator(): _onnx_identity()}
-    choices = _dynamic_shapes(model, args, kwargs) if dynamic and isinstance(model, nn.Module) else [None]
+    choices = [_Choice(None)]
+    if dynamic != "none" and isinstance(model, nn.Module):
+        choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
     failures: list[Exception] = []
-    for shapes in choices:
+    for choice in choices:
         try:
             with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 program: Any = torch.onnx.export(
                     model,
                     args,
                     kwargs=kwargs,
-                    dynamic_shapes=shapes,
+                    dynamic_shapes=choice.shapes,
                     opset_version=opset,
                     custom_translation_table=marks,
                     dynamo=True,
@@ -307,26 +319,65 @@ def _graph_of(
             failures.append(error)
     else:
         raise ExportError(f"torch cannot make an ONNX graph of this model: {_reason(failures[-1])}", hint=_NO_ONNX) from failures[-1]
-    fixed = len(choices) > 1 and shapes is None
-    notes = (f"the batch size is fixed, as torch refuses a free one: {_reason(failures[0])}",) if fixed else ()
+    notes = []
+    if choices[0].spatial and not choice.spatial:
+        notes.append(f"the spatial axes are fixed, as torch refuses free ones: {_reason(failures[0])}")
+    if len(choices) > 1 and choice.shapes is None:
+        notes.append(f"the batch size is fixed, as torch refuses a free one: {_reason(failures[sum(c.spatial for c in choices)])}")
     signature = program.exported_program.graph_signature
     inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
-    return program.model, (inputs, _output_names(program.exported_program)), notes
+    return program.model, (inputs, _output_names(program.exported_program)), tuple(notes)
 
 
-def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What to try as torch's `dynamic_shapes`, best first."""
+@dataclass(frozen=True)
+class _Choice:
+    """What to try as torch's `dynamic_shapes`, and whether it frees more than the batch size."""
+
+    shapes: Any
+    spatial: bool = False
+
+
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # by how many there are
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
+    """What to try, best first."""
     arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     leaves, structure = pytree.tree_flatten(arguments)
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
     batch = next((size for size in sizes if size is not None), None)
     if batch is None:
-        return [None]
+        return [_Choice(None)]
     same = [size == batch for size in sizes]
-    choices = [same]
+    batches = [same]
     if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
-        choices.append([i == same.index(True) for i in range(len(same))])
-    return [pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure) for choice in choices] + [None]
+        batches.append([i == same.index(True) for i in range(len(same))])
+    choices = [_Choice(pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
+    wider: list[_Choice] = []
+    for sequences in (False, True) if spatial else ():
+        axes = _spatial_axes(leaves, sequences=sequences)
+        both = [({0: "batch"} if free else {}) | more for free, more in zip(same, axes, strict=True)]
+        shapes = pytree.tree_unflatten([found or None for found in both], structure)
+        if any(axes) and shapes not in [choice.shapes for choice in wider]:
+            wider.append(_Choice(shapes, spatial=True))
+    return [*wider, *choices, _Choice(None)]
+
+
+def _spatial_axes(leaves: Sequence[Any], *, sequences: bool) -> list[dict[int, str]]:
+    """For each argument, its axes after the channels, by name. A tensor (N, a, b) is a sequence (N, L, D), or else (N, C, L)."""
+    names: dict[tuple[str, int], str] = {}
+    found = []
+    for leaf in leaves:
+        rank = leaf.dim() if isinstance(leaf, Tensor) else 0
+        floating = rank and leaf.is_floating_point()
+        axes = range(2, rank) if rank > 3 else {3: [1 if sequences else 2] if floating else [], 2: [] if floating else [1]}.get(rank, ())
+        free = {}
+        for axis, name in zip(axes, AXES.get(len(axes), ()), strict=False):
+            size = leaf.shape[axis]
+            again = sum(known == name for known, _ in names)
+            free[axis] = names.setdefault((name, size), f"{name}_{again}" if again else name)
+        found.append(free)
+    return found
 
 
 @functools.cache

@@ -265,6 +265,7 @@ def full() -> Report:
         onnx={
             "opset": 20,
             "dynamic_batch": True,
+            "free_axes": ["batch"],
             "nodes": {"Conv": 3, "Mul": 1},
             "folded": ["stem.norm"],
             "residue": ["body.norm"],
