@@ -98,9 +98,13 @@ class Target(str, Enum):
     """What an ONNX file is written for."""
 
     portable = "portable"
+    ort_fused = "ort-fused"
 
 
-For = Annotated[Target, typer.Option("--target", help="What the ONNX file is written for: portable, operators of ONNX alone.")]
+For = Annotated[
+    Target,
+    typer.Option("--target", help="What the ONNX file is written for: portable, operators of ONNX alone; ort-fused, also onnxruntime's."),
+]
 TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),

@@ -41,6 +41,7 @@ from normswap.attention import ATTENTION_OPSET, attends
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.cuda import Cuda
 from normswap.errors import ExportError, SwapError, UsageError
+from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
 from normswap.parity import Parity
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
     from normswap.folding import Affine, Constants, Fate
 
-Target = Literal["portable"]
+Target = Literal["portable", "ort-fused"]
 Dynamic = Literal["batch", "spatial", "none"]
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
@@ -118,7 +119,7 @@ def export(
 
     Args:
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
-        target: "portable", operators of ai.onnx alone.
+        target: "portable", operators of ai.onnx alone; "ort-fused", also those of onnxruntime that are in `normswap.fused`.
         opset: of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention.
         half: whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once.
         external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
@@ -132,6 +133,8 @@ def export(
 
     if target not in get_args(Target):
         raise UsageError(f"the target is {target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
+    if target == "ort-fused" and opset is not None and opset < _TORCH_OPSET:
+        raise UsageError(f"the target 'ort-fused' cannot be converted to opset {opset}", hint=f"opset {_TORCH_OPSET} and above can be")
     freedom = dynamic if isinstance(dynamic, str) else "batch" if dynamic else "none"
     if freedom not in get_args(Dynamic):
         raise UsageError(f"dynamic is {dynamic!r}; expected True, False or one of {', '.join(map(repr, get_args(Dynamic)))}")
@@ -154,7 +157,7 @@ def export(
     if precise is not None:
         norms = dict(precise.named_modules())
         sites = tuple(_Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
-    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise)
+    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise, target)
     del model, sites
     made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
     del make
@@ -181,6 +184,7 @@ def _make(
     kwargs: Mapping[str, Any],
     dynamic: Dynamic,
     precise: nn.Module | None,
+    target: Target,
     opset: int,
 ) -> _Made:
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
@@ -192,6 +196,8 @@ def _make(
     del sites
     _tidy(graph, *names)
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
+    if target == "ort-fused" and not fuse(graph):
+        notes = (*notes, "nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads")
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = tuple(
         {axis: str(size) for axis, size in enumerate(value.shape or ()) if not isinstance(size, int)} for value in graph.graph.inputs
