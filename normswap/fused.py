@@ -97,4 +97,4 @@ def _function(opset: int) -> ir.Function:
     proto = onnx.helper.make_function(
         DOMAIN, NAME, ["X", "W", "B"], ["Y"], [conv, relu], [onnx.helper.make_opsetid("", opset)], attributes=names
     )
-    return ir.from_proto(proto)
+    return ir.serde.deserialize_function(proto)
