@@ -217,7 +217,7 @@ def _make(
         extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
-        dynamic=any(free),
+        dynamic=any(0 in axes for axes in free),
         free=free,
         notes=notes,
         cuda=cuda.of_file(proto),

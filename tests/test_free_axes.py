@@ -131,6 +131,15 @@ def test_a_choice_that_there_is_not(path: Path) -> None:
         export(convs().eval(), (torch.randn(2, 3, 13, 16),), {}, path, dynamic="all")  # type: ignore[arg-type]
 
 
+def test_an_exported_program_keeps_the_axes_it_has(path: Path) -> None:
+    x = torch.randn(2, 3, 13, 16)
+    shapes = ({2: torch.export.Dim("rows", min=8)},)
+    program = torch.export.export(convs().eval(), (x,), dynamic_shapes=shapes)
+    result = normswap.export_onnx(program, x, path)
+    ((axis, _),) = result.free[0].items()
+    assert (axis, result.dynamic, result.notes) == (2, False, ())
+
+
 def test_probes_of_other_sizes() -> None:
     x, mask = torch.arange(12.0).reshape(2, 2, 3), torch.arange(6).reshape(2, 3)
     found = list(resized((x,), {"mask": mask, "flag": True}, [{0: "batch", 2: "length"}, {0: "batch", 1: "length"}]))

@@ -239,3 +239,28 @@ def test_a_model_that_does_not_run_in_float16_says_so(path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"the model cannot run on the example inputs: "):
         normswap.export_onnx(Fixed().eval(), torch.randn(3, 7), path, half=True)
+
+
+# -- whole nets, by hand -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "densenet121", "mobilenet_v3_large", "efficientnet_b0", "vgg16_bn", "regnet_y_400mf"]
+)
+def test_nets_whose_statistics_are_those_of_their_activations(name: str, path: Path) -> None:
+    import torchvision
+
+    model = getattr(torchvision.models, name)(num_classes=10)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        model.train()(torch.randn(8, 3, 64, 64))
+    conversion = normswap.convert(model.eval(), torch.randn(2, 3, 64, 64))
+    result = normswap.export_onnx(conversion, path=path, half=True)
+    assert result.parity
+    assert max(d.noise for d in result.parity.outputs) <= CAP  # the model itself, run by torch in float16
+    assert result.parity.max_rel <= CAP
+    assert result.notes == ()
+    print(f"{name}: torch {max(d.noise for d in result.parity.outputs):.1e}, the file {result.parity.max_rel:.1e}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_export import assert_same, norm
 from torch import Tensor, nn
 
+import normswap
 from fixtures.architectures import GPT, ViT
 from normswap.attention import attends
 from normswap.errors import ExportError, UsageError
@@ -220,6 +221,13 @@ def test_weights_beside_the_file_when_asked_for(path: Path) -> None:
     export(model, (torch.randn(2, 3, 14, 15),), {}, inside)
     for a, b in zip(onnx.load(path).graph.initializer, onnx.load(inside).graph.initializer, strict=True):
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b))
+
+
+def test_a_file_with_weights_beside_it_is_verified_before_both_appear(path: Path) -> None:
+    result = normswap.export_onnx(large(), torch.randn(2, 3, 14, 15), path, external_data=True)
+    assert result.parity
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert normswap.verify(path, path, torch.randn(2, 3, 14, 15))
 
 
 def test_weights_are_in_the_file_otherwise(path: Path) -> None:
