@@ -114,7 +114,13 @@ def export_onnx(
             source, inputs, partial, target=target, opset=opset, dynamic=dynamic, half=half, external_data=external_data
         )
         for parity in parities.values():
-            pipeline.check(parity)
+            try:
+                pipeline.check(parity)
+            except ParityError as error:
+                if half:
+                    noise = max((d.noise for d in parity.outputs), default=float("nan"))
+                    error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
+                raise
     return dataclasses.replace(result, path=Path(path), parity=list(parities.values())[-1])
 
 
