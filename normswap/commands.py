@@ -92,11 +92,12 @@ def export_onnx(
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
-    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone; "ort-fused", also those of
-    onnxruntime in which two are one, each with its meaning for other runtimes (`normswap.fused`). opset: that of the file; None: 20, or 23
-    if the model calls scaled_dot_product_attention, which is one operator there. dynamic: what to leave free: "batch" (True), "spatial"
-    (also height and width, or the length; verified at other sizes than the example's), or "none" (False). half: weights, inputs and
-    outputs in float16. external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold them.
+    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone; "ort-cpu", the same in the
+    form that is fastest in onnxruntime on a CPU; "ort-fused", also those of onnxruntime in which two are one, each with its meaning for
+    other runtimes (`normswap.fused`). opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is
+    one operator there. dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other
+    sizes than the example's), or "none" (False). half: weights, inputs and outputs in float16. external_data: the weights in a file beside
+    it, `<path>.data`; None: if one file cannot hold them.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """

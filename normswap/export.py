@@ -44,6 +44,7 @@ from normswap.errors import ExportError, SwapError, UsageError
 from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
+from normswap.lean import lean
 from normswap.parity import Parity
 from normswap.sharing import shadow
 from normswap.versions import version_of
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
     from normswap.folding import Affine, Constants, Fate
 
-Target = Literal["portable", "ort-fused"]
+Target = Literal["portable", "ort-cpu", "ort-fused"]
 Dynamic = Literal["batch", "spatial", "none"]
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
@@ -119,7 +120,9 @@ def export(
 
     Args:
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
-        target: "portable", operators of ai.onnx alone; "ort-fused", also those of onnxruntime that are in `normswap.fused`.
+        target: "portable", operators of ai.onnx alone, as few as there can be; "ort-cpu", the same in the form that is fastest in
+            onnxruntime on a CPU: a BatchNormalization and a ReLU between convolutions instead of a maximum; "ort-fused", also those of
+            onnxruntime that are in `normswap.fused`.
         opset: of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention.
         half: whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once.
         external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
@@ -192,7 +195,7 @@ def _make(
     if precise is not None:
         remember(graph.graph, precise)
     weights = list(graph.graph.initializers.values())
-    fates, skeleton = _fold(graph, sites)
+    fates, skeleton = _fold(graph, sites, blocked=target == "ort-cpu")
     del sites
     _tidy(graph, *names)
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
@@ -222,6 +225,7 @@ def _make(
         notes=notes,
         cuda=cuda.of_file(proto),
     )
+    del proto.graph.value_info[:]  # shapes of inner values: whoever wants them can infer them
     return _Made(proto, tensors, found)
 
 
@@ -486,21 +490,26 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[str]]:
+def _fold(model: ir.Model, sites: Sequence[_Site], *, blocked: bool) -> tuple[list[Fate], Counter[str]]:
     """Fold every norm where that is exact: where each went, and the operators that there are without them."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
     from normswap.folding import Constants, fold
 
-    if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
-        optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
+    with _quiet():
+        if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+            optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
+        lean(model)
     constants = Constants(model.graph)
     common.RemoveUnusedNodesPass()(model)
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
     affines = [affine for affine in found if affine is not None]
     skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
-    return fold(model.graph, affines, constants), skeleton
+    fates = fold(model.graph, affines, constants, blocked=blocked)
+    common.RemoveUnusedNodesPass()(model)
+    constants.settle()
+    return fates, skeleton
 
 
 def _operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
@@ -586,6 +595,9 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     from onnx_ir.passes import common
 
     graph = model.graph
+    with _quiet():
+        lean(model)  # again: without the norms there is more to shorten
+    common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)
 

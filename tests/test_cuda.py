@@ -268,5 +268,5 @@ def test_integers_elsewhere_are_no_matter(tmp_path: Path) -> None:
 
 
 def test_a_target_that_there_is_not(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'ort-fused'"):
+    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'ort-cpu', 'ort-fused'"):
         export(net(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx", target="gpu")  # type: ignore[arg-type]

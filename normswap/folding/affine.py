@@ -75,6 +75,7 @@ class Constants:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._made: dict[tuple[Any, ...], ir.Value | None] = {}
+        self._wanted: dict[ir.Value, str] = {}
 
     def of(self, value: ir.Value | None) -> Array | None:
         """The array that `value` always is, or None if it depends on the input."""
@@ -88,10 +89,10 @@ class Constants:
         array = self.of(value)
         return array if array is None or value is None else precise(value, array)
 
-    def add(self, name: str, array: Array, dtype: npt.DTypeLike | None = None) -> ir.Value:
+    def add(self, name: str, array: Array, dtype: npt.DTypeLike | None = None, *, wanted: str | None = None) -> ir.Value:
         """A new constant under `name`, or under a name derived from it if that is taken. Equal arrays under one name are one constant.
 
-        dtype: round it to this; that of the array unless given.
+        dtype: round it to this; that of the array unless given. wanted: the name that it gets by `settle`, if it is free then.
         """
         rounded = array if dtype is None else array.astype(dtype)
         key = (name, rounded.dtype, rounded.shape, rounded.tobytes())
@@ -100,7 +101,15 @@ class Constants:
             made = self._made[key] = self._register(name, rounded)
             if rounded.dtype == np.float16:
                 note_precise(made, array)
+        if wanted is not None:
+            self._wanted[made] = wanted
         return made
+
+    def bias(self, weight: ir.Value, array: Array, dtype: npt.DTypeLike) -> ir.Value:
+        """A new bias of the layer that `weight` is that of, or was folded from, rounded to `dtype`."""
+        name = str(self._wanted.get(weight, weight.name))
+        stem, dot, last = name.rpartition(".")
+        return self.add(f"{name}_folded_bias", array, dtype, wanted=f"{stem}{dot}bias" if last == "weight" else f"{name}_bias")
 
     def scaled(self, weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> ir.Value | None:
         """weight * factors, computed in float64 and rounded once to the weight's dtype.
@@ -112,6 +121,8 @@ class Constants:
         if key not in self._made:
             array = _scaled(weight, factors, view)
             made = None if array is None else self._register(f"{weight.name}_folded", array.astype(self._dtype_of(weight), copy=False))
+            if made is not None:
+                self._wanted[made] = str(weight.name)
             if made is not None and array is not None and PRECISE in weight.meta:
                 note_precise(made, array)  # another norm may go into it
             self._made[key] = made
@@ -122,6 +133,14 @@ class Constants:
         tensor = ir.convenience.get_const_tensor(value)
         assert tensor is not None
         return tensor.dtype.numpy()
+
+    def settle(self) -> None:
+        """Give what was folded the name of what it was folded from, if that is gone."""
+        for value, name in self._wanted.items():
+            if value.name in self._graph.initializers and name not in self._graph.initializers:
+                del self._graph.initializers[str(value.name)]
+                value.name = name
+                self._graph.register_initializer(value)
 
     def _register(self, name: str, array: Array) -> ir.Value:
         unique, count = name, 1

@@ -57,7 +57,7 @@ def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str |
         return None
     layer.node.replace_input_with(1, weight)
     if layer.biased or adder is not None or shift.any():
-        _set_bias(layer, adder, constants.add(f"{layer.weight.name}_folded_bias", bias, dtype.numpy()))
+        _set_bias(layer, adder, constants.bias(layer.weight, bias, dtype.numpy()))
     affine.replace_by(affine.x)
     return str(layer.node.name)
 
