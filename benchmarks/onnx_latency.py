@@ -238,7 +238,7 @@ def above(row: Row, what: str) -> int:
 
 def finds_more(row: Row) -> dict[str, tuple[int, int]]:
     """The tools that remove more from our file than from the one without norms: how much from each."""
-    return {tool: (n["ours"], n["skeleton"]) for tool, n in row["removed"].items() if n["ours"] > n["skeleton"]}
+    return {tool: (n["ours"], n["skeleton"]) for tool, n in row["removed"].items() if n["ours"] > max(0, n["skeleton"])}
 
 
 def slowest_ratio(row: Row, batch: int, mine: str = "ours") -> float:
