@@ -162,11 +162,11 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         paths = {file: Path(directory) / f"{file}.onnx" for file in FILES}
-        row["norms"] = len(export(model, (x,), {}, paths["ours"]).sites)
-        export(model, (x,), {}, paths["ort-cpu"], target="ort-cpu")
+        row["norms"] = len(export(model, (x,), {}, paths["ours"], opset=DEFAULT_OPSET).sites)
+        export(model, (x,), {}, paths["ort-cpu"], target="ort-cpu", opset=DEFAULT_OPSET)
         own = ["ours"] if paths["ours"].read_bytes() == paths["ort-cpu"].read_bytes() else ["ours", "ort-cpu"]
         exported_by_torch(original, x, paths["torch"])
-        export(with_norms(original, lambda channels, axis: Nothing()), (x,), {}, paths["skeleton"])
+        export(with_norms(original, lambda channels, axis: Nothing()), (x,), {}, paths["skeleton"], opset=DEFAULT_OPSET)
         del model, original
         counts = {file: count(onnx.load(str(paths[file]))) for file in (*own, "skeleton", "torch")}
         for tool, apply in TOOLS.items():

@@ -904,3 +904,19 @@ def test_attention_is_as_short_as_a_person_would_write_it(path: Path) -> None:
     assert result.dynamic
     assert result.nodes == {"Reshape": 4, "Transpose": 4, "MatMul": 3, "Mul": 2, "Add": 1, "Split": 1, "Softmax": 1}
     assert_same(model, path, (x,))
+
+
+def test_the_bias_of_a_layer_stays_a_vector(path: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = norm(12, channel_axis=-1), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x.exp()))  # type: ignore[no-any-return]
+
+    model, x = Last(), torch.randn(2, 7, 12)
+    assert export(model, (x,), {}, path).residue == ()
+    shapes = {i.name: tuple(i.dims) for i in onnx.load(path).graph.initializer}
+    assert shapes["linear.bias"] == (5,)  # with more dimensions, onnxruntime makes no Gemm of it
+    assert_same(model, path, (x,))
