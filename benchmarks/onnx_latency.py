@@ -6,10 +6,12 @@
 
 A peer's file is what it makes of torch.onnx.export's of the original model, whose BatchNorms have the statistics, weights and biases of our
 BatchlessNorms; its LayerNorms are LayerNorms, so that there the two files are not the same function. "without norms" is the same model
-with nothing in their place. Operators are counted with those of subgraphs and without Constants, which compute nothing; "onnxruntime"
-counts those of the graph that it runs, at ORT_ENABLE_ALL. A tool should find no more to remove in our file than in the one without norms.
+with nothing in their place. Biases that are zero, as they are before training, are random: the tools remove a sum with zeros, and a trained
+model has none. Operators are counted with those of subgraphs and without Constants, which compute nothing; "onnxruntime" counts those of
+the graph that it runs, at ORT_ENABLE_ALL. A tool should find no more to remove in our file than in the one without norms.
 
-Latency is that of one onnxruntime session for each file, with one thread. In each round all of them have a turn, in an order that rotates;
+Latency is that of one onnxruntime session for each file, with one thread, in seconds of that thread. "ort-cpu" is the file for that target,
+where it is another than the portable one. In each round all of them have a turn, in an order that rotates;
 what is shown is the median over rounds of the ratio of ours to a peer's, so that a slower minute counts for both.
 
 Each row is written to build/onnx_latency.jsonl as soon as it is there; a run that was interrupted goes on where it stopped. Rows that
@@ -73,7 +75,8 @@ def script(proto: Any) -> Any:
 
 TOOLS: Mapping[str, Callable[[Any], Any]] = {"onnxslim": slim, "onnxsim": sim, "onnxscript": script}
 PEERS = ("torch", *TOOLS)
-FILES = ("ours", "skeleton", *PEERS)
+OURS = ("ours", "ort-cpu")
+FILES = (*OURS, "skeleton", *PEERS)
 VERSIONS = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxslim", "onnxsim", "normswap")
 
 
@@ -96,6 +99,15 @@ def same_norms(original: nn.Module, model: nn.Module) -> None:
                 mean, std = new.statistics(torch.float64)
                 norm.running_mean.copy_(mean.reshape(-1))
                 norm.running_var.copy_(std.reshape(-1).square() - norm.eps)
+
+
+def with_biases(model: nn.Module) -> nn.Module:
+    """`model`, its biases no longer zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "bias" and not parameter.any():
+                parameter.normal_(0, 0.02)
+    return model
 
 
 def exported_by_torch(model: nn.Module, x: torch.Tensor, path: Path) -> None:
@@ -141,7 +153,7 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
     make, shape = NETS[name]
     shape = FULL if shape == SQUARE else shape
     torch.manual_seed(0)
-    original = make()
+    original = with_biases(make())
     layers = any(isinstance(module, nn.LayerNorm) for module in original.modules())
     model = with_norms(copy.deepcopy(original), random_norm(signs))
     same_norms(original, model)
@@ -150,11 +162,13 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         paths = {file: Path(directory) / f"{file}.onnx" for file in FILES}
-        row["norms"] = len(export(model, (x,), {}, paths["ours"]).sites)
+        row["norms"] = len(export(model, (x,), {}, paths["ours"], opset=DEFAULT_OPSET).sites)
+        export(model, (x,), {}, paths["ort-cpu"], target="ort-cpu", opset=DEFAULT_OPSET)
+        own = ["ours"] if paths["ours"].read_bytes() == paths["ort-cpu"].read_bytes() else ["ours", "ort-cpu"]
         exported_by_torch(original, x, paths["torch"])
-        export(with_norms(original, lambda channels, axis: Nothing()), (x,), {}, paths["skeleton"])
+        export(with_norms(original, lambda channels, axis: Nothing()), (x,), {}, paths["skeleton"], opset=DEFAULT_OPSET)
         del model, original
-        counts = {file: count(onnx.load(str(paths[file]))) for file in ("ours", "skeleton", "torch")}
+        counts = {file: count(onnx.load(str(paths[file]))) for file in (*own, "skeleton", "torch")}
         for tool, apply in TOOLS.items():
             try:
                 result = applied(apply, paths["torch"])
@@ -171,19 +185,18 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
             row[file] = {"nodes": counts[file], "bytes": paths[file].stat().st_size, "onnxruntime": count(onnx.load(str(optimized)))}
         other = inputs((3, *shape[1:])).numpy()
         want = run(sessions["torch"], other)
-        for file in set(counts) - {"skeleton"} - ({"ours"} if layers else set()):
+        for file in set(counts) - {"skeleton"} - (set(own) if layers else set()):
             row[file]["error"] = error([torch.from_numpy(a) for a in run(sessions[file], other)], [torch.from_numpy(a) for a in want])
-        del sessions["skeleton"]
         row["latency"] = {str(batch): interleaved(sessions, inputs((batch, *shape[1:])).numpy()) for batch in BATCHES} if latency else None
     return row
 
 
 def interleaved(sessions: Mapping[str, Any], x: np.ndarray[Any, Any]) -> Row:
-    """Milliseconds of each, and ours as a multiple of each peer's: medians over rounds in which each has a turn."""
+    """Milliseconds of each, and each of ours as a multiple of the others': medians over rounds in which each has a turn."""
     names = list(sessions)
     for name in names:
         run(sessions[name], x)
-    repeats = max(1, math.ceil(TURN / seconds_of(sessions["ours"], x, 3)))
+    repeats = max(1, math.ceil(TURN / max(1e-6, seconds_of(sessions["ours"], x, 3))))
     times: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for done in range(ROUNDS):
@@ -196,19 +209,23 @@ def interleaved(sessions: Mapping[str, Any], x: np.ndarray[Any, Any]) -> Row:
         "rounds": len(times["ours"]),
         "milliseconds": {name: round(statistics.median(found), 4) for name, found in times.items()},
         "ratios": {
-            name: round(statistics.median(a / b for a, b in zip(times["ours"], found, strict=True)), 4)
-            for name, found in times.items()
-            if name != "ours"
+            mine: {
+                name: round(statistics.median(a / b for a, b in zip(times[mine], found, strict=True)), 4)
+                for name, found in times.items()
+                if name not in OURS
+            }
+            for mine in OURS
+            if mine in times
         },
     }
 
 
 def seconds_of(runner: Any, x: np.ndarray[Any, Any], repeats: int) -> float:
-    """Of one run, in the mean over `repeats`."""
-    start = time.perf_counter()
+    """Of the processor for one run, in the mean over `repeats`: what else runs on the machine does not count."""
+    start = time.thread_time()
     for _ in range(repeats):
         run(runner, x)
-    return (time.perf_counter() - start) / repeats
+    return (time.thread_time() - start) / repeats
 
 
 # --- the tables ----------------------------------------------------------------------------------------------------------------------
@@ -221,12 +238,12 @@ def above(row: Row, what: str) -> int:
 
 def finds_more(row: Row) -> dict[str, tuple[int, int]]:
     """The tools that remove more from our file than from the one without norms: how much from each."""
-    return {tool: (n["ours"], n["skeleton"]) for tool, n in row["removed"].items() if n["ours"] > n["skeleton"]}
+    return {tool: (n["ours"], n["skeleton"]) for tool, n in row["removed"].items() if n["ours"] > max(0, n["skeleton"])}
 
 
-def slowest_ratio(row: Row, batch: int) -> float:
+def slowest_ratio(row: Row, batch: int, mine: str = "ours") -> float:
     """Of our latency to the best peer's."""
-    return float(max(row["latency"][str(batch)]["ratios"].values()))
+    return float(max(ratio for name, ratio in row["latency"][str(batch)]["ratios"][mine].items() if name in PEERS))
 
 
 def lines_of(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -241,7 +258,7 @@ def table(rows: list[Row]) -> str:
         return [row["net"], row["signs"], str(row["norms"])]
 
     def nodes(row: Row, file: str) -> str:
-        return f"{row[file]['nodes']} → {row[file]['onnxruntime']}" if file in row else "failed"
+        return f"{row[file]['nodes']} → {row[file]['onnxruntime']}" if file in row else "the same" if file in OURS else "failed"
 
     def size(row: Row, file: str) -> str:
         return f"{row[file]['bytes'] - row['ours']['bytes']:+,}" if file in row else "failed"
@@ -251,7 +268,7 @@ def table(rows: list[Row]) -> str:
         return ", ".join(f"{tool}: {ours}, not {bare}" for tool, (ours, bare) in more.items()) or "nothing"
 
     first = lines_of(
-        ("net", "weights", "norms", "ours", "without norms", *PEERS, "removable"),
+        ("net", "weights", "norms", "ours", "ort-cpu", "without norms", *PEERS, "removable"),
         ([*label(row), *(nodes(row, file) for file in FILES), removable(row)] for row in rows),
     )
     second = lines_of(
@@ -260,18 +277,20 @@ def table(rows: list[Row]) -> str:
     )
     timed = [row for row in rows if row["latency"]]
     third = lines_of(
-        ("net", "weights", "batch", "ours, ms", *PEERS, "to the best"),
+        ("net", "weights", "batch", "target", "ours, ms", *PEERS, "to the best"),
         (
             [
                 row["net"],
                 row["signs"],
                 str(batch),
-                f"{row['latency'][str(batch)]['milliseconds']['ours']:.3g}",
-                *(f"{row['latency'][str(batch)]['ratios'][peer]:.3f}" if peer in row else "failed" for peer in PEERS),
-                f"{slowest_ratio(row, batch):.3f}",
+                "portable" if mine == "ours" else mine,
+                f"{row['latency'][str(batch)]['milliseconds'][mine]:.3g}",
+                *(f"{row['latency'][str(batch)]['ratios'][mine][peer]:.3f}" if peer in row else "failed" for peer in PEERS),
+                f"{slowest_ratio(row, batch, mine):.3f}",
             ]
             for row in timed
             for batch in BATCHES
+            for mine in row["latency"][str(batch)]["ratios"]
         ),
     )
     return "\n\n".join(

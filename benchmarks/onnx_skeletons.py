@@ -145,6 +145,8 @@ def with_norms(model: nn.Module, make: Callable[[int, int], nn.Module]) -> nn.Mo
             else:
                 continue
             act = getattr(child, "act", None)
+            if isinstance(act, nn.ReLU | nn.ReLU6 | nn.LeakyReLU | nn.SiLU):
+                act.inplace = False  # with nothing in the place of the norm, it would change what others read
             setattr(module, name, new if act is None else nn.Sequential(new, act))
     return model.eval()
 

@@ -76,7 +76,40 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", metavar="PKG.MOD:RULE", help="A normswap.Rule for norms of your own; goes before normswap's. Repeatable."),
 ]
-Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write.")]
+Opset = Annotated[int | None, typer.Option("--opset", metavar="N", help="ONNX opset to write; default 20, or 23 for its Attention.")]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="ONNX file with weights, inputs and outputs in float16.")]
+ExternalData = Annotated[
+    bool, typer.Option("--external-data", help="Weights of the ONNX file in FILE.data beside it; above 1.5 GiB they always are.")
+]
+
+
+class Dynamic(str, Enum):
+    """Which sizes of the inputs an ONNX file leaves free."""
+
+    batch = "batch"
+    spatial = "spatial"
+    none = "none"
+
+
+Free = Annotated[Dynamic, typer.Option("--dynamic", help="Free sizes in the ONNX file: batch; spatial, also height, width, length; none.")]
+
+
+class Target(str, Enum):
+    """What an ONNX file is written for."""
+
+    portable = "portable"
+    ort_cpu = "ort-cpu"
+    ort_fused = "ort-fused"
+
+
+For = Annotated[
+    Target,
+    typer.Option(
+        "--target",
+        help="What the ONNX file is written for: portable, operators of ONNX alone; ort-cpu, the same in the form that is fastest in "
+        "onnxruntime on a CPU; ort-fused, also onnxruntime's own operators.",
+    ),
+]
 TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
@@ -130,7 +163,11 @@ def convert(
         ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
+    target: For = Target.portable,
     opset: Opset = None,
+    dynamic: Free = Dynamic.batch,
+    fp16: Fp16 = False,
+    external_data: ExternalData = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -158,7 +195,7 @@ def convert(
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
-            opset=opset,
+            export_options=_export_options(target, opset, dynamic, fp16, external_data),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
             progress=progress,
@@ -250,7 +287,11 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")],
     arch: Arch = None,
     inputs: Inputs = None,
+    target: For = Target.portable,
     opset: Opset = None,
+    dynamic: Free = Dynamic.batch,
+    fp16: Fp16 = False,
+    external_data: ExternalData = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -262,19 +303,20 @@ def export(
     """
     with _work(debug):
         from normswap import commands
-        from normswap.report import fates_json, parity_json, parity_summary
+        from normswap.report import cuda_json, cuda_lines, fates_json, parity_json, parity_summary
 
         result = commands.export_files(
             source,
             output,
             inputs=inputs or (),
-            opset=opset,
             arch=arch,
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
+            **_export_options(target, opset, dynamic, fp16, external_data),
         )
     if as_json:
-        facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue), "extra": dict(result.extra)}
+        facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
+        facts = {**facts, "extra": dict(result.extra), "notes": list(result.notes), "cuda": result.cuda and cuda_json(result.cuda)}
         _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity)})
     else:
         typer.echo(f"wrote {result.path}, opset {result.opset}")
@@ -283,6 +325,10 @@ def export(
         for site in result.sites:
             if site.left:
                 typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")
+        for line in [] if result.cuda is None else cuda_lines(cuda_json(result.cuda)):
+            typer.echo(f"  cuda: {line}")
+        for note in result.notes:
+            typer.echo(f"  note: {note}")
 
 
 @app.command()
@@ -394,6 +440,11 @@ def sensitivity(
         _print_json(sensitivity_json(source, found))
     else:
         _print_table(sensitivity_table(found), sensitivity_summary(found, data))
+
+
+def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool) -> dict[str, Any]:
+    """As `export_onnx` takes them."""
+    return {"target": target.value, "opset": opset, "dynamic": dynamic.value, "half": fp16, "external_data": external_data or None}
 
 
 def main() -> None:

@@ -12,33 +12,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import graphs, outputs, pipeline
+from normswap import cuda, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
-from normswap.export import Export, export
+from normswap.export import Dynamic, Export, Target, export
 from normswap.exported import as_module
 from normswap.fold import Folded, fold
+from normswap.half import arguments, halved
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Parity
 from normswap.plan import Rule
-from normswap.report import Report, fates_json, report
+from normswap.probes import LARGE, Probe, probes, resized
+from normswap.report import Report, cuda_json, fates_json, report
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
-from normswap.save import Recipe, load_weights, read_recipe, sites_of
+from normswap.save import Recipe, load_weights, read_recipe, recipe_hash, sites_of
 from normswap.save import save as save_directory
 from normswap.sensitivity import By, Metric, Sensitivity, sensitivity
 from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
-from normswap.verify import LEVELS, Judgement, compare, judge
+from normswap.verify import CAP, LEVELS, Judgement, compare, judge
 
 Model = nn.Module | ExportedProgram
 Advance = Callable[[int, int], None]
@@ -81,28 +84,44 @@ def export_onnx(
     example_inputs: Any = None,
     path: str | Path = "model.onnx",
     *,
+    target: Target = "portable",
     opset: int | None = None,
-    dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
+    half: bool = False,
+    external_data: bool | None = None,
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
-    example_inputs: as for `convert`; not needed for a Conversion. opset: that of the file. dynamic: leave the batch size free.
+    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone; "ort-cpu", the same in the
+    form that is fastest in onnxruntime on a CPU; "ort-fused", also those of onnxruntime in which two are one, each with its meaning for
+    other runtimes (`normswap.fused`). opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is
+    one operator there. dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other
+    sizes than the example's), or "none" (False). half: weights, inputs and outputs in float16. external_data: the weights in a file beside
+    it, `<path>.data`; None: if one file cannot hold them.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
     conversion = model if isinstance(model, pipeline.Conversion) else None
-    target: Model = conversion.module if conversion else model  # type: ignore[assignment]
+    source: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
     if example_inputs is not None:
         inputs = as_inputs(example_inputs)
     else:
-        inputs = conversion.inputs if conversion else _inputs_of(target, as_module(target))
+        inputs = conversion.inputs if conversion else _inputs_of(source, as_module(source))
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with outputs.file(Path(path)) as partial:
-        result, parities = _export(target, inputs, partial, opset=opset, dynamic=dynamic)
+        result, parities = _export(
+            source, inputs, partial, target=target, opset=opset, dynamic=dynamic, half=half, external_data=external_data
+        )
         for parity in parities.values():
-            pipeline.check(parity)
+            try:
+                pipeline.check(parity)
+            except ParityError as error:
+                if half:
+                    noise = max((d.noise for d in parity.outputs), default=float("nan"))
+                    error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
+                raise
     return dataclasses.replace(result, path=Path(path), parity=list(parities.values())[-1])
 
 
@@ -178,12 +197,15 @@ def convert_files(
     max_drift: float | None = None,
     reestimate: Reestimate | None = None,
     onnx: bool = True,
-    opset: int | None = None,
+    export_options: Mapping[str, Any] = MappingProxyType({}),
     trust_packages: Sequence[str] = (),
     trust_pickle: bool = False,
     progress: Progress = _silent,
 ) -> tuple[Report, Path]:
-    """Convert SRC into a directory. Raises ParityError after writing a directory that holds the report alone."""
+    """Convert SRC into a directory. export_options: those of `export_onnx`, for its model.onnx.
+
+    Raises ParityError after writing a directory that holds the report alone.
+    """
     if output is not None:
         outputs.check(output)
     given = parse(inputs) if inputs else None
@@ -224,9 +246,7 @@ def convert_files(
                 # An approximate model is held against itself: how far it is from the original is what the drift says.
                 judgement = conversion.judgement if conversion.drift is None else None
                 with clock("export and verify"):
-                    exported, legs = _export(
-                        conversion.module, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=judgement
-                    )
+                    exported, legs = _export(conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options)
                 parities.update(legs)
                 facts = _onnx_facts(exported)
         failed = next((parity for parity in parities.values() if not parity), None)
@@ -296,15 +316,15 @@ def export_files(
     *,
     arch: str | None = None,
     inputs: Sequence[str] = (),
-    opset: int | None = None,
     trust_packages: Sequence[str] = (),
     trust_pickle: bool = False,
+    **options: Any,
 ) -> Export:
-    """`export_onnx` for the command line: SRC is a converted directory, or any model."""
+    """`export_onnx` for the command line: SRC is a converted directory, or any model. options: as of `export_onnx`."""
     given = parse(inputs) if inputs else None
     model = _load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
     known = given or _inputs_of(source, as_module(model))
-    return export_onnx(model, known, output, opset=opset)
+    return export_onnx(model, known, output, **options)
 
 
 def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
@@ -413,13 +433,36 @@ class _Clock:
 
 
 def _export(
-    model: Model, inputs: Inputs, path: Path, *, opset: int | None, dynamic: bool, judgement: Judgement | None = None
+    model: Model, inputs: Inputs, path: Path, *, judgement: Judgement | None = None, half: bool = False, **options: Any
 ) -> tuple[Export, Mapping[str, Parity]]:
-    """Write the file, and hold it against the model it was made from, or what that was made from, at every optimisation level."""
-    if judgement is None:
-        judgement = judge(as_module(model), inputs.args, inputs.kwargs)
-    result = export(model, inputs.args, inputs.kwargs, path, opset=opset, dynamic=dynamic)
-    legs = {}
+    """Write the file, and hold it against the model it was made from, or what that was made from, at every optimisation level.
+
+    half: in float16, held against the model in float64 by the limits of float16. Inputs are not scaled by 1000: its range is small.
+    """
+    module, legs, notes = as_module(model), dict[str, Parity](), list[str]()
+    if isinstance(model, nn.Module):
+        options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
+    reference, given, wide = module, (inputs.args, dict(inputs.kwargs)), None
+    if half:
+        reference, given, wide = halved(module), arguments(given), module
+        judgement = judge(reference, *given, wide=wide, asked=[probe for probe in probes(*given) if not probe.name.endswith(LARGE)])
+        noise = max((truth.noise for outputs in judgement.outputs.values() for truth in outputs.values()), default=0.0)
+        if not noise <= CAP[torch.float16]:
+            notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
+    elif judgement is None:
+        judgement = judge(module, inputs.args, inputs.kwargs)
+    result = export(model, inputs.args, inputs.kwargs, path, half=half, **options)
+    if any(axis for found in result.free for axis in found):
+        sizes, missing = _other_sizes(reference, given, wide, result)
+        if missing and isinstance(model, nn.Module):
+            notes.append(f"fixed: {', '.join(missing)}; the model itself runs at no other size that was tried")
+            result = export(model, inputs.args, inputs.kwargs, path, half=half, **{**options, "dynamic": "batch"})
+        elif missing:
+            notes.append(f"not verified: other sizes of {', '.join(missing)}; the model runs at none that was tried")
+        else:
+            legs["onnxruntime (all), other sizes"] = compare(sizes, path)
+    del module, reference, wide
+    result = dataclasses.replace(result, notes=(*result.notes, *notes))
     for level in LEVELS:
         parity = compare(judgement, path, level=level, only_like_example=not result.dynamic)
         if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
@@ -427,21 +470,52 @@ def _export(
             reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
             parity = compare(judgement, path, level=REFERENCE, only_like_example=not result.dynamic)
             result = dataclasses.replace(result, notes=(*result.notes, f"{reason}, so it was verified in {parity.candidate}"))
-            return result, {parity.candidate: parity}
+            return result, {**legs, parity.candidate: parity}
         legs[parity.candidate] = parity
-    return result, legs
+    result, leg_on_provider = on_provider(result, judgement)
+    return result, {**legs, **leg_on_provider}
+
+
+def _other_sizes(
+    reference: nn.Module, given: tuple[tuple[Any, ...], Mapping[str, Any]], wide: nn.Module | None, result: Export
+) -> tuple[Judgement, list[str]]:
+    """(what the model gives at other sizes than the example's, the free axes of which the model takes no other size)."""
+    others = list(resized(*given, result.free))
+    judgement = judge(reference, *given, wide=wide, asked=[Probe("example", *given), *(probe for _, probe in others)])
+    usable = {probe.name for probe in judgement.probes}
+    seen = {axis for axis, probe in others if probe.name in usable}
+    return judgement, [axis for axis in dict.fromkeys(axis for axis, _ in others) if axis not in seen]
+
+
+def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVIDER) -> tuple[Export, Mapping[str, Parity]]:
+    """Where onnxruntime has the provider, one more comparison, and where each kernel ran; elsewhere the export says that it was not run."""
+    if result.cuda is None:
+        return result, {}
+    why = cuda.unavailable(result.path, provider)
+    if why is not None:
+        return dataclasses.replace(result, cuda=dataclasses.replace(result.cuda, why=why)), {}
+    parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic)
+    if parity.failure is not None:
+        return result, {parity.candidate: parity}
+    arrays = [tensor.numpy(force=True) for tensor in judgement.probes[0].tensors()]
+    placed = cuda.run(result.path, arrays, {site.name: site.left for site in result.sites}, provider=provider)
+    known = dataclasses.replace(result.cuda, run=placed, why="")
+    return dataclasses.replace(result, cuda=known), {parity.candidate: parity}
 
 
 def _onnx_facts(exported: Export) -> dict[str, Any]:
     return {
+        "target": exported.target,
         "opset": exported.opset,
         "dynamic_batch": exported.dynamic,
+        "free_axes": list(dict.fromkeys(name for axes in exported.free for name in axes.values())),
         "nodes": dict(exported.nodes),
         "folded": list(exported.folded),
         "residue": list(exported.residue),
         "sites": fates_json(exported.sites),
         "skeleton": dict(exported.skeleton),
         "extra": dict(exported.extra),
+        "cuda": None if exported.cuda is None else cuda_json(exported.cuda),
         "notes": list(exported.notes),
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
@@ -25,7 +26,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -34,10 +36,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from normswap import onnx_file
+from normswap import cuda, onnx_file
+from normswap.attention import ATTENTION_OPSET, attends
 from normswap.batchless import BatchlessNorm, _laid_out
+from normswap.cuda import Cuda
 from normswap.errors import ExportError, SwapError, UsageError
+from normswap.fused import fuse
+from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
+from normswap.lean import lean
 from normswap.parity import Parity
 from normswap.sharing import shadow
 from normswap.versions import version_of
@@ -48,6 +55,8 @@ if TYPE_CHECKING:
 
     from normswap.folding import Affine, Constants, Fate
 
+Target = Literal["portable", "ort-cpu", "ort-fused"]
+Dynamic = Literal["batch", "spatial", "none"]
 DEFAULT_OPSET = 20
 _TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 _DOMAIN = "normswap"
@@ -64,7 +73,10 @@ class Export:
     skeleton  the operators of the same model without its norms
     extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
+    free      for each input, its free axes: their numbers and names
     parity    what comparing the file to the model gave, once somebody did
+    target    what the file was written for
+    cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
     """
 
     path: Path
@@ -76,8 +88,11 @@ class Export:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic: bool = True
+    free: tuple[Mapping[int, str], ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    target: Target = "portable"
+    cuda: Cuda | None = None
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -94,58 +109,146 @@ def export(
     kwargs: Mapping[str, Any],
     path: Path,
     *,
+    target: Target = "portable",
     opset: int | None = None,
-    dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
+    half: bool = False,
+    external_data: bool | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Export:
     """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
 
     Args:
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
-        opset: of the file; DEFAULT_OPSET unless given.
-        dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
+        target: "portable", operators of ai.onnx alone, as few as there can be; "ort-cpu", the same in the form that is fastest in
+            onnxruntime on a CPU: a BatchNormalization and a ReLU between convolutions instead of a maximum; "ort-fused", also those of
+            onnxruntime that are in `normswap.fused`.
+        opset: of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention.
+        half: whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once.
+        external_data: whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold.
+        metadata: what else to write into the file, by key.
+        dynamic: what to leave free. "batch" (True): dimension 0 of every input tensor that agrees there with the first one. "spatial": also
+            the dimensions after the channels, or the length of a sequence. "none" (False).
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
     """
     import onnx
 
-    opset = DEFAULT_OPSET if opset is None else opset
+    if target not in get_args(Target):
+        raise UsageError(f"the target is {target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
+    if target == "ort-fused" and opset is not None and opset < _TORCH_OPSET:
+        raise UsageError(f"the target 'ort-fused' cannot be converted to opset {opset}", hint=f"opset {_TORCH_OPSET} and above can be")
+    freedom = dynamic if isinstance(dynamic, str) else "batch" if dynamic else "none"
+    if freedom not in get_args(Dynamic):
+        raise UsageError(f"dynamic is {dynamic!r}; expected True, False or one of {', '.join(map(repr, get_args(Dynamic)))}")
     newest = onnx.defs.onnx_opset_version()
-    if not 7 <= opset <= newest:
+    if opset is not None and not 7 <= opset <= newest:
         raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
     sites: tuple[_Site, ...] = ()
+    precise: nn.Module | None = None
+    if half and isinstance(model, ExportedProgram):
+        raise UsageError(
+            "an ExportedProgram computes in the dtypes that it was exported with", hint="convert the module it came from to float16"
+        )
+    attention = opset is None and isinstance(model, ExportedProgram) and attends(model, args, kwargs)
     if isinstance(model, nn.Module):
-        model, sites = _marked_copy(model)
+        model = _copy(model)
+        if half:
+            precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
+        attention = opset is None and attends(model, args, kwargs)
+        sites = _mark(model)
+    if precise is not None:
+        norms = dict(precise.named_modules())
+        sites = tuple(_Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
+    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise, target)
+    del model, sites
+    made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
+    del make
+    made.proto.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in metadata.items())
+    onnx_file.write(made.proto, made.tensors, Path(path), external=external_data)
+    made.tensors.clear()
+    gc.collect()  # a graph refers to itself all over; with it go the folded weights
+    return dataclasses.replace(made.export, path=Path(path), target=target)
+
+
+@dataclass
+class _Made:
+    """A file that was not written yet, and what there is to say about it."""
+
+    proto: onnx.ModelProto
+    tensors: dict[str, ir.TensorProtocol]
+    export: Export
+
+
+def _make(
+    model: nn.Module | ExportedProgram,
+    sites: Sequence[_Site],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Dynamic,
+    precise: nn.Module | None,
+    target: Target,
+    opset: int,
+) -> _Made:
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
+    if precise is not None:
+        remember(graph.graph, precise)
     weights = list(graph.graph.initializers.values())
-    fates, skeleton = _fold(graph, sites)
+    fates, skeleton = _fold(graph, sites, blocked=target == "ort-cpu")
     del sites
     _tidy(graph, *names)
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
+    if target == "ort-fused" and not fuse(graph):
+        notes = (*notes, "nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads")
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
-    free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
+    free = tuple(
+        {axis: str(size) for axis, size in enumerate(value.shape or ()) if not isinstance(size, int)} for value in graph.graph.inputs
+    )
     proto, tensors = onnx_file.skeleton(graph)
     for value in weights:
         value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
     del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
-    nodes = onnx_file.census(proto.graph)
-    onnx_file.write(proto, tensors, Path(path))
-    del tensors
-    gc.collect()  # a graph refers to itself all over; with it go the folded weights
-    return Export(
-        path=Path(path),
+    found = Export(
+        path=Path(),
         opset=opset,
-        nodes=nodes,
+        nodes=onnx_file.census(proto.graph),
         sites=tuple(fates),
         skeleton=dict(skeleton.most_common()),
         extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
-        dynamic=free,
+        dynamic=any(0 in axes for axes in free),
+        free=free,
         notes=notes,
+        cuda=cuda.of_file(proto),
     )
+    del proto.graph.value_info[:]  # shapes of inner values: whoever wants them can infer them
+    return _Made(proto, tensors, found)
+
+
+def _with_attention(make: Callable[[int], _Made]) -> _Made:
+    """In the opset that has an operator for attention, unless torch cannot, or more of the rest would be without a CUDA kernel there."""
+    try:
+        made = make(ATTENTION_OPSET)
+    except ExportError as error:
+        why, made = f"torch cannot write attention as one operator: {error.message.partition(': ')[2]}", make(DEFAULT_OPSET)
+    else:
+        missing = _without_kernel(made)
+        if not missing:
+            return made
+        other = make(DEFAULT_OPSET)
+        if len(_without_kernel(other)) >= len(missing):
+            return made
+        lost = Counter(node.op for node in missing) - Counter(node.op for node in _without_kernel(other))
+        why, made = f"in opset {ATTENTION_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
+    return dataclasses.replace(made, export=dataclasses.replace(made.export, notes=(*made.export.notes, f"opset {DEFAULT_OPSET}: {why}")))
+
+
+def _without_kernel(made: _Made) -> tuple[cuda.Missing, ...]:
+    return () if made.export.cuda is None else made.export.cuda.without_kernel
 
 
 # 1. A copy of the model with a mark for every norm --------------------------------------------------------------------------------
@@ -177,11 +280,15 @@ def _mark_op() -> Any:
 _LIBRARY = torch.library.Library(_DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # its operators live as long as it does
 
 
-def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
+def _copy(model: nn.Module) -> nn.Module:
     try:
-        twin = shadow(model)
+        return shadow(model)
     except SwapError as error:
         raise ExportError(error.message, hint=_NO_ONNX) from error
+
+
+def _mark(twin: nn.Module) -> tuple[_Site, ...]:
+    """Put a mark in the place of every norm of a model that is nobody else's."""
     sites = tuple(_Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
     for number, site in enumerate(sites):
         # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around
@@ -189,27 +296,29 @@ def _marked_copy(model: nn.Module) -> tuple[nn.Module, tuple[_Site, ...]]:
         cls = type(site.norm)
         site.norm.__class__ = _Mark if cls is BatchlessNorm else type(cls.__name__, (cls, _Mark), {})
         cast(_Mark, site.norm).number = number
-    return twin, sites
+    return sites
 
 
 # 2. The graph, by torch -------------------------------------------------------------------------------------------------------------
 
 
 def _graph_of(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: bool
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic
 ) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
     """(the graph, the names that its inputs and outputs should have, notes)."""
     marks = {_mark_op(): _onnx_mark(), inject_operator(): _onnx_identity()}
-    choices = _dynamic_shapes(model, args, kwargs) if dynamic and isinstance(model, nn.Module) else [None]
+    choices = [_Choice(None)]
+    if dynamic != "none" and isinstance(model, nn.Module):
+        choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
     failures: list[Exception] = []
-    for shapes in choices:
+    for choice in choices:
         try:
             with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 program: Any = torch.onnx.export(
                     model,
                     args,
                     kwargs=kwargs,
-                    dynamic_shapes=shapes,
+                    dynamic_shapes=choice.shapes,
                     opset_version=opset,
                     custom_translation_table=marks,
                     dynamo=True,
@@ -220,26 +329,65 @@ def _graph_of(
             failures.append(error)
     else:
         raise ExportError(f"torch cannot make an ONNX graph of this model: {_reason(failures[-1])}", hint=_NO_ONNX) from failures[-1]
-    fixed = len(choices) > 1 and shapes is None
-    notes = (f"the batch size is fixed, as torch refuses a free one: {_reason(failures[0])}",) if fixed else ()
+    notes = []
+    if choices[0].spatial and not choice.spatial:
+        notes.append(f"the spatial axes are fixed, as torch refuses free ones: {_reason(failures[0])}")
+    if len(choices) > 1 and choice.shapes is None:
+        notes.append(f"the batch size is fixed, as torch refuses a free one: {_reason(failures[sum(c.spatial for c in choices)])}")
     signature = program.exported_program.graph_signature
     inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
-    return program.model, (inputs, _output_names(program.exported_program)), notes
+    return program.model, (inputs, _output_names(program.exported_program)), tuple(notes)
 
 
-def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What to try as torch's `dynamic_shapes`, best first."""
+@dataclass(frozen=True)
+class _Choice:
+    """What to try as torch's `dynamic_shapes`, and whether it frees more than the batch size."""
+
+    shapes: Any
+    spatial: bool = False
+
+
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # by how many there are
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
+    """What to try, best first."""
     arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     leaves, structure = pytree.tree_flatten(arguments)
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
     batch = next((size for size in sizes if size is not None), None)
     if batch is None:
-        return [None]
+        return [_Choice(None)]
     same = [size == batch for size in sizes]
-    choices = [same]
+    batches = [same]
     if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
-        choices.append([i == same.index(True) for i in range(len(same))])
-    return [pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure) for choice in choices] + [None]
+        batches.append([i == same.index(True) for i in range(len(same))])
+    choices = [_Choice(pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
+    wider: list[_Choice] = []
+    for sequences in (False, True) if spatial else ():
+        axes = _spatial_axes(leaves, sequences=sequences)
+        both = [({0: "batch"} if free else {}) | more for free, more in zip(same, axes, strict=True)]
+        shapes = pytree.tree_unflatten([found or None for found in both], structure)
+        if any(axes) and shapes not in [choice.shapes for choice in wider]:
+            wider.append(_Choice(shapes, spatial=True))
+    return [*wider, *choices, _Choice(None)]
+
+
+def _spatial_axes(leaves: Sequence[Any], *, sequences: bool) -> list[dict[int, str]]:
+    """For each argument, its axes after the channels, by name. A tensor (N, a, b) is a sequence (N, L, D), or else (N, C, L)."""
+    names: dict[tuple[str, int], str] = {}
+    found = []
+    for leaf in leaves:
+        rank = leaf.dim() if isinstance(leaf, Tensor) else 0
+        floating = rank and leaf.is_floating_point()
+        axes = range(2, rank) if rank > 3 else {3: [1 if sequences else 2] if floating else [], 2: [] if floating else [1]}.get(rank, ())
+        free = {}
+        for axis, name in zip(axes, AXES.get(len(axes), ()), strict=False):
+            size = leaf.shape[axis]
+            again = sum(known == name for known, _ in names)
+            free[axis] = names.setdefault((name, size), f"{name}_{again}" if again else name)
+        found.append(free)
+    return found
 
 
 @functools.cache
@@ -342,21 +490,26 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[str]]:
+def _fold(model: ir.Model, sites: Sequence[_Site], *, blocked: bool) -> tuple[list[Fate], Counter[str]]:
     """Fold every norm where that is exact: where each went, and the operators that there are without them."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
     from normswap.folding import Constants, fold
 
-    if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
-        optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
+    with _quiet():
+        if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+            optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
+        lean(model)
     constants = Constants(model.graph)
     common.RemoveUnusedNodesPass()(model)
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
     affines = [affine for affine in found if affine is not None]
     skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
-    return fold(model.graph, affines, constants), skeleton
+    fates = fold(model.graph, affines, constants, blocked=blocked)
+    common.RemoveUnusedNodesPass()(model)
+    constants.settle()
+    return fates, skeleton
 
 
 def _operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
@@ -442,6 +595,9 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     from onnx_ir.passes import common
 
     graph = model.graph
+    with _quiet():
+        lean(model)  # again: without the norms there is more to shorten
+    common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)
 

@@ -79,6 +79,7 @@ def fold(source: Path, target: Path) -> Folded:
         note = f"{len(open_to_callers)} of its weights are inputs that a caller may replace"
         return _copied(source, target, proto, before, sites, (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
+    constants.settle()
     model.metadata_props["normswap_version"] = version_of("normswap")
     _with_base(model, source)
     new, tensors = onnx_file.skeleton(model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     import onnx
@@ -60,11 +60,20 @@ def census(graph: onnx.GraphProto) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def write(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], path: Path) -> None:
-    """Write the model, its large constants straight from memory; beyond INLINE_LIMIT to `<path>.data`."""
+def write(proto: onnx.ModelProto, tensors: Mapping[str, ir.TensorProtocol], path: Path, *, external: bool | None = None) -> None:
+    """Write the model, its large constants straight from memory, to `<path>.data` if `external`; if that is None, beyond INLINE_LIMIT.
+
+    Raises UsageError if more than INLINE_LIMIT is not to be external.
+    """
     for value in [value for value in proto.graph.input if value.name in tensors]:
         proto.graph.input.remove(value)
-    if sum(tensor.nbytes for tensor in tensors.values()) > INLINE_LIMIT:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if external is False and size > INLINE_LIMIT:
+        raise UsageError(
+            f"the weights take {size} bytes, and one ONNX file holds {INLINE_LIMIT} at most",
+            hint="leave the choice to normswap, or ask for external data",
+        )
+    if tensors and (size > INLINE_LIMIT if external is None else external):
         data = path.with_name(f"{path.name}.data")
         entries = _external_entries(tensors, data.name)
         with _replacing(data) as file:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+LARGE = " x 1000"  # how the last one's name ends
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -52,6 +54,24 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
     for factor in (1e-3, 1e3):
         scaled = _mapped(single, functools.partial(_scaled, factor=factor))
         yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
+
+
+def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Mapping[int, str]]) -> Iterator[tuple[str, Probe]]:
+    """(axis, probe): for each axis that is free and not the batch, the example at twice its size there, and at half of it.
+
+    free: for each tensor of the arguments, its free axes by number. Values are repeated, or left out.
+    """
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    axes = {name: leaves[i].shape[axis] for i, found in zip(tensors, free, strict=True) for axis, name in found.items() if axis}
+    for name, size in axes.items():
+        for other in dict.fromkeys((2 * size, max(size // 2, 1))):
+            changed = list(leaves)
+            for i, found in zip(tensors, free, strict=True):
+                for axis in (axis for axis, known in found.items() if known == name):
+                    changed[i] = changed[i].index_select(axis, torch.arange(other, device=changed[i].device) % size)
+            resized_args, resized_kwargs = tree_unflatten(changed, spec)
+            yield name, Probe(f"{name} {other}", resized_args, resized_kwargs, like_example=False)
 
 
 def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:

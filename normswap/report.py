@@ -20,6 +20,7 @@ from normswap.plan import Plan, Skip, Swap
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from normswap.cuda import Cuda
     from normswap.fold import Folded
     from normswap.folding import Fate
     from normswap.sensitivity import Choice, Measurement, Sensitivity
@@ -87,6 +88,7 @@ class Report:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
         lines += self._residue()
+        lines += [f"  cuda: {line}" for line in self._cuda()]
         approximate = sum(known["approximate"] for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
@@ -103,6 +105,10 @@ class Report:
         gone = [f"  onnx: {len(sites) - len(left)} of {len(sites)} calls of norms cost nothing"] if sites else []
         said = [(f"in the file as {' and '.join(site['left'])}: {site['reason']}", site["name"]) for site in left]
         return [*gone, *(f"  onnx: {names} {text}" for text, names in _by_text(said))]
+
+    def _cuda(self) -> list[str]:
+        told = (self.onnx or {}).get("cuda")
+        return [] if told is None else cuda_lines(told)
 
     @property
     def verdict(self) -> str:
@@ -182,8 +188,9 @@ class Report:
         facts = [
             ("found by", self.plan.backend),
             *(("note", note) for note in self.plan.notes),
-            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items() if key != "sites"),
+            *((f"onnx {key}", _plain(value)) for key, value in (self.onnx or {}).items() if key not in ("sites", "cuda")),
             *(("onnx", line.partition("onnx: ")[2]) for line in self._residue()),
+            *(("cuda", line) for line in self._cuda()),
             ("files", _plain(self.files)),
             ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())),
             ("versions", _plain(self.versions)),
@@ -532,6 +539,36 @@ WAYS = {
 def fates_json(sites: Iterable[Fate]) -> list[dict[str, Any]]:
     """Where each norm went. docs/report.md documents it."""
     return [{**asdict(site), "into": list(site.into), "left": list(site.left)} for site in sites]
+
+
+def cuda_json(cuda: Cuda) -> dict[str, Any]:
+    """What is known of the file on CUDA. docs/report.md documents it."""
+    return {
+        "status": cuda.status,
+        "why": cuda.why,
+        "table": cuda.table,
+        "floating": cuda.floating,
+        "without_kernel": [asdict(node) for node in cuda.without_kernel],
+        "elsewhere": [] if cuda.run is None else list(cuda.run.elsewhere),
+        "kernels": {} if cuda.run is None else dict(cuda.run.kernels),
+    }
+
+
+def cuda_lines(told: Mapping[str, Any]) -> list[str]:
+    """The same in words."""
+    missing = [f"{node['op']} {node['node']} ({node['dtype']}, opset {node['opset']})" for node in told["without_kernel"]]
+    has = f"{told['floating'] - len(missing)} of {told['floating']} floating-point nodes have a CUDA kernel, by onnxruntime's table"
+    lines = {
+        "not run": [f"not run: {told['why']}; {has}"],
+        "passed": [f"ran, every floating-point node on CUDA; {has}"],
+        "partly": [f"ran, but not on CUDA: {_listed(told['elsewhere'])}; {has}"],
+    }[told["status"]]
+    return lines if not missing else [*lines, f"without a kernel: {_listed(missing)}"]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def fold_json(source: str, result: Folded) -> dict[str, Any]:

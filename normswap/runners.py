@@ -22,6 +22,8 @@ from normswap.sharing import uncompiled
 
 TAP_SIZE = 4096
 REFERENCE = "reference"  # in place of an optimisation level: onnx's own evaluator, which has every kernel in every dtype, and is slow
+PROVIDER = "ExecutionProvider"  # a level that ends so is one: the file runs on it, at the highest level
+CPU = f"CPU{PROVIDER}"
 BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...
 
 Values = dict[str, Tensor]
@@ -158,8 +160,13 @@ def onnx_runner(path: Path, level: str) -> Runner:
         "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    }[level]
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    }.get(level, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    provider = level if level.endswith(PROVIDER) else CPU
+    # TF32 has ten bits, and is no way to compute float32 when its rounding is what is measured.
+    chosen = [(provider, {"use_tf32": "0"} if provider.startswith("CUDA") else {}), *([] if provider == CPU else [CPU])]
+    session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+    if session.get_providers()[0] != provider:  # onnxruntime goes on without a provider that does not start
+        raise RuntimeError(f"{provider} did not start")
     names = [i.name for i in session.get_inputs()]
     return lambda probe: (_by_position(session.run(None, _feeds(names, probe))), {})
 

@@ -6,6 +6,7 @@ them into a converted model. Nothing is pickled: the architecture comes from the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,15 @@ def rules_of(model: nn.Module) -> list[dict[str, Any]]:
         if isinstance(module, BatchlessNorm) and module.own_rule is not None:
             names.setdefault(module.own_rule, []).append(name)
     return [{"kind": kind, "rule": spec, "sites": sites} for (kind, spec), sites in names.items()]
+
+
+def recipe_hash(model: nn.Module) -> str:
+    """The SHA-256 of what a recipe says of the model itself, its `sites` and `rules`, as JSON with sorted keys and no spaces.
+
+    A directory and an ONNX file of the same conversion have the same one, wherever and under whatever name the model was.
+    """
+    told = {"rules": rules_of(model), "sites": sites_of(model)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_recipe(directory: Path) -> Recipe:

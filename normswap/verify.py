@@ -86,18 +86,21 @@ def judge(
     *,
     sites: Sequence[str] = (),
     asked: Sequence[Probe] | None = None,
+    wide: nn.Module | None = None,
 ) -> Judgement:
     """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
 
     sites: names of modules whose outputs are tapped. asked: probes to judge at, in place of those made of the arguments; the first is
-    called "example". Raises UsageError if the reference cannot run on the example inputs.
+    called "example". wide: what to run in float64 in place of the reference: the model that it was rounded from.
+
+    Raises UsageError if the reference cannot run on the example inputs.
     """
     dropped: list[str] = []
     asked = list(probes(args, kwargs)) if asked is None else list(asked)
     run = (
         onnx_float64_runner(reference)
         if isinstance(reference, Path)
-        else module_runner(shadow(reference, to_float64), sites, in_float64=_own_dtype(reference, asked))
+        else module_runner(shadow(wide or reference, to_float64), sites, in_float64=_own_dtype(wide or reference, asked))
     )
     judged: dict[str, tuple[Values, Values]] | None = None
     try:
@@ -178,8 +181,9 @@ def compare(
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
-    level: "disabled", "basic", "extended", "all", or REFERENCE for onnx's own evaluator. only_like_example: the candidate takes no other
-    batch size. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a failure.
+    level: "disabled", "basic", "extended", "all", REFERENCE for onnx's own evaluator, or the name of an execution provider.
+    only_like_example: the candidate takes no other batch size. original: a model of which the candidate claims to be an independent copy;
+    reading one of its tensors is a failure.
     """
     runtime = "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
     name = runtime if isinstance(candidate, Path) else str(judgement.dtype)

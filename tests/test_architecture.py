@@ -53,7 +53,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
     "onnx_file": frozenset({"errors"}),
-    "export": STAGE | {"folding", "versions", "injection", "onnx_file"},
+    "cuda": NOTHING,
+    "attention": frozenset({"sharing"}),
+    "fused": NOTHING,
+    "half": frozenset({"errors", "sharing", "folding"}),
+    "lean": NOTHING,
+    "export": STAGE | {"folding", "versions", "injection", "lean", "onnx_file", "cuda", "attention", "half", "fused"},
     "fold": STAGE | {"folding", "versions", "onnx_file"},
     "folding": frozenset({"errors", "numerics"}),
     "save": STAGE | {"versions"},
@@ -65,7 +70,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs"},
+    | {"graphs", "cuda", "half"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import Result
@@ -139,6 +141,59 @@ def test_export_a_directory_and_a_model(converted: Path, tmp_path: Path) -> None
         facts = json.loads(result.stdout)
         assert (facts["path"], facts["opset"], facts["residue"], facts["parity"]["passed"]) == (str(path), 18, [], True)
     assert names(tmp_path) == ["0.onnx", "1.onnx"]
+
+
+def test_export_says_what_it_knows_of_cuda(converted: Path, tmp_path: Path) -> None:
+    result = run("export", converted, "-o", tmp_path / "m.onnx")
+    assert result.exit_code == 0, result.stderr
+    assert "  cuda: not run: onnxruntime has no CUDAExecutionProvider here; " in result.stdout
+    facts = json.loads(run("export", converted, "-o", tmp_path / "m.onnx", "--json").stdout)
+    assert facts["target"] == "portable"
+    assert (facts["cuda"]["status"], facts["cuda"]["without_kernel"], facts["notes"]) == ("not run", [], [])
+    report = json.loads((converted / "report.json").read_text())["onnx"]
+    assert (report["target"], report["free_axes"], report["cuda"]["status"]) == ("portable", ["batch"], "not run")
+
+
+def test_export_for_onnxruntime(converted: Path, tmp_path: Path) -> None:
+    result = run("export", converted, "-o", tmp_path / "m.onnx", "--target", "ort-fused", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["target"] == "ort-fused"
+    assert [function.name for function in onnx.load(tmp_path / "m.onnx").functions] == ["FusedConv"]
+
+
+def test_export_in_float16_with_free_axes(converted: Path, tmp_path: Path) -> None:
+    result = run("export", converted, "-o", tmp_path / "m.onnx", "--fp16", "--dynamic", "none", "--external-data")
+    assert result.exit_code == 0, result.stderr
+    assert names(tmp_path) in (["m.onnx"], ["m.onnx", "m.onnx.data"])  # the second, if a weight is large enough to go there
+    (given,) = onnx.load(tmp_path / "m.onnx").graph.input
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    assert [dim.dim_param for dim in given.type.tensor_type.shape.dim] == ["", "", "", ""]
+
+
+def test_convert_takes_the_same_options(tmp_path: Path) -> None:
+    result = run("convert", DIGITS, "-o", tmp_path / "out", "--fp16", "--target", "ort-fused", "--opset", "21", "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)["onnx"]
+    assert (facts["target"], facts["opset"]) == ("ort-fused", 21)
+    assert facts["notes"] == ["nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--target", "gpu"), ("--dynamic", "all")])
+def test_a_value_that_there_is_not_is_a_usage_error(option: str, value: str, converted: Path, tmp_path: Path) -> None:
+    result = run("export", converted, "-o", tmp_path / "m.onnx", option, value)
+    assert (result.exit_code, names(tmp_path)) == (2, [])
+
+
+def test_a_file_names_the_recipe_that_it_belongs_to(converted: Path, tmp_path: Path) -> None:
+    recipe = json.loads((converted / "recipe.json").read_text())
+    told = json.dumps({"rules": recipe["rules"], "sites": recipe["sites"]}, sort_keys=True, separators=(",", ":"))
+    run("export", converted, "-o", tmp_path / "m.onnx")
+    for path in (converted / "model.onnx", tmp_path / "m.onnx"):
+        found = {p.key: p.value for p in onnx.load(path).metadata_props}
+        assert found["normswap_recipe"] == hashlib.sha256(told.encode()).hexdigest()
+    run("convert", DIGITS, "-o", tmp_path / "other", "--std", "inv")
+    other = {p.key: p.value for p in onnx.load(tmp_path / "other" / "model.onnx").metadata_props}
+    assert other["normswap_recipe"] != found["normswap_recipe"]
 
 
 def test_revert_is_bit_for_bit(converted: Path, tmp_path: Path) -> None:

@@ -466,7 +466,7 @@ def test_half_precision_computes_the_rest_in_float32(path: Path) -> None:
     assert (result.folded, result.residue) == (("1",), ("3",))
     assert result.nodes == {"Conv": 1, "Relu": 1, "BatchNormalization": 1, "Cast": 2}
     kinds = {i.name: i.data_type for i in onnx.load(path).graph.initializer}
-    assert kinds["0.weight_folded"] == kinds["0.weight_folded_bias"] == onnx.TensorProto.FLOAT16
+    assert kinds["0.weight"] == kinds["0.bias"] == onnx.TensorProto.FLOAT16
     assert kinds["3.scale"] == kinds["3.shift"] == onnx.TensorProto.FLOAT
     assert_same(model, path, (x,))
 
@@ -494,9 +494,9 @@ def test_weights_are_rounded_once_from_float64(path: Path) -> None:
     scale, shift = model[1].folded(4)
     made = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
     weight = model[0].weight.detach().double() * scale.reshape(5, 1, 1, 1)
-    np.testing.assert_array_equal(made["0.weight_folded"], weight.float().numpy())
+    np.testing.assert_array_equal(made["0.weight"], weight.float().numpy())
     bias = model[0].bias.detach().double() * scale.flatten() + shift.flatten()
-    np.testing.assert_array_equal(made["0.weight_folded_bias"], bias.float().numpy())
+    np.testing.assert_array_equal(made["0.bias"], bias.float().numpy())
 
 
 def test_extreme_statistics(path: Path) -> None:
@@ -789,3 +789,134 @@ def test_a_norm_that_is_called_by_keyword(tmp_path: Path) -> None:
             return self.norm(input=self.conv(x))  # type: ignore[no-any-return]
 
     assert export(ByName(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx").folded == ("norm",)
+
+
+# -- what an expert would have written ---------------------------------------------------------------------------------------------------
+
+
+def positive(channels: int) -> Any:
+    layer = norm(channels)
+    with torch.no_grad():
+        layer.weight.abs_().add_(0.1)
+    return layer
+
+
+class Dense(nn.Module):
+    """A part of a DenseNet: what a norm reads was put together from what others read, too; a transition ends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.norm1, self.norm2, self.pool = positive(8), positive(14), nn.AvgPool2d(2, 2)
+        self.transition = nn.Conv2d(14, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.conv(torch.relu(self.norm1(x)))], 1)
+        return self.pool(self.transition(torch.relu(self.norm2(x)))) + x.mean()  # type: ignore[no-any-return]
+
+
+def test_between_convolutions_onnxruntime_gets_a_norm_instead_of_a_maximum(path: Path) -> None:
+    model, x = Dense(), torch.randn(2, 3, 12, 10)
+    portable = export(model, (x,), {}, path)
+    assert (portable.target, portable.extra, portable.nodes["Max"]) == ("portable", {}, 2)
+    assert_same(model, path, (x,))
+    blocked = export(model, (x,), {}, path, target="ort-cpu")
+    assert (blocked.target, "Max" in blocked.nodes, blocked.extra) == ("ort-cpu", False, {"BatchNormalization": 2})
+    assert blocked.residue == ("norm1", "norm2")
+    assert "would become a maximum, which takes longer in onnxruntime on a CPU than the norm does" in blocked.sites[0].reason
+    assert_same(model, path, (x,))
+
+
+def test_elsewhere_a_maximum_is_right_for_onnxruntime_too(path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = positive(6), nn.Linear(6, 5), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.exp()
+            return self.a(torch.relu(self.norm(x))), self.b(x)
+
+    model, x = Two(), torch.randn(3, 6)
+    result = export(model, (x,), {}, path, target="ort-cpu")
+    assert (result.residue, result.nodes["Max"]) == ((), 1)
+    assert_same(model, path, (x,))
+
+
+def test_a_network_without_thresholds_is_the_same_for_every_target(path: Path, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.ReLU()), torch.randn(2, 3, 9, 8)
+    export(model, (x,), {}, path)
+    export(model, (x,), {}, tmp_path / "other.onnx", target="ort-cpu")
+    assert path.read_bytes() == (tmp_path / "other.onnx").read_bytes()
+
+
+def test_folded_weights_have_the_names_of_those_they_were_folded_from(path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), norm(5), nn.ReLU(), nn.Conv2d(5, 4, 1), norm(4), nn.ReLU())
+    export(model, (torch.randn(2, 3, 9, 8),), {}, path)
+    assert {i.name for i in onnx.load(path).graph.initializer} == {"0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_a_weight_that_is_still_used_keeps_its_name(path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 5, 3), norm(5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x).exp(), self.norm(self.conv(x + 1))
+
+    model, x = Twice(), torch.randn(2, 3, 9, 8)
+    assert export(model, (x,), {}, path).residue == ()
+    names = {i.name for i in onnx.load(path).graph.initializer}
+    assert names >= {"conv.weight", "conv.bias", "conv.weight_folded", "conv.weight_folded_bias"}
+    assert_same(model, path, (x,))
+
+
+def test_the_file_holds_nothing_that_can_be_inferred(path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.GELU(), norm(5), nn.Conv2d(5, 4, 1))
+    export(model, (torch.randn(2, 3, 9, 8),), {}, path)
+    proto = onnx.load(path)
+    assert not proto.graph.value_info
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    assert {value.name for value in inferred.graph.value_info} == {o for n in proto.graph.node for o in n.output} - {"output"}
+
+
+def test_equal_constants_are_one(path: Path) -> None:
+    model = nn.Sequential(nn.GELU(), norm(5), nn.GELU(), norm(5), nn.GELU())
+    result = export(model, (torch.randn(2, 5, 9, 8),), {}, path)
+    assert result.nodes["BatchNormalization"] == 2
+    assert len(onnx.load(path).graph.initializer) == 6  # two scales, two shifts, one mean and one variance
+
+
+def test_attention_is_as_short_as_a_person_would_write_it(path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv = BatchlessNorm(12, channel_axis=-1), nn.Linear(12, 36)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (3, 4)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+            return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    model, x = Attention(), torch.randn(2, 7, 12)
+    result = export(model, (x,), {}, path, opset=20)
+    assert result.dynamic
+    assert result.nodes == {"Reshape": 4, "Transpose": 4, "MatMul": 3, "Mul": 2, "Add": 1, "Split": 1, "Softmax": 1}
+    assert_same(model, path, (x,))
+
+
+def test_the_bias_of_a_layer_stays_a_vector(path: Path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = norm(12, channel_axis=-1), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x.exp()))  # type: ignore[no-any-return]
+
+    model, x = Last(), torch.randn(2, 7, 12)
+    assert export(model, (x,), {}, path).residue == ()
+    shapes = {i.name: tuple(i.dims) for i in onnx.load(path).graph.initializer}
+    assert shapes["linear.bias"] == (5,)  # with more dimensions, onnxruntime makes no Gemm of it
+    assert_same(model, path, (x,))

@@ -265,6 +265,7 @@ def full() -> Report:
         onnx={
             "opset": 20,
             "dynamic_batch": True,
+            "free_axes": ["batch"],
             "nodes": {"Conv": 3, "Mul": 1},
             "folded": ["stem.norm"],
             "residue": ["body.norm"],
@@ -274,6 +275,16 @@ def full() -> Report:
             ],
             "skeleton": {"Conv": 3},
             "extra": {"BatchNormalization": 1},
+            "target": "portable",
+            "cuda": {
+                "status": "not run",
+                "why": "onnxruntime has no CUDAExecutionProvider here",
+                "table": "https://a.page (a version)",
+                "floating": 5,
+                "without_kernel": [{"node": "node_max_pool2d", "op": "MaxPool", "dtype": "float32", "opset": 22}],
+                "elsewhere": [],
+                "kernels": {},
+            },
             "notes": [],
         },
         seconds={"load": 0.25},
@@ -290,6 +301,16 @@ def test_the_summary_says_what_is_left_in_the_file_and_why() -> None:
         "  onnx: body.norm in the file as BatchNormalization: an output is next to it",
     ]
     assert "body.norm in the file as BatchNormalization" in full().html()
+
+
+def test_the_summary_says_what_is_known_of_cuda() -> None:
+    lines = [line for line in full().summary().splitlines() if "cuda:" in line]
+    assert lines == [
+        "  cuda: not run: onnxruntime has no CUDAExecutionProvider here; "
+        "4 of 5 floating-point nodes have a CUDA kernel, by onnxruntime's table",
+        "  cuda: without a kernel: MaxPool node_max_pool2d (float32, opset 22)",
+    ]
+    assert "without a kernel: MaxPool node_max_pool2d" in full().html()
 
 
 def test_json_is_strict_and_says_not_a_number_in_words() -> None:
@@ -342,7 +363,7 @@ def keys(value: object) -> Iterator[str]:
             yield key
             if key == "parities":
                 yield from (inner for leg in item.values() for inner in keys(leg))
-            elif key not in {"seconds", "versions", "nodes", "skeleton", "extra"}:
+            elif key not in {"seconds", "versions", "nodes", "skeleton", "extra", "kernels"}:
                 yield from keys(item)
     elif isinstance(value, list):
         for item in value:

@@ -17,7 +17,7 @@ Importing this package imports onnx_ir: do it inside a function.
 
 from __future__ import annotations
 
-from normswap.folding.affine import Affine, Constants
+from normswap.folding.affine import Affine, Constants, note_precise
 from normswap.folding.decide import Fate, fold
 
-__all__ = ["Affine", "Constants", "Fate", "fold"]
+__all__ = ["Affine", "Constants", "Fate", "fold", "note_precise"]

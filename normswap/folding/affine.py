@@ -75,6 +75,7 @@ class Constants:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._made: dict[tuple[Any, ...], ir.Value | None] = {}
+        self._wanted: dict[ir.Value, str] = {}
 
     def of(self, value: ir.Value | None) -> Array | None:
         """The array that `value` always is, or None if it depends on the input."""
@@ -83,13 +84,32 @@ class Constants:
         tensor = ir.convenience.get_const_tensor(value)
         return None if tensor is None else tensor.numpy()
 
-    def add(self, name: str, array: Array) -> ir.Value:
-        """A new constant under `name`, or under a name derived from it if that is taken. Equal arrays under one name are one constant."""
-        key = (name, array.dtype, array.shape, array.tobytes())
+    def exact(self, value: ir.Value | None) -> Array | None:
+        """What `value` was rounded from, if that is known; else as `of`."""
+        array = self.of(value)
+        return array if array is None or value is None else precise(value, array)
+
+    def add(self, name: str, array: Array, dtype: npt.DTypeLike | None = None, *, wanted: str | None = None) -> ir.Value:
+        """A new constant under `name`, or under a name derived from it if that is taken. Equal arrays under one name are one constant.
+
+        dtype: round it to this; that of the array unless given. wanted: the name that it gets by `settle`, if it is free then.
+        """
+        rounded = array if dtype is None else array.astype(dtype)
+        key = (name, rounded.dtype, rounded.shape, rounded.tobytes())
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self._register(name, array)
+            made = self._made[key] = self._register(name, rounded)
+            if rounded.dtype == np.float16:
+                note_precise(made, array)
+        if wanted is not None:
+            self._wanted[made] = wanted
         return made
+
+    def bias(self, weight: ir.Value, array: Array, dtype: npt.DTypeLike) -> ir.Value:
+        """A new bias of the layer that `weight` is that of, or was folded from, rounded to `dtype`."""
+        name = str(self._wanted.get(weight, weight.name))
+        stem, dot, last = name.rpartition(".")
+        return self.add(f"{name}_folded_bias", array, dtype, wanted=f"{stem}{dot}bias" if last == "weight" else f"{name}_bias")
 
     def scaled(self, weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> ir.Value | None:
         """weight * factors, computed in float64 and rounded once to the weight's dtype.
@@ -100,8 +120,27 @@ class Constants:
         key = (id(weight), *(part for factor in factors for part in (factor.shape, factor.tobytes())))
         if key not in self._made:
             array = _scaled(weight, factors, view)
-            self._made[key] = None if array is None else self._register(f"{weight.name}_folded", array)
+            made = None if array is None else self._register(f"{weight.name}_folded", array.astype(self._dtype_of(weight), copy=False))
+            if made is not None:
+                self._wanted[made] = str(weight.name)
+            if made is not None and array is not None and PRECISE in weight.meta:
+                note_precise(made, array)  # another norm may go into it
+            self._made[key] = made
         return self._made[key]
+
+    @staticmethod
+    def _dtype_of(value: ir.Value) -> np.dtype[Any]:
+        tensor = ir.convenience.get_const_tensor(value)
+        assert tensor is not None
+        return tensor.dtype.numpy()
+
+    def settle(self) -> None:
+        """Give what was folded the name of what it was folded from, if that is gone."""
+        for value, name in self._wanted.items():
+            if value.name in self._graph.initializers and name not in self._graph.initializers:
+                del self._graph.initializers[str(value.name)]
+                value.name = name
+                self._graph.register_initializer(value)
 
     def _register(self, name: str, array: Array) -> ir.Value:
         unique, count = name, 1
@@ -113,15 +152,30 @@ class Constants:
         return value
 
 
+PRECISE = "normswap.precise"
+
+
+def note_precise(value: ir.Value, array: Array) -> None:
+    """Say what a constant was rounded from, elementwise: it has the same shape. Folds are computed from that."""
+    value.meta[PRECISE] = array
+
+
+def precise(value: ir.Value, array: Array) -> Array:
+    """What the constant `value`, which holds `array`, was rounded from, if that is known; else what it holds."""
+    found: Array = value.meta.get(PRECISE, array)
+    return found
+
+
 def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> Array | None:
     tensor = ir.convenience.get_const_tensor(weight)
     assert tensor is not None
     array = tensor.numpy().reshape(view)
     if not fits_product(array, *factors):
         return None
-    result = np.empty_like(array)
+    source = precise(weight, array).reshape(view)
+    result = np.empty_like(source, np.float32 if PRECISE in weight.meta else array.dtype)
     for part in slices(array):
-        piece = array[part].astype(np.float64)
+        piece = source[part].astype(np.float64)
         for factor in factors:
             piece = piece * factor_of(factor, part)
         result[part] = piece

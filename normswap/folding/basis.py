@@ -123,6 +123,7 @@ class Bases:
     affines: Mapping[ir.Node, Affine]  # by each of their nodes
     known: dict[Slot, Basis] = field(default_factory=dict)
     gone: set[Affine] = field(default_factory=set)
+    blocked: bool = False  # whether what lies between convolutions is to stay in a layout that has no maximum with a constant
 
     def of(self, slot: Slot) -> Basis:
         found = self.known.get(slot)

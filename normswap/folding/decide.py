@@ -40,8 +40,12 @@ class Fate:
     reason: str = ""
 
 
-def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants) -> list[Fate]:
-    """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph."""
+def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants, *, blocked: bool = False) -> list[Fate]:
+    """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph.
+
+    blocked: let no ReLU on (N, C, H, W) become a maximum. onnxruntime on a CPU stores what lies between convolutions in blocks of channels
+    (NCHWc); it takes a BatchNormalization and its ReLU there in one step, but leaves that layout for a maximum and comes back after it.
+    """
     fates: dict[Affine, Fate] = {}
     with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
         for affine in affines:
@@ -50,7 +54,7 @@ def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants) -> li
                 fates[affine] = Fate(affine.name, "into_producer", (layer,))
         unfit = {affine: reason for affine in affines if affine not in fates and (reason := _unfit(affine)) is not None}
         left = [affine for affine in affines if affine not in fates and affine not in unfit]
-        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes})
+        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes}, blocked=blocked)
         for affine in left:
             fates[affine] = _decide(affine, bases)
         for affine in left:

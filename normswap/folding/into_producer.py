@@ -57,7 +57,7 @@ def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str |
         return None
     layer.node.replace_input_with(1, weight)
     if layer.biased or adder is not None or shift.any():
-        _set_bias(layer, adder, constants.add(f"{layer.weight.name}_folded_bias", bias.astype(dtype.numpy())))
+        _set_bias(layer, adder, constants.bias(layer.weight, bias, dtype.numpy()))
     affine.replace_by(affine.x)
     return str(layer.node.name)
 
@@ -70,7 +70,7 @@ def _layer(node: ir.Node | None, constants: Constants) -> tuple[Linear | None, t
     for product, index in ((node.inputs[0], 1), (node.inputs[1], 0)):
         matmul = None if product is None else product.producer()
         if product is not None and matmul is not None and matmul.op_type == "MatMul" and only_use(product):
-            layer, bias = describe(matmul, constants), vector(constants.of(node.inputs[index]))
+            layer, bias = describe(matmul, constants), vector(constants.exact(node.inputs[index]))
             if layer is not None and bias is not None:
                 return replace(layer, bias=bias), (node, index)
     return None, None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding.affine import Array, Constants, factor_of, fits, fits_product, only_use, slices
+from normswap.folding.affine import Array, Constants, factor_of, fits, fits_product, only_use, precise, slices
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -62,7 +62,7 @@ class Linear:
         if not shift.any():
             return np.zeros(self.outputs)
         summed = tuple(axis for axis, size in enumerate(self.out_shape) if size == 1)
-        array = _array(self.weight).reshape(self.view)
+        array = precise(self.weight, _array(self.weight)).reshape(self.view)
         spread = shift.reshape(self.in_shape)
         parts = []
         for part in slices(array):
@@ -167,7 +167,7 @@ def _value(node: ir.Node) -> ir.Value:
 def vector_of(node: ir.Node, constants: Constants) -> Array | None:
     """The node's input 2: zero if it has none, None if it is not a constant with one number per channel."""
     value = node.inputs[2] if len(node.inputs) > 2 else None
-    return np.zeros(()) if value is None else vector(constants.of(value))
+    return np.zeros(()) if value is None else vector(constants.exact(value))
 
 
 def vector(array: Array | None) -> Array | None:
