@@ -359,9 +359,9 @@ class BatchlessNorm(nn.Module):
         return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
     @torch.no_grad()
-    def clip(self, scale: Tensor | None) -> None:
+    def clip(self, reach: float | Tensor) -> None:
         """Shorten the gradient of the producer's weight where that is too long for the statistics to follow. See `coupling.clip`."""
-        coupling.clip(self.pair[0], scale)
+        coupling.clip(self.pair[0], reach)
 
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `follow` has to know of the producer before its weight is moved."""

@@ -38,7 +38,7 @@ from normswap.numerics import StdForm
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TINY = 1e-30  # squares of weights below it are none
-CLIP, FLOOR = 0.1, 1e-3
+TURN, FLOOR = 0.2, 1e-3
 
 
 class Observer:
@@ -121,20 +121,22 @@ def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
     return moving if bias is None else moving + bias.to(moving.dtype), rows.square().sum(1)  # type: ignore[operator]
 
 
-def clip(producer: Any, scale: Tensor | None = None) -> None:
-    """Shorten the gradient G of each filter W of the producer, in place, to |G| <= CLIP max(|W|, FLOOR) scale; scale: None for 1.
+def clip(producer: Any, reach: float | Tensor) -> None:
+    """Shorten the gradient G of each filter W of the producer, in place, to  reach |G| <= TURN max(|W|, FLOOR).
 
-    BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, in which what they are late by is
-    multiplied from layer to layer. So no filter may turn by more than they can follow.
+    reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
 
-    Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171.
+    BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, and what they are late by is
+    multiplied from layer to layer. So no filter may turn by more in one step than they can follow.
+
+    Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171, in units of the step instead of the gradient.
     """
     weight = producer.weight
     if weight.grad is None:
         return
     dtype = torch.promote_types(weight.dtype, torch.float32)
     length, by = (torch.linalg.vector_norm(filters(producer, dtype, t), dim=1) for t in (weight.detach(), weight.grad))
-    factor = (CLIP * length.clamp(min=FLOOR) * (1 if scale is None else scale) / by).clamp(max=1)
+    factor = (TURN * length.clamp(min=FLOOR) / (by * reach)).clamp(max=1)
     if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
         factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
     weight.grad.mul_(factor.view(*factor.shape, *(1,) * (weight.dim() - factor.dim())).to(weight.grad.dtype))
