@@ -306,7 +306,7 @@ class _Measure:
             raise UsageError(f"{self.name}, {probe.name}: the loss does not depend on the parameters that the gradient is asked for")
         self.tick()
         pairs = zip(found, self.task, strict=True)
-        return loss.item(), [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g, p in pairs]
+        return loss.item(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     def _loss(self, batch: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> Tensor:
         where = f"{self.name}, {batch}"

@@ -303,6 +303,14 @@ def test_the_same_dropout_at_every_point() -> None:
     assert one(model, [batch], F.mse_loss, mode="eval").loss != one(model, [batch], F.mse_loss).loss
 
 
+def test_what_is_drawn_does_not_depend_on_what_was_drawn_before() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(7, 3))
+    batch = (torch.randn(9, 7), torch.randn(9, 3))
+    before = one(model, [batch], F.mse_loss)
+    torch.rand(3)
+    assert one(model, [batch], F.mse_loss) == before
+
+
 @pytest.mark.parametrize("draw", [lambda: random.random(), lambda: np.random.rand(), lambda: torch.rand(()).item()])
 def test_the_same_draw_of_every_generator(draw: Callable[[], float]) -> None:
     class Noisy(Quadratic):
@@ -312,6 +320,13 @@ def test_the_same_draw_of_every_generator(draw: Callable[[], float]) -> None:
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     points = one(Noisy([3.0], [2.0]), steps=[0.1, 0.2, 0.3]).points
     assert [p.smoothness for p in points] == pytest.approx([points[0].smoothness] * 3, rel=1e-12)
+    assert random.getstate() == states[0]
+    draw()
+    assert one(Noisy([3.0], [2.0]), steps=[0.1, 0.2, 0.3]).points == points
+    random.setstate(states[0])
+    np.random.seed(1)
+    states = states[0], np.random.get_state()[1].copy(), torch.get_rng_state()
+    one(Noisy([3.0], [2.0]))
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -328,12 +343,13 @@ class Counts(Quadratic):
         self.other.register_buffer("same", self.calls)
 
     def forward(self, x: Tensor) -> Tensor:
-        calls = self.calls if self.kept else self.calls.clone()
-        value = super().forward(x) * calls * self.other.same.clone()  # type: ignore[operator]
         if self.replaced:
             self.calls = self.other.same = self.calls + 1
         else:
             self.calls += 1
+        calls = self.calls if self.kept else self.calls.clone()
+        value = super().forward(x) * calls * self.other.same.clone()  # type: ignore[operator]
+        self.calls += 1
         return cast(Tensor, value)
 
 
@@ -341,7 +357,7 @@ class Counts(Quadratic):
 def test_buffers_are_the_same_at_every_point(make: Callable[[], nn.Module]) -> None:
     model = make()
     points = one(model, steps=[0.1, 0.2, 0.3]).points
-    assert [p.smoothness for p in points] == pytest.approx([2.0] * 3, rel=1e-12)
+    assert [p.smoothness for p in points] == pytest.approx([2.0 * 2 * 2] * 3, rel=1e-12)
     assert cast(Tensor, model.calls) == 1
     assert model.calls is model.other.same  # type: ignore[union-attr]
 
