@@ -113,25 +113,59 @@ def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
 
 
 def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """(<W, a> + b, |W|^2) for each output channel; differentiable by W and b."""
+    """(<W, a> + b, |W|^2) for each output channel."""
     rows = filters(producer, input_mean.dtype)
-    moving = response(rows, input_mean.detach(), getattr(producer, "groups", 1))
-    bias = producer.bias
-    return moving if bias is None else moving + bias.to(moving.dtype), rows.square().sum(1)  # type: ignore[operator]
+    return _place(rows, producer.bias, input_mean, getattr(producer, "groups", 1))  # type: ignore[arg-type]
+
+
+def _place(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    moving = response(rows, input_mean, groups)
+    # The norm, and its square, as that reads the weight once and writes nothing of its size.
+    return moving if bias is None else moving + bias.to(moving.dtype), torch.linalg.vector_norm(rows, dim=1).square()
 
 
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------
 
 
-def through(mean: Tensor, std: Tensor, moving: Tensor, square: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, std), the values unchanged, with the gradients of the coupled ones. moving, square: of `place`."""
-    still = moving.detach()
-    coupled = mean + (moving - still)
-    if not units:
-        return coupled, std
-    alive = (std.detach().square() >= 2 * eps) & (square.detach() > TINY)
-    growth = (square - square.detach()) * (alive / (2 * square.detach().clamp(min=TINY)))  # |W| / sg|W| - 1
-    return coupled + (mean - still).detach() * growth, std + std.detach() * growth
+class _Through(torch.autograd.Function):
+    """(mean, std), unchanged; the rows of W and b get the gradients that the coupled ones have by them.
+
+        by W    by_mean a + (by_mean (mean - <W, a> - b) + by_std std) W / |W|^2        the second term with units, where a filter is alive
+        by b    by_mean
+
+    What the size of W costs is in the backward pass alone: two products, and the two numbers per filter.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int, units: bool, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return mean.clone(), std.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.groups, ctx.units, ctx.eps = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor, by_std: Tensor) -> tuple[Tensor | None, ...]:
+        mean, std, rows, bias, input_mean = ctx.saved_tensors
+        by_rows = (by_mean.view(ctx.groups, -1, 1) * input_mean.reshape(ctx.groups, 1, -1)).view(rows.shape)
+        if ctx.units:
+            moving, square = (t.detach() for t in _place(rows, bias, input_mean, ctx.groups))
+            alive = (std.square() >= 2 * ctx.eps) & (square > TINY)
+            radial = (by_mean * (mean - moving) + by_std * std) * (alive / square.clamp(min=TINY))
+            by_rows = torch.addcmul(by_rows, radial[:, None], rows)
+        return by_mean, by_std, by_rows, None if bias is None else by_mean.to(bias.dtype), *(None,) * 4
+
+
+def through(mean: Tensor, std: Tensor, producer: nn.Module, input_mean: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, std), the values unchanged, with the gradients of the coupled ones by the producer's weight and bias."""
+    rows, groups = filters(producer, mean.dtype), getattr(producer, "groups", 1)
+    a = input_mean.detach().to(mean.dtype)
+    return _Through.apply(mean, std, rows, producer.bias, a, groups, units, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moved(
