@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "training_cost.json"
 BATCHES = (1, 8, 64)
 ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback")
-FAKE = FakeTensorMode()
+FAKE = FakeTensorMode()  # type: ignore[no-untyped-call]
 ATEN = torch.ops.aten
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
 
@@ -100,11 +100,11 @@ def made(net: str, row: str) -> nn.Module:
             if isinstance(layer, BatchlessNorm):
                 layer.steer() if row == "coupled+feedback" else layer.unsteer()
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    fake = FAKE.from_tensor(tensor.detach())
-                    held[name] = nn.Parameter(fake) if held is module._parameters else fake
+        own = [(name, tensor, True) for name, tensor in module._parameters.items()]
+        for name, tensor, trained in [*own, *((name, tensor, False) for name, tensor in module._buffers.items())]:
+            if tensor is not None:
+                fake = FAKE.from_tensor(tensor.detach())
+                setattr(module, name, nn.Parameter(fake) if trained else fake)
     return model.train()
 
 
@@ -123,7 +123,7 @@ def operations(model: nn.Module, shape: tuple[int, ...]) -> Counter[str] | None:
                 except ValueError:  # BatchNorm, on one value per channel
                     return None
                 optimizer.step()
-    return counted.counts
+    return Counter(counted.counts)
 
 
 def measured(nets: list[str], rows: tuple[str, ...], batches: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def measured(nets: list[str], rows: tuple[str, ...], batches: tuple[int, ...]) -
 def extra(entry: dict[str, Any], found: list[dict[str, Any]], reference: str = "plain") -> float:
     """How much more a row takes than the reference, of the same net and batch; in percent."""
     (base,) = (e for e in found if (e["net"], e["batch"], e["row"]) == (entry["net"], entry["batch"], reference))
-    return 100.0 * (entry["operations"] / base["operations"] - 1)
+    return float(100 * (entry["operations"] / base["operations"] - 1))
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:

@@ -23,11 +23,10 @@ Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; the units a
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +195,8 @@ def moved(
 def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
     """The mean over samples and outputs of what each tap of the kernel reads of the input u: <W, it> + b is the mean of the output.
 
-    The taps of a kernel read along each axis what no other axis decides, so the sum over samples is multiplied by one small matrix
-    per axis: how often each tap reads each place. Padding, stride and dilation are exact.
+    The taps of a kernel read along each axis what no other axis decides, so the sum over samples is summed one axis after the other, for
+    each tap over the places that it reads there. Padding, stride and dilation are exact.
 
     u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 as u is. Of an
     empty u, 0.
@@ -232,51 +231,31 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
         ]
     mode = producer.padding_mode
     count = math.prod(outputs)
-    # What is kept must not be a fake tensor, nor one of a trace.
-    reads_of = _kept_reads if type(u) is Tensor and not torch.compiler.is_compiling() else _reads
     with torch.autocast(u.device.type, enabled=False):
         if mask is not None and mask.dim() > 1:
             return _masked(producer, u.to(dtype), mask, padding, outputs, dtype)
         if mask is None:
-            total = u.sum(0, dtype=dtype) / (max(len(u), 1) * count)
+            total, number = u.sum(0, dtype=dtype), max(len(u), 1)
         else:
-            total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype) / (mask.sum().clamp(min=1) * count)
+            total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype)
+            number = mask.sum().clamp(min=1)  # type: ignore[assignment]
+        if mode != "zeros":
+            total = F.pad(total[None], [p for pair in reversed(padding) for p in pair], mode=mode)[0]
+            padding = [(0, 0)] * dims
         for axis in range(dims):
-            reads = reads_of(
-                sizes[axis], outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis], transposed, mode, u.device, dtype
-            )
-            total = torch.tensordot(total, reads, dims=([1], [0]))
-        return cast(Tensor, total)
+            taps = _taps(outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis][0], transposed)
+            total = torch.stack([total[:, tap].sum(1) for tap in taps], -1)
+        return total / (number * count)
 
 
-def _reads(
-    size: int,
-    outputs: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int],
-    transposed: bool,
-    mode: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(size, kernel): at how many outputs along this axis each tap reads each place of the input."""
-    before, after = padding
-    tap = torch.arange(kernel, device=device) * dilation
-    place = torch.arange(size if mode == "zeros" else size + before + after, device=device)[:, None]
-    if transposed:
-        output = place * stride - before + tap
-        return ((output >= 0) & (output < outputs)).to(dtype)
-    start = place + (before if mode == "zeros" else 0) - tap  # where the output begins that reads this place there
-    reads = ((start >= 0) & (start % stride == 0) & (start < outputs * stride)).to(dtype)
-    if mode == "zeros":
-        return reads
-    origin = F.pad(torch.arange(size, device=device, dtype=torch.float64)[None, None], padding, mode=mode)[0, 0].long()
-    return torch.zeros(size, kernel, device=device, dtype=dtype).index_add(0, origin, reads)
-
-
-_kept_reads = functools.lru_cache(maxsize=1024)(_reads)  # to find out takes longer than to use it
+def _taps(outputs: int, kernel: int, stride: int, dilation: int, before: int, transposed: bool) -> Iterator[slice]:
+    """For each tap, the places of the input along this axis that it reads; before: the zeros there. A slice ends where the input does."""
+    for first in range(-before, dilation * kernel - before, dilation):
+        late = max(0, -(first // stride))  # the first output, or place of a transposed one, from where on that is a place, or an output
+        if transposed:  # a place goes to the output first + place * stride
+            yield slice(late, max(0, -((first - outputs) // stride)))
+        else:  # an output reads the place first + output * stride
+            yield slice(first + late * stride, max(0, first + (outputs - 1) * stride + 1), stride)
 
 
 def _masked(

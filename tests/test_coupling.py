@@ -707,7 +707,7 @@ def work(model: nn.Module, x: Tensor) -> int:
     return int(flops.get_total_flops()) + elements.count
 
 
-@pytest.mark.parametrize(("batch", "size"), [(64, 8), (4, 8), (1, 32)])
+@pytest.mark.parametrize(("batch", "size"), [(64, 8), (2, 8), (1, 32)])
 def test_the_cost_is_small(batch: int, size: int) -> None:
     """At most 3 % of the operations of a step."""
     torch.manual_seed(0)
