@@ -35,16 +35,16 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "training_cost.json"
 BATCHES = (1, 8, 64)
 ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback")
-FAKE = FakeTensorMode()  # type: ignore[no-untyped-call]
+FAKE = FakeTensorMode()
 ATEN = torch.ops.aten
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations of every operator that runs, by its name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,7 +149,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         "| net | batch | plain, Mops | plain, against BatchNorm | coupled, against plain | coupled + feedback, against plain |",
         "|---|---|---|---|---|---|",
     ]
-    for net, batch in dict.fromkeys((e["net"], e["batch"]) for e in found):
+    for net, batch in sorted({(e["net"], e["batch"]) for e in found}, key=lambda key: (list(NETS).index(key[0]), key[1])):
         row = {e["row"]: e for e in found if (e["net"], e["batch"]) == (net, batch)}
         against = f"{extra(row['plain'], found, 'batchnorm'):+.1f}%" if "batchnorm" in row else "BatchNorm cannot train"
         cells = [f"{row['plain']['operations'] / 1e6:,.1f}", against]

@@ -234,18 +234,17 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
     with torch.autocast(u.device.type, enabled=False):
         if mask is not None and mask.dim() > 1:
             return _masked(producer, u.to(dtype), mask, padding, outputs, dtype)
-        if mask is None:
-            total, number = u.sum(0, dtype=dtype), max(len(u), 1)
-        else:
-            total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype)
-            number = mask.sum().clamp(min=1)  # type: ignore[assignment]
+        number = max(len(u), 1) if mask is None else mask.sum().clamp(min=1)
+        counted = u if mask is None else torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0)
+        total = counted.sum(0, dtype=dtype)
         if mode != "zeros":
             total = F.pad(total[None], [p for pair in reversed(padding) for p in pair], mode=mode)[0]
             padding = [(0, 0)] * dims
         for axis in range(dims):
             taps = _taps(outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis][0], transposed)
             total = torch.stack([total[:, tap].sum(1) for tap in taps], -1)
-        return total / (number * count)
+        mean: Tensor = total / (number * count)
+        return mean
 
 
 def _taps(outputs: int, kernel: int, stride: int, dilation: int, before: int, transposed: bool) -> Iterator[slice]:
