@@ -61,12 +61,12 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def digits() -> nn.Module:
-    """The six convs of benchmarks/training_quality.py."""
+def digits(strided: tuple[int, ...] = (2, 4)) -> nn.Module:
+    """The six convs of benchmarks/training_quality.py; strided: which of them take every other place."""
     widths = (1, 16, 16, 32, 32, 48, 48)
     layers: list[nn.Module] = []
     for number, (i, o) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(i, o, 3, stride=2 if number in (2, 4) else 1, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(i, o, 3, stride=2 if number in strided else 1, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
@@ -80,6 +80,7 @@ def _torchvision(name: str) -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "six convs, 8 x 8": (digits, (1, 8, 8)),
+    "six convs without strides, 8 x 8": (lambda: digits(()), (1, 8, 8)),
     "ResNet-18, 32 x 32": (lambda: _torchvision("resnet18"), (3, 32, 32)),
     "ResNet-18, 224 x 224": (lambda: _torchvision("resnet18"), (3, 224, 224)),
     "ResNet-50, 32 x 32": (lambda: _torchvision("resnet50"), (3, 32, 32)),
