@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.autograd import signed
 from normswap.numerics import StdForm
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -138,6 +139,7 @@ class _Through(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(
         mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int, units: bool, eps: float
     ) -> tuple[Tensor, Tensor]:

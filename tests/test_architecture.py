@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "autograd": frozenset(),
     "injection": frozenset({"stepping", "autograd"}),
     "stepping": frozenset({"errors", "numerics", "feedback"}),
-    "coupling": frozenset({"numerics"}),
+    "coupling": frozenset({"numerics", "autograd"}),
     "feedback": frozenset({"autograd"}),
     "batchless": frozenset({"errors", "numerics", "plan", "injection", "stepping", "coupling", "feedback"}),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
