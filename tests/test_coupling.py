@@ -300,7 +300,9 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
         with torch.no_grad():
             for r in left:
                 square = fixed.square().mean((0, 2, 3)).clamp(min=1)
-                trend += 0.1 * torch.stack([(r * fixed).sum((0, 2, 3)) / square, r.sum((0, 2, 3))])
+                missed = torch.stack([(r * fixed).sum((0, 2, 3)) / square, r.sum((0, 2, 3))])
+                grown = (missed * trend).sum(1, keepdim=True) / trend.square().sum(1, keepdim=True).clamp(min=1e-300)
+                trend += 0.1 * missed + 0.5 * grown.clamp(-1, 3) * trend
             deviation = y - shaped(moving + n * c, y)
             eta, eps = norm.momentum, norm.source.eps
             variance = (n * s).square() * (1 - eta) + eta * (deviation.square().mean((0, 2, 3)) + eps)
