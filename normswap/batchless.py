@@ -348,8 +348,7 @@ class BatchlessNorm(nn.Module):
         producer, tracked = self.follows, self.tracked
         if producer is None or tracked is None or not torch.is_grad_enabled():
             return mean, std
-        place = coupling.place(producer, tracked.to(mean.dtype))
-        return coupling.through(mean, std, *place, units=self.units, eps=self._eps)
+        return coupling.through(mean, std, producer, tracked, units=self.units, eps=self._eps)
 
     def square(self, by_parameter: Tensor) -> Tensor:
         """<z^2> of the inputs whose gradient by the std's parameter is this."""
