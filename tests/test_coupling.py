@@ -309,7 +309,7 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
     data = torch.randn(10, *x.shape, generator=torch.Generator().manual_seed(5), dtype=F64) + 1
     clipped: list[Tensor] = []
     for batch in data:
-        loss = 4 * model(batch).square().mean()
+        loss = 30 * model(batch).square().mean()
         steps[0].zero_grad()
         (loss + normswap.aux_loss(model) if door == "explicit" else loss).backward()
         steps[0].step()
@@ -322,7 +322,7 @@ def test_training_is_that_of_the_formulas(door: Any, units: bool, form: StdForm)
         if door == "auto":  # the feedback
             fixed, (slope, level) = z.detach(), (shaped(t / number, y) for t in trend)
             z.register_hook(lambda g, f=fixed, a=slope, b=level, left=left: left.append(g - a * f - b) or left[0])  # type: ignore[misc, func-returns-value]
-        expected = 4 * nn.functional.silu(shaped(reference["g"], y) * z + shaped(reference["b"], y)).square().mean()
+        expected = 30 * nn.functional.silu(shaped(reference["g"], y) * z + shaped(reference["b"], y)).square().mean()
         close(loss.detach(), expected.detach(), 1e-9)
         steps[1].zero_grad()
         expected.backward()
@@ -532,7 +532,7 @@ def test_dead_filters(size: float) -> None:
 
 def test_a_filter_that_is_pruned_while_it_trains() -> None:
     model, x = coupled("conv2d")
-    step = torch.optim.SGD(normswap.param_groups(model, lr=1.0))
+    step = torch.optim.ASGD(normswap.param_groups(model, lr=1.0), lambd=0.0)  # it goes as far as it is told
     model(x).sum().backward()
     model[0].weight.grad[2] = model[0].weight.detach()[2]  # the step takes all of it away
     step.step()
