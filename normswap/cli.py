@@ -262,7 +262,7 @@ def export(
     """
     with _work(debug):
         from normswap import commands
-        from normswap.report import fates_json, parity_json, parity_summary
+        from normswap.report import fates_json, legs_json, legs_summary, parity_json
 
         result = commands.export_files(
             source,
@@ -275,11 +275,12 @@ def export(
         )
     if as_json:
         facts = {"path": str(result.path), "opset": result.opset, "residue": list(result.residue), "extra": dict(result.extra)}
-        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity)})
+        legs = legs_json(result.legs.parities, result.legs.not_run)
+        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity), "legs": legs})
     else:
         typer.echo(f"wrote {result.path}, opset {result.opset}")
-        if result.parity is not None:
-            typer.echo(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+        for line in legs_summary(result.legs.parities, result.legs.not_run):
+            typer.echo(line)
         for site in result.sites:
             if site.left:
                 typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import graphs, outputs, pipeline
+from normswap import effort, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Export, export
@@ -27,9 +29,10 @@ from normswap.fold import Folded, fold
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
 from normswap.plan import Rule
 from normswap.report import Report, fates_json, report
+from normswap.rollback import Attempt, settle
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
@@ -38,11 +41,17 @@ from normswap.save import save as save_directory
 from normswap.sensitivity import By, Metric, Sensitivity, sensitivity
 from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
-from normswap.verify import LEVELS, Judgement, compare, judge
+from normswap.taps import Tap
+from normswap.verify import LEVELS, Judgement, compare, held_at, judge, runtime
+
+if TYPE_CHECKING:
+    from normswap.folding import Fate
 
 Model = nn.Module | ExportedProgram
 Advance = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Advance]]
+R = TypeVar("R")
+EVALUATOR_SECONDS = 10.0  # how long onnx's evaluator may take for one file, by estimate
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
 
@@ -100,10 +109,9 @@ def export_onnx(
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with outputs.file(Path(path)) as partial:
-        result, parities = _export(target, inputs, partial, opset=opset, dynamic=dynamic)
-        for parity in parities.values():
-            pipeline.check(parity)
-    return dataclasses.replace(result, path=Path(path), parity=list(parities.values())[-1])
+        result, legs = _export(target, inputs, partial, opset=opset, dynamic=dynamic)
+        _check(legs)
+    return dataclasses.replace(result, path=Path(path), parity=_last_word(legs), legs=legs)
 
 
 def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
@@ -217,6 +225,7 @@ def convert_files(
         if conversion.drift is not None:
             parities["drift"] = conversion.drift
         facts: dict[str, Any] | None = None
+        not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if onnx else "no ONNX file was asked for"}
         if all(parities.values()):
             with clock("save"):
                 _save(conversion, partial, form=form, source=source, factory=factory)
@@ -224,24 +233,32 @@ def convert_files(
                 # An approximate model is held against itself: how far it is from the original is what the drift says.
                 judgement = conversion.judgement if conversion.drift is None else None
                 with clock("export and verify"):
-                    exported, legs = _export(
+                    exported, of_file = _export(
                         conversion.module, conversion.inputs, partial / ONNX, opset=opset, dynamic=True, judgement=judgement
                     )
-                parities.update(legs)
+                parities.update(of_file.parities)
+                not_run = of_file.not_run
                 facts = _onnx_facts(exported)
-        failed = next((parity for parity in parities.values() if not parity), None)
-        if failed is not None:
+        legs = Legs(parities, not_run)
+        if legs.failed is not None:
             for file in partial.iterdir():
                 file.unlink()
         files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
         result = report(
-            source, conversion.plan, parities, onnx=facts, seconds=clock.seconds, files=files, fits=map(dataclasses.asdict, conversion.fits)
+            source,
+            conversion.plan,
+            legs.parities,
+            not_run=legs.not_run,
+            onnx=facts,
+            seconds=clock.seconds,
+            files=files,
+            fits=map(dataclasses.asdict, conversion.fits),
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(result.html(), encoding="utf-8")
-    if failed is not None:
+    if legs.failed is not None:
         try:
-            pipeline.check(failed)
+            pipeline.check(legs.failed)
         except ParityError as error:
             error.hint = f"{output / PAGE} has every measurement; nothing else was written"
             raise
@@ -311,19 +328,27 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
     """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
     given = parse(inputs) if inputs else None
     path = Path(source)
+
+    @functools.cache
+    def judged(taps: tuple[Tap, ...]) -> Judgement:
+        declared = None if given is not None else onnx_inputs(path)
+        known = given or (None if declared is None else Inputs(declared))
+        if known is None:
+            raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
+        return judge(path, known.args, known.kwargs, taps=taps)
+
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        _clear(partial)
+        result = fold(path, partial, undone=undone)
+        if not result.changed:
+            return Attempt((result, Legs()), True)
+        legs, _ = _legs(judged(()), partial)
+        return _attempt((result, legs), result.sites, result.taps, partial, lambda: judged(result.original_taps))
+
     with outputs.file(output) as partial:
-        result = fold(path, partial)
-        parity = None
-        if result.changed:
-            declared = None if given is not None else onnx_inputs(path)
-            known = given or (None if declared is None else Inputs(declared))
-            if known is None:
-                raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
-            judgement = judge(path, known.args, known.kwargs)
-            for level in LEVELS:
-                parity = compare(judgement, partial, level=level)
-                pipeline.check(parity)
-    return dataclasses.replace(result, path=output, parity=parity)
+        result, legs = settle(attempt).result
+        _check(legs)
+    return dataclasses.replace(result, path=output, parity=_last_word(legs), legs=legs)
 
 
 def revert_files(
@@ -398,6 +423,16 @@ def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
 # --- parts --------------------------------------------------------------------------------------------------------------------------
 
 
+def _check(legs: Legs) -> None:
+    if legs.failed is not None:
+        pipeline.check(legs.failed)
+
+
+def _last_word(legs: Legs) -> Parity | None:
+    """That of onnxruntime as people use it, or of whatever could run the file."""
+    return legs.parities.get(runtime(LEVELS[-1])) or next(iter(reversed(list(legs.parities.values()))), None)
+
+
 class _Clock:
     """Announces a stage while it runs, gives the function to tell how far it is, and keeps how long it took."""
 
@@ -414,22 +449,93 @@ class _Clock:
 
 def _export(
     model: Model, inputs: Inputs, path: Path, *, opset: int | None, dynamic: bool, judgement: Judgement | None = None
-) -> tuple[Export, Mapping[str, Parity]]:
-    """Write the file, and hold it against the model it was made from, or what that was made from, at every optimisation level."""
-    if judgement is None:
-        judgement = judge(as_module(model), inputs.args, inputs.kwargs)
-    result = export(model, inputs.args, inputs.kwargs, path, opset=opset, dynamic=dynamic)
-    legs = {}
+) -> tuple[Export, Legs]:
+    """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are undone."""
+    held = judgement or judge(as_module(model), inputs.args, inputs.kwargs)
+
+    def tapped(result: Export) -> Judgement:
+        return judge(
+            as_module(model), inputs.args, inputs.kwargs, sites=list(dict.fromkeys(site.name for site in result.sites)), inputs=True
+        )
+
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
+        _clear(path)
+        result = export(model, inputs.args, inputs.kwargs, path, opset=opset, dynamic=dynamic, undone=undone)
+        legs, notes = _legs(held, path, dynamic=result.dynamic)
+        result = dataclasses.replace(result, notes=(*result.notes, *notes))
+        return _attempt((result, legs), result.sites, result.taps, path, lambda: tapped(result), dynamic=result.dynamic)
+
+    return settle(attempt).result
+
+
+def _legs(judgement: Judgement, path: Path, *, dynamic: bool = True) -> tuple[Legs, tuple[str, ...]]:
+    """(what comes of an ONNX file in onnxruntime at every optimisation level, and in onnx's evaluator; notes)."""
+    parities, not_run = dict[str, Parity](), dict[str, str]()
+    notes: tuple[str, ...] = ()
     for level in LEVELS:
-        parity = compare(judgement, path, level=level, only_like_example=not result.dynamic)
+        parity = compare(judgement, path, level=level, only_like_example=not dynamic)
         if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
             # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
             reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
-            parity = compare(judgement, path, level=REFERENCE, only_like_example=not result.dynamic)
-            result = dataclasses.replace(result, notes=(*result.notes, f"{reason}, so it was verified in {parity.candidate}"))
-            return result, {parity.candidate: parity}
-        legs[parity.candidate] = parity
-    return result, legs
+            not_run |= {runtime(name): reason for name in LEVELS if runtime(name) not in parities}
+            notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
+            break
+        parities[runtime(level)] = parity
+    held = held_at(judgement, path, only_like_example=not dynamic)
+    soon = [probe.name for probe in held]
+    if not not_run:
+        costs = dict(zip(soon, effort.seconds(path, held), strict=True))
+        total = itertools.accumulate(sorted(costs.values()))
+        soon = [name for name, spent in zip(sorted(costs, key=costs.__getitem__), total, strict=True) if spent <= EVALUATOR_SECONDS]
+        if not soon:
+            not_run[runtime(REFERENCE)] = f"it would take about {min(costs.values()):.0f} s for one input"
+            return Legs(parities, not_run), notes
+    parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=soon)
+    if parity.failure is not None and not not_run:
+        not_run[runtime(REFERENCE)] = parity.failure
+    else:
+        parities[runtime(REFERENCE)] = parity
+    return Legs(parities, not_run), notes
+
+
+def _attempt(
+    result: tuple[R, Legs],
+    fates: Sequence[Fate],
+    taps: Sequence[Tap],
+    path: Path,
+    judgement: Callable[[], Judgement],
+    *,
+    dynamic: bool = True,
+) -> Attempt[tuple[R, Legs]]:
+    """What `settle` has to know of a file. The values at the norms are compared only if an output is wrong."""
+    legs = result[1]
+    if legs.failed is None:
+        return Attempt(result, True)
+    level = next(level for level in (*LEVELS, REFERENCE) if runtime(level) == legs.failed.candidate)
+    names = list(dict.fromkeys(tap.name for tap in taps))
+    sites = compare(judgement(), path, level=level, only_like_example=not dynamic, sites=names, taps=taps).sites
+    return Attempt(
+        result,
+        False,
+        folded=[fate.name for fate in fates if fate.touched],
+        suspects=[d.name for d in sites if not d.passed and d.problem is None],
+        why=_broken(legs.failed),
+    )
+
+
+def _broken(parity: Parity) -> str:
+    bad = next((d for d in parity.outputs if not d.passed), None)
+    if parity.failure is not None or bad is None:
+        return f"{parity.candidate}: {parity.failure}"
+    if bad.problem is not None or bad.non_finite:
+        return f"{bad.name} in {parity.candidate} {bad.problem or f'has {bad.non_finite} non-finite mismatches'}"
+    return f"{bad.name} in {parity.candidate} was {bad.max_rel:.1e} off, where at most {bad.tolerance:.1e} passes"
+
+
+def _clear(path: Path) -> None:
+    """Take away what an attempt before this one has written."""
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)
 
 
 def _onnx_facts(exported: Export) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,8 +38,9 @@ from normswap import onnx_file
 from normswap.batchless import BatchlessNorm, _laid_out
 from normswap.errors import ExportError, SwapError, UsageError
 from normswap.injection import inject_operator
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
 from normswap.sharing import shadow
+from normswap.taps import Tap
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Export:
     extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
     parity    what comparing the file to the model gave, once somebody did
+    legs      everything that it was held against
+    taps      where in the file the outputs of the norms are to be found
     """
 
     path: Path
@@ -78,6 +81,8 @@ class Export:
     dynamic: bool = True
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    legs: Legs = field(default_factory=Legs, repr=False)
+    taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -96,6 +101,7 @@ def export(
     *,
     opset: int | None = None,
     dynamic: bool = True,
+    undone: Mapping[str, str] | None = None,
 ) -> Export:
     """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
 
@@ -103,10 +109,13 @@ def export(
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
         opset: of the file; DEFAULT_OPSET unless given.
         dynamic: whether to leave the batch size free: dimension 0 of every input tensor that agrees there with the first one.
+        undone: norms that are not to be folded, by name, and why.
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
     """
     import onnx
+
+    from normswap.folding import taps
 
     opset = DEFAULT_OPSET if opset is None else opset
     newest = onnx.defs.onnx_opset_version()
@@ -118,9 +127,11 @@ def export(
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
     weights = list(graph.graph.initializers.values())
-    fates, skeleton = _fold(graph, sites)
+    found, skeleton = _fold(graph, sites, undone)
     del sites
     _tidy(graph, *names)
+    fates, places = taps(found)
+    del found
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = any(not isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
@@ -138,13 +149,14 @@ def export(
         path=Path(path),
         opset=opset,
         nodes=nodes,
-        sites=tuple(fates),
+        sites=fates,
         skeleton=dict(skeleton.most_common()),
         extra=dict(extra.most_common()),
         input_names=inputs,
         output_names=outputs,
         dynamic=free,
         notes=notes,
+        taps=places,
     )
 
 
@@ -342,7 +354,7 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[str]]:
+def _fold(model: ir.Model, sites: Sequence[_Site], undone: Mapping[str, str] | None) -> tuple[list[Fate], Counter[str]]:
     """Fold every norm where that is exact: where each went, and the operators that there are without them."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
@@ -356,7 +368,7 @@ def _fold(model: ir.Model, sites: Sequence[_Site]) -> tuple[list[Fate], Counter[
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
     affines = [affine for affine in found if affine is not None]
     skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
-    return fold(model.graph, affines, constants), skeleton
+    return fold(model.graph, affines, constants, undone), skeleton
 
 
 def _operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:

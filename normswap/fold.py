@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap import onnx_file
 from normswap.errors import ExportError, LoadError, first_line
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
+from normswap.taps import Tap
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Folded:
     sites          where each affine went, one `normswap.folding.Fate` each
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
+    legs           everything that the new file was held against
+    taps, original_taps   where in the new file, and in the one that came in, what each affine gives is to be found
     """
 
     path: Path
@@ -46,21 +50,24 @@ class Folded:
     sites: tuple[Fate, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    legs: Legs = field(default_factory=Legs, repr=False)
+    taps: tuple[Tap, ...] = field(default=(), repr=False)
+    original_taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property
     def changed(self) -> bool:
-        return any(site.how or site.into for site in self.sites) or dict(self.before) != dict(self.nodes)
+        return any(site.touched for site in self.sites) or dict(self.before) != dict(self.nodes)
 
 
-def fold(source: Path, target: Path) -> Folded:
-    """Write `source`, folded, to `target`.
+def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None) -> Folded:
+    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why.
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from normswap.folding import Constants
+    from normswap.folding import Constants, taps
     from normswap.folding import fold as fold_affines
     from normswap.folding.found import affines
 
@@ -74,8 +81,10 @@ def fold(source: Path, target: Path) -> Folded:
     model = ir.load(str(source))
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     constants = Constants(model.graph)
-    sites = tuple(fold_affines(model.graph, affines(model.graph, constants), constants))
-    if not any(site.how or site.into for site in sites) and model.graph.num_nodes() == len(proto.graph.node):
+    found = affines(model.graph, constants)
+    originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}
+    sites = tuple(fold_affines(model.graph, found, constants, undone))
+    if not any(site.touched for site in sites) and model.graph.num_nodes() == len(proto.graph.node):
         note = f"{len(open_to_callers)} of its weights are inputs that a caller may replace"
         return _copied(source, target, proto, before, sites, (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
@@ -85,7 +94,18 @@ def fold(source: Path, target: Path) -> Folded:
     _check(new)
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
-    return Folded(target, before, nodes, sites)
+    fates, places = taps(sites)
+    return Folded(target, before, nodes, fates, taps=places, original_taps=_named(sites, originals))
+
+
+def _named(sites: Sequence[Fate], names: Mapping[bool, Sequence[str]]) -> tuple[Tap, ...]:
+    """Where the file that came in has what each affine takes and gives."""
+    calls: Counter[str] = Counter()
+    found = []
+    for number, site in enumerate(sites):
+        calls[site.name] += 1
+        found += [Tap(site.name, calls[site.name], names[given][number], given) for given in (True, False)]
+    return tuple(found)
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -121,7 +141,7 @@ def _copied(
                 shutil.copyfile(source.parent / name, target.parent / name)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
-    return Folded(target, before, before, sites, notes)
+    return Folded(target, before, before, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
 
 
 def _external(proto: onnx.ModelProto) -> list[str]:

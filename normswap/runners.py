@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from normswap import precision
 from normswap.errors import SwapError
 from normswap.probes import Probe
 from normswap.sharing import uncompiled
+from normswap.taps import Tap, key
 
 TAP_SIZE = 4096
 REFERENCE = "reference"  # in place of an optimisation level: onnx's own evaluator, which has every kernel in every dtype, and is slow
@@ -69,11 +71,12 @@ def module_runner(
     in_float64: torch.dtype | None = None,
     dtypes: set[torch.dtype] | None = None,
     foreign: Mapping[int, str] | None = None,
+    inputs: bool = False,
 ) -> Runner:
     """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
 
     in_float64: run it so; the dtype that it has otherwise. dtypes: a set into which the dtypes that the model computes in are put. foreign:
-    tensors, by id, that it must not read, and their names.
+    tensors, by id, that it must not read, and their names. inputs: tap also what the sites are given.
     """
     mode: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     if in_float64 is not None:
@@ -91,8 +94,9 @@ def module_runner(
             # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
             if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
-                flat = output.detach().reshape(-1)
-                taps[f"{name}@{calls[name]}"] = flat[:: _step(flat.numel())].clone()
+                if inputs and args:
+                    taps[key(name, calls[name], input=True)] = _sampled(args[0])
+                taps[key(name, calls[name])] = _sampled(output)
 
         return record
 
@@ -111,6 +115,11 @@ def module_runner(
         return _named(output), dict(taps)
 
     return run
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: _step(flat.numel())].clone()
 
 
 def _step(count: int) -> int:
@@ -142,15 +151,14 @@ def _named(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> V
     return found
 
 
-def onnx_runner(path: Path, level: str) -> Runner:
+def onnx_runner(path: Path, level: str, taps: Sequence[Tap] = ()) -> Runner:
+    """Runs a file in onnxruntime at one level of optimisation, or in onnx's evaluator; `taps` are then what is tapped."""
     import onnxruntime
 
     if level == REFERENCE:
         import onnx
-        from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(onnx.load(path))
-        return lambda probe: (_by_position(evaluator.run(None, _feeds(evaluator.input_names, probe))), {})
+        return _evaluator(onnx.load(path), taps)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = {
@@ -159,21 +167,66 @@ def onnx_runner(path: Path, level: str) -> Runner:
         "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[level]
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with _with_outputs(path, taps) as (opened, asked):
+        session = onnxruntime.InferenceSession(str(opened), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    return lambda probe: (_by_position(session.run(None, _feeds(names, probe))), {})
+    outputs = [output.name for output in session.get_outputs()]
+    return lambda probe: _told(session.run(None, _feeds(names, probe)), outputs, asked, taps)
 
 
-def onnx_float64_runner(path: Path) -> Runner:
+def onnx_float64_runner(path: Path, taps: Sequence[Tap] = ()) -> Runner:
     """The file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv. Slow."""
     import onnx
-    from onnx.reference import ReferenceEvaluator
 
     model = onnx.load(path)
     _widen(model)
+    return _evaluator(model, taps)
+
+
+def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
+    from onnx.reference import ReferenceEvaluator
+
+    asked = _add_outputs(model.graph, taps)
     evaluator = ReferenceEvaluator(model)
-    names = list(evaluator.input_names)
-    return lambda probe: (_by_position(evaluator.run(None, _feeds(names, probe))), {})
+    names, outputs = list(evaluator.input_names), list(evaluator.output_names)
+    return lambda probe: _told(evaluator.run(None, _feeds(names, probe)), outputs, asked, taps)
+
+
+def _add_outputs(graph: Any, taps: Sequence[Tap]) -> int:
+    """Give the graph the tapped values as outputs, after those that it has; how many it had."""
+    count = len(graph.output)
+    known = {output.name for output in graph.output}
+    computed = {name for node in graph.node for name in node.output}
+    for name in dict.fromkeys(tap.value for tap in taps):
+        if name in computed - known:
+            graph.output.add(name=name)
+    return count
+
+
+@contextlib.contextmanager
+def _with_outputs(path: Path, taps: Sequence[Tap]) -> Iterator[tuple[Path, int | None]]:
+    """(a file like this one that gives the tapped values, too, how many outputs it had). Beside it, for the weights that lie there."""
+    if not taps:
+        yield path, None
+        return
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    count = _add_outputs(model.graph, taps)
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tapped", dir=path.parent) as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        yield Path(file.name), count
+
+
+def _told(found: Any, names: Sequence[str], asked: int | None, taps: Sequence[Tap]) -> tuple[Values, Values]:
+    """The outputs by position, and what the taps tell of the norms."""
+    values = dict(zip(names, found, strict=True))
+    tapped = {}
+    for tap in taps:
+        if tap.value in values:
+            tapped[tap.key] = _sampled(torch.as_tensor(tap.original(values[tap.value])))
+    return _by_position(found[:asked]), tapped
 
 
 def onnx_dtypes(path: Path) -> set[torch.dtype]:

@@ -58,15 +58,30 @@ class Affine:
         """Whether nothing else sees anything on the way from x to y."""
         return all(only_use(node.outputs[0]) for node in self.nodes[:-1])
 
+    def has_two_names(self) -> bool:
+        """Whether the graph gives or is given x as well as y: a value has one name, so x = y takes an Identity."""
+        return self.y.is_graph_output() and (self.x.is_graph_output() or self.x.is_graph_input())
+
     def replace_by(self, value: ir.Value) -> None:
         """Let everything that reads y read `value`, and remove what computed y. An output of the graph keeps its name."""
         y = self.y
         if y.is_graph_output() and not value.is_graph_output():
             y.name, value.name = value.name, y.name
         ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
+        y.meta[_REPLACEMENT] = value
         for node in reversed(self.nodes):
             assert node.graph is not None
             node.graph.remove(node, safe=True)
+
+
+_REPLACEMENT = "normswap.replacement"
+
+
+def replacement(value: ir.Value) -> ir.Value:
+    """What has taken the place of `value` in its graph; itself if nothing has."""
+    while _REPLACEMENT in value.meta:
+        value = value.meta[_REPLACEMENT]
+    return value
 
 
 class Constants:

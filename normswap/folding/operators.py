@@ -45,6 +45,8 @@ def spread(node: ir.Node, change: Change) -> None:
     affine = change.bases.affines.get(node)
     if affine is not None:
         return _affine(affine, change)
+    if node in change.bases.undone:
+        raise Conflict(f"{change.bases.undone[node].name} is next to it, which was rolled back")
     rule = SPREAD.get(node.op_type) if node.domain == "" else None
     if rule is None:
         raise Conflict(f"{called(node)} is next to it, which is neither linear nor homogeneous")
