@@ -79,7 +79,14 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None)
     known = {tensor.name for tensor in proto.graph.initializer}
     open_to_callers = [value.name for value in proto.graph.input if value.name in known]
     model = ir.load(str(source))
+    replaceable = {name: model.graph.initializers.pop(name) for name in open_to_callers}
+    held = {name: value.const_value for name, value in replaceable.items()}
+    for value in replaceable.values():
+        value.const_value = None  # a shape that follows from it may be another one when it is replaced
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for name, value in replaceable.items():
+        value.const_value = held[name]
+        model.graph.initializers[name] = value
     constants = Constants(model.graph)
     found = affines(model.graph, constants)
     originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ class Constants:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._made: dict[tuple[Any, ...], ir.Value | None] = {}
+        self._taken: set[str | None] | None = None
 
     def of(self, value: ir.Value | None) -> Array | None:
         """The array that `value` always is, or None if it depends on the input."""
@@ -118,14 +120,33 @@ class Constants:
             self._made[key] = None if array is None else self._register(f"{weight.name}_folded", array)
         return self._made[key]
 
+    def fresh(self, name: str) -> str:
+        """`name`, or one derived from it that no value has, here or in a subgraph: they must not hide each other."""
+        if self._taken is None:
+            self._taken = set(_names(self._graph))
+        unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in self._taken)
+        self._taken.add(unique)
+        return unique
+
     def _register(self, name: str, array: Array) -> ir.Value:
-        unique, count = name, 1
-        while unique in self._graph.initializers:
-            unique, count = f"{name}_{count}", count + 1
+        unique = self.fresh(name)
         tensor = ir.tensor(array, name=unique)
         value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value
+
+
+def _names(graph: ir.Graph) -> Iterator[str | None]:
+    """Of the values of a graph and of the graphs inside it."""
+    for value in (*graph.inputs, *graph.initializers.values()):
+        yield value.name
+    for node in graph:
+        for value in node.outputs:
+            yield value.name
+        for attribute in node.attributes.values():
+            inner = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+            for subgraph in attribute.value if attribute.type == ir.AttributeType.GRAPHS else inner:
+                yield from _names(subgraph)
 
 
 def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> Array | None:

@@ -65,6 +65,7 @@ def write(affine: Affine, scale: Array, shift: Array, constants: Constants, name
         node = ir.Node("", op_type, [value, *others], attributes, name=name)
         affine.nodes[0].prepend(node)
         value = node.outputs[0]
+        value.name = constants.fresh(f"{name}_output")
         value.shape = affine.y.shape
         value.type = ir.TensorType(ir.DataType(attributes[0].as_int()) if op_type == "Cast" else wide)
     affine.replace_by(value)
