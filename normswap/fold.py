@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +133,7 @@ def read(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(str(path))
     except Exception as error:
         raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+    _check_external(proto, path)
     return proto
 
 
@@ -152,10 +153,37 @@ def _copied(
 
 
 def _external(proto: onnx.ModelProto) -> list[str]:
-    found = []
-    for tensor in proto.graph.initializer:
-        found += [entry.value for entry in tensor.external_data if entry.key == "location"]
-    return found
+    """The files that hold its large tensors."""
+    return [entry.value for tensor in _tensors(proto.graph) for entry in tensor.external_data if entry.key == "location"]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """onnx's checker looks whether the files are there, and not how long they are."""
+    import onnx
+
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        place = path.parent / entries.get("location", "")
+        try:
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            size = place.stat().st_size
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+        if size < end:
+            raise LoadError(
+                f"{path} is not a valid ONNX file: {place} has {size:,} bytes, and {tensor.name} is expected to end at {end:,}",
+                hint="it was cut off: copy it again",
+            )
 
 
 def _with_base(model: ir.Model, source: Path) -> None:

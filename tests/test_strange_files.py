@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from fixtures import strange_onnx
 from normswap.cli import app
+from normswap.errors import LoadError
 from normswap.fold import fold
 
 RNG = np.random.default_rng(3)
@@ -374,3 +375,98 @@ def test_delicate_graphs(case: str, tmp_path: Path) -> None:
     made = keeps_its_function(proto, tmp_path)
     if stays:
         assert stays in {node.op_type for node in made.graph.node}
+
+
+# -- damaged ones -------------------------------------------------------------------------------------------------------------------------
+
+
+def whole(path: Path) -> bytes:
+    """A small file with something of everything: half a kilobyte, of which weights are a third."""
+    body = """
+        z = Tanh(x) h = BatchNormalization <epsilon=0.01> (z, s, t, m, v) r = Relu(h) p = MaxPool <kernel_shape=[2,2], strides=[1,1]> (r)
+        q = Transpose <perm=[0,2,3,1]> (p) k = MatMul(q, w) l = Add(k, b) y = Transpose <perm=[0,3,1,2]> (l)
+    """
+    vectors = [from_array(np.arange(1, 4, dtype=np.float32), name) for name in "stmvb"]
+    proto = text(body, *vectors, from_array(np.eye(3, dtype=np.float32), "w"), head="float[b,3,6,5] x) => (float[o,p,q,r] y")
+    onnx.save(proto, path)
+    return path.read_bytes()
+
+
+def is_said_or_sound(data: bytes, directory: Path) -> int:
+    """Folds a damaged file from the command line: an error in one line and no file, or a file that was measured. Never a traceback."""
+    source, target = directory / "in.onnx", directory / "out.onnx"
+    source.write_bytes(data)
+    target.unlink(missing_ok=True)
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(target), "--input", "2x3x6x5"])
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    assert found.exit_code in (0, 1, 2, 3)
+    assert target.exists() == (found.exit_code == 0)
+    if found.exit_code:
+        assert found.stderr.startswith("error: "), found.stderr
+    else:
+        assert "FAILED" not in found.stdout
+        assert "nothing to fold" in found.stdout or "onnxruntime (all): max error" in found.stdout
+    return found.exit_code
+
+
+@pytest.mark.parametrize("step", [pytest.param(23, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def test_a_file_that_was_cut_off_at_any_length(step: int, tmp_path: Path) -> None:
+    data = whole(tmp_path / "whole.onnx")
+    assert is_said_or_sound(data, tmp_path) == 0
+    for length in range(0, len(data), step):
+        assert is_said_or_sound(data[:length], tmp_path) == 1, length
+
+
+@pytest.mark.parametrize("count", [pytest.param(60, id="some"), pytest.param(3000, id="many", marks=pytest.mark.slow)])
+def test_a_file_in_which_bytes_were_changed(count: int, tmp_path: Path) -> None:
+    data, codes = whole(tmp_path / "whole.onnx"), set()
+    for number in range(count):
+        r, damaged = random.Random(number), bytearray(data)
+        for _ in range(r.randint(1, 3)):
+            damaged[r.randrange(len(damaged))] = r.randrange(256)
+        codes.add(is_said_or_sound(bytes(damaged), tmp_path))
+    assert {0, 1} <= codes
+
+
+def large(directory: Path, *, norm: bool, cut: bool = False) -> Path:
+    """A file with 2.25 GiB of zeros beside it, none of which are on the disk."""
+    directory.mkdir()
+    width = 24_576
+    with (directory / "weights.bin").open("wb") as file:
+        file.truncate(4 * width * width - (4096 if cut else 0))
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[width, width], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", str(4 * width * width))):
+        weight.external_data.add(key=key, value=value)
+    vectors = [from_array(np.full(width, number, np.float32), name) for name, number in (("s", 2), ("t", 3), ("m", 1), ("v", 1))]
+    body = "h = Gemm(x, w) y = BatchNormalization(h, s, t, m, v)" if norm else "h = Gemm(x, w) y = Relu(h)"
+    proto = text(body, weight, *vectors, head=f"float[b,{width}] x) => (float[p,q] y")
+    (directory / "model.onnx").write_bytes(proto.SerializeToString())
+    return directory / "model.onnx"
+
+
+@pytest.mark.slow
+def test_more_than_two_gibibytes(tmp_path: Path) -> None:
+    folded = fold(large(tmp_path / "norm", norm=True), tmp_path / "out.onnx")
+    assert folded.nodes == {"Gemm": 1}
+    assert (tmp_path / "out.onnx.data").stat().st_size >= 9 << 28
+    made = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+    (bias,) = (onnx.numpy_helper.to_array(t, str(tmp_path)) for t in made.graph.initializer if t.name.endswith("bias"))
+    np.testing.assert_allclose(bias, 3 - 2 / np.sqrt(1 + 1e-5), rtol=1e-6)
+    (tmp_path / "out.onnx.data").unlink()
+    (tmp_path / "plain").mkdir()
+    plain = fold(large(tmp_path / "in", norm=False), tmp_path / "plain" / "model.onnx")
+    assert not plain.changed
+    assert (tmp_path / "plain" / "weights.bin").stat().st_size == (tmp_path / "in" / "weights.bin").stat().st_size
+
+
+@pytest.mark.slow
+def test_large_weights_that_were_cut_off(tmp_path: Path) -> None:
+    with pytest.raises(
+        LoadError, match=r"not a valid ONNX file: .*weights\.bin has 2,415,915,008 bytes, and w is expected to end at 2,415,919,104"
+    ):
+        fold(large(tmp_path / "cut", norm=True, cut=True), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    with (tmp_path / "inline.onnx").open("wb") as file:
+        file.truncate(9 << 28)
+    with pytest.raises(LoadError, match="is not an ONNX file, or it was cut off"):
+        fold(tmp_path / "inline.onnx", tmp_path / "out.onnx")
