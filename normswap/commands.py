@@ -343,7 +343,7 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         if not result.changed:
             return Attempt((result, Legs()), True)
         legs, _ = _legs(judged(()), partial)
-        return _attempt((result, legs), result.sites, result.taps, partial, lambda: judged(result.original_taps))
+        return _attempt((result, legs), result.sites, undone, result.taps, partial, lambda: judged(result.original_taps))
 
     with outputs.file(output) as partial:
         result, legs = settle(attempt).result
@@ -463,7 +463,7 @@ def _export(
         result = export(model, inputs.args, inputs.kwargs, path, opset=opset, dynamic=dynamic, undone=undone)
         legs, notes = _legs(held, path, dynamic=result.dynamic)
         result = dataclasses.replace(result, notes=(*result.notes, *notes))
-        return _attempt((result, legs), result.sites, result.taps, path, lambda: tapped(result), dynamic=result.dynamic)
+        return _attempt((result, legs), result.sites, undone, result.taps, path, lambda: tapped(result), dynamic=result.dynamic)
 
     return settle(attempt).result
 
@@ -501,6 +501,7 @@ def _legs(judgement: Judgement, path: Path, *, dynamic: bool = True) -> tuple[Le
 def _attempt(
     result: tuple[R, Legs],
     fates: Sequence[Fate],
+    undone: Mapping[str, str],
     taps: Sequence[Tap],
     path: Path,
     judgement: Callable[[], Judgement],
@@ -517,7 +518,7 @@ def _attempt(
     return Attempt(
         result,
         False,
-        folded=[fate.name for fate in fates if fate.touched],
+        folded=[fate.name for fate in fates if fate.name not in undone],  # what stays is written otherwise, too
         suspects=[d.name for d in sites if not d.passed and d.problem is None],
         why=_broken(legs.failed),
     )

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap import precision
-from normswap.errors import SwapError
+from normswap.errors import SwapError, UsageError
 from normswap.probes import Probe
 from normswap.sharing import uncompiled
 from normswap.taps import Tap, key
@@ -160,7 +161,7 @@ def onnx_runner(path: Path, level: str, taps: Sequence[Tap] = ()) -> Runner:
 
         return _evaluator(onnx.load(path), taps)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised as well
     options.graph_optimization_level = {
         "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -184,12 +185,19 @@ def onnx_float64_runner(path: Path, taps: Sequence[Tap] = ()) -> Runner:
 
 
 def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
+    import numpy as np
     from onnx.reference import ReferenceEvaluator
 
     asked = _add_outputs(model.graph, taps)
     evaluator = ReferenceEvaluator(model)
     names, outputs = list(evaluator.input_names), list(evaluator.output_names)
-    return lambda probe: _told(evaluator.run(None, _feeds(names, probe)), outputs, asked, taps)
+
+    def run(probe: Probe) -> tuple[Values, Values]:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an overflow, say: the comparison sees it
+            return _told(evaluator.run(None, _feeds(names, probe)), outputs, asked, taps)
+
+    return run
 
 
 def _add_outputs(graph: Any, taps: Sequence[Tap]) -> int:
@@ -245,9 +253,30 @@ def onnx_dtypes(path: Path) -> set[torch.dtype]:
     return {known[dtype] for dtype in found & known.keys()}
 
 
+# By the number that ONNX has for each (TensorProto.DataType).
+_FED = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    14: torch.complex64,
+    15: torch.complex128,
+}
+
+
 def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
-    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free."""
-    import numpy as np
+    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free.
+
+    Raises UsageError for an input that is no tensor of numbers that numpy has.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -258,11 +287,18 @@ def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
         if value.name in constants:
             continue
         kind = value.type.tensor_type
+        dtype = _FED.get(kind.elem_type)
+        if dtype is None:
+            what = value.type.WhichOneof("value") or "value of no type"
+            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if what == "tensor_type" else what.removesuffix("_type")
+            raise UsageError(
+                f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
+                hint="a file can only be held against another one on tensors of numbers",
+            )
         sizes = [dim.dim_value if dim.HasField("dim_value") else batch if i == 0 else None for i, dim in enumerate(kind.shape.dim)]
         shape = [size for size in sizes if size is not None]
         if len(shape) < len(sizes):
             return None
-        dtype = torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))).dtype
         floating = dtype.is_floating_point
         found.append((torch.randn(shape, generator=generator) if floating else torch.randint(2, shape, generator=generator)).to(dtype))
     return tuple(found)

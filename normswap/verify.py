@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,27 +100,31 @@ def judge(
     """
     dropped: list[str] = []
     asked = list(probes(args, kwargs)) if asked is None else list(asked)
-    run = (
-        onnx_float64_runner(reference, taps)
-        if isinstance(reference, Path)
-        else module_runner(shadow(reference, to_float64), sites, in_float64=_own_dtype(reference, asked), inputs=inputs)
-    )
     judged: dict[str, tuple[Values, Values]] | None = None
     try:
-        judged = _run_all(run, [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked], dropped, " in float64")
+        judged = _run_all(
+            lambda: (
+                onnx_float64_runner(reference, taps)
+                if isinstance(reference, Path)
+                else module_runner(shadow(reference, to_float64), sites, in_float64=_own_dtype(reference, asked), inputs=inputs)
+            ),
+            [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked],
+            dropped,
+            " in float64",
+        )
     except UsageError as error:
         # Int8 kernels, say. Then the reference in its own dtype is the judge: it has no noise, so the limit is the tightest there is.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
-    del run
     usable = [p for p in asked if judged is None or p.name in judged]
     computed_in: set[torch.dtype] = set()
     if isinstance(reference, Path):
-        run = onnx_runner(reference, "disabled", taps)
+        path = reference
+        own = _run_all(lambda: onnx_runner(path, "disabled", taps), usable, dropped, "")
         seen = onnx_dtypes(reference)
     else:
         run = module_runner(shadow(reference), sites, dtypes=computed_in, inputs=inputs)
+        own = _run_all(lambda: run, usable, dropped, "")
         seen = {t.dtype for t in (*reference.parameters(), *reference.buffers())}
-    own = _run_all(run, usable, dropped, "")
     judged = own if judged is None else judged
     seen |= {t.dtype for values in own.values() for part in values for t in part.values()}
     outputs, tapped = {}, {}
@@ -168,8 +172,15 @@ def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
     return max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _run_all(run: Runner, asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
+def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
     found = {}
+    try:
+        run = make()
+    except Exception as error:  # an operator of somebody's own, say
+        raise UsageError(
+            f"the model cannot be run{how}: {described(error)}",
+            hint="what cannot be run cannot be held against anything",
+        ) from error
     for probe in asked:
         try:
             found[probe.name] = run(probe)
