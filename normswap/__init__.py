@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from normswap.errors import ParityError as ParityError
     from normswap.export import Export as Export
     from normswap.facts import Facts as Facts
+    from normswap.landscape import Landscape as Landscape
+    from normswap.landscape import landscape as landscape
     from normswap.parity import Parity as Parity
     from normswap.pipeline import Conversion as Conversion
     from normswap.pipeline import convert as convert
@@ -55,6 +57,7 @@ _HOMES = {
     "DEFAULT_RULES": "rules",
     "Export": "export",
     "Facts": "facts",
+    "Landscape": "landscape",
     "MicroBatches": "training.micro",
     "NormswapError": "errors",
     "Parity": "parity",
@@ -74,6 +77,7 @@ _HOMES = {
     "export_onnx": "commands",
     "for_opacus": "training.private",
     "inspect": "pipeline",
+    "landscape": "landscape",
     "load": "commands",
     "masked": "training.loss",
     "norm_keys": "training.groups",

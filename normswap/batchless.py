@@ -348,8 +348,7 @@ class BatchlessNorm(nn.Module):
         producer, tracked = self.follows, self.tracked
         if producer is None or tracked is None or not torch.is_grad_enabled():
             return mean, std
-        place = coupling.place(producer, tracked.to(mean.dtype))
-        return coupling.through(mean, std, *place, units=self.units, eps=self._eps)
+        return coupling.through(mean, std, producer, tracked, units=self.units, eps=self._eps)
 
     def square(self, by_parameter: Tensor) -> Tensor:
         """<z^2> of the inputs whose gradient by the std's parameter is this."""
@@ -357,6 +356,11 @@ class BatchlessNorm(nn.Module):
         modes: dict[str, Any] = {"stats": self.stats, "reduction": self.reduction}
         _, r = numerics.misfit_of(std, by_parameter, self._eps / std.square(), std, self.std_parameter, self.std, **modes)
         return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
+
+    @torch.no_grad()
+    def clip(self, reach: float | Tensor) -> None:
+        """Shorten the gradient of the producer's weight where that is too long for the statistics to follow. See `coupling.clip`."""
+        coupling.clip(self.pair[0], reach)
 
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `follow` has to know of the producer before its weight is moved."""

@@ -443,6 +443,80 @@ def sensitivity(
         _print_table(sensitivity_table(found), sensitivity_summary(found, data))
 
 
+class Form(str, Enum):
+    """As what SRC is measured."""
+
+    original = "original"
+    converted = "converted"
+    coupled = "coupled"
+
+
+class Mode(str, Enum):
+    """The mode of the model."""
+
+    train = "train"
+    eval = "eval"
+
+
+@app.command()
+def landscape(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model as for `convert`, or a converted directory.")],
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Batches (x, y): a .pt or .npz file, a directory of them or package.module:factory."),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="package.module:function of (output, y) that returns one number. Default: cross entropy."),
+    ] = None,
+    forms: Annotated[
+        list[Form] | None,
+        typer.Option("--as", help="Measure SRC as this only. Repeatable; default: as all three, if a norm can be swapped."),
+    ] = None,
+    steps: Annotated[
+        list[float] | None,
+        typer.Option("--step", metavar="ETA", help="A step along the gradient. Repeatable; default: 0.001 0.003 0.01 0.03 0.1 0.3."),
+    ] = None,
+    layer: Annotated[str | None, typer.Option(metavar="NAME", help="The gradient by the parameters of this layer alone.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="The mode of the model; in train, a BatchNorm takes the statistics of the batch.")
+    ] = Mode.train,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg, .png or .pdf file. Needs matplotlib.")] = None,
+    arch: Arch = None,
+    trust_package: TrustPackage = None,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how predictable a training step is.
+
+    Measures how far the loss and the gradient move along the gradient, on each batch, before and after the norms are swapped. Writes
+    nothing but the file of --plot.
+    """
+    with _work(debug), _bar() as progress:
+        from normswap import commands
+        from normswap.report import landscape_json, landscape_summary, landscape_table
+
+        found = commands.landscape_files(
+            source,
+            data=data,
+            loss=loss,
+            forms=[form.value for form in forms or ()],
+            steps=steps or (),
+            layer=layer,
+            mode=mode.value,
+            plot=plot,
+            arch=arch,
+            trust_packages=trust_package or (),
+            trust_pickle=trust_pickle,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(landscape_json(source, found, loss))
+    else:
+        _print_table(landscape_table(found), landscape_summary(found), *(() if plot is None else (f"  drawn in {plot}",)))
+
+
 def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool) -> dict[str, Any]:
     """As `export_onnx` takes them."""
     return {"target": target.value, "opset": opset, "dynamic": dynamic.value, "half": fp16, "external_data": external_data or None}

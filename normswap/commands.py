@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from normswap.exported import as_module
 from normswap.fold import Folded, fold
 from normswap.half import arguments, halved
 from normswap.inputs import Inputs, as_inputs, infer, make, parse
+from normswap.landscape import STEPS, Landscape, Mode, called_with, check_plot, landscape
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
 from normswap.parity import Legs, Parity
@@ -41,7 +42,7 @@ from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
 from normswap.save import Recipe, load_weights, read_recipe, recipe_hash, sites_of
 from normswap.save import save as save_directory
-from normswap.sensitivity import By, Metric, Sensitivity, sensitivity
+from normswap.sensitivity import By, Sensitivity, sensitivity
 from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
 from normswap.taps import Tap
@@ -763,7 +764,7 @@ def sensitivity_files(
         loaded.model,
         None if data is None else _batches(data),
         given,
-        metric=None if metric is None else _metric(metric),
+        metric=None if metric is None else _function(metric, "--metric", "a function that takes the model and returns a number"),
         by=by,
         budget=budget,
         include=include,
@@ -774,9 +775,71 @@ def sensitivity_files(
     )
 
 
-def _metric(spec: str) -> Metric:
+# --- landscape ----------------------------------------------------------------------------------------------------------------------
+
+Form = Literal["original", "converted", "coupled"]
+
+
+def landscape_files(
+    source: str,
+    *,
+    data: str | None = None,
+    loss: str | None = None,
+    forms: Sequence[Form] = (),
+    steps: Sequence[float] = (),
+    layer: str | None = None,
+    mode: Mode = "train",
+    plot: Path | None = None,
+    arch: str | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Landscape:
+    """`landscape` for the command line, before and after a swap.
+
+    forms: SRC as it is, converted, and converted with coupling="auto" from the data; none for all of them if a norm of SRC can be swapped,
+    else SRC as it is. steps: none for those of `landscape`.
+    """
+    if plot is not None:
+        check_plot(plot)
+    if data is None:
+        raise UsageError("a landscape is measured on data, and none were given", hint="--data: batches (x, y)")
+    batches = _batches(data)
+    model = _load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    found = landscape(
+        dict(_forms(model, forms, batches)),  # type: ignore[arg-type]  # a program: that is refused there
+        batches,
+        loss=None if loss is None else _function(loss, "--loss", "a function of (output, y) that returns one number"),
+        steps=steps or STEPS,
+        layer=layer,
+        mode=mode,
+        progress=progress,
+    )
+    if plot is not None:
+        found.plot(plot)
+    return found
+
+
+def _forms(model: Model, asked: Sequence[Form], data: Sequence[Any]) -> Iterator[tuple[Form, Model]]:
+    calibration = [dict(probe.kwargs) or probe.args for probe, _ in called_with(data)]
+    module = isinstance(model, nn.Module)  # a program has no modes, and `landscape` says so
+    swapped = module and bool(pipeline.plan(model, calibration[0]).swaps)
+    for form in asked or (("original", "converted", "coupled") if swapped else ("original",)):
+        if form == "original":
+            yield form, model
+        elif not swapped:
+            raise UsageError(
+                f"there is nothing to measure as {form}: no norm of the model can be swapped exactly",
+                hint="`normswap inspect` tells why; --as original measures the model as it is",
+            )
+        else:
+            options: dict[str, Any] = {"coupling": "auto", "calibration": calibration} if form == "coupled" else {}
+            yield form, pipeline.convert(model, calibration[0], **options).model
+
+
+def _function(spec: str, option: str, meant: str) -> Callable[..., Any]:
     """What package.module:callable names."""
-    found = imported(spec, "--metric", "a function that takes the model and returns a number")
+    found = imported(spec, option, meant)
     if not callable(found):
-        raise UsageError(f"--metric {spec} is a {type(found).__name__}; expected a function that takes the model and returns a number")
-    return cast(Metric, found)
+        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}")
+    return cast("Callable[..., Any]", found)

@@ -23,21 +23,22 @@ Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; the units a
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.autograd import signed
 from normswap.numerics import StdForm
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TINY = 1e-30  # squares of weights below it are none
+TURN, FLOOR = 0.2, 1e-3
 
 
 class Observer:
@@ -98,9 +99,9 @@ def input_shape(producer: Any) -> tuple[int, ...]:
     return (producer.in_features,) if isinstance(producer, nn.Linear) else (producer.in_channels, *producer.kernel_size)
 
 
-def filters(producer: Any, dtype: torch.dtype) -> Tensor:
-    """The weight as one row per output channel, in `dtype`; differentiable."""
-    weight: Tensor = producer.weight.to(dtype)
+def filters(producer: Any, dtype: torch.dtype, of: Tensor | None = None) -> Tensor:
+    """The weight, or `of` in its shape, as one row per output channel, in `dtype`; differentiable."""
+    weight: Tensor = (producer.weight if of is None else of).to(dtype)
     if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
         groups, taps = producer.groups, math.prod(producer.kernel_size)
         weight = weight.reshape(groups, producer.in_channels // groups, -1, taps).transpose(1, 2)
@@ -113,25 +114,81 @@ def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
 
 
 def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """(<W, a> + b, |W|^2) for each output channel; differentiable by W and b."""
+    """(<W, a> + b, |W|^2) for each output channel."""
     rows = filters(producer, input_mean.dtype)
-    moving = response(rows, input_mean.detach(), getattr(producer, "groups", 1))
-    bias = producer.bias
-    return moving if bias is None else moving + bias.to(moving.dtype), rows.square().sum(1)  # type: ignore[operator]
+    return _place(rows, producer.bias, input_mean, getattr(producer, "groups", 1))  # type: ignore[arg-type]
+
+
+def _place(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    moving = response(rows, input_mean, groups)
+    # The norm, and its square, as that reads the weight once and writes nothing of its size.
+    return moving if bias is None else moving + bias.to(moving.dtype), torch.linalg.vector_norm(rows, dim=1).square()
+
+
+def clip(producer: Any, reach: float | Tensor) -> None:
+    """Shorten the gradient G of each filter W of the producer, in place, to  reach |G| <= TURN max(|W|, FLOOR).
+
+    reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
+
+    BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, and what they are late by is
+    multiplied from layer to layer. So no filter may turn by more in one step than they can follow.
+
+    Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171, in units of the step instead of the gradient.
+    """
+    weight = producer.weight
+    if weight.grad is None:
+        return
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    length, by = (torch.linalg.vector_norm(filters(producer, dtype, t), dim=1) for t in (weight.detach(), weight.grad))
+    factor = (TURN * length.clamp(min=FLOOR) / (by * reach)).clamp(max=1)
+    if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
+        factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
+    weight.grad.mul_(factor.view(*factor.shape, *(1,) * (weight.dim() - factor.dim())).to(weight.grad.dtype))
 
 
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------
 
 
-def through(mean: Tensor, std: Tensor, moving: Tensor, square: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, std), the values unchanged, with the gradients of the coupled ones. moving, square: of `place`."""
-    still = moving.detach()
-    coupled = mean + (moving - still)
-    if not units:
-        return coupled, std
-    alive = (std.detach().square() >= 2 * eps) & (square.detach() > TINY)
-    growth = (square - square.detach()) * (alive / (2 * square.detach().clamp(min=TINY)))  # |W| / sg|W| - 1
-    return coupled + (mean - still).detach() * growth, std + std.detach() * growth
+class _Through(torch.autograd.Function):
+    """(mean, std), unchanged; the rows of W and b get the gradients that the coupled ones have by them.
+
+        by W    by_mean a + (by_mean (mean - <W, a> - b) + by_std std) W / |W|^2        the second term with units, where a filter is alive
+        by b    by_mean
+
+    What the size of W costs is in the backward pass alone: two products, and the two numbers per filter.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @signed
+    def forward(
+        mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int, units: bool, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return mean.clone(), std.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.groups, ctx.units, ctx.eps = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor, by_std: Tensor) -> tuple[Tensor | None, ...]:
+        mean, std, rows, bias, input_mean = ctx.saved_tensors
+        by_rows = (by_mean.view(ctx.groups, -1, 1) * input_mean.reshape(ctx.groups, 1, -1)).view(rows.shape)
+        if ctx.units:
+            moving, square = (t.detach() for t in _place(rows, bias, input_mean, ctx.groups))
+            alive = (std.square() >= 2 * ctx.eps) & (square > TINY)
+            radial = (by_mean * (mean - moving) + by_std * std) * (alive / square.clamp(min=TINY))
+            by_rows = torch.addcmul(by_rows, radial[:, None], rows)
+        return by_mean, by_std, by_rows, None if bias is None else by_mean.to(bias.dtype), *(None,) * 4
+
+
+def through(mean: Tensor, std: Tensor, producer: nn.Module, input_mean: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, std), the values unchanged, with the gradients of the coupled ones by the producer's weight and bias."""
+    rows, groups = filters(producer, mean.dtype), getattr(producer, "groups", 1)
+    a = input_mean.detach().to(mean.dtype)
+    return _Through.apply(mean, std, rows, producer.bias, a, groups, units, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def moved(
@@ -162,8 +219,8 @@ def moved(
 def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
     """The mean over samples and outputs of what each tap of the kernel reads of the input u: <W, it> + b is the mean of the output.
 
-    The taps of a kernel read along each axis what no other axis decides, so the sum over samples is multiplied by one small matrix
-    per axis: how often each tap reads each place. Padding, stride and dilation are exact.
+    The taps of a kernel read along each axis what no other axis decides, so the sum over samples is summed one axis after the other, for
+    each tap over the places that it reads there. Padding, stride and dilation are exact.
 
     u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 as u is. Of an
     empty u, 0.
@@ -198,51 +255,30 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
         ]
     mode = producer.padding_mode
     count = math.prod(outputs)
-    # What is kept must not be a fake tensor, nor one of a trace.
-    reads_of = _kept_reads if type(u) is Tensor and not torch.compiler.is_compiling() else _reads
     with torch.autocast(u.device.type, enabled=False):
         if mask is not None and mask.dim() > 1:
             return _masked(producer, u.to(dtype), mask, padding, outputs, dtype)
-        if mask is None:
-            total = u.sum(0, dtype=dtype) / (max(len(u), 1) * count)
-        else:
-            total = torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0).sum(0, dtype=dtype) / (mask.sum().clamp(min=1) * count)
+        number = max(len(u), 1) if mask is None else mask.sum().clamp(min=1)
+        counted = u if mask is None else torch.where(mask.view(-1, *(1,) * (u.dim() - 1)), u, 0)
+        total = counted.sum(0, dtype=dtype)
+        if mode != "zeros":
+            total = F.pad(total[None], [p for pair in reversed(padding) for p in pair], mode=mode)[0]
+            padding = [(0, 0)] * dims
         for axis in range(dims):
-            reads = reads_of(
-                sizes[axis], outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis], transposed, mode, u.device, dtype
-            )
-            total = torch.tensordot(total, reads, dims=([1], [0]))
-        return cast(Tensor, total)
+            taps = _taps(outputs[axis], kernel[axis], stride[axis], dilation[axis], padding[axis][0], transposed)
+            total = torch.stack([total[:, tap].sum(1) for tap in taps], -1)
+        mean: Tensor = total / (number * count)
+        return mean
 
 
-def _reads(
-    size: int,
-    outputs: int,
-    kernel: int,
-    stride: int,
-    dilation: int,
-    padding: tuple[int, int],
-    transposed: bool,
-    mode: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(size, kernel): at how many outputs along this axis each tap reads each place of the input."""
-    before, after = padding
-    tap = torch.arange(kernel, device=device) * dilation
-    place = torch.arange(size if mode == "zeros" else size + before + after, device=device)[:, None]
-    if transposed:
-        output = place * stride - before + tap
-        return ((output >= 0) & (output < outputs)).to(dtype)
-    start = place + (before if mode == "zeros" else 0) - tap  # where the output begins that reads this place there
-    reads = ((start >= 0) & (start % stride == 0) & (start < outputs * stride)).to(dtype)
-    if mode == "zeros":
-        return reads
-    origin = F.pad(torch.arange(size, device=device, dtype=torch.float64)[None, None], padding, mode=mode)[0, 0].long()
-    return torch.zeros(size, kernel, device=device, dtype=dtype).index_add(0, origin, reads)
-
-
-_kept_reads = functools.lru_cache(maxsize=1024)(_reads)  # to find out takes longer than to use it
+def _taps(outputs: int, kernel: int, stride: int, dilation: int, before: int, transposed: bool) -> Iterator[slice]:
+    """For each tap, the places of the input along this axis that it reads; before: the zeros there. A slice ends where the input does."""
+    for first in range(-before, dilation * kernel - before, dilation):
+        late = max(0, -(first // stride))  # the first output, or place of a transposed one, from where on that is a place, or an output
+        if transposed:  # a place goes to the output first + place * stride
+            yield slice(late, max(0, -((first - outputs) // stride)))
+        else:  # an output reads the place first + output * stride
+            yield slice(first + late * stride, max(0, first + (outputs - 1) * stride + 1), stride)
 
 
 def _masked(

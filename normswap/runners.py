@@ -48,7 +48,7 @@ class _Seen(TorchFunctionMode):
         return result
 
 
-class _NotThese(TorchFunctionMode):
+class OwnTensors(TorchFunctionMode):
     """Stops a model that reads one of these tensors, by id: a copy that still uses the original."""
 
     def __init__(self, foreign: Mapping[int, str]) -> None:
@@ -87,7 +87,7 @@ def module_runner(
     elif dtypes is not None:
         mode = functools.partial(_Seen, dtypes)
     elif foreign is not None:
-        mode = functools.partial(_NotThese, foreign)
+        mode = functools.partial(OwnTensors, foreign)
     taps: Values = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[str, int] = {}

@@ -153,6 +153,7 @@ class Layer(Protocol):
     def square(self, by_parameter: Tensor) -> Tensor: ...  # the <z^2> that the gradient of the std's parameter tells
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
+    def clip(self, reach: float | Tensor) -> None: ...
     def anchor(self) -> Any: ...
     def follow(self, anchor: Any) -> None: ...
 
@@ -181,6 +182,9 @@ class InGraph:
 
     def square(self, by_parameter: Tensor) -> Tensor:
         raise NotImplementedError("an exported program has no feedback")
+
+    def clip(self, reach: float | Tensor) -> None:
+        raise NotImplementedError("an exported program has no producers")
 
     def anchor(self) -> Any:
         raise NotImplementedError("an exported program has no producers")
@@ -332,6 +336,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _advance(optimizer, groups, layers)
+        _clip(optimizer, groups, followers)
         _anchor(optimizer, followers)
         return None
 
@@ -341,6 +346,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         _follow(optimizer)  # one that calls it several times has moved the weights in between
         loss = closure()
         _advance(optimizer, groups, layers)
+        _clip(optimizer, groups, followers)
         _anchor(optimizer, followers)
         return loss
 
@@ -349,6 +355,19 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _statistics(layer: Layer) -> list[nn.Parameter]:
     return [p for p in (layer.mean, layer.std_parameter, layer.tracked, layer.steering) if p is not None]
+
+
+@torch.no_grad()
+def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], followers: list[Layer]) -> None:
+    """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
+    if isinstance(optimizer, torch.optim.SGD):
+        scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
+        for layer in followers:
+            weight = cast(nn.Parameter, cast(nn.Module, layer.follows).weight)
+            if id(weight) in groups:
+                group = groups[id(weight)]
+                reach = group["lr"] / (1 - min(group["momentum"], 0.99))
+                layer.clip(reach if scale is None else reach / scale.to(weight.device))
 
 
 @torch.no_grad()

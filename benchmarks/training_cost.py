@@ -1,0 +1,191 @@
+"""What coupling and feedback cost: operations of one training step (forward, backward, SGD with momentum), counted and not timed.
+
+    python -m benchmarks.training_cost            prints the tables of docs/benchmarks.md and writes docs/training_cost.json
+
+Convolutions and products of matrices count as two operations per multiplication and sum, as in torch.utils.flop_counter. Any other operator
+counts one for each element that it writes or reads, whichever are more: a sum those that it reads, a sum of two tensors those that it
+writes; a batch norm those of its parts. Views are free. The tensors have no content (FakeTensor), so the largest step takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import normswap
+from normswap.batchless import BatchlessNorm
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "docs" / "training_cost.json"
+BATCHES = (1, 8, 64)
+ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback")
+FAKE = FakeTensorMode()
+ATEN = torch.ops.aten
+PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations of every operator that runs, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PARTS:
+            with self:
+                return PARTS[func](*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.counts[func._overloadpacket.__name__] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif not func.is_view and func.namespace != "prim":  # what a tensor says of itself
+            sizes = [t.numel() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.counts[func._overloadpacket.__name__] += max(sizes, default=0)
+        return result
+
+
+def digits(strided: tuple[int, ...] = (2, 4)) -> nn.Module:
+    """The six convs of benchmarks/training_quality.py; strided: which of them take every other place."""
+    widths = (1, 16, 16, 32, 32, 48, 48)
+    layers: list[nn.Module] = []
+    for number, (i, o) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.Conv2d(i, o, 3, stride=2 if number in strided else 1, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+def _torchvision(name: str) -> nn.Module:
+    sys.path.insert(0, str(ROOT / "tests"))
+    importlib.import_module("torchvision_shim")  # before torchvision, which does not import without it on a CPU build of torch
+    import torchvision
+
+    return getattr(torchvision.models, name)(weights=None)  # type: ignore[no-any-return]
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "six convs, 8 x 8": (digits, (1, 8, 8)),
+    "six convs without strides, 8 x 8": (lambda: digits(()), (1, 8, 8)),
+    "ResNet-18, 32 x 32": (lambda: _torchvision("resnet18"), (3, 32, 32)),
+    "ResNet-18, 224 x 224": (lambda: _torchvision("resnet18"), (3, 224, 224)),
+    "ResNet-50, 32 x 32": (lambda: _torchvision("resnet50"), (3, 32, 32)),
+    "ResNet-50, 224 x 224": (lambda: _torchvision("resnet50"), (3, 224, 224)),
+}
+
+
+def made(net: str, row: str) -> nn.Module:
+    """The model of a row in train mode, its tensors without content. (A parameter that two modules share would be two.)"""
+    build, shape = NETS[net]
+    torch.manual_seed(0)
+    model = build().eval()
+    if row != "batchnorm":
+        x = torch.randn(2, *shape)
+        options: dict[str, Any] = {} if row == "plain" else {"coupling": "auto", "calibration": [x]}
+        model = normswap.convert(model, x, **options).model
+        for layer in model.modules():
+            if isinstance(layer, BatchlessNorm):
+                layer.steer() if row == "coupled+feedback" else layer.unsteer()
+    for module in model.modules():
+        own = [(name, tensor, True) for name, tensor in module._parameters.items()]
+        for name, tensor, trained in [*own, *((name, tensor, False) for name, tensor in module._buffers.items())]:
+            if tensor is not None:
+                fake = FAKE.from_tensor(tensor.detach())
+                setattr(module, name, nn.Parameter(fake) if trained else fake)
+    return model.train()
+
+
+def operations(model: nn.Module, shape: tuple[int, ...]) -> Counter[str] | None:
+    """Of one step: the second one, when the optimizer has its state. None if the model cannot train on it."""
+    converted = any(isinstance(m, BatchlessNorm) for m in model.modules())
+    parameters: Any = normswap.param_groups(model, lr=0.01) if converted else model.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=False)
+    with FAKE:
+        x, labels = torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64)
+        for _ in range(2):
+            with Operations() as counted:
+                optimizer.zero_grad()
+                try:
+                    F.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
+                except ValueError:  # BatchNorm, on one value per channel
+                    return None
+                optimizer.step()
+    return Counter(counted.counts)
+
+
+def measured(nets: list[str], rows: tuple[str, ...], batches: tuple[int, ...]) -> list[dict[str, Any]]:
+    found = []
+    for net, row in itertools.product(nets, rows):
+        model = made(net, row)
+        for batch in batches:
+            counts = operations(model, (batch, *NETS[net][1]))
+            if counts is not None:
+                entry = {"net": net, "batch": batch, "row": row, "operations": counts.total()}
+                found.append({**entry, "by operator": dict(counts.most_common())})
+    return found
+
+
+def extra(entry: dict[str, Any], found: list[dict[str, Any]], reference: str = "plain") -> float:
+    """How much more a row takes than the reference, of the same net and batch; in percent."""
+    (base,) = (e for e in found if (e["net"], e["batch"], e["row"]) == (entry["net"], entry["batch"], reference))
+    return float(100 * (entry["operations"] / base["operations"] - 1))
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| net | batch | plain, Mops | plain, against BatchNorm | coupled, against plain | coupled + feedback, against plain |",
+        "|---|---|---|---|---|---|",
+    ]
+    for net, batch in sorted({(e["net"], e["batch"]) for e in found}, key=lambda key: (list(NETS).index(key[0]), key[1])):
+        row = {e["row"]: e for e in found if (e["net"], e["batch"]) == (net, batch)}
+        against = f"{extra(row['plain'], found, 'batchnorm'):+.1f}%" if "batchnorm" in row else "BatchNorm cannot train"
+        cells = [f"{row['plain']['operations'] / 1e6:,.1f}", against]
+        cells += [f"{extra(row[name], found):+.1f}%" for name in ("coupled", "coupled+feedback")]
+        lines.append(f"| {net} | {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def operators(found: list[dict[str, Any]], net: str, batch: int, most: int = 12) -> list[str]:
+    """Where the operations go, for one net and batch: those of plain, and what the others have beyond it."""
+    row = {e["row"]: Counter(e["by operator"]) for e in found if (e["net"], e["batch"]) == (net, batch)}
+    total = row["plain"].total()
+    names = sorted({n for c in row.values() for n in c}, key=lambda n: -abs(row["coupled+feedback"][n] - row["plain"][n]))[:most]
+    lines = ["| operator | plain | coupled | coupled + feedback |", "|---|---|---|---|"]
+    for name in names:
+        share = [f"{100 * row['plain'][name] / total:.2f}%"]
+        share += [f"{100 * (row[r][name] - row['plain'][name]) / total:+.2f}%" for r in ("coupled", "coupled+feedback")]
+        lines.append(f"| {name} | {' | '.join(share)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--operators", nargs=2, metavar=("NET", "BATCH"), help="where the operations of this one go")
+    options = parser.parse_args()
+    if options.operators:
+        net, batch = options.operators[0], int(options.operators[1])
+        print("\n".join(operators(measured([net], ROWS, (batch,)), net, batch)))
+        return
+    found = measured(options.net, ROWS, BATCHES)
+    print("\n".join(table(found)))
+    if options.net == list(NETS):
+        KEPT.write_text(json.dumps({"torch": torch.__version__, "steps": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
