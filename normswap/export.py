@@ -608,8 +608,15 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     from onnx_ir.passes import common
 
     graph = model.graph
+    # What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same.
+    left = [node for node in graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
+    for node in left:
+        node.domain = _DOMAIN
+    model.opset_imports[_DOMAIN] = 1
     with _quiet():
         lean(model)  # again: without the norms there is more to shorten
+    for node in left:
+        node.domain = ""
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ import normswap
 import normswap.commands
 from normswap.effort import seconds
 from normswap.errors import ParityError
+from normswap.export import export
 from normswap.fold import fold
 from normswap.folding import remainder
 from normswap.probes import Probe
@@ -239,6 +241,22 @@ def test_a_file_that_no_rolling_back_mends_is_not_written(tmp_path: Path, monkey
     with pytest.raises(ParityError):
         normswap.export_onnx(conversion, path=tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["portable", "ort-cpu", "ort-fused"])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_undone_stays_in_the_file(tmp_path: Path, target: Any, half: bool) -> None:
+    """torch's own optimiser would fold it into the convolution before it."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)).eval()
+    nn.init.uniform_(model[1].bias)  # type: ignore[arg-type]
+    module, x, path = normswap.convert(model, torch.randn(2, 3, 9, 8)).module, torch.randn(2, 3, 9, 8), tmp_path / "a.onnx"
+    result = export(module, (x,), {}, path, undone={"1": "rolled back"}, target=target, half=half)
+    assert [(site.left, site.reason) for site in result.sites] == [(("BatchNormalization",), "rolled back"), ((), "")]
+    assert [node.op_type for node in onnx.load(path).graph.node].count("BatchNormalization") == 1
+    assert result.nodes["BatchNormalization"] == 1
+    assert {entry.domain for entry in onnx.load(path).opset_import} == {""}
+    result = export(module, (x,), {}, path, target=target, half=half)
+    assert "BatchNormalization" not in result.nodes
 
 
 # -- the evaluator -----------------------------------------------------------------------------------------------------------------------
