@@ -303,7 +303,7 @@ def export(
     """
     with _work(debug):
         from normswap import commands
-        from normswap.report import cuda_json, cuda_lines, fates_json, parity_json, parity_summary
+        from normswap.report import cuda_json, cuda_lines, fates_json, legs_json, legs_summary, parity_json
 
         result = commands.export_files(
             source,
@@ -317,11 +317,12 @@ def export(
     if as_json:
         facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
         facts = {**facts, "extra": dict(result.extra), "notes": list(result.notes), "cuda": result.cuda and cuda_json(result.cuda)}
-        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity)})
+        legs = legs_json(result.legs.parities, result.legs.not_run)
+        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity), "legs": legs})
     else:
         typer.echo(f"wrote {result.path}, opset {result.opset}")
-        if result.parity is not None:
-            typer.echo(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+        for line in legs_summary(result.legs.parities, result.legs.not_run):
+            typer.echo(line)
         for site in result.sites:
             if site.left:
                 typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")

@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import cuda, graphs, outputs, pipeline
+from normswap import cuda, effort, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Dynamic, Export, Target, export
@@ -30,10 +32,11 @@ from normswap.inputs import Inputs, as_inputs, infer, make, parse
 from normswap.landscape import STEPS, Landscape, Mode, called_with, check_plot, landscape
 from normswap.load import Loaded, build
 from normswap.load import load as load_source
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
 from normswap.plan import Rule
 from normswap.probes import LARGE, Probe, probes, resized
 from normswap.report import Report, cuda_json, fates_json, report
+from normswap.rollback import Attempt, settle
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
 from normswap.runners import REFERENCE, onnx_inputs
@@ -42,11 +45,17 @@ from normswap.save import save as save_directory
 from normswap.sensitivity import By, Sensitivity, sensitivity
 from normswap.specs import SPEC, imported
 from normswap.swap import revert, swap
-from normswap.verify import CAP, LEVELS, Judgement, compare, judge
+from normswap.taps import Tap
+from normswap.verify import CAP, LEVELS, Judgement, compare, held_at, judge, runtime
+
+if TYPE_CHECKING:
+    from normswap.folding import Fate
 
 Model = nn.Module | ExportedProgram
 Advance = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Advance]]
+R = TypeVar("R")
+EVALUATOR_SECONDS = 10.0  # how long onnx's evaluator may take for one file, by estimate
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
 
@@ -112,18 +121,15 @@ def export_onnx(
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with outputs.file(Path(path)) as partial:
-        result, parities = _export(
-            source, inputs, partial, target=target, opset=opset, dynamic=dynamic, half=half, external_data=external_data
-        )
-        for parity in parities.values():
-            try:
-                pipeline.check(parity)
-            except ParityError as error:
-                if half:
-                    noise = max((d.noise for d in parity.outputs), default=float("nan"))
-                    error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
-                raise
-    return dataclasses.replace(result, path=Path(path), parity=list(parities.values())[-1])
+        result, legs = _export(source, inputs, partial, target=target, opset=opset, dynamic=dynamic, half=half, external_data=external_data)
+        try:
+            _check(legs)
+        except ParityError as error:
+            if half and legs.failed is not None:
+                noise = max((d.noise for d in legs.failed.outputs), default=float("nan"))
+                error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
+            raise
+    return dataclasses.replace(result, path=Path(path), parity=_last_word(legs), legs=legs)
 
 
 def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
@@ -240,6 +246,7 @@ def convert_files(
         if conversion.drift is not None:
             parities["drift"] = conversion.drift
         facts: dict[str, Any] | None = None
+        not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if onnx else "no ONNX file was asked for"}
         if all(parities.values()):
             with clock("save"):
                 _save(conversion, partial, form=form, source=source, factory=factory)
@@ -247,22 +254,30 @@ def convert_files(
                 # An approximate model is held against itself: how far it is from the original is what the drift says.
                 judgement = conversion.judgement if conversion.drift is None else None
                 with clock("export and verify"):
-                    exported, legs = _export(conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options)
-                parities.update(legs)
+                    exported, of_file = _export(conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options)
+                parities.update(of_file.parities)
+                not_run = of_file.not_run
                 facts = _onnx_facts(exported)
-        failed = next((parity for parity in parities.values() if not parity), None)
-        if failed is not None:
+        legs = Legs(parities, not_run)
+        if legs.failed is not None:
             for file in partial.iterdir():
                 file.unlink()
         files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
         result = report(
-            source, conversion.plan, parities, onnx=facts, seconds=clock.seconds, files=files, fits=map(dataclasses.asdict, conversion.fits)
+            source,
+            conversion.plan,
+            legs.parities,
+            not_run=legs.not_run,
+            onnx=facts,
+            seconds=clock.seconds,
+            files=files,
+            fits=map(dataclasses.asdict, conversion.fits),
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(result.html(), encoding="utf-8")
-    if failed is not None:
+    if legs.failed is not None:
         try:
-            pipeline.check(failed)
+            pipeline.check(legs.failed)
         except ParityError as error:
             error.hint = f"{output / PAGE} has every measurement; nothing else was written"
             raise
@@ -332,19 +347,27 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
     """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
     given = parse(inputs) if inputs else None
     path = Path(source)
+
+    @functools.cache
+    def judged(taps: tuple[Tap, ...]) -> Judgement:
+        declared = None if given is not None else onnx_inputs(path)
+        known = given or (None if declared is None else Inputs(declared))
+        if known is None:
+            raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
+        return judge(path, known.args, known.kwargs, taps=taps)
+
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        _clear(partial)
+        result = fold(path, partial, undone=undone)
+        if not result.changed:
+            return Attempt((result, Legs()), True)
+        legs, _ = _legs(judged(()), partial)
+        return _attempt((result, legs), result.sites, undone, result.taps, partial, lambda: judged(result.original_taps))
+
     with outputs.file(output) as partial:
-        result = fold(path, partial)
-        parity = None
-        if result.changed:
-            declared = None if given is not None else onnx_inputs(path)
-            known = given or (None if declared is None else Inputs(declared))
-            if known is None:
-                raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
-            judgement = judge(path, known.args, known.kwargs)
-            for level in LEVELS:
-                parity = compare(judgement, partial, level=level)
-                pipeline.check(parity)
-    return dataclasses.replace(result, path=output, parity=parity)
+        result, legs = settle(attempt).result
+        _check(legs)
+    return dataclasses.replace(result, path=output, parity=_last_word(legs), legs=legs)
 
 
 def revert_files(
@@ -419,6 +442,16 @@ def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
 # --- parts --------------------------------------------------------------------------------------------------------------------------
 
 
+def _check(legs: Legs) -> None:
+    if legs.failed is not None:
+        pipeline.check(legs.failed)
+
+
+def _last_word(legs: Legs) -> Parity | None:
+    """That of onnxruntime as people use it, or of whatever could run the file."""
+    return legs.parities.get(runtime(LEVELS[-1])) or next(iter(reversed(list(legs.parities.values()))), None)
+
+
 class _Clock:
     """Announces a stage while it runs, gives the function to tell how far it is, and keeps how long it took."""
 
@@ -435,57 +468,155 @@ class _Clock:
 
 def _export(
     model: Model, inputs: Inputs, path: Path, *, judgement: Judgement | None = None, half: bool = False, **options: Any
-) -> tuple[Export, Mapping[str, Parity]]:
-    """Write the file, and hold it against the model it was made from, or what that was made from, at every optimisation level.
+) -> tuple[Export, Legs]:
+    """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are undone.
 
     half: in float16, held against the model in float64 by the limits of float16. Inputs are not scaled by 1000: its range is small.
     """
-    module, legs, notes = as_module(model), dict[str, Parity](), list[str]()
-    if isinstance(model, nn.Module):
-        options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
-    reference, given, wide = module, (inputs.args, dict(inputs.kwargs)), None
+    judged = functools.partial(_judged, model, inputs, half=half)
+    held = judged() if judgement is None or half else judgement
+    notes = list[str]()
     if half:
-        reference, given, wide = halved(module), arguments(given), module
-        judgement = judge(reference, *given, wide=wide, asked=[probe for probe in probes(*given) if not probe.name.endswith(LARGE)])
-        noise = max((truth.noise for outputs in judgement.outputs.values() for truth in outputs.values()), default=0.0)
+        noise = max((truth.noise for outputs in held.outputs.values() for truth in outputs.values()), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
-    elif judgement is None:
-        judgement = judge(module, inputs.args, inputs.kwargs)
-    result = export(model, inputs.args, inputs.kwargs, path, half=half, **options)
-    if any(axis for found in result.free for axis in found):
-        sizes, missing = _other_sizes(reference, given, wide, result)
-        if missing and isinstance(model, nn.Module):
-            notes.append(f"fixed: {', '.join(missing)}; the model itself runs at no other size that was tried")
-            result = export(model, inputs.args, inputs.kwargs, path, half=half, **{**options, "dynamic": "batch"})
-        elif missing:
-            notes.append(f"not verified: other sizes of {', '.join(missing)}; the model runs at none that was tried")
-        else:
-            legs["onnxruntime (all), other sizes"] = compare(sizes, path)
-    del module, reference, wide
-    result = dataclasses.replace(result, notes=(*result.notes, *notes))
-    for level in LEVELS:
-        parity = compare(judgement, path, level=level, only_like_example=not result.dynamic)
-        if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
-            # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
-            reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
-            parity = compare(judgement, path, level=REFERENCE, only_like_example=not result.dynamic)
-            result = dataclasses.replace(result, notes=(*result.notes, f"{reason}, so it was verified in {parity.candidate}"))
-            return result, {**legs, parity.candidate: parity}
-        legs[parity.candidate] = parity
-    result, leg_on_provider = on_provider(result, judgement)
-    return result, {**legs, **leg_on_provider}
+    if isinstance(model, nn.Module):
+        options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
+    sizes: list[tuple[Judgement, list[str]]] = []  # judged once: which axes are free does not depend on the folds
+
+    def write(undone: Mapping[str, str]) -> Export:
+        _clear(path)
+        return export(model, inputs.args, inputs.kwargs, path, half=half, undone=undone, **options)
+
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
+        result = write(undone)
+        if not sizes and _is_free(result):
+            sizes.append(_other_sizes(judged, result))
+            if sizes[0][1] and isinstance(model, nn.Module):
+                notes.append(f"fixed: {', '.join(sizes[0][1])}; the model itself runs at no other size that was tried")
+                options["dynamic"] = "batch"
+                result = write(undone)
+        legs, said = _legs(held, path, dynamic=result.dynamic)
+        level = LEVELS[-1] if runtime(LEVELS[-1]) in legs.parities else REFERENCE
+        if _is_free(result) and sizes[0][1]:
+            said = (*said, f"not verified: other sizes of {', '.join(sizes[0][1])}; the model runs at none that was tried")
+        elif _is_free(result):
+            other = {f"{runtime(level)}, other sizes": compare(sizes[0][0], path, level=level)}
+            legs = dataclasses.replace(legs, parities={**other, **legs.parities})
+        result = dataclasses.replace(result, notes=(*result.notes, *notes, *said))
+        result, legs = _with_provider(result, legs, held)
+        names = list(dict.fromkeys(site.name for site in result.sites))
+        tapped = functools.partial(judged, sites=names, inputs_too=True)
+        return _attempt((result, legs), result.sites, undone, result.taps, path, tapped, dynamic=result.dynamic)
+
+    return settle(attempt).result
 
 
-def _other_sizes(
-    reference: nn.Module, given: tuple[tuple[Any, ...], Mapping[str, Any]], wide: nn.Module | None, result: Export
-) -> tuple[Judgement, list[str]]:
+def _judged(
+    model: Model,
+    inputs: Inputs,
+    asked: Callable[[tuple[Any, ...], Mapping[str, Any]], list[Probe]] | None = None,
+    *,
+    half: bool,
+    sites: Sequence[str] = (),
+    inputs_too: bool = False,
+) -> Judgement:
+    """What the model gives, or what it gives in float16. asked: makes the probes, in place of the usual ones."""
+    module, given, wide = as_module(model), (inputs.args, dict(inputs.kwargs)), None
+    if half:
+        module, given, wide = halved(module), arguments(given), module
+    usual = [probe for probe in probes(*given) if not (half and probe.name.endswith(LARGE))] if asked is None else asked(*given)
+    return judge(module, *given, wide=wide, asked=usual, sites=sites, inputs=inputs_too)
+
+
+def _is_free(result: Export) -> bool:
+    """Whether more than the batch size is."""
+    return any(axis for found in result.free for axis in found)
+
+
+def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judgement, list[str]]:
     """(what the model gives at other sizes than the example's, the free axes of which the model takes no other size)."""
-    others = list(resized(*given, result.free))
-    judgement = judge(reference, *given, wide=wide, asked=[Probe("example", *given), *(probe for _, probe in others)])
+    others: list[tuple[str, Probe]] = []
+
+    def asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Probe]:
+        others.extend(resized(args, kwargs, result.free))
+        return [Probe("example", args, kwargs), *(probe for _, probe in others)]
+
+    judgement = judged(asked)
     usable = {probe.name for probe in judgement.probes}
     seen = {axis for axis, probe in others if probe.name in usable}
     return judgement, [axis for axis in dict.fromkeys(axis for axis, _ in others) if axis not in seen]
+
+
+def _with_provider(result: Export, legs: Legs, judgement: Judgement) -> tuple[Export, Legs]:
+    """On CUDA as well, where there is one."""
+    known = result.cuda
+    if known is None:
+        return result, legs
+    measured: Mapping[str, Parity] = {}
+    if runtime(LEVELS[-1]) in legs.parities:
+        result, measured = on_provider(result, judgement)
+    else:
+        result = dataclasses.replace(result, cuda=dataclasses.replace(known, why=legs.not_run[runtime(LEVELS[-1])]))
+    name = runtime(cuda.PROVIDER)
+    not_run = {} if measured or result.cuda is None else {name: result.cuda.why}
+    return result, Legs({**legs.parities, **measured}, {**legs.not_run, **not_run})
+
+
+def _legs(judgement: Judgement, path: Path, *, dynamic: bool = True) -> tuple[Legs, tuple[str, ...]]:
+    """(what comes of an ONNX file in onnxruntime at every optimisation level, and in onnx's evaluator; notes)."""
+    parities, not_run = dict[str, Parity](), dict[str, str]()
+    notes: tuple[str, ...] = ()
+    for level in LEVELS:
+        parity = compare(judgement, path, level=level, only_like_example=not dynamic)
+        if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
+            # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
+            reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
+            not_run |= {runtime(name): reason for name in LEVELS if runtime(name) not in parities}
+            notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
+            break
+        parities[runtime(level)] = parity
+    held = held_at(judgement, path, only_like_example=not dynamic)
+    soon = [probe.name for probe in held]
+    if not not_run:
+        costs = dict(zip(soon, effort.seconds(path, held), strict=True))
+        total = itertools.accumulate(sorted(costs.values()))
+        soon = [name for name, spent in zip(sorted(costs, key=costs.__getitem__), total, strict=True) if spent <= EVALUATOR_SECONDS]
+        if not soon:
+            not_run[runtime(REFERENCE)] = f"it would take about {min(costs.values()):.0f} s for one input"
+            return Legs(parities, not_run), notes
+    parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=soon)
+    if parity.failure is not None and not not_run:
+        not_run[runtime(REFERENCE)] = parity.failure
+    else:
+        parities[runtime(REFERENCE)] = parity
+    return Legs(parities, not_run), notes
+
+
+def _attempt(
+    result: tuple[R, Legs],
+    fates: Sequence[Fate],
+    undone: Mapping[str, str],
+    taps: Sequence[Tap],
+    path: Path,
+    judgement: Callable[[], Judgement],
+    *,
+    dynamic: bool = True,
+) -> Attempt[tuple[R, Legs]]:
+    """What `settle` has to know of a file. The values at the norms are compared only if an output is wrong."""
+    legs = result[1]
+    if legs.failed is None:
+        return Attempt(result, True)
+    level = next(level for level in (*LEVELS, REFERENCE, cuda.PROVIDER) if runtime(level) == legs.failed.candidate)
+    names = list(dict.fromkeys(tap.name for tap in taps))
+    sites = compare(judgement(), path, level=level, only_like_example=not dynamic, sites=names, taps=taps).sites
+    return Attempt(
+        result,
+        False,
+        folded=[fate.name for fate in fates if fate.name not in undone],  # what stays is written otherwise, too
+        suspects=[d.name for d in sites if not d.passed and d.problem is None],
+        why=_broken(legs.failed),
+    )
 
 
 def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVIDER) -> tuple[Export, Mapping[str, Parity]]:
@@ -502,6 +633,21 @@ def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVI
     placed = cuda.run(result.path, arrays, {site.name: site.left for site in result.sites}, provider=provider)
     known = dataclasses.replace(result.cuda, run=placed, why="")
     return dataclasses.replace(result, cuda=known), {parity.candidate: parity}
+
+
+def _broken(parity: Parity) -> str:
+    bad = next((d for d in parity.outputs if not d.passed), None)
+    if parity.failure is not None or bad is None:
+        return f"{parity.candidate}: {parity.failure}"
+    if bad.problem is not None or bad.non_finite:
+        return f"{bad.name} in {parity.candidate} {bad.problem or f'has {bad.non_finite} non-finite mismatches'}"
+    return f"{bad.name} in {parity.candidate} was {bad.max_rel:.1e} off, where at most {bad.tolerance:.1e} passes"
+
+
+def _clear(path: Path) -> None:
+    """Take away what an attempt before this one has written."""
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)
 
 
 def _onnx_facts(exported: Export) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -45,8 +45,9 @@ from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
 from normswap.lean import lean
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
 from normswap.sharing import shadow
+from normswap.taps import Tap
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Export:
     parity    what comparing the file to the model gave, once somebody did
     target    what the file was written for
     cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
+    legs      everything that it was held against
+    taps      where in the file the outputs of the norms are to be found
     """
 
     path: Path
@@ -93,6 +96,8 @@ class Export:
     parity: Parity | None = None
     target: Target = "portable"
     cuda: Cuda | None = None
+    legs: Legs = field(default_factory=Legs, repr=False)
+    taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -115,6 +120,7 @@ def export(
     half: bool = False,
     external_data: bool | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
+    undone: Mapping[str, str] | None = None,
 ) -> Export:
     """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
 
@@ -129,6 +135,7 @@ def export(
         metadata: what else to write into the file, by key.
         dynamic: what to leave free. "batch" (True): dimension 0 of every input tensor that agrees there with the first one. "spatial": also
             the dimensions after the channels, or the length of a sequence. "none" (False).
+        undone: norms that are not to be folded, by name, and why.
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
     """
@@ -160,7 +167,7 @@ def export(
     if precise is not None:
         norms = dict(precise.named_modules())
         sites = tuple(_Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
-    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise, target)
+    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise, target, undone)
     del model, sites
     made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
     del make
@@ -188,16 +195,21 @@ def _make(
     dynamic: Dynamic,
     precise: nn.Module | None,
     target: Target,
+    undone: Mapping[str, str] | None,
     opset: int,
 ) -> _Made:
+    from normswap.folding import taps
+
     graph, names, notes = _graph_of(model, args, dict(kwargs), max(opset, _TORCH_OPSET), dynamic)
     del model
     if precise is not None:
         remember(graph.graph, precise)
     weights = list(graph.graph.initializers.values())
-    fates, skeleton = _fold(graph, sites, blocked=target == "ort-cpu")
+    found, skeleton = _fold(graph, sites, undone, blocked=target == "ort-cpu")
     del sites
     _tidy(graph, *names)
+    fates, places = taps(found)
+    del found
     extra = _alike(_operators(graph.graph)) - _alike(skeleton)
     if target == "ort-fused" and not fuse(graph):
         notes = (*notes, "nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads")
@@ -211,11 +223,11 @@ def _make(
     del graph, weights
     proto = _at_opset(proto, opset)
     _check(proto)
-    found = Export(
+    export = Export(
         path=Path(),
         opset=opset,
         nodes=onnx_file.census(proto.graph),
-        sites=tuple(fates),
+        sites=fates,
         skeleton=dict(skeleton.most_common()),
         extra=dict(extra.most_common()),
         input_names=inputs,
@@ -224,9 +236,10 @@ def _make(
         free=free,
         notes=notes,
         cuda=cuda.of_file(proto),
+        taps=places,
     )
     del proto.graph.value_info[:]  # shapes of inner values: whoever wants them can infer them
-    return _Made(proto, tensors, found)
+    return _Made(proto, tensors, export)
 
 
 def _with_attention(make: Callable[[int], _Made]) -> _Made:
@@ -490,7 +503,7 @@ def _first_line(error: BaseException) -> str:
 # 3. The norms ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _fold(model: ir.Model, sites: Sequence[_Site], *, blocked: bool) -> tuple[list[Fate], Counter[str]]:
+def _fold(model: ir.Model, sites: Sequence[_Site], undone: Mapping[str, str] | None, *, blocked: bool) -> tuple[list[Fate], Counter[str]]:
     """Fold every norm where that is exact: where each went, and the operators that there are without them."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
@@ -506,7 +519,7 @@ def _fold(model: ir.Model, sites: Sequence[_Site], *, blocked: bool) -> tuple[li
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
     affines = [affine for affine in found if affine is not None]
     skeleton = _operators(model.graph, {node for affine in affines for node in affine.nodes})
-    fates = fold(model.graph, affines, constants, blocked=blocked)
+    fates = fold(model.graph, affines, constants, undone, blocked=blocked)
     common.RemoveUnusedNodesPass()(model)
     constants.settle()
     return fates, skeleton
@@ -595,8 +608,15 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     from onnx_ir.passes import common
 
     graph = model.graph
+    # What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same.
+    left = [node for node in graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
+    for node in left:
+        node.domain = _DOMAIN
+    model.opset_imports[_DOMAIN] = 1
     with _quiet():
         lean(model)  # again: without the norms there is more to shorten
+    for node in left:
+        node.domain = ""
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap import onnx_file
 from normswap.errors import ExportError, LoadError, first_line
-from normswap.parity import Parity
+from normswap.parity import Legs, Parity
+from normswap.taps import Tap
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Folded:
     sites          where each affine went, one `normswap.folding.Fate` each
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
+    legs           everything that the new file was held against
+    taps, original_taps   where in the new file, and in the one that came in, what each affine gives is to be found
     """
 
     path: Path
@@ -46,21 +50,24 @@ class Folded:
     sites: tuple[Fate, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
+    legs: Legs = field(default_factory=Legs, repr=False)
+    taps: tuple[Tap, ...] = field(default=(), repr=False)
+    original_taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property
     def changed(self) -> bool:
-        return any(site.how or site.into for site in self.sites) or dict(self.before) != dict(self.nodes)
+        return any(site.touched for site in self.sites) or dict(self.before) != dict(self.nodes)
 
 
-def fold(source: Path, target: Path) -> Folded:
-    """Write `source`, folded, to `target`.
+def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None) -> Folded:
+    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why.
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from normswap.folding import Constants
+    from normswap.folding import Constants, taps
     from normswap.folding import fold as fold_affines
     from normswap.folding.found import affines
 
@@ -72,10 +79,19 @@ def fold(source: Path, target: Path) -> Folded:
     known = {tensor.name for tensor in proto.graph.initializer}
     open_to_callers = [value.name for value in proto.graph.input if value.name in known]
     model = ir.load(str(source))
+    replaceable = {name: model.graph.initializers.pop(name) for name in open_to_callers}
+    held = {name: value.const_value for name, value in replaceable.items()}
+    for value in replaceable.values():
+        value.const_value = None  # a shape that follows from it may be another one when it is replaced
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for name, value in replaceable.items():
+        value.const_value = held[name]
+        model.graph.initializers[name] = value
     constants = Constants(model.graph)
-    sites = tuple(fold_affines(model.graph, affines(model.graph, constants), constants))
-    if not any(site.how or site.into for site in sites) and model.graph.num_nodes() == len(proto.graph.node):
+    found = affines(model.graph, constants)
+    originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}
+    sites = tuple(fold_affines(model.graph, found, constants, undone))
+    if not any(site.touched for site in sites) and model.graph.num_nodes() == len(proto.graph.node):
         note = f"{len(open_to_callers)} of its weights are inputs that a caller may replace"
         return _copied(source, target, proto, before, sites, (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
@@ -86,7 +102,18 @@ def fold(source: Path, target: Path) -> Folded:
     _check(new)
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
-    return Folded(target, before, nodes, sites)
+    fates, places = taps(sites)
+    return Folded(target, before, nodes, fates, taps=places, original_taps=_named(sites, originals))
+
+
+def _named(sites: Sequence[Fate], names: Mapping[bool, Sequence[str]]) -> tuple[Tap, ...]:
+    """Where the file that came in has what each affine takes and gives."""
+    calls: Counter[str] = Counter()
+    found = []
+    for number, site in enumerate(sites):
+        calls[site.name] += 1
+        found += [Tap(site.name, calls[site.name], names[given][number], given) for given in (True, False)]
+    return tuple(found)
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -107,6 +134,7 @@ def read(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(str(path))
     except Exception as error:
         raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+    _check_external(proto, path)
     return proto
 
 
@@ -122,14 +150,41 @@ def _copied(
                 shutil.copyfile(source.parent / name, target.parent / name)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
-    return Folded(target, before, before, sites, notes)
+    return Folded(target, before, before, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
 
 
 def _external(proto: onnx.ModelProto) -> list[str]:
-    found = []
-    for tensor in proto.graph.initializer:
-        found += [entry.value for entry in tensor.external_data if entry.key == "location"]
-    return found
+    """The files that hold its large tensors."""
+    return [entry.value for tensor in _tensors(proto.graph) for entry in tensor.external_data if entry.key == "location"]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """onnx's checker looks whether the files are there, and not how long they are."""
+    import onnx
+
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        place = path.parent / entries.get("location", "")
+        try:
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            size = place.stat().st_size
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+        if size < end:
+            raise LoadError(
+                f"{path} is not a valid ONNX file: {place} has {size:,} bytes, and {tensor.name} is expected to end at {end:,}",
+                hint="it was cut off: copy it again",
+            )
 
 
 def _with_base(model: ir.Model, source: Path) -> None:

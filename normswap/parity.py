@@ -6,7 +6,7 @@ Error of a tensor:  max_rel = max|candidate - judge| / max|judge|,  judge = the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -80,6 +80,11 @@ class Parity:
         return worst(d.max_rel for d in self.all_outputs or self.outputs)
 
     @property
+    def noise(self) -> float:
+        """The largest error of the reference in its own dtype against itself in float64, of any output at any probe: the noise floor."""
+        return worst(d.noise for d in self.all_outputs or self.outputs)
+
+    @property
     def smallest_tolerance(self) -> float:
         """The smallest `tolerance` under which every output would have passed; NaN if none would do."""
         rows = self.all_outputs or self.outputs
@@ -90,3 +95,24 @@ class Parity:
     def first_bad(self) -> str | None:
         """The first swapped layer, in execution order, that differs; else the first output that does."""
         return next((d.name for d in (*self.sites, *self.outputs) if not d.passed), None)
+
+
+@dataclass(frozen=True)
+class Legs:
+    """Everything that one model was held against, each by its name.
+
+    parities  what was measured, in order
+    not_run   what was not, and why: it counts neither as passed nor as failed
+    """
+
+    parities: Mapping[str, Parity] = field(default_factory=dict)
+    not_run: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(self.parities.values())
+
+    @property
+    def failed(self) -> Parity | None:
+        """The first that failed."""
+        return next((parity for parity in self.parities.values() if not parity), None)

@@ -1,6 +1,7 @@
 """The inputs at which a model is judged: a fixed number, made from one set of example inputs.
 
     the example inputs; a seeded batch of 1; a seeded batch of 3; the batch of 1 with its floats x 1e-3, and x 1e3
+    for ONNX files also: the batch of 1 with its floats all 0, and all 3
 
 Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. If
 every floating tensor of the example holds one value only (`torch.zeros(1, 3, 224, 224)`), a model cannot be told from another by it: then
@@ -20,19 +21,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-LARGE = " x 1000"  # how the last one's name ends
-
+LARGE = " x 1000"  # how the name of the one with large inputs ends
+FLAT = (0.0, 3.0)
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One set of arguments for a forward pass. `like_example`: it has the example's shapes."""
+    """One set of arguments for a forward pass.
+
+    like_example: it has the example's shapes. flat: its floats are all the same, so that sums cancel and borders show; a candidate that has
+    its weights elsewhere than the reference (an ONNX file) is held to it, if it is one that the reference itself computes well.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     like_example: bool = True
+    flat: bool = False
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The arguments with `function` applied to each tensor."""
@@ -54,6 +60,10 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
     for factor in (1e-3, 1e3):
         scaled = _mapped(single, functools.partial(_scaled, factor=factor))
         yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
+    for value in FLAT:
+        same = _mapped(single, functools.partial(_filled, value=value))
+        if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+            yield Probe(f"{one}, all {value:g}", *same, like_example=batch in (None, 1), flat=True)
 
 
 def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Mapping[int, str]]) -> Iterator[tuple[str, Probe]]:
@@ -82,6 +92,10 @@ def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Argum
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor * factor if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def _filled(tensor: Tensor, value: float) -> Tensor:
+    return torch.full_like(tensor, value) if tensor.is_floating_point() else tensor
 
 
 def _seeded(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None, size: int, *, seed: int) -> Arguments:

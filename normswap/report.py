@@ -38,6 +38,7 @@ class Report:
 
     source    what was converted, as the user named it
     parities  by leg ("torch", "onnxruntime (all)"), in the order they were measured; empty for a plan
+    not_run   the legs that were not measured, and why
     onnx      opset, nodes by operator, where each norm went, and what the file has on top of the model without norms; None without ONNX
     seconds   by stage, in order
     files     what was written, relative to the output directory
@@ -54,6 +55,7 @@ class Report:
     files: tuple[str, ...] = ()
     fits: tuple[Mapping[str, Any], ...] = ()
     facts: tuple[Mapping[str, Any], ...] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
@@ -77,6 +79,7 @@ class Report:
             },
             "facts": [dict(known) for known in self.facts],
             "parities": {leg: parity_json(parity) for leg, parity in self.parities.items()},
+            "legs": legs_json(self.parities, self.not_run),
             "calibration": [dict(fit) for fit in self.fits],
             "onnx": self.onnx,
             "seconds": self.seconds,
@@ -87,7 +90,7 @@ class Report:
 
     def summary(self) -> str:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
-        lines = [self.verdict, *(f"  {leg}: {parity_summary(parity)}" for leg, parity in self.parities.items())]
+        lines = [self.verdict, *legs_summary(self.parities, self.not_run)]
         lines += self._residue()
         lines += [f"  cuda: {line}" for line in self._cuda()]
         approximate = sum(known["approximate"] for known in self.facts)
@@ -186,6 +189,7 @@ class Report:
             for row in self._rows()
         )
         legs = "".join(_leg_html(leg, parity) for leg, parity in self.parities.items())
+        legs += "".join(f"<div class='leg'><h3>{escape(leg)}</h3><p>not run: {escape(why)}</p></div>" for leg, why in self.not_run.items())
         facts = [
             ("found by", self.plan.backend),
             *(("note", note) for note in self.plan.notes),
@@ -240,9 +244,13 @@ def report(
     files: Iterable[str] = (),
     fits: Iterable[Mapping[str, Any]] = (),
     facts: Iterable[Mapping[str, Any]] = (),
+    not_run: Mapping[str, str] | None = None,
 ) -> Report:
     """Collects what the stages found, and the versions that they ran with."""
-    return Report(source, plan, dict(parities or {}), onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits), tuple(facts))
+    measured = dict(parities or {})
+    return Report(
+        source, plan, measured, onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits), tuple(facts), dict(not_run or {})
+    )
 
 
 def versions() -> dict[str, str]:
@@ -276,6 +284,25 @@ def parity_json(parity: Parity) -> dict[str, Any]:
         "sites": [{**asdict(d), "passed": d.passed} for d in parity.sites],
     }
     return {key: _strict(value) for key, value in content.items()}
+
+
+def legs_json(parities: Mapping[str, Parity], not_run: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every leg in one line each: the noise floor first, and what was not run last. docs/report.md documents it."""
+    rows: list[dict[str, Any]] = []
+    exact = [parity for leg, parity in parities.items() if leg != "drift"]
+    if exact:
+        rows.append({"leg": "original", "status": "noise floor", "max_rel": exact[-1].noise, "probes": exact[-1].probes, "reason": None})
+    for leg, parity in parities.items():
+        status = "passed" if parity.passed else "failed"
+        rows.append({"leg": leg, "status": status, "max_rel": parity.max_rel, "probes": parity.probes, "reason": parity.failure})
+    rows += [{"leg": leg, "status": "not run", "max_rel": None, "probes": (), "reason": why} for leg, why in not_run.items()]
+    return [_strict(row) for row in rows]
+
+
+def legs_summary(parities: Mapping[str, Parity], not_run: Mapping[str, str]) -> list[str]:
+    """One line for each leg."""
+    measured = [f"  {leg}: {parity_summary(parity)}" for leg, parity in parities.items()]
+    return [*measured, *(f"  {leg}: not run: {why}" for leg, why in not_run.items())]
 
 
 def parity_summary(parity: Parity) -> str:
@@ -539,7 +566,7 @@ WAYS = {
 
 def fates_json(sites: Iterable[Fate]) -> list[dict[str, Any]]:
     """Where each norm went. docs/report.md documents it."""
-    return [{**asdict(site), "into": list(site.into), "left": list(site.left)} for site in sites]
+    return [{"name": site.name, "how": site.how, "into": list(site.into), "left": list(site.left), "reason": site.reason} for site in sites]
 
 
 def cuda_json(cuda: Cuda) -> dict[str, Any]:
@@ -584,6 +611,7 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
         "sites": fates_json(result.sites),
         "notes": list(result.notes),
         "parity": None if result.parity is None else parity_json(result.parity),
+        "legs": legs_json(result.legs.parities, result.legs.not_run),
         "versions": versions(),
     }
 
@@ -607,8 +635,7 @@ def fold_summary(result: Folded) -> str:
     gone = sum(not site.left for site in result.sites)
     before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
     lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else "nothing to fold"]
-    if result.parity is not None:
-        lines.append(f"  {result.parity.candidate}: {parity_summary(result.parity)}")
+    lines += legs_summary(result.legs.parities, result.legs.not_run)
     lines += [f"  note: {note}" for note in result.notes]
     return "\n".join([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
 

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap import precision
-from normswap.errors import SwapError
+from normswap.errors import SwapError, UsageError
 from normswap.probes import Probe
 from normswap.sharing import uncompiled
+from normswap.taps import Tap, key
 
 TAP_SIZE = 4096
 REFERENCE = "reference"  # in place of an optimisation level: onnx's own evaluator, which has every kernel in every dtype, and is slow
@@ -71,11 +74,12 @@ def module_runner(
     in_float64: torch.dtype | None = None,
     dtypes: set[torch.dtype] | None = None,
     foreign: Mapping[int, str] | None = None,
+    inputs: bool = False,
 ) -> Runner:
     """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
 
     in_float64: run it so; the dtype that it has otherwise. dtypes: a set into which the dtypes that the model computes in are put. foreign:
-    tensors, by id, that it must not read, and their names.
+    tensors, by id, that it must not read, and their names. inputs: tap also what the sites are given.
     """
     mode: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     if in_float64 is not None:
@@ -93,8 +97,9 @@ def module_runner(
             # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
             if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
-                flat = output.detach().reshape(-1)
-                taps[f"{name}@{calls[name]}"] = flat[:: _step(flat.numel())].clone()
+                if inputs and args:
+                    taps[key(name, calls[name], input=True)] = _sampled(args[0])
+                taps[key(name, calls[name])] = _sampled(output)
 
         return record
 
@@ -113,6 +118,11 @@ def module_runner(
         return _named(output), dict(taps)
 
     return run
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: _step(flat.numel())].clone()
 
 
 def _step(count: int) -> int:
@@ -144,17 +154,16 @@ def _named(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> V
     return found
 
 
-def onnx_runner(path: Path, level: str) -> Runner:
+def onnx_runner(path: Path, level: str, taps: Sequence[Tap] = ()) -> Runner:
+    """Runs a file in onnxruntime at one level of optimisation, or in onnx's evaluator; `taps` are then what is tapped."""
     import onnxruntime
 
     if level == REFERENCE:
         import onnx
-        from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(onnx.load(path))
-        return lambda probe: (_by_position(evaluator.run(None, _feeds(evaluator.input_names, probe))), {})
+        return _evaluator(onnx.load(path), taps)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised as well
     options.graph_optimization_level = {
         "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -164,23 +173,75 @@ def onnx_runner(path: Path, level: str) -> Runner:
     provider = level if level.endswith(PROVIDER) else CPU
     # TF32 has ten bits, and is no way to compute float32 when its rounding is what is measured.
     chosen = [(provider, {"use_tf32": "0"} if provider.startswith("CUDA") else {}), *([] if provider == CPU else [CPU])]
-    session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+    with _with_outputs(path, taps) as (opened, asked):
+        session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
     if session.get_providers()[0] != provider:  # onnxruntime goes on without a provider that does not start
         raise RuntimeError(f"{provider} did not start")
     names = [i.name for i in session.get_inputs()]
-    return lambda probe: (_by_position(session.run(None, _feeds(names, probe))), {})
+    outputs = [output.name for output in session.get_outputs()]
+    return lambda probe: _told(session.run(None, _feeds(names, probe)), outputs, asked, taps)
 
 
-def onnx_float64_runner(path: Path) -> Runner:
+def onnx_float64_runner(path: Path, taps: Sequence[Tap] = ()) -> Runner:
     """The file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv. Slow."""
     import onnx
-    from onnx.reference import ReferenceEvaluator
 
     model = onnx.load(path)
     _widen(model)
+    return _evaluator(model, taps)
+
+
+def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
+    import numpy as np
+    from onnx.reference import ReferenceEvaluator
+
+    asked = _add_outputs(model.graph, taps)
     evaluator = ReferenceEvaluator(model)
-    names = list(evaluator.input_names)
-    return lambda probe: (_by_position(evaluator.run(None, _feeds(names, probe))), {})
+    names, outputs = list(evaluator.input_names), list(evaluator.output_names)
+
+    def run(probe: Probe) -> tuple[Values, Values]:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an overflow, say: the comparison sees it
+            return _told(evaluator.run(None, _feeds(names, probe)), outputs, asked, taps)
+
+    return run
+
+
+def _add_outputs(graph: Any, taps: Sequence[Tap]) -> int:
+    """Give the graph the tapped values as outputs, after those that it has; how many it had."""
+    count = len(graph.output)
+    known = {output.name for output in graph.output}
+    computed = {name for node in graph.node for name in node.output}
+    for name in dict.fromkeys(tap.value for tap in taps):
+        if name in computed - known:
+            graph.output.add(name=name)
+    return count
+
+
+@contextlib.contextmanager
+def _with_outputs(path: Path, taps: Sequence[Tap]) -> Iterator[tuple[Path, int | None]]:
+    """(a file like this one that gives the tapped values, too, how many outputs it had). Beside it, for the weights that lie there."""
+    if not taps:
+        yield path, None
+        return
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    count = _add_outputs(model.graph, taps)
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tapped", dir=path.parent) as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        yield Path(file.name), count
+
+
+def _told(found: Any, names: Sequence[str], asked: int | None, taps: Sequence[Tap]) -> tuple[Values, Values]:
+    """The outputs by position, and what the taps tell of the norms."""
+    values = dict(zip(names, found, strict=True))
+    tapped = {}
+    for tap in taps:
+        if tap.value in values:
+            tapped[tap.key] = _sampled(torch.as_tensor(tap.original(values[tap.value])))
+    return _by_position(found[:asked]), tapped
 
 
 def onnx_dtypes(path: Path) -> set[torch.dtype]:
@@ -199,9 +260,30 @@ def onnx_dtypes(path: Path) -> set[torch.dtype]:
     return {known[dtype] for dtype in found & known.keys()}
 
 
+# By the number that ONNX has for each (TensorProto.DataType).
+_FED = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    14: torch.complex64,
+    15: torch.complex128,
+}
+
+
 def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
-    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free."""
-    import numpy as np
+    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free.
+
+    Raises UsageError for an input that is no tensor of numbers that numpy has.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -212,11 +294,18 @@ def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
         if value.name in constants:
             continue
         kind = value.type.tensor_type
+        dtype = _FED.get(kind.elem_type)
+        if dtype is None:
+            what = value.type.WhichOneof("value") or "value of no type"
+            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if what == "tensor_type" else what.removesuffix("_type")
+            raise UsageError(
+                f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
+                hint="a file can only be held against another one on tensors of numbers",
+            )
         sizes = [dim.dim_value if dim.HasField("dim_value") else batch if i == 0 else None for i, dim in enumerate(kind.shape.dim)]
         shape = [size for size in sizes if size is not None]
         if len(shape) < len(sizes):
             return None
-        dtype = torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))).dtype
         floating = dtype.is_floating_point
         found.append((torch.randn(shape, generator=generator) if floating else torch.randint(2, shape, generator=generator)).to(dtype))
     return tuple(found)

@@ -8,8 +8,9 @@ so the limit follows what rounding alone does to this model at this input. FLOOR
 CAP by the coarsest that anything is computed in. It fails closed: NaN, a missing output, another shape or dtype, or nothing to compare all
 fail, and one failing output or layer fails all.
 
-Forward passes: 5 probes (`probes.py`) x (judge, reference, candidate) = 15 for the first candidate and 5 for every further one. A probe
-that the reference itself refuses (a fixed batch size, say) is dropped and named.
+Forward passes: 7 probes (`probes.py`) x (judge, reference), and then 5 for every candidate, 7 for an ONNX file. A probe that the reference
+itself refuses (a fixed batch size, say) is dropped and named; one of the two flat ones also where the reference by itself is further from
+its float64 run than CAP, or all that it gives is 0, so that nothing can be learnt there.
 
 Memory: the judge shares the reference's weights and widens each where an operation reads it. Of a swapped layer's output, at most TAP_SIZE
 evenly spread values per probe and call are kept; the model's outputs are kept whole.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
 from normswap.runners import BY_POSITION, REFERENCE, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
 from normswap.sharing import shadow, to_float64
+from normswap.taps import Tap
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -64,6 +66,7 @@ class Judgement:
     dtype: torch.dtype
     computed_in: torch.dtype
     passes: int = 0
+    flat: frozenset[str] = frozenset()  # the names of the probes that are for ONNX files only
 
 
 def verify(
@@ -87,56 +90,81 @@ def judge(
     sites: Sequence[str] = (),
     asked: Sequence[Probe] | None = None,
     wide: nn.Module | None = None,
+    taps: Sequence[Tap] = (),
+    inputs: bool = False,
 ) -> Judgement:
     """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
 
-    sites: names of modules whose outputs are tapped. asked: probes to judge at, in place of those made of the arguments; the first is
-    called "example". wide: what to run in float64 in place of the reference: the model that it was rounded from.
+    sites: names of modules whose outputs are tapped, and whose inputs, too, with `inputs`; taps: what is tapped of an ONNX file. asked:
+    probes to judge at, in place of those made of the arguments; the first is called "example". wide: what to run in float64 in place of the
+    reference: the model that it was rounded from.
 
     Raises UsageError if the reference cannot run on the example inputs.
     """
     dropped: list[str] = []
     asked = list(probes(args, kwargs)) if asked is None else list(asked)
-    run = (
-        onnx_float64_runner(reference)
-        if isinstance(reference, Path)
-        else module_runner(shadow(wide or reference, to_float64), sites, in_float64=_own_dtype(wide or reference, asked))
-    )
     judged: dict[str, tuple[Values, Values]] | None = None
     try:
-        judged = _run_all(run, [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked], dropped, " in float64")
+        judged = _run_all(
+            lambda: (
+                onnx_float64_runner(reference, taps)
+                if isinstance(reference, Path)
+                else module_runner(
+                    shadow(wide or reference, to_float64), sites, in_float64=_own_dtype(wide or reference, asked), inputs=inputs
+                )
+            ),
+            [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked],
+            dropped,
+            " in float64",
+        )
     except UsageError as error:
         # Int8 kernels, say. Then the reference in its own dtype is the judge: it has no noise, so the limit is the tightest there is.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
-    del run
     usable = [p for p in asked if judged is None or p.name in judged]
     computed_in: set[torch.dtype] = set()
     if isinstance(reference, Path):
-        run = onnx_runner(reference, "disabled")
+        path = reference
+        own = _run_all(lambda: onnx_runner(path, "disabled", taps), usable, dropped, "")
         seen = onnx_dtypes(reference)
     else:
-        run = module_runner(shadow(reference), sites, dtypes=computed_in)
+        run = module_runner(shadow(reference), sites, dtypes=computed_in, inputs=inputs)
+        own = _run_all(lambda: run, usable, dropped, "")
         seen = {t.dtype for t in (*reference.parameters(), *reference.buffers())}
-    own = _run_all(run, usable, dropped, "")
     judged = own if judged is None else judged
     seen |= {t.dtype for values in own.values() for part in values for t in part.values()}
-    outputs, taps = {}, {}
+    outputs, tapped = {}, {}
     for probe in (p for p in usable if p.name in own):
         try:
             truths = [_truths(*pair) for pair in zip(judged[probe.name], own[probe.name], strict=True)]
         except ValueError as error:  # shapes that depend on values may come out differently in float64
             _refuse(probe, error, dropped, " in float64 as in its own dtype")
         else:
-            outputs[probe.name], taps[probe.name] = truths
+            outputs[probe.name], tapped[probe.name] = truths
+    computed = _coarsest(seen | computed_in)
+    for probe in [p for p in usable if p.flat and p.name in outputs]:
+        useless = next(filter(None, (_useless(truth, CAP[computed]) for truth in outputs[probe.name].values())), None)
+        if useless is not None:
+            dropped.append(f"{probe.name}: {useless}")
+            del outputs[probe.name], tapped[probe.name]
     return Judgement(
         probes=[p for p in usable if p.name in outputs],
         outputs=outputs,
-        sites=taps,
+        sites=tapped,
         dropped=dropped,
         dtype=_coarsest(seen),
-        computed_in=_coarsest(seen | computed_in),
+        computed_in=computed,
         passes=len(judged) + len(own),
+        flat=frozenset(p.name for p in asked if p.flat),
     )
+
+
+def _useless(truth: _Truth, cap: float) -> str | None:
+    """Why nothing can be learnt at a flat probe, if so."""
+    if not truth.value.is_floating_point():
+        return None
+    if not bool(truth.value.any()):
+        return "what the original gives there is 0"
+    return None if truth.noise <= cap else f"the original itself is {truth.noise:.1e} away from its float64 run there"
 
 
 def _own_dtype(model: nn.Module, asked: Sequence[Probe]) -> torch.dtype:
@@ -149,8 +177,15 @@ def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
     return max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _run_all(run: Runner, asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
+def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[str], how: str) -> dict[str, tuple[Values, Values]]:
     found = {}
+    try:
+        run = make()
+    except Exception as error:  # an operator of somebody's own, say
+        raise UsageError(
+            f"the model cannot be run{how}: {described(error)}",
+            hint="what cannot be run cannot be held against anything",
+        ) from error
     for probe in asked:
         try:
             found[probe.name] = run(probe)
@@ -177,30 +212,35 @@ def compare(
     tolerance: float | None = None,
     sites: Sequence[str] = (),
     only_like_example: bool = False,
+    only: Collection[str] | None = None,
     original: nn.Module | None = None,
+    taps: Sequence[Tap] = (),
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
     level: "disabled", "basic", "extended", "all", REFERENCE for onnx's own evaluator, or the name of an execution provider.
-    only_like_example: the candidate takes no other batch size. original: a model of which the candidate claims to be an independent copy;
-    reading one of its tensors is a failure.
+    only_like_example: the candidate takes no other batch size. only: the names of the probes to compare at. taps: where an ONNX file has
+    the outputs of the `sites`. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a
+    failure.
     """
-    runtime = "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
-    name = runtime if isinstance(candidate, Path) else str(judgement.dtype)
+    name = runtime(level) if isinstance(candidate, Path) else str(judgement.dtype)
     foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
-    held = [p for p in judgement.probes if p.like_example or not only_like_example]
+    held = held_at(judgement, candidate, only_like_example=only_like_example)
+    held = held if only is None else [p for p in held if p.name in only]
     outputs: list[dict[str, Difference]] = []
-    taps: list[dict[str, Difference]] = []
+    tapped_at: list[dict[str, Difference]] = []
     passes = 0
     failure: str | None = None
     try:
-        run = onnx_runner(candidate, level) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites, foreign=foreign)
+        run = (
+            onnx_runner(candidate, level, taps) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites, foreign=foreign)
+        )
         for probe in held:
             values, tapped = run(probe)
             passes += 1
             outputs.append(_differences(judgement, judgement.outputs[probe.name], values, probe, tolerance))
             if sites:
-                taps.append(_differences(judgement, judgement.sites[probe.name], tapped, probe, tolerance, tapped=True))
+                tapped_at.append(_differences(judgement, judgement.sites[probe.name], tapped, probe, tolerance, tapped=True))
     except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
         failure = f"the candidate raised {described(error)}"
     truths = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
@@ -208,7 +248,7 @@ def compare(
         failure = "nothing was compared: the model returns no tensor"
     elif failure is None and not any(truth.value.numel() for truth in truths):
         failure = "nothing was compared: every tensor that the model returns is empty"
-    by_output, by_call = _telling(outputs), _telling(taps)
+    by_output, by_call = _telling(outputs), _telling(tapped_at)
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
     for found in by_call.values():
         by_site.setdefault(found[0].name, []).extend(found)
@@ -219,10 +259,21 @@ def compare(
         failure=failure,
         candidate=name,
         probes=tuple(p.name for p in held),
-        dropped=tuple(judgement.dropped),
+        dropped=tuple(text for text in judgement.dropped if isinstance(candidate, Path) or text.partition(": ")[0] not in judgement.flat),
         forward_passes=judgement.passes + passes,
         all_outputs=tuple(itertools.chain.from_iterable(by_output.values())),
     )
+
+
+def runtime(level: str) -> str:
+    """What runs an ONNX file there, in words."""
+    return "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
+
+
+def held_at(judgement: Judgement, candidate: nn.Module | Path, *, only_like_example: bool = False) -> list[Probe]:
+    """The probes that a candidate is compared at."""
+    fitting = (p for p in judgement.probes if p.like_example or not only_like_example)
+    return [p for p in fitting if isinstance(candidate, Path) or not p.flat]
 
 
 def _error(candidate: Tensor, truth: Tensor, unusable: Tensor | None) -> tuple[float, float, float, int]:

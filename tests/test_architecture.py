@@ -13,7 +13,7 @@ import pytest
 import normswap
 
 NOTHING: frozenset[str] = frozenset()
-DATA = frozenset({"errors", "numerics", "parity", "plan", "inputs", "functional", "sharing", "outputs", "exported", "probes"})
+DATA = frozenset({"errors", "numerics", "parity", "plan", "inputs", "functional", "sharing", "outputs", "exported", "probes", "taps"})
 STAGE = DATA | {"batchless"}  # and never another stage
 
 # By the first part of a module's name below `normswap`. A module that is not here has no place yet: give it one on purpose.
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "precision": NOTHING,
     "moments": NOTHING,
     "versions": NOTHING,
+    "taps": NOTHING,
     "functional": NOTHING,
     "graphs": NOTHING,
     "calls": frozenset({"functional", "graphs"}),
@@ -52,6 +53,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "swap": STAGE | {"calls", "graphs", "coupling"},
     "calibrate": STAGE | {"moments"},
     "verify": STAGE | {"runners"},
+    "effort": frozenset({"onnx_file", "probes"}),
+    "rollback": NOTHING,
     "onnx_file": frozenset({"errors"}),
     "cuda": NOTHING,
     "attention": frozenset({"sharing"}),
@@ -60,7 +63,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "lean": NOTHING,
     "export": STAGE | {"folding", "versions", "injection", "lean", "onnx_file", "cuda", "attention", "half", "fused"},
     "fold": STAGE | {"folding", "versions", "onnx_file"},
-    "folding": frozenset({"errors", "numerics"}),
+    "folding": frozenset({"errors", "numerics", "taps"}),
     "save": STAGE | {"versions"},
     "report": frozenset({"errors", "parity", "plan"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
@@ -71,7 +74,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "half", "landscape"},
+    | {"graphs", "cuda", "effort", "half", "landscape", "rollback"},
     "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }

@@ -255,15 +255,30 @@ def test_a_broken_file_is_an_error_and_nothing_is_written(kind: str, message: st
     assert found.stderr.startswith("error: ")
 
 
-def test_a_fold_that_is_wrong_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_that_is_wrong_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from normswap.folding.linear import Linear
 
     monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))  # forgets W t
+    source, target = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0]), tmp_path / "out.onnx"
+    result = normswap.commands.fold_file(str(source), target, inputs=["2x3x6x5"])
+    assert not result.changed
+    (site,) = result.sites
+    assert site.left == ("BatchNormalization",)
+    assert site.reason.startswith("rolled back: folded, #0 in onnxruntime (disabled) was ")
+    assert site.reason.endswith("(no layer by itself differs)")
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_what_fails_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.folding.linear import Linear
+
+    monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))
+    monkeypatch.setattr(normswap.commands, "settle", lambda attempt: attempt({}))  # finds nothing that could be undone
     source = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0])
     with pytest.raises(ParityError):
         normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
     assert not (tmp_path / "out.onnx").exists()
-    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx")])
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx"), "--input", "2x3x6x5"])
     assert found.exit_code == 3
 
 

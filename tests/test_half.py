@@ -168,10 +168,22 @@ def test_the_file_is_within_the_limit_of_float16(name: str, path: Path) -> None:
         assert float((b.double() - c).abs().max()) <= CAP * size  # the model, in torch
 
 
-def test_a_wrong_file_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_is_rolled_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from normswap.folding import into_producer
 
     monkeypatch.setattr(into_producer, "set_bias", lambda node, bias: None)
+    _, _, result = exported("conv", path)
+    assert result.residue
+    assert all(site.reason.startswith("rolled back: folded, ") for site in result.sites if site.left)
+    assert result.legs.passed
+
+
+def test_a_wrong_file_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normswap.folding import into_producer, remainder
+
+    write = remainder.write
+    monkeypatch.setattr(into_producer, "set_bias", lambda node, bias: None)
+    monkeypatch.setattr(remainder, "write", lambda affine, scale, shift, *rest: write(affine, scale, shift + 1, *rest))
     with pytest.raises(ParityError, match=r"converted, but onnxruntime .* is not the same function"):
         exported("conv", path)
     assert not path.exists()
@@ -230,9 +242,9 @@ def test_a_model_that_needs_more_than_float16_is_not_written(path: Path) -> None
 
 def test_the_rounding_of_torch_is_told_where_it_is_large(path: Path) -> None:
     _, legs = commands._export(nn.Linear(7, 5).eval(), as_inputs(torch.randn(3, 7)), path, half=True)
-    assert all(legs.values())
+    assert legs.passed
     result, legs = commands._export(Cancels().eval(), as_inputs(torch.rand(3, 1) + 1), path, half=True)
-    assert not any(legs.values())
+    assert not any(legs.parities.values())
     (note,) = result.notes
     assert note.startswith("run by torch in float16, the model itself is ")
 

@@ -262,6 +262,7 @@ def full() -> Report:
         "model.pt",
         PLAN,
         {"torch": GOOD, "onnxruntime (all)": NAN},
+        not_run={"onnx's reference evaluator": "it would take about 40 s"},
         onnx={
             "opset": 20,
             "dynamic_batch": True,
@@ -335,6 +336,7 @@ def test_json_holds_the_plan() -> None:
         "plan",
         "facts",
         "parities",
+        "legs",
         "calibration",
         "onnx",
         "seconds",
@@ -354,6 +356,20 @@ def test_json_holds_the_plan() -> None:
     assert result["plan"]["skips"][0]["reason"] == "normalizes each sample by its own statistics"
     assert result["onnx"]["residue"] == ["body.norm"]
     assert result["versions"]["torch"].startswith("2.")
+
+
+def test_every_leg_is_named_and_what_was_not_run_is_no_pass() -> None:
+    result = full()
+    assert [(leg["leg"], leg["status"], leg["reason"]) for leg in result.json()["legs"]] == [
+        ("original", "noise floor", None),
+        ("torch", "passed", None),
+        ("onnxruntime (all)", "failed", None),
+        ("onnx's reference evaluator", "not run", "it would take about 40 s"),
+    ]
+    assert result.json()["legs"][0]["max_rel"] == parity_json(NAN)["outputs"][0]["noise"]
+    assert "  onnx's reference evaluator: not run: it would take about 40 s" in result.summary().splitlines()
+    assert "not run: it would take about 40 s" in result.html()
+    assert report("model.pt", PLAN).json()["legs"] == []
 
 
 def keys(value: object) -> Iterator[str]:

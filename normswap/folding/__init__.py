@@ -18,6 +18,6 @@ Importing this package imports onnx_ir: do it inside a function.
 from __future__ import annotations
 
 from normswap.folding.affine import Affine, Constants, note_precise
-from normswap.folding.decide import Fate, fold
+from normswap.folding.decide import Fate, fold, taps
 
-__all__ = ["Affine", "Constants", "Fate", "fold", "note_precise"]
+__all__ = ["Affine", "Constants", "Fate", "fold", "note_precise", "taps"]

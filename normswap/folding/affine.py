@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +59,30 @@ class Affine:
         """Whether nothing else sees anything on the way from x to y."""
         return all(only_use(node.outputs[0]) for node in self.nodes[:-1])
 
+    def has_two_names(self) -> bool:
+        """Whether the graph gives or is given x as well as y: a value has one name, so x = y takes an Identity."""
+        return self.y.is_graph_output() and (self.x.is_graph_output() or self.x.is_graph_input())
+
     def replace_by(self, value: ir.Value) -> None:
         """Let everything that reads y read `value`, and remove what computed y. An output of the graph keeps its name."""
         y = self.y
         if y.is_graph_output() and not value.is_graph_output():
             y.name, value.name = value.name, y.name
         ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
+        y.meta[_REPLACEMENT] = value
         for node in reversed(self.nodes):
             assert node.graph is not None
             node.graph.remove(node, safe=True)
+
+
+_REPLACEMENT = "normswap.replacement"
+
+
+def replacement(value: ir.Value) -> ir.Value:
+    """What has taken the place of `value` in its graph; itself if nothing has."""
+    while _REPLACEMENT in value.meta:
+        value = value.meta[_REPLACEMENT]
+    return value
 
 
 class Constants:
@@ -76,6 +92,7 @@ class Constants:
         self._graph = graph
         self._made: dict[tuple[Any, ...], ir.Value | None] = {}
         self._wanted: dict[ir.Value, str] = {}
+        self._taken: set[str | None] | None = None
 
     def of(self, value: ir.Value | None) -> Array | None:
         """The array that `value` always is, or None if it depends on the input."""
@@ -136,16 +153,24 @@ class Constants:
 
     def settle(self) -> None:
         """Give what was folded the name of what it was folded from, if that is gone."""
+        taken = set(_names(self._graph))
         for value, name in self._wanted.items():
-            if value.name in self._graph.initializers and name not in self._graph.initializers:
+            if value.name in self._graph.initializers and name not in taken:
                 del self._graph.initializers[str(value.name)]
                 value.name = name
+                taken.add(name)
                 self._graph.register_initializer(value)
 
+    def fresh(self, name: str) -> str:
+        """`name`, or one derived from it that no value has, here or in a subgraph: they must not hide each other."""
+        if self._taken is None:
+            self._taken = set(_names(self._graph))
+        unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in self._taken)
+        self._taken.add(unique)
+        return unique
+
     def _register(self, name: str, array: Array) -> ir.Value:
-        unique, count = name, 1
-        while unique in self._graph.initializers:
-            unique, count = f"{name}_{count}", count + 1
+        unique = self.fresh(name)
         tensor = ir.tensor(array, name=unique)
         value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
@@ -164,6 +189,19 @@ def precise(value: ir.Value, array: Array) -> Array:
     """What the constant `value`, which holds `array`, was rounded from, if that is known; else what it holds."""
     found: Array = value.meta.get(PRECISE, array)
     return found
+
+
+def _names(graph: ir.Graph) -> Iterator[str | None]:
+    """Of the values of a graph and of the graphs inside it."""
+    for value in (*graph.inputs, *graph.initializers.values()):
+        yield value.name
+    for node in graph:
+        for value in node.outputs:
+            yield value.name
+        for attribute in node.attributes.values():
+            inner = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+            for subgraph in attribute.value if attribute.type == ir.AttributeType.GRAPHS else inner:
+                yield from _names(subgraph)
 
 
 def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> Array | None:

@@ -121,6 +121,7 @@ class Bases:
 
     constants: Constants
     affines: Mapping[ir.Node, Affine]  # by each of their nodes
+    undone: Mapping[ir.Node, Affine] = field(default_factory=dict)  # those around which nothing may change
     known: dict[Slot, Basis] = field(default_factory=dict)
     gone: set[Affine] = field(default_factory=set)
     blocked: bool = False  # whether what lies between convolutions is to stay in a layout that has no maximum with a constant
@@ -169,9 +170,10 @@ class Change:
                 raise Conflict("two paths would have to be scaled or shifted differently")
             return
         old = self.bases.of(slot)
-        self.new[slot] = basis
         if old.agrees(basis):
+            self.new[slot] = old  # in its own shape: zeros along an axis that its other neighbours cannot follow are zeros
             return
+        self.new[slot] = basis
         if isinstance(slot, ir.Value):
             if slot.is_graph_input() or slot.is_initializer():
                 raise Conflict("an input of the model is next to it")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from normswap.folding import into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
-from normswap.folding.affine import Affine, Constants
-from normswap.folding.basis import Bases, Change, Conflict, Imprecise
+from normswap.folding.affine import Affine, Constants, replacement
+from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
+from normswap.taps import Tap
 
 Attempt = Callable[[Affine, Bases], Change]
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
@@ -31,6 +33,8 @@ class Fate:
     into    the layers whose weights or biases took it, by the names of their nodes
     left    the operators that remain of it
     reason  why anything remains, else ""
+    takes, gives   the values of the graph that hold what the affine takes and gives, and in which basis; for `taps`. None of what it took
+            if that is not computed any more
     """
 
     name: str
@@ -38,36 +42,76 @@ class Fate:
     into: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     reason: str = ""
+    takes: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
+    gives: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything of it went somewhere."""
+        return bool(self.how or self.into)
 
 
-def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants, *, blocked: bool = False) -> list[Fate]:
+def taps(fates: Sequence[Fate]) -> tuple[tuple[Fate, ...], tuple[Tap, ...]]:
+    """(the fates without the values of the graph, which may go now; where to find in the file what each affine takes and gives)."""
+    calls: Counter[str] = Counter()
+    found = []
+    for fate in fates:
+        calls[fate.name] += 1
+        for given, place in ((True, fate.takes), (False, fate.gives)):
+            if place is not None:
+                value, basis = place
+                found.append(Tap(fate.name, calls[fate.name], str(value.name), given, basis.scale, basis.shift))
+    return tuple(replace(fate, takes=None, gives=None) for fate in fates), tuple(found)
+
+
+def fold(
+    graph: ir.Graph,
+    affines: Sequence[Affine],
+    constants: Constants,
+    undone: Mapping[str, str] | None = None,
+    *,
+    blocked: bool = False,
+) -> list[Fate]:
     """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph.
 
+    undone: affines that stay as they are, by name, and why: nothing may change around them, either.
     blocked: let no ReLU on (N, C, H, W) become a maximum. onnxruntime on a CPU stores what lies between convolutions in blocks of channels
     (NCHWc); it takes a BatchNormalization and its ReLU there in one step, but leaves that layout for a maximum and comes back after it.
     """
+    undone = {} if undone is None else undone
     fates: dict[Affine, Fate] = {}
+    given = {affine: affine.x for affine in affines}
+    nowhere: set[Affine] = set()  # those of which what they took is not computed any more
+    slots = {affine: affine.y for affine in affines}  # whose basis is that of what the affine gives
     with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
         for affine in affines:
-            layer = into_producer.fold(affine, constants)
+            x = affine.x
+            layer = into_producer.fold(affine, constants) if affine.name not in undone else None
             if layer is not None:
+                slots[affine] = x
+                nowhere.add(affine)
                 fates[affine] = Fate(affine.name, "into_producer", (layer,))
-        unfit = {affine: reason for affine in affines if affine not in fates and (reason := _unfit(affine)) is not None}
+        unfit = {a: undone[a.name] for a in affines if a.name in undone}
+        stay = {node: affine for affine in unfit for node in affine.nodes}
+        unfit |= {a: reason for a in affines if a not in fates and a not in unfit and (reason := _unfit(a)) is not None}
         left = [affine for affine in affines if affine not in fates and affine not in unfit]
-        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes}, blocked=blocked)
+        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes}, undone=stay, blocked=blocked)
         for affine in left:
             fates[affine] = _decide(affine, bases)
         for affine in left:
             if not fates[affine].how and not fates[affine].into and not _touched(affine, bases):
                 layer = into_producer.fold(affine, constants, adding=True)
                 if layer is not None:
+                    nowhere.add(affine)
                     fates[affine] = Fate(affine.name, "", (layer,), ("Add",), fates[affine].reason)
         left = [affine for affine in left if not fates[affine].left]
         pending = [(affine, *remainder.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
         operators.write(bases)
         names = {str(node.name) for node in graph.all_nodes()}
         for affine, scale, shift in pending:
-            if affine in bases.gone:
+            if affine in bases.gone and affine.has_two_names():
+                remainder.write(affine, np.ones((1,) * scale.ndim), np.zeros((1,) * shift.ndim), constants, names)
+            elif affine in bases.gone:
                 affine.replace_by(affine.x)
             else:
                 fates[affine] = replace(fates[affine], left=remainder.write(affine, scale, shift, constants, names))
@@ -78,7 +122,21 @@ def fold(graph: ir.Graph, affines: Sequence[Affine], constants: Constants, *, bl
             if not known:
                 types = remainder.write(affine, affine.scale, affine.shift, constants, names)
             fates[affine] = Fate(affine.name, left=types, reason=reason)
-    return [fates[affine] for affine in affines]
+    same = Basis(np.ones(()), np.zeros(()))
+
+    def held(value: ir.Value) -> tuple[ir.Value, Basis]:
+        return replacement(value), bases.known.get(value, same)
+
+    by_value = {affine.y: affine for affine in affines}
+    return [
+        replace(fates[a], takes=None if a in nowhere else held(_source(given[a], by_value, slots)), gives=held(slots[a])) for a in affines
+    ]
+
+
+def _source(value: ir.Value, by_value: Mapping[ir.Value, Affine], slots: Mapping[Affine, ir.Value]) -> ir.Value:
+    """The slot of a value that an affine takes: that of the affine which gives it, if one does."""
+    affine = by_value.get(value)
+    return value if affine is None else slots[affine]
 
 
 def _touched(affine: Affine, bases: Bases) -> bool:

@@ -3,7 +3,7 @@ r"""The affines of any ONNX graph: BatchNormalization in inference mode, and cha
     BatchNormalization    s = scale / sqrt(var + epsilon),  t = B - mean * s
     a chain               s <- s * k, t <- t * k for a Mul; t <- t + k for an Add; likewise Div and Sub
 
-The bias that a MatMul gets by an Add is part of that layer, and so is no affine.
+The bias that a MatMul gets by an Add is part of that layer, and so is no affine. Nor is arithmetic on less than two axes.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _axes(node: ir.Node, constants: Constants) -> set[int]:
 
 def _is_affine(node: ir.Node, constants: Constants) -> bool:
     y = node.outputs[0]
-    if node.domain != "" or y.dtype is None or y.dtype.numpy().name not in FLOATS or y.shape is None:
-        return False
+    if node.domain != "" or y.dtype is None or y.dtype.numpy().name not in FLOATS or y.shape is None or len(y.shape) < 2:
+        return False  # one number, or one vector, has no channels: the scale of a quantised layer, say
     if node.op_type == "BatchNormalization":
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
         inference = not node.attributes.get_int("training_mode", 0) and len(used) <= 1

@@ -57,7 +57,7 @@ def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str |
         return None
     layer.node.replace_input_with(1, weight)
     if layer.biased or adder is not None or shift.any():
-        _set_bias(layer, adder, constants.bias(layer.weight, bias, dtype.numpy()))
+        _set_bias(layer, adder, constants.bias(layer.weight, bias, dtype.numpy()), constants)
     affine.replace_by(affine.x)
     return str(layer.node.name)
 
@@ -76,7 +76,7 @@ def _layer(node: ir.Node | None, constants: Constants) -> tuple[Linear | None, t
     return None, None
 
 
-def _set_bias(layer: Linear, adder: tuple[ir.Node, int] | None, bias: ir.Value) -> None:
+def _set_bias(layer: Linear, adder: tuple[ir.Node, int] | None, bias: ir.Value, constants: Constants) -> None:
     if adder is not None:
         node, index = adder
         node.replace_input_with(index, bias)
@@ -86,6 +86,7 @@ def _set_bias(layer: Linear, adder: tuple[ir.Node, int] | None, bias: ir.Value) 
         product = layer.node.outputs[0]
         users = tuple(product.uses())
         add = ir.Node("", "Add", [product, bias], name=f"{layer.node.name}_bias")
+        add.outputs[0].name = constants.fresh(f"{layer.node.name}_bias_output")
         add.outputs[0].shape, add.outputs[0].type = product.shape, product.type
         layer.node.append(add)
         for user, position in users:

@@ -147,8 +147,10 @@ def _parts(node: ir.Node, change: Change) -> list[Part]:
     rank, sizes = rank_of(x), sizes_of(x)
     y = node.outputs[0]
     if node.op_type == "Slice":
-        starts, ends, axes, steps = (constant(v) if v is not None else None for v in (*node.inputs[1:], None, None)[:4])
-        if starts is None or ends is None:
+        given = (*node.inputs[1:], None, None)[:4]
+        starts, ends, axes, steps = (None if v is None else constant(v) for v in given)
+        computed = any(v is not None and array is None for v, array in zip(given, (starts, ends, axes, steps), strict=True))
+        if starts is None or ends is None or computed:
             raise Conflict(f"{called(node)} depends on the input")
         where = range(len(starts)) if axes is None else [int(a) % rank for a in axes]
         strides = np.ones(len(starts), np.int64) if steps is None else steps

@@ -45,6 +45,8 @@ def spread(node: ir.Node, change: Change) -> None:
     affine = change.bases.affines.get(node)
     if affine is not None:
         return _affine(affine, change)
+    if node in change.bases.undone:
+        raise Conflict(f"{change.bases.undone[node].name} is next to it, which was rolled back")
     rule = SPREAD.get(node.op_type) if node.domain == "" else None
     if rule is None:
         raise Conflict(f"{called(node)} is next to it, which is neither linear nor homogeneous")
@@ -337,7 +339,8 @@ def _pad(node: ir.Node, change: Change) -> None:
     rank = rank_of(node.outputs[0])
     filler = constants.of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     given = len(node.inputs) > 2 and node.inputs[2] is not None
-    if pads is None or len(pads) != 2 * rank or any(pads[axis] for axis in (0, 1, rank, rank + 1)):
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    if pads is None or axes is not None or len(pads) != 2 * rank or any(pads[axis] for axis in (0, 1, rank, rank + 1)):
         raise Conflict(f"{called(node)} works along the axis of the channels")
     if given and (filler is None or filler.any()):
         raise Conflict(f"{called(node)} fills with something else than zeros")
@@ -414,7 +417,7 @@ SPREAD: dict[str, Spread] = {
 def write(bases: Bases) -> None:
     """Let every operator compute with values as they are stored. Affines are the caller's."""
     change = Change(bases)
-    seen = dict.fromkeys(node for slot in bases.known for node in _neighbours(slot))
+    seen = dict.fromkeys(node for slot, basis in bases.known.items() if not basis.is_identity() for node in _neighbours(slot))
     for node in seen:
         if node in bases.affines:
             continue

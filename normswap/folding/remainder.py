@@ -51,8 +51,8 @@ def write(affine: Affine, scale: Array, shift: Array, constants: Constants, name
         if shift.any():
             steps.append(("Add", [constants.add(f"{affine.name}.shift", shift.astype(wide.numpy()))], []))
     left = tuple(op_type for op_type, _, _ in steps)
-    if not steps and affine.y.is_graph_output() and (affine.x.is_graph_output() or affine.x.is_graph_input()):
-        steps = [("Identity", [], [])]  # one value has one name
+    if not steps and affine.has_two_names():
+        steps = [("Identity", [], [])]
     if as_it_is and all(node.domain == "" for node in affine.nodes) and len(affine.nodes) <= len(steps):
         return tuple(node.op_type for node in affine.nodes)
     if steps and dtype != wide:
@@ -65,6 +65,7 @@ def write(affine: Affine, scale: Array, shift: Array, constants: Constants, name
         node = ir.Node("", op_type, [value, *others], attributes, name=name)
         affine.nodes[0].prepend(node)
         value = node.outputs[0]
+        value.name = constants.fresh(f"{name}_output")
         value.shape = affine.y.shape
         value.type = ir.TensorType(ir.DataType(attributes[0].as_int()) if op_type == "Cast" else wide)
     affine.replace_by(value)
