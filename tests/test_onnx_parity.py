@@ -42,6 +42,8 @@ def test_small_nets(name: str, kind: str) -> None:
 
 
 def test_files_of_other_tools() -> None:
+    for tool in ("onnxslim", "onnxsim"):
+        pytest.importorskip(tool, reason="one of the tools of the extra `bench`")
     row = peers("pre-activation")
     assert row is not None
     hold(row)
