@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normswap import coupling, feedback, numerics, stepping
+from normswap import coupling, feedback, guard, numerics, stepping
 from normswap.errors import UsageError
 from normswap.injection import in_graph, injected
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
@@ -51,11 +51,17 @@ def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int,
     return numerics.axes_shape(sizes, axes, ndim)
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _affine(
+    x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...], factor: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """x * scale + shift; or with a factor per sample, broadcast against x, factor times what that is beyond the bias."""
     shape = _shape(x, scale.shape, axes)
+    scale, shift = scale.view(shape), shift.view(shape)
+    if factor is not None:
+        scale, shift = scale * factor, torch.lerp(torch.zeros_like(shift) if bias is None else bias.view(shape), shift, factor)
     # The statistics are float32 or wider, so half precision inputs are widened inside the operation (what is saved for backward is x
     # as it came) and the result is rounded once.
-    return _laid_out(torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype))
+    return _laid_out(torch.addcmul(shift, x, scale).to(x.dtype))
 
 
 def _laid_out(y: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ def _gradients(
     if mask is not None:
         mask = _mask_of(x, mask, options["axes"])
     mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
-    d, r, f = found or numerics.misfit(x, mean, std, mask, eps=options["eps"])
+    d, r, f = found or numerics.misfit(numerics.sums(x, mean, mask), std, eps=options["eps"])
     modes = {name: options[name] for name in ("stats", "reduction")}
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
@@ -197,8 +203,10 @@ class BatchlessNorm(nn.Module):
     stats: Stats = "natural"
     momentum: float = MOMENTUM
     units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
+    guarded: bool = False  # whether no sample passes on more than a limit in train mode, from the first step on, see `guard`
     pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
     observed: int = 0  # the steps of training that input_mean is the mean of; KNOWN if it was good from the start
+    stepped: bool = False  # whether an optimizer has moved the statistics
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
     def __init__(
@@ -343,8 +351,9 @@ class BatchlessNorm(nn.Module):
     def unsteer(self) -> None:
         self._parameters.pop("trend", None)
 
-    def _through(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, std), with the gradient by the producer's weight and bias in train mode."""
+    def _through(self) -> tuple[Tensor, Tensor]:
+        """(mean, std), with no gradient but that by the producer's weight and bias in train mode."""
+        mean, std = (t.detach() for t in self.statistics())
         producer, tracked = self.follows, self.tracked
         if producer is None or tracked is None or not torch.is_grad_enabled():
             return mean, std
@@ -391,8 +400,7 @@ class BatchlessNorm(nn.Module):
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only, and a coupled producer's."""
-        mean, std = (t.detach() for t in self.statistics())
-        return numerics.affine_of(*self._through(mean, std), self.weight, self.bias)
+        return numerics.affine_of(*self._through(), self.weight, self.bias)
 
     @torch.no_grad()
     def folded(self, ndim: int) -> tuple[Tensor, Tensor]:
@@ -412,15 +420,31 @@ class BatchlessNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         found: Misfit | None = None
         more: Given = ()
+        mean, std = self._through()
+        scale, shift = numerics.affine_of(mean, std, self.weight, self.bias)
+        factor: Tensor | None = None
+        if self.training and self.guarded and self._learns and self.stepped:
+            factor, found = self._factor(input, mean, std)
+            self.run.factor = factor.detach()
         if self.training and self._steers:
-            input, scale, shift, found, more = self._steered(input)
-        else:
-            scale, shift = self.affine_map()
+            input, scale, shift, found, more = self._steered(input, scale, shift, mean, std, found)
         if self.training and self.aux != "none":
             shift = self._observed(input, shift, found, more)
-        return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+        return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis, factor, self.bias)
 
-    def _steered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Misfit, Given]:
+    def _factor(self, x: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Misfit]:
+        """What `guard` multiplies each sample of x with, and the misfit of x. Samples lie on the first axis, if channels do not."""
+        _refuse_traces(x, "is guarded")
+        _shape(x, self.sizes, self.channel_axis)
+        mean, std = (t.view(numerics.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
+        mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
+        channels = {axis % x.dim() for axis in self.channel_axis}
+        factor, sums = guard.factor(x, mean, std, [0] if 0 not in channels else [], mask)
+        return factor, numerics.misfit(sums, std, eps=self._eps)
+
+    def _steered(
+        self, x: Tensor, scale: Tensor, shift: Tensor, coupled_mean: Tensor, coupled_std: Tensor, found: Misfit | None
+    ) -> tuple[Tensor, Tensor, Tensor, Misfit, Given]:
         """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend, once `Given` is given;
         and the misfit of x."""
         _refuse_traces(x, "has feedback")
@@ -429,8 +453,8 @@ class BatchlessNorm(nn.Module):
         sizes = numerics.axes_shape(self.mean.shape, axes, x.dim())
         if mask is not None:
             mask = _mask_of(x, mask, axes)
-        mean, std = (t.detach() for t in self.statistics())
-        d, r, f = numerics.misfit(x, mean.view(sizes), std.view(sizes), mask, eps=self._eps)
+        mean, std = coupled_mean.detach(), coupled_std.detach()
+        d, r, f = found or numerics.misfit(numerics.sums(x, mean.view(sizes), mask), std.view(sizes), eps=self._eps)
         first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
         counted = x.numel() if mask is None else mask.expand(x.shape).sum()
         number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
@@ -438,8 +462,6 @@ class BatchlessNorm(nn.Module):
         known = (
             torch.stack([slope * second + level * first, slope * first + level]) * number
         )  # what is taken away: the sums of . z and of .
-        coupled_mean, coupled_std = self._through(mean, std)
-        scale, shift = numerics.affine_of(coupled_mean, coupled_std, self.weight, self.bias)
         weight = None if self.weight is None else self.weight.detach()
         scale, shift = feedback.felt(scale, shift, trend, weight, mean, std, known, factor=run.scale)
         more = [(through, by / std) for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])) if through.requires_grad]

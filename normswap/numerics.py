@@ -121,32 +121,41 @@ def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction =
     return loss * std.numel() if reduction == "sum" else loss
 
 
-def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2). No gradient passes.
+Sums = tuple[Tensor, Tensor, Tensor]  # (sum of the deviations from the mean, of their squares, how many they are)
 
-    m = mean(x) and S = mean((x - mean)^2) are taken over the axes on which `mean` has size 1, and d, r, f have the shape of `mean`.
-    Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
 
-    x: any shape, any float dtype. mean, std: as many dimensions as x, each of x's size or 1. mask: bool, likewise; x counts where it is
-    True, and may be anything elsewhere, NaN included. d = r = f = 0 where nothing counts, as if the fit were right. The results have the
-    widest of the dtypes, at least float32.
+def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[int] = ()) -> Sums:
+    """The sums of x - mean and of its square, and the number of its elements, over the axes on which `mean` has size 1 that are not `kept`.
+
+    x: any shape, any float dtype. mean: as many dimensions as x, each of x's size or 1. mask: bool, likewise; x counts where it is True,
+    and may be anything elsewhere, NaN included. The sums have the wider of the dtypes, at least float32, and size 1 on the axes that they
+    are taken over. No gradient passes.
     """
-    axes = [axis for axis, size in enumerate(mean.shape) if size == 1]
+    axes = [axis for axis, size in enumerate(mean.shape) if size == 1 and axis not in kept]
     # torch.promote_types would leave an operator in an exported graph
     dtype = torch.float64 if torch.float64 in (x.dtype, mean.dtype) else torch.float32
-    mean, std = mean.detach().to(dtype), std.detach().to(dtype)
-    if x.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
-    deviation = x.detach().to(dtype) - mean
+    deviation = x.detach().to(dtype) - mean.detach().to(dtype)
     if mask is not None:
-        counts = mask.expand(x.shape)
-        deviation = torch.where(counts, deviation, 0)
-        number = counts.sum(axes, keepdim=True) if axes else counts.to(torch.int64)
-        total, squares = (t.sum(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
-        some = (number > 0).to(dtype)
-        return total / number.clamp(min=1), squares / number.clamp(min=1) / std.square() - some, eps / std.square() * some
-    d, square = (t.mean(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
-    return d, square / std.square() - 1, eps / std.square()
+        deviation = torch.where(mask, deviation, 0)
+    first, second = (t.sum(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
+    if mask is None:
+        return first, second, torch.full_like(first, x.numel() // max(first.numel(), 1))
+    counts = mask.expand(x.shape)
+    return first, second, (counts.sum(axes, keepdim=True) if axes else counts).to(dtype)
+
+
+def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2). No gradient passes.
+
+    m = mean(x) and S = mean((x - mean)^2) are those of the `sums` of x, and d, r, f have their shape. std: broadcast against them.
+    Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
+
+    d = r = f = 0 where nothing counts, as if the fit were right.
+    """
+    first, second, number = found
+    square = std.detach().to(first.dtype).square()
+    some, number = (number > 0).to(first.dtype), number.clamp(min=1)
+    return first / number, second / number / square - some, eps / square * some
 
 
 def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:

@@ -113,6 +113,7 @@ class Run:
     input count.
 
     seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
+    factor: what `guard` multiplied each sample with in the last forward pass.
 
     terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto". owed: whether there
     was a forward pass from which the statistics should learn since the last step.
@@ -126,6 +127,7 @@ class Run:
     mask: Tensor | None = None
     seen: Tensor | None = None
     fresh: bool = False
+    factor: Tensor | None = None
     terms: list[Term] = field(default_factory=list)
     read: bool = True
     passes: Passes | None = None
@@ -141,6 +143,7 @@ class Layer(Protocol):
     stats: Any
     momentum: float
     observed: int  # the steps that the mean input was averaged over
+    stepped: bool  # whether an optimizer has moved the statistics
 
     @property
     def mean(self) -> nn.Parameter: ...
@@ -162,7 +165,7 @@ class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
-    observed = 0
+    observed, stepped = 0, False
     tracked = follows = steering = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
@@ -402,7 +405,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
                 _warn(_UNREACHED if layer.aux == "auto" else _LOST if layer.run.read else _FORGOTTEN)
             layer.run.owed, layer.run.read = False, True
             continue
-        layer.run.owed = False
+        layer.run.owed, layer.stepped = False, True
         passes, factor = _weight(optimizer, layer, scaler)
         own = (layer.tracked, layer.steering)
         natural = [p for p in held if layer.stats == "natural" or any(p is o for o in own)]

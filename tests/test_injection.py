@@ -42,7 +42,11 @@ def source(dtype: torch.dtype = torch.float64, act: Callable[[], nn.Module] = la
 def converted(aux: str = "auto", *, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
     """A model of its own; the conversion is made once for each kind. aux: one of ALL_DOORS."""
     door, _, coupled = aux.partition(" ")
-    return copy.deepcopy(_converted(door, dtype, coupling="auto" if coupled else "none", **options))
+    model = copy.deepcopy(_converted(door, dtype, coupling="auto" if coupled else "none", **options))
+    for layer in model.modules():
+        if isinstance(layer, BatchlessNorm):
+            layer.stepped = True  # the guard is there from the first step on
+    return model
 
 
 @functools.cache
@@ -71,13 +75,15 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def leaning(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """The forward pass of a layer with feedback, as it is written down. left: what is left of the gradient by z, and z."""
+    """The forward pass of a layer with feedback and guard, as it is written down. left: what is left of the gradient by z, and z."""
 
     def shaped(t: Tensor) -> Tensor:
         return t.view(-1, 1, 1)
 
-    mean, std = layer._through(*(t.detach() for t in layer.statistics()))
+    mean, std = layer._through()
     z = (x - shaped(mean)) / shaped(std) + torch.zeros((), requires_grad=True)
+    held = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.guarded else 1
+    z = z + 0  # the trend is taken away from what comes along z alone
     fixed, (slope, level) = z.detach(), layer.trend.detach() / (z[:, 0].numel() * layer.calls)
 
     def lean(g: Tensor) -> Tensor:
@@ -86,6 +92,7 @@ def leaning(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Tensor) 
         return r
 
     z.register_hook(lean)  # type: ignore[no-untyped-call]
+    z = z * held
     return z if layer.weight is None or layer.bias is None else shaped(layer.weight) * z + shaped(layer.bias)
 
 

@@ -189,10 +189,14 @@ def _misfit_case(*sizes: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.
     return x, torch.randn(sizes, dtype=torch.float64) + offset, torch.rand(sizes, dtype=torch.float64) + 0.3
 
 
+def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    return numerics.misfit(numerics.sums(x, mean, mask), std, eps=eps)
+
+
 @pytest.mark.parametrize("sizes", [(1, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1), (5, 3, 4, 2), (1, 1, 4, 1)])
 def test_misfit_is_the_two_moments(sizes: tuple[int, ...]) -> None:
     x, mean, std = _misfit_case(*sizes)
-    d, r, f = numerics.misfit(x, mean, std, eps=1e-3)
+    d, r, f = misfit(x, mean, std, eps=1e-3)
     axes = [axis for axis, size in enumerate(sizes) if size == 1]
     m = x.mean(axes, keepdim=True) if axes else x
     square = (x - mean).square().mean(axes, keepdim=True) if axes else (x - mean).square()
@@ -203,7 +207,7 @@ def test_misfit_is_the_two_moments(sizes: tuple[int, ...]) -> None:
 def test_misfit_far_from_zero_loses_nothing() -> None:
     """A variance of 1 around a mean of a million: mean(x^2) - mean(x)^2 would have no digit left in float32."""
     x = torch.randn(1000, 2) + 1e6
-    d, r, _ = numerics.misfit(x, torch.full((1, 2), 1e6), torch.ones(1, 2))
+    d, r, _ = misfit(x, torch.full((1, 2), 1e6), torch.ones(1, 2))
     exact = x.double() - 1e6
     torch.testing.assert_close(d.double(), exact.mean(0, keepdim=True), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(r.double(), exact.square().mean(0, keepdim=True) - 1, rtol=1e-4, atol=1e-5)
@@ -212,16 +216,16 @@ def test_misfit_far_from_zero_loses_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_misfit_of_half_precision_is_taken_in_float32(dtype: torch.dtype) -> None:
     x = (torch.randn(64, 3, 50) + 300).to(dtype)
-    found = numerics.misfit(x, torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
-    wide = numerics.misfit(x.float(), torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
+    found = misfit(x, torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
+    wide = misfit(x.float(), torch.full((1, 3, 1), 300.0), torch.ones(1, 3, 1))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, wide, strict=True))
 
 
 def test_misfit_under_a_mask_is_that_of_what_counts() -> None:
     x, mean, std = _misfit_case(1, 3, 1, 1)
     keep = torch.tensor([True, False, True, False, False]).view(5, 1, 1, 1)
-    found = numerics.misfit(x, mean, std, keep, eps=1e-3)
-    for a, b in zip(found, numerics.misfit(x[keep.flatten()], mean, std, eps=1e-3), strict=True):
+    found = misfit(x, mean, std, keep, eps=1e-3)
+    for a, b in zip(found, misfit(x[keep.flatten()], mean, std, eps=1e-3), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
@@ -233,7 +237,7 @@ def test_raw_gradients_are_those_of_the_nll(form: StdForm, reduction: Any) -> No
     parameter = torch.tensor([-0.7, 0.4, 1.3], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
     std = numerics.std_of(parameter, form)
     numerics.gaussian_nll(x, mean, std, reduction=reduction).backward()
-    d, r, f = numerics.misfit(x, mean, std, eps=1e-3)
+    d, r, f = misfit(x, mean, std, eps=1e-3)
     found = numerics.nll_gradients(d, r, f, std.detach(), parameter.detach(), form, stats="raw", reduction=reduction)
     torch.testing.assert_close(found[0], mean.grad, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(found[1], parameter.grad, rtol=1e-11, atol=1e-12)
@@ -248,7 +252,7 @@ def test_natural_is_raw_times_the_inverse_fisher_information(form: StdForm, sign
     x, mean, _ = _misfit_case(1, 3, 1, 1)
     parameter = sign * torch.tensor([0.7, 0.4, 1.3], dtype=torch.float64).view(1, 3, 1, 1)
     std = numerics.std_of(parameter, form)
-    d, r, _ = numerics.misfit(x, mean, std)
+    d, r, _ = misfit(x, mean, std)
     zero = torch.zeros_like(d)
     raw = numerics.nll_gradients(d, r, zero, std, parameter, form, stats="raw", reduction="sum")
     natural = numerics.nll_gradients(d, r, zero, std, parameter, form, stats="natural")
@@ -267,7 +271,7 @@ def test_a_natural_step_is_the_running_average(form: StdForm, rate: float, offse
     mean = mean - offset
     parameter = numerics.parameter_of(std, form) * (1 if form == "log" else sign)
     std = numerics.std_of(parameter, form)
-    gradients = numerics.nll_gradients(*numerics.misfit(x, mean, std, eps=1e-3), std, parameter, form, stats="natural")
+    gradients = numerics.nll_gradients(*misfit(x, mean, std, eps=1e-3), std, parameter, form, stats="natural")
     stepped, parameter = numerics.natural_step(mean, parameter, *gradients, form, rate)
     square = (x - mean).square().mean((0, 2, 3), keepdim=True)
     torch.testing.assert_close(stepped, (1 - rate) * mean + rate * x.mean((0, 2, 3), keepdim=True), rtol=1e-11, atol=1e-12)

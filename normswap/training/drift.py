@@ -13,14 +13,16 @@ from normswap.training.loss import layers_of
 
 
 class Drift(NamedTuple):
-    """Of one layer, over the samples of one step; scalars on its device. Both are 0 where the statistics fit.
+    """Of one layer, over the samples of one step; scalars on its device. They are 0 where the statistics fit.
 
     mean_z      the root mean square, over channels, of the mean of z = (x - mean) / std
     mean_z2     the mean, over channels, of the mean of z^2, minus 1: the variance is too small if it is positive
+    held        the share of samples that `guard` held in the last forward pass; None of a layer without it
     """
 
     mean_z: Tensor
     mean_z2: Tensor
+    held: Tensor | None = None
 
 
 @torch.no_grad()
@@ -46,4 +48,5 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     d, r = numerics.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
-    return Drift((d / std).square().mean().sqrt(), r.mean())
+    factor = layer.run.factor
+    return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

@@ -29,7 +29,7 @@ class NormswapCallback(Callback):
 
     * Tells the layers, as `normswap.attach` does, about accumulate_grad_batches, also where it is scheduled, and the GradScaler of
       16-mixed. The last step of an epoch may have fewer batches; it counts as less than a whole one, as in the loss.
-    * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z and normswap/LAYER/mean_z2-1.
+    * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and normswap/LAYER/held.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. Lightning's own gradient_clip_val would
       clip all of them. normswap/grad_norm is the norm before.
     * Warns when training begins if Lightning clips and the module does not say how, if no optimizer holds the statistics, or if

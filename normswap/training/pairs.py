@@ -100,8 +100,10 @@ def couple(
         else:
             found.append(Pair(s.name, reason=reason))
         layer = modules.get(s.name)
-        if isinstance(layer, BatchlessNorm) and layer.aux == "auto":
-            layer.steer()
+        if isinstance(layer, BatchlessNorm):
+            layer.guarded = layer.aux != "none"
+            if layer.aux == "auto":
+                layer.steer()
     return tuple(found)
 
 

@@ -56,8 +56,7 @@ def per_sample_gradients(layer: BatchlessNorm, x: Tensor, by_output: Tensor) -> 
     )
     options = layer._options()
     modes = {name: options[name] for name in ("stats", "reduction")}
-    # As if each sample were a channel of its own.
-    d, r, f = numerics.misfit(x, mean.expand(len(x), *mean.shape[1:]), std, eps=EPS if layer.source is None else layer.source.eps)
+    d, r, f = numerics.misfit(numerics.sums(x, mean, kept=[0]), std, eps=EPS if layer.source is None else layer.source.eps)
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, layer.std, **modes)
     found = {layer.mean: by_mean * options["share"], layer.std_parameter: by_parameter * options["share"]}
     if layer.weight is not None and layer.bias is not None:
@@ -105,6 +104,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
         # The gradient of the producer would be that of its hooks, and the trend would be no matter of one sample.
         layer.decouple()
         layer.unsteer()
+        layer.guarded = False
         layer.__class__ = PrivateNormAct if isinstance(layer, BatchlessNormAct) else PrivateNorm
     for module in private.modules():
         if getattr(module, "inplace", False) is True:

@@ -87,7 +87,10 @@ def before_step(
     if share != 1:
         _multiply([layer for layer in layers.values() if layer.aux == "auto"], 1 / share)
     values = {
-        f"{PREFIX}{name}/{what}": v for name, d in drift(model).items() for what, v in (("mean_z", d.mean_z), ("mean_z2-1", d.mean_z2))
+        f"{PREFIX}{name}/{what}": value
+        for name, d in drift(model).items()
+        for what, value in (("mean_z", d.mean_z), ("mean_z2-1", d.mean_z2), ("held", d.held))
+        if value is not None
     }
     if max_grad_norm is not None:
         statistics = {id(p) for layer in layers.values() for p in _statistics(layer)}
