@@ -1,4 +1,4 @@
-"""What coupling and feedback cost: operations of one training step (forward, backward, SGD with momentum), counted and not timed.
+"""What coupling, feedback and guard cost: operations of one training step (forward, backward, SGD with momentum), counted and not timed.
 
     python -m benchmarks.training_cost            prints the tables of docs/benchmarks.md and writes docs/training_cost.json
 
@@ -34,7 +34,7 @@ from normswap.batchless import BatchlessNorm
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "training_cost.json"
 BATCHES = (1, 8, 64)
-ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback")
+ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback", "default")
 FAKE = FakeTensorMode()
 ATEN = torch.ops.aten
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
@@ -99,7 +99,8 @@ def made(net: str, row: str) -> nn.Module:
         model = normswap.convert(model, x, **options).model
         for layer in model.modules():
             if isinstance(layer, BatchlessNorm):
-                layer.steer() if row == "coupled+feedback" else layer.unsteer()
+                layer.steer() if row in ("coupled+feedback", "default") else layer.unsteer()
+                layer.guarded = row == "default"
     for module in model.modules():
         own = [(name, tensor, True) for name, tensor in module._parameters.items()]
         for name, tensor, trained in [*own, *((name, tensor, False) for name, tensor in module._buffers.items())]:
@@ -147,14 +148,14 @@ def extra(entry: dict[str, Any], found: list[dict[str, Any]], reference: str = "
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| net | batch | plain, Mops | plain, against BatchNorm | coupled, against plain | coupled + feedback, against plain |",
-        "|---|---|---|---|---|---|",
+        "| net | batch | plain, Mops | plain, against BatchNorm | coupled, against plain | with feedback | with guard, the default |",
+        "|---|---|---|---|---|---|---|",
     ]
     for net, batch in sorted({(e["net"], e["batch"]) for e in found}, key=lambda key: (list(NETS).index(key[0]), key[1])):
         row = {e["row"]: e for e in found if (e["net"], e["batch"]) == (net, batch)}
         against = f"{extra(row['plain'], found, 'batchnorm'):+.1f}%" if "batchnorm" in row else "BatchNorm cannot train"
         cells = [f"{row['plain']['operations'] / 1e6:,.1f}", against]
-        cells += [f"{extra(row[name], found):+.1f}%" for name in ("coupled", "coupled+feedback")]
+        cells += [f"{extra(row[name], found):+.1f}%" for name in ROWS[2:]]
         lines.append(f"| {net} | {batch} | {' | '.join(cells)} |")
     return lines
 
@@ -163,11 +164,11 @@ def operators(found: list[dict[str, Any]], net: str, batch: int, most: int = 12)
     """Where the operations go, for one net and batch: those of plain, and what the others have beyond it."""
     row = {e["row"]: Counter(e["by operator"]) for e in found if (e["net"], e["batch"]) == (net, batch)}
     total = row["plain"].total()
-    names = sorted({n for c in row.values() for n in c}, key=lambda n: -abs(row["coupled+feedback"][n] - row["plain"][n]))[:most]
-    lines = ["| operator | plain | coupled | coupled + feedback |", "|---|---|---|---|"]
+    names = sorted({n for c in row.values() for n in c}, key=lambda n: -abs(row["default"][n] - row["plain"][n]))[:most]
+    lines = ["| operator | plain | coupled | with feedback | with guard |", "|---|---|---|---|---|"]
     for name in names:
         share = [f"{100 * row['plain'][name] / total:.2f}%"]
-        share += [f"{100 * (row[r][name] - row['plain'][name]) / total:+.2f}%" for r in ("coupled", "coupled+feedback")]
+        share += [f"{100 * (row[r][name] - row['plain'][name]) / total:+.2f}%" for r in ROWS[2:]]
         lines.append(f"| {name} | {' | '.join(share)} |")
     return lines
 

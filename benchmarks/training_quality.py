@@ -235,12 +235,14 @@ def _measured(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-def _converted(model: nn.Module, start: Tensor, *, coupled: bool, units: bool = True, feedback: bool) -> nn.Module:
+def _converted(
+    model: nn.Module, start: Tensor, *, coupled: bool = True, units: bool = True, feedback: bool = False, guarded: bool = False
+) -> nn.Module:
     options: dict[str, Any] = {"calibration": [start], "coupling": "auto"} if coupled else {}
     made = normswap.convert(model.eval(), start[:2], **options).model
     for layer in made.modules():
         if isinstance(layer, BatchlessNorm):
-            layer.units = units
+            layer.units, layer.guarded = units, guarded
             layer.steer() if feedback else layer.unsteer()
     return made
 
@@ -261,12 +263,13 @@ ROWS: dict[str, Callable[[nn.Module, Tensor, int], nn.Module]] = {
     "online": _peer(peers.online_norm),
     "mabn": _peer(peers.mabn),
     "renorm": _peer(peers.batch_renorm),
-    "plain": lambda model, start, batch: _converted(model, start, coupled=False, feedback=False),
+    "plain": lambda model, start, batch: _converted(model, start, coupled=False),
     "feedback": lambda model, start, batch: _converted(model, start, coupled=False, feedback=True),
-    "centred": lambda model, start, batch: _converted(model, start, coupled=True, units=False, feedback=False),
-    "coupled": lambda model, start, batch: _converted(model, start, coupled=True, feedback=False),
-    "coupled+feedback": lambda model, start, batch: _converted(model, start, coupled=True, feedback=True),
-    "default": lambda model, start, batch: _converted(model, start, coupled=True, feedback=True),  # and param_groups(batch=batch)
+    "guarded": lambda model, start, batch: _converted(model, start, coupled=False, guarded=True),
+    "centred": lambda model, start, batch: _converted(model, start, units=False),
+    "coupled": lambda model, start, batch: _converted(model, start),
+    "coupled+feedback": lambda model, start, batch: _converted(model, start, feedback=True),
+    "default": lambda model, start, batch: _converted(model, start, feedback=True, guarded=True),  # and param_groups(batch=batch)
 }
 
 

@@ -159,9 +159,9 @@ class BatchlessNorm(nn.Module):
 
         y = weight * (x - sg(mean)) / sg(std) + bias          sg: no gradient passes
 
-    Train and eval mode compute the same function, and each sample's output depends on that sample alone. The task's loss trains
-    weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`, whose gradient
-    does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
+    Train and eval mode compute the same function (but for a layer with a `guard`), and each sample's output depends on that sample alone.
+    The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`, whose
+    gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
 
     Args:
         num_features: the number of channels, or one size per channel axis.
@@ -367,9 +367,9 @@ class BatchlessNorm(nn.Module):
         return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
     @torch.no_grad()
-    def clip(self, reach: float | Tensor) -> None:
+    def clip(self, anchor: tuple[Tensor, Tensor], reach: float | Tensor) -> None:
         """Shorten the gradient of the producer's weight where that is too long for the statistics to follow. See `coupling.clip`."""
-        coupling.clip(self.pair[0], reach)
+        coupling.clip(self.pair[0], anchor[1], reach)
 
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `follow` has to know of the producer before its weight is moved."""

@@ -125,10 +125,10 @@ def _place(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -
     return moving if bias is None else moving + bias.to(moving.dtype), torch.linalg.vector_norm(rows, dim=1).square()
 
 
-def clip(producer: Any, reach: float | Tensor) -> None:
+def clip(producer: Any, square: Tensor, reach: float | Tensor) -> None:
     """Shorten the gradient G of each filter W of the producer, in place, to  reach |G| <= TURN max(|W|, FLOOR).
 
-    reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
+    square: |W|^2 per filter; reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
 
     BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, and what they are late by is
     multiplied from layer to layer. So no filter may turn by more in one step than they can follow.
@@ -138,9 +138,8 @@ def clip(producer: Any, reach: float | Tensor) -> None:
     weight = producer.weight
     if weight.grad is None:
         return
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    length, by = (torch.linalg.vector_norm(filters(producer, dtype, t), dim=1) for t in (weight.detach(), weight.grad))
-    factor = (TURN * length.clamp(min=FLOOR) / (by * reach)).clamp(max=1)
+    by = torch.linalg.vector_norm(filters(producer, square.dtype, weight.grad), dim=1)
+    factor = (TURN * square.sqrt().clamp(min=FLOOR) / (by * reach)).clamp(max=1)
     if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
         factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
     weight.grad.mul_(factor.view(*factor.shape, *(1,) * (weight.dim() - factor.dim())).to(weight.grad.dtype))

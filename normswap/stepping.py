@@ -156,7 +156,7 @@ class Layer(Protocol):
     def square(self, by_parameter: Tensor) -> Tensor: ...  # the <z^2> that the gradient of the std's parameter tells
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
-    def clip(self, reach: float | Tensor) -> None: ...
+    def clip(self, anchor: Any, reach: float | Tensor) -> None: ...
     def anchor(self) -> Any: ...
     def follow(self, anchor: Any) -> None: ...
 
@@ -186,7 +186,7 @@ class InGraph:
     def square(self, by_parameter: Tensor) -> Tensor:
         raise NotImplementedError("an exported program has no feedback")
 
-    def clip(self, reach: float | Tensor) -> None:
+    def clip(self, anchor: Any, reach: float | Tensor) -> None:
         raise NotImplementedError("an exported program has no producers")
 
     def anchor(self) -> Any:
@@ -339,8 +339,8 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _advance(optimizer, groups, layers)
-        _clip(optimizer, groups, followers)
         _anchor(optimizer, followers)
+        _clip(optimizer, groups)
         return None
 
     _anchor(optimizer, followers)
@@ -349,8 +349,8 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         _follow(optimizer)  # one that calls it several times has moved the weights in between
         loss = closure()
         _advance(optimizer, groups, layers)
-        _clip(optimizer, groups, followers)
         _anchor(optimizer, followers)
+        _clip(optimizer, groups)
         return loss
 
     return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
@@ -361,16 +361,16 @@ def _statistics(layer: Layer) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], followers: list[Layer]) -> None:
+def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]]) -> None:
     """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
     if isinstance(optimizer, torch.optim.SGD):
         scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
-        for layer in followers:
+        for layer, anchor in _following.get(optimizer, ()):
             weight = cast(nn.Parameter, cast(nn.Module, layer.follows).weight)
             if id(weight) in groups:
                 group = groups[id(weight)]
                 reach = group["lr"] / (1 - min(group["momentum"], 0.99))
-                layer.clip(reach if scale is None else reach / scale.to(weight.device))
+                layer.clip(anchor, reach if scale is None else reach / scale.to(weight.device))
 
 
 @torch.no_grad()

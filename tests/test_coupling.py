@@ -375,7 +375,7 @@ def test_a_long_gradient_is_shortened_filter_by_filter(kind: str, reach: float) 
         per = sizes
     gradient *= per.view(*per.shape, *(1,) * (gradient.dim() - per.dim())) / reach
     producer.weight.grad = gradient.clone()
-    coupling.clip(producer, reach)
+    coupling.clip(producer, coupling.filters(producer, F64).norm(dim=1).square().detach(), reach)
     before, after, most = (lengths(producer, t) for t in (gradient, producer.weight.grad, producer.weight.detach()))
     limits = [0.2 * length / reach for length in most]
     assert any(b > m for b, m in zip(before, limits, strict=True))
@@ -388,7 +388,7 @@ def test_a_filter_of_nothing_can_grow() -> None:
     producer = nn.Linear(3, 2, dtype=F64)
     nn.init.zeros_(producer.weight)
     producer.weight.grad = torch.full_like(producer.weight, 7.0)
-    coupling.clip(producer, 0.5)
+    coupling.clip(producer, torch.zeros(2, dtype=F64), 0.5)
     assert lengths(producer, producer.weight.grad) == pytest.approx([4e-4, 4e-4])
 
 
