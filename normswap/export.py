@@ -12,18 +12,14 @@ An ExportedProgram cannot be changed in step 1; there, the Mul and Add that torc
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import gc
 import inspect
-import io
 import itertools
-import logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -44,8 +40,9 @@ from normswap.errors import ExportError, SwapError, UsageError
 from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
 from normswap.injection import inject_operator
-from normswap.lean import lean
+from normswap.lean import lean, norms_stay
 from normswap.parity import Legs, Parity
+from normswap.quiet import quiet
 from normswap.sharing import shadow
 from normswap.taps import Tap
 from normswap.versions import version_of
@@ -326,7 +323,7 @@ def _graph_of(
     failures: list[Exception] = []
     for choice in choices:
         try:
-            with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 program: Any = torch.onnx.export(
                     model,
                     args,
@@ -451,33 +448,6 @@ def _unused(name: str, taken: Container[str]) -> str:
     return next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch prints and logs about its own code goes nowhere, and neither does what the model prints; warnings still show."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    nowhere = io.StringIO()
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        for category, message in _KNOWN_WARNINGS:
-            warnings.filterwarnings("ignore", message, category)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-    for w in caught:
-        warnings.showwarning(w.message, w.category, w.filename, w.lineno)
-
-
-_TALKATIVE = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
-_KNOWN_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # torch copies its own tree of the inputs
-    (UserWarning, r"# The axis name: batch will not be used"),  # ... for a second input: it has the first one's
-)
-
-
 def _reason(error: BaseException) -> str:
     """What torch says, in one line: the operator that ONNX lacks, or the line of the model that cannot be traced."""
     chain = [error]
@@ -510,10 +480,10 @@ def _fold(model: ir.Model, sites: Sequence[_Site], undone: Mapping[str, str] | N
 
     from normswap.folding import Constants, fold
 
-    with _quiet():
-        if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+    if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+        with quiet():
             optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
-        lean(model)
+    lean(model)
     constants = Constants(model.graph)
     common.RemoveUnusedNodesPass()(model)
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
@@ -608,15 +578,8 @@ def _tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[st
     from onnx_ir.passes import common
 
     graph = model.graph
-    # What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same.
-    left = [node for node in graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
-    for node in left:
-        node.domain = _DOMAIN
-    model.opset_imports[_DOMAIN] = 1
-    with _quiet():
+    with norms_stay(model):
         lean(model)  # again: without the norms there is more to shorten
-    for node in left:
-        node.domain = ""
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(_DOMAIN, None)
