@@ -46,7 +46,8 @@ from torch import nn
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
 from normswap import onnx_file
 from normswap.batchless import BatchlessNorm
-from normswap.export import DEFAULT_OPSET, export
+from normswap.export import export
+from normswap.exporting import DEFAULT_OPSET
 from normswap.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent

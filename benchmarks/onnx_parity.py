@@ -39,7 +39,8 @@ from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_n
 from normswap import onnx_file
 from normswap.batchless import BatchlessNorm
 from normswap.commands import _export, fold_file
-from normswap.export import _alike, export
+from normswap.export import export
+from normswap.exporting.norms import alike
 from normswap.inputs import Inputs
 from normswap.probes import Probe, probes
 from normswap.runners import REFERENCE
@@ -128,7 +129,7 @@ def in_half(model: nn.Module, judgement: Judgement) -> float | None:
 
 
 def _operators(nodes: Mapping[str, int]) -> Counter[str]:
-    return _alike(Counter({name: number for name, number in nodes.items() if name not in ("Constant", "Identity")}))
+    return alike(Counter({name: number for name, number in nodes.items() if name not in ("Constant", "Identity")}))
 
 
 def _counted(path: Path) -> dict[str, int]:
