@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "guard": frozenset({"autograd", "numerics"}),
     "batchless": frozenset({"errors", "numerics", "plan", "injection", "stepping", "coupling", "feedback", "guard"}),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
-    "runners": DATA | {"precision"},
+    "runners": DATA | {"precision", "onnx_file"},
     "rules": STAGE | {"calls", "precision", "specs"},
     "load": STAGE | {"pickles", "specs"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},

@@ -85,6 +85,37 @@ FOLDS: dict[str, tuple[onnx.ModelProto, dict[str, int]]] = {
 }
 
 
+# onnx's own evaluator has the statistics of the batch in it there, and would be the judge of them.
+@pytest.mark.parametrize(("opset", "nodes"), [(13, {"Conv": 1}), (11, {"Conv": 1, "BatchNormalization": 1})])
+def test_a_norm_of_an_older_opset_is_in_inference_mode(opset: int, nodes: dict[str, int], tmp_path: Path) -> None:
+    body = "h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)"
+    source = saved(tmp_path / "in.onnx", model_of(body, *CONV, *NORM, imports=f'"": {opset}', ir_version=7))
+    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert result.nodes == nodes
+    same = [normswap.verify(source, tmp_path / "out.onnx"), normswap.verify(tmp_path / "out.onnx", source)]
+    assert all(same)
+    other = {tensor.name: tensor for tensor in (*NORM, from_array(1.01 * to_array(NORM[3]), "v"))}
+    saved(tmp_path / "other.onnx", model_of(body, *CONV, *other.values(), imports=f'"": {opset}', ir_version=7))
+    assert not normswap.verify(source, tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(
+    ("body", "opset", "corrected"),
+    [
+        ("y = BatchNormalization(x, s, t, m, v)", 7, True),
+        ("y = BatchNormalization <momentum=0.5> (x, s, t, m, v)", 13, True),
+        ("y = BatchNormalization(x, s, t, m, v)", 14, False),
+        ("y, n, u = BatchNormalization(x, s, t, m, v)", 9, False),
+        ("y = BatchNormalization <spatial=0> (x, s, t, m, v)", 7, False),
+        ("y = Relu(x)", 13, False),
+    ],
+)
+def test_the_evaluator_is_corrected_where_it_is_wrong(body: str, opset: int, corrected: bool) -> None:
+    from normswap.runners import _corrected
+
+    assert bool(_corrected(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
+
+
 @pytest.mark.parametrize("case", FOLDS)
 def test_folds(case: str, tmp_path: Path) -> None:
     proto, nodes = FOLDS[case]
