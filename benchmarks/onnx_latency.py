@@ -46,7 +46,9 @@ from torch import nn
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
 from normswap import onnx_file
 from normswap.batchless import BatchlessNorm
-from normswap.export import DEFAULT_OPSET, _quiet, export
+from normswap.export import export
+from normswap.exporting import DEFAULT_OPSET
+from normswap.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RAW, PAGE = ROOT / "build/onnx_latency.jsonl", ROOT / "docs/onnx_latency.json", ROOT / "docs/benchmarks.md"
@@ -111,7 +113,7 @@ def with_biases(model: nn.Module) -> nn.Module:
 
 
 def exported_by_torch(model: nn.Module, x: torch.Tensor, path: Path) -> None:
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         shapes = ({0: "batch"},)
         program = torch.onnx.export(model.eval(), (x,), dynamo=True, dynamic_shapes=shapes, opset_version=DEFAULT_OPSET, verbose=False)
         assert program is not None

@@ -9,9 +9,11 @@ any of these, relative to its largest value: of the net in float32 (the noise fl
 onnx's evaluator at those inputs that it takes seconds for, and of the net in float16 in torch. A leg may be 10 times the noise floor. Left
 out are inputs at which the net itself is more than 1e-4 from its float64 run in float32, such as x 1e3 for an attention without norms.
 
-Peers: the same net with its own BatchNorms, with weights of mixed signs, is exported by torch.onnx.export and taken through each tool;
-`normswap fold` is run on that file. "same" says that the result has the operators of our own export, Constant and Identity aside, with
-Max(x, a constant) counted as Relu and Gemm as MatMul. Nets with LayerNorms are left out: those compute other functions.
+Peers: the same net with its own BatchNorms, with weights that are positive or of mixed signs, is exported by torch.onnx.export and taken
+through each tool; `normswap fold` is run on that file. "same" says that the result has the operators of our own export, Constant and
+Identity aside, with Max(x, a constant) counted as Relu and Gemm as MatMul; what the tool's own file of the net with nothing in the place
+of its norms has more or less than ours counts for neither, as it is not of norms. Nets with LayerNorms are left out: those compute other
+functions.
 
 Each row is written to build/onnx_parity.jsonl as soon as it is there; a run that was interrupted goes on where it stopped.
 """
@@ -32,12 +34,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.onnx_latency import TOOLS, applied, exported_by_torch, same_norms
-from benchmarks.onnx_skeletons import NETS, inputs, random_norm, with_norms, without_its_operators
+from benchmarks.onnx_latency import SIGNS, TOOLS, applied, exported_by_torch, same_norms
+from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_norms, without_its_operators
 from normswap import onnx_file
 from normswap.batchless import BatchlessNorm
 from normswap.commands import _export, fold_file
-from normswap.export import _alike, export
+from normswap.export import export
+from normswap.exporting.norms import alike
 from normswap.inputs import Inputs
 from normswap.probes import Probe, probes
 from normswap.runners import REFERENCE
@@ -126,10 +129,16 @@ def in_half(model: nn.Module, judgement: Judgement) -> float | None:
 
 
 def _operators(nodes: Mapping[str, int]) -> Counter[str]:
-    return _alike(Counter({name: number for name, number in nodes.items() if name not in ("Constant", "Identity")}))
+    return alike(Counter({name: number for name, number in nodes.items() if name not in ("Constant", "Identity")}))
 
 
-def peers(name: str) -> Row | None:
+def _counted(path: Path) -> dict[str, int]:
+    import onnx
+
+    return onnx_file.census(onnx.load(str(path), load_external_data=False).graph)
+
+
+def peers(name: str, signs: bool) -> Row | None:
     """What `normswap fold` makes of each peer's file; None for a net with LayerNorms."""
     import onnx
 
@@ -138,27 +147,32 @@ def peers(name: str) -> Row | None:
     original = make()
     if any(isinstance(module, nn.LayerNorm) for module in original.modules()):
         return None
-    model = with_norms(copy.deepcopy(original), random_norm(signs=True))
+    model = with_norms(copy.deepcopy(original), random_norm(signs))
     same_norms(original, model)
     x = inputs(shape)
-    row: Row = {"net": name, "peers": {}}
+    row: Row = {"net": name, "signs": SIGNS[signs], "peers": {}}
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = _operators(export(model, (x,), {}, Path(directory) / "ours.onnx").nodes)
         exported_by_torch(original, x, Path(directory) / "torch.onnx")
+        without = with_norms(original, lambda channels, axis: Nothing())
+        bare = _operators(export(without, (x,), {}, Path(directory) / "bare.onnx").nodes)
+        exported_by_torch(without, x, Path(directory) / "torch, bare.onnx")
+        del model, original, without
         for peer in PEERS:
-            path = Path(directory) / f"{peer}.onnx"
+            path, bare_path = Path(directory) / f"{peer}.onnx", Path(directory) / f"{peer}, bare.onnx"
             if peer != "torch":
                 onnx.save(applied(TOOLS[peer], Path(directory) / "torch.onnx"), str(path))
-            before = onnx_file.census(onnx.load(str(path)).graph)
+                onnx.save(applied(TOOLS[peer], Path(directory) / "torch, bare.onnx"), str(bare_path))
+            before, its_bare = (_counted(file) for file in (path, bare_path))
             result = fold_file(str(path), Path(directory) / "folded.onnx")
             theirs = _operators(result.nodes)
             row["peers"][peer] = {
                 "before": sum(number for op_type, number in before.items() if op_type != "Constant"),
                 "nodes": theirs.total(),
                 "ours": ours.total(),
-                "more": dict(theirs - ours),
-                "less": dict(ours - theirs),
+                "more": dict(theirs - ours - (_operators(its_bare) - bare)),
+                "less": dict(ours - theirs - (bare - _operators(its_bare))),
                 "changed": result.changed,
                 "passed": result.legs.passed,
                 "error": None if result.parity is None else result.parity.max_rel,
@@ -167,11 +181,24 @@ def peers(name: str) -> Row | None:
     return row
 
 
+def peers_case(word: str) -> str:
+    return f"peers, {word}"
+
+
+def case_of(row: Row) -> tuple[str, str]:
+    return row["net"], row["weights"] if "weights" in row else peers_case(row["signs"])
+
+
+def measure(name: str, case: str) -> Row | None:
+    signs = {peers_case(word): signs for signs, word in SIGNS.items()}
+    return peers(name, signs[case]) if case in signs else legs(name, case)
+
+
 def cases(names: list[str]) -> list[tuple[str, str]]:
-    """(net, weights), the small nets first and with each kind by itself; then the peers, as ("", net)."""
+    """(net, weights), the small nets first and with each kind by itself; then the peers."""
     small = [name for name in names if name in list(NETS)[:8]]
     one_by_one = [(name, kind) for name in small for kind in WEIGHTS if kind != "all three"]
-    return [*one_by_one, *((name, "all three") for name in names), *((name, "peers") for name in names)]
+    return [*one_by_one, *((name, "all three") for name in names), *((name, peers_case(word)) for name in names for word in SIGNS.values())]
 
 
 # --- the tables ----------------------------------------------------------------------------------------------------------------------
@@ -188,9 +215,9 @@ def tables(rows: list[Row]) -> str:
         back = f" ({row['rolled back']} rolled back)" if row["rolled back"] else ""
         numbers = f"{row['noise']:.1e} | {row['onnxruntime']:.1e} | {evaluator} | {half}"
         lines.append(f"| {row['net']} | {row['weights']} | {row['norms']} | {row['left']}{back} | {numbers} |")
-    lines += ["", "| net | " + " | ".join(PEERS) + " |", "|---" * (len(PEERS) + 1) + "|"]
+    lines += ["", "| net | weights | " + " | ".join(PEERS) + " |", "|---" * (len(PEERS) + 2) + "|"]
     for row in (row for row in rows if "peers" in row):
-        lines.append(f"| {row['net']} | " + " | ".join(_cell(row["peers"][peer]) for peer in PEERS) + " |")
+        lines.append(f"| {row['net']} | {row['signs']} | " + " | ".join(_cell(row["peers"][peer]) for peer in PEERS) + " |")
     return "\n".join(lines)
 
 
@@ -203,7 +230,9 @@ def _cell(found: Row) -> str:
 def verdict(row: Row) -> list[str]:
     """What is wrong with a row: nothing, if all is well."""
     if "peers" in row:
-        return [f"{row['net']}, {peer}: not the same function" for peer, found in row["peers"].items() if not found["passed"]]
+        return [
+            f"{row['net']}, {row['signs']}, {peer}: not the same function" for peer, found in row["peers"].items() if not found["passed"]
+        ]
     found = [] if row["passed"] and row["share"] <= 1 else [f"{row['net']}, {row['weights']}: a leg failed"]
     if row["half"] is not None and row["half"] > CAP[torch.float16]:
         found.append(f"{row['net']}, {row['weights']}: {row['half']:.1e} off in float16")
@@ -228,10 +257,11 @@ def main() -> None:
     with RESULTS.open("a", encoding="utf-8") as file:
         for name, case in cases(list(names or NETS)):
             if (name, case) not in done:
-                done[name, case] = peers(name) if case == "peers" else legs(name, case)
+                done[name, case] = measure(name, case)
                 file.write(json.dumps({"net": name, "case": case, "row": done[name, case]}) + "\n")
                 file.flush()
-                print(name, case, *(verdict(done[name, case]) if done[name, case] else ()), sep=", ", file=sys.stderr, flush=True)
+                row = done[name, case]
+                print(name, case, *(verdict(row) if row else ()), sep=", ", file=sys.stderr, flush=True)
     rows = [done[key] for key in cases(list(NETS)) if done.get(key) is not None]
     publish(rows)
     print(tables(rows), *(line for row in rows for line in verdict(row)), sep="\n")

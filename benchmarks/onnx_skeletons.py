@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from fixtures import architectures
 from normswap.batchless import BatchlessNorm
-from normswap.export import _alike, export
+from normswap.export import export
+from normswap.exporting.norms import alike
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = ROOT / "docs/onnx_skeletons.json"
@@ -213,9 +214,9 @@ def measure(name: str, signs: bool) -> dict[str, Any]:
         "left": len(result.residue),
         "ways": dict(Counter(site.how for site in result.sites if not site.left)),
         "reasons": dict(Counter(site.reason for site in result.sites if site.left)),
-        "equal": _alike(Counter(result.nodes)) == _alike(Counter(bare.nodes)),
-        "predicted": _alike(Counter(result.skeleton)) == _alike(Counter(bare.nodes)),
-        "more": dict(_alike(Counter(result.nodes)) - _alike(Counter(bare.nodes))),
+        "equal": alike(Counter(result.nodes)) == alike(Counter(bare.nodes)),
+        "predicted": alike(Counter(result.skeleton)) == alike(Counter(bare.nodes)),
+        "more": dict(alike(Counter(result.nodes)) - alike(Counter(bare.nodes))),
         "error": error(got, want),
         "own_error": error(own, want),
         "seconds": round(seconds, 1),

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from normswap import cuda, effort, graphs, outputs, pipeline
 from normswap.calibrate import Reestimate
-from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
+from normswap.errors import ExportError, LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Dynamic, Export, Target, export
 from normswap.exported import as_module
 from normswap.fold import Folded, fold
@@ -357,8 +357,23 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         return judge(path, known.args, known.kwargs, taps=taps)
 
     def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        try:
+            shorter = measured(undone, shorten=True)
+            if shorter.passed:
+                return shorter
+            why = shorter.why
+        except ExportError as error:
+            why = error.message
+        found = measured(undone, shorten=False)
+        result, legs = found.result
+        if not found.passed:
+            return found
+        result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
+        return dataclasses.replace(found, result=(result, legs))
+
+    def measured(undone: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Legs]]:
         _clear(partial)
-        result = fold(path, partial, undone=undone)
+        result = fold(path, partial, undone=undone, shorten=shorten)
         if not result.changed:
             return Attempt((result, Legs()), True)
         legs, _ = _legs(judged(()), partial)

@@ -2,7 +2,7 @@
 
 1. The file is read and checked, and the shapes of its values are inferred.
 2. Its affines are found (`normswap.folding.found`) and folded where that is exact (`normswap.folding`).
-3. If any could be, the new graph is written; if none, the file is copied as it is.
+3. If any could be, the new graph is shortened (`normswap.lean`) and written; if none, the file is copied as it is.
 
 Whether the two files are the same function is for `verify` to say, before the new one gets its name.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from normswap import onnx_file
 from normswap.errors import ExportError, LoadError, first_line
+from normswap.lean import lean, norms_stay
 from normswap.parity import Legs, Parity
 from normswap.taps import Tap
 from normswap.versions import version_of
@@ -59,10 +60,10 @@ class Folded:
         return any(site.touched for site in self.sites) or dict(self.before) != dict(self.nodes)
 
 
-def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None) -> Folded:
-    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why.
+def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
+    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why. shorten: the rest of the graph, too.
 
-    Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written.
+    Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -79,14 +80,8 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None)
     known = {tensor.name for tensor in proto.graph.initializer}
     open_to_callers = [value.name for value in proto.graph.input if value.name in known]
     model = ir.load(str(source))
-    replaceable = {name: model.graph.initializers.pop(name) for name in open_to_callers}
-    held = {name: value.const_value for name, value in replaceable.items()}
-    for value in replaceable.values():
-        value.const_value = None  # a shape that follows from it may be another one when it is replaced
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    for name, value in replaceable.items():
-        value.const_value = held[name]
-        model.graph.initializers[name] = value
+    with _unknown(model, open_to_callers):
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     constants = Constants(model.graph)
     found = affines(model.graph, constants)
     originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}
@@ -96,14 +91,56 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None)
         return _copied(source, target, proto, before, sites, (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
     constants.settle()
+    if shorten:
+        _shorten(model, open_to_callers)
     model.metadata_props["normswap_version"] = version_of("normswap")
     _with_base(model, source)
     new, tensors = onnx_file.skeleton(model)
+    _without_new_shapes(new, proto)
     _check(new)
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
     fates, places = taps(sites)
     return Folded(target, before, nodes, fates, taps=places, original_taps=_named(sites, originals))
+
+
+@contextlib.contextmanager
+def _unknown(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
+    """Forget the values of these weights for a while: a shape, or a sum, that follows from one may be another when it is replaced."""
+    values = {name: model.graph.initializers.pop(name) for name in names}
+    held = {name: value.const_value for name, value in values.items()}
+    for value in values.values():
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            value.const_value = held[name]
+            model.graph.initializers[name] = value
+
+
+def _shorten(model: ir.Model, open_to_callers: Sequence[str]) -> None:
+    """What `export` does to a graph once its norms are folded; names and what others noted in it stay."""
+    names = _interface(model.graph)
+    try:
+        with _unknown(model, open_to_callers), norms_stay(model):
+            lean(model)
+    except Exception as error:  # onnxscript's, of a graph unlike those that it was written for
+        raise ExportError(f"the folded graph cannot be shortened: {first_line(error)}") from error
+    if _interface(model.graph) != names:
+        raise ExportError("the folded graph cannot be shortened: its inputs or outputs would get other names")
+
+
+def _interface(graph: ir.Graph) -> list[str | None]:
+    return [value.name for value in (*graph.inputs, *graph.outputs)]
+
+
+def _without_new_shapes(new: onnx.ModelProto, old: onnx.ModelProto) -> None:
+    """Shapes of inner values can be inferred: only those that the file had are written again."""
+    known = {value.name for value in old.graph.value_info}
+    kept = [value for value in new.graph.value_info if value.name in known]
+    del new.graph.value_info[:]
+    new.graph.value_info.extend(kept)
 
 
 def _named(sites: Sequence[Fate], names: Mapping[bool, Sequence[str]]) -> tuple[Tap, ...]:

@@ -17,8 +17,12 @@ The convolution then has as many times less to multiply as there are fewer avera
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from normswap.quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,22 +30,57 @@ if TYPE_CHECKING:
 
 _ROUNDS = 8  # far more than are needed: one makes room for the next
 _PICKS = ("Gather", "Slice")  # what they take of a constant is smaller than it
+_HIDDEN = "normswap.hidden"
 
 
 def lean(model: ir.Model) -> None:
-    """Shorten the graph, in place. Its inputs and outputs stay as they are, and so does every node of a domain that ONNX does not know."""
+    """Shorten the graph, in place. Its inputs, its outputs and its functions stay as they are, and so does every node of a domain that ONNX
+    does not know."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    for _ in range(_ROUNDS):
-        before = model.graph.num_nodes()
-        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        optimizer.optimize_ir(model, should_fold=lambda node: True if _is_smaller(node) else None)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        changed = [node for node in list(model.graph) if node.domain == "" and node.op_type in _RULES and _RULES[node.op_type](node)]
-        common.RemoveUnusedNodesPass()(model)
-        if not changed and model.graph.num_nodes() == before:
-            break
+    with _through(model.graph):
+        for _ in range(_ROUNDS):
+            before = model.graph.num_nodes()
+            with quiet():
+                common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+                # A function stays one, as a runtime may have a kernel of its name.
+                optimizer.optimize_ir(model, should_fold=lambda node: True if _is_smaller(node) else None, inline=False)
+                common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            changed = [node for node in list(model.graph) if node.domain == "" and node.op_type in _RULES and _RULES[node.op_type](node)]
+            common.RemoveUnusedNodesPass()(model)
+            if not changed and model.graph.num_nodes() == before:
+                break
+
+
+@contextlib.contextmanager
+def _through(graph: ir.Graph) -> Iterator[None]:
+    """Put away the outputs that nothing computes, inputs or constants: onnx_ir would rename those, and put an Identity behind them."""
+    hidden = {index: value for index, value in enumerate(graph.outputs) if value.producer() is None}
+    for index in reversed(hidden):
+        del graph.outputs[index]
+    try:
+        yield
+    finally:
+        for index, value in hidden.items():
+            graph.outputs.insert(index, value)
+            if value.const_value is not None and not value.is_graph_input():
+                graph.initializers[str(value.name)] = value
+
+
+@contextlib.contextmanager
+def norms_stay(model: ir.Model) -> Iterator[None]:
+    """What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same, in float32."""
+    left = [node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
+    for node in left:
+        node.domain = _HIDDEN
+    model.opset_imports[_HIDDEN] = 1
+    try:
+        yield
+    finally:
+        for node in left:
+            node.domain = ""
+        model.opset_imports.pop(_HIDDEN, None)
 
 
 def _is_smaller(node: ir.Node) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from normswap import precision
+from normswap import onnx_file, precision
 from normswap.errors import SwapError, UsageError
 from normswap.probes import Probe
 from normswap.sharing import uncompiled
@@ -196,7 +196,7 @@ def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
     from onnx.reference import ReferenceEvaluator
 
     asked = _add_outputs(model.graph, taps)
-    evaluator = ReferenceEvaluator(model)
+    evaluator = ReferenceEvaluator(model, new_ops=_corrected(model))
     names, outputs = list(evaluator.input_names), list(evaluator.output_names)
 
     def run(probe: Probe) -> tuple[Values, Values]:
@@ -205,6 +205,29 @@ def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
             return _told(evaluator.run(None, _feeds(names, probe)), outputs, asked, taps)
 
     return run
+
+
+def _corrected(model: Any) -> list[Any]:
+    """Operators that onnx's evaluator (1.23) computes otherwise than ONNX defines them.
+
+    From opset 7 to 13, a BatchNormalization with one output is in inference mode; the evaluator mixes the batch's statistics into it.
+    """
+    import numpy as np
+    from onnx.reference.op_run import OpRun
+
+    norms = [node for node in model.graph.node if node.op_type == "BatchNormalization" and node.domain == ""]
+    trains = any(any(node.output[1:]) or any(a.name == "spatial" and not a.i for a in node.attribute) for node in norms)
+    if not norms or trains or not 7 <= onnx_file.opset_of(model) < 14:
+        return []
+
+    class BatchNormalization(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float = 1e-5, **others: Any) -> tuple[Any]:
+            scale, bias, mean, var = (a.reshape(-1, *(1,) * (x.ndim - 2)) for a in (scale, bias, mean, var))
+            return ((scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype),)
+
+    return [BatchNormalization]
 
 
 def _add_outputs(graph: Any, taps: Sequence[Tap]) -> int:

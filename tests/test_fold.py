@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import normswap.commands
+import normswap.fold
 from benchmarks.onnx_skeletons import PreActivation
 from fixtures.nets import randomise
 from normswap.cli import app
@@ -81,6 +83,37 @@ FOLDS: dict[str, tuple[onnx.ModelProto, dict[str, int]]] = {
         {"Tanh": 1, "Max": 1, "Conv": 1},
     ),
 }
+
+
+# onnx's own evaluator has the statistics of the batch in it there, and would be the judge of them.
+@pytest.mark.parametrize(("opset", "nodes"), [(13, {"Conv": 1}), (11, {"Conv": 1, "BatchNormalization": 1})])
+def test_a_norm_of_an_older_opset_is_in_inference_mode(opset: int, nodes: dict[str, int], tmp_path: Path) -> None:
+    body = "h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)"
+    source = saved(tmp_path / "in.onnx", model_of(body, *CONV, *NORM, imports=f'"": {opset}', ir_version=7))
+    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert result.nodes == nodes
+    same = [normswap.verify(source, tmp_path / "out.onnx"), normswap.verify(tmp_path / "out.onnx", source)]
+    assert all(same)
+    other = {tensor.name: tensor for tensor in (*NORM, from_array(1.01 * to_array(NORM[3]), "v"))}
+    saved(tmp_path / "other.onnx", model_of(body, *CONV, *other.values(), imports=f'"": {opset}', ir_version=7))
+    assert not normswap.verify(source, tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(
+    ("body", "opset", "corrected"),
+    [
+        ("y = BatchNormalization(x, s, t, m, v)", 7, True),
+        ("y = BatchNormalization <momentum=0.5> (x, s, t, m, v)", 13, True),
+        ("y = BatchNormalization(x, s, t, m, v)", 14, False),
+        ("y, n, u = BatchNormalization(x, s, t, m, v)", 9, False),
+        ("y = BatchNormalization <spatial=0> (x, s, t, m, v)", 7, False),
+        ("y = Relu(x)", 13, False),
+    ],
+)
+def test_the_evaluator_is_corrected_where_it_is_wrong(body: str, opset: int, corrected: bool) -> None:
+    from normswap.runners import _corrected
+
+    assert bool(_corrected(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
 
 
 @pytest.mark.parametrize("case", FOLDS)
@@ -211,6 +244,108 @@ def test_what_a_norm_cannot_leave_is_said(tmp_path: Path) -> None:
     assert isinstance(result, Folded)
     assert [site.left for site in result.sites] == [("BatchNormalization",)]
     assert "Swirl" in result.sites[0].reason
+
+
+# -- what else gets shorter ------------------------------------------------------------------------------------------------------------
+
+# What torch makes of a transposition of the last two axes if it does not know the rank, and a reshape to the shape that is there.
+DETOUR = "r = Reshape(y0, p) q = Transpose<perm=[0, 2, 1]>(r) u = Reshape(q, o) y = Reshape(u, o)"
+SHAPES = (from_array(np.array([-1, 4, 3]), "p"), from_array(np.array([-1, 4, 3, 4]), "o"))
+
+
+def detour(before: str, *arrays: onnx.TensorProto, **options: str) -> onnx.ModelProto:
+    return model_of(f"{before} {DETOUR}", *CONV, *SHAPES, *arrays, **options)
+
+
+def test_the_rest_of_a_graph_that_was_folded_is_shortened(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
+    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert result.nodes == {"Conv": 1, "Transpose": 1}
+    assert result.notes == ()
+    assert result.legs.passed
+
+
+def test_the_rest_of_a_graph_with_nothing_to_fold_is_not(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx", detour("y0 = Conv(x, w, c)"))
+    found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx")])
+    assert found.exit_code == 0
+    assert "nothing to fold" in found.stdout
+    assert (tmp_path / "out.onnx").read_bytes() == source.read_bytes()
+
+
+def test_a_shape_that_a_caller_may_replace_stays(tmp_path: Path) -> None:
+    inputs = "float[b,3,6,5] x, int64[4] o"
+    proto = detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM, inputs=inputs)
+    folded = fold(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    assert folded.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}
+    made = onnx.load(tmp_path / "out.onnx").graph
+    assert [value.name for value in made.input] == ["x", "o"]
+    assert "o" in [initializer.name for initializer in made.initializer]
+
+
+def test_a_norm_that_stays_is_not_folded_by_what_shortens(tmp_path: Path) -> None:
+    body = "h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v) y1 = Conv(y0, w4) y = BatchNormalization(y1, s, t, m, v)"
+    proto = model_of(body, *CONV, *NORM, tensor("w4", 4, 4, 1, 1))
+    for node in proto.graph.node:
+        node.name = f"the_{node.output[0]}"
+    source = saved(tmp_path / "in.onnx", proto)
+    both = fold(source, tmp_path / "out.onnx")
+    assert both.nodes == {"Conv": 2}
+    one = fold(source, tmp_path / "out.onnx", undone={both.sites[0].name: "for the test"})
+    assert one.nodes == {"Conv": 2, "BatchNormalization": 1}
+
+
+def test_a_function_stays_one(tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 10, opset_import: ["": 20, "own": 1]> g (float[b,3,6,5] x) => (float[ob,oc,oh,ow] y) '
+        "{ h = Conv(x, w, c) h1 = BatchNormalization(h, s, t, m, v) y = own.Twice(h1) } "
+        '<opset_import: ["": 20], domain: "own"> Twice (a) => (b) { b = Add(a, a) }'
+    )
+    proto = parser.parse_model(text)
+    proto.graph.initializer.extend([*CONV, *NORM])
+    result = normswap.commands.fold_file(str(saved(tmp_path / "in.onnx", proto)), tmp_path / "out.onnx")
+    assert result.nodes == {"Conv": 1, "own::Twice": 1}
+    assert [function.name for function in onnx.load(tmp_path / "out.onnx").functions] == ["Twice"]
+
+
+def test_shapes_are_those_that_the_file_had_and_notes_stay(tmp_path: Path) -> None:
+    proto = model_of("a = Tanh(x) h = Conv(a, w, c) z = BatchNormalization(h, s, t, m, v) y = Sigmoid(z)", *CONV, *NORM)
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, ["b", 3, 6, 5]))
+    proto.graph.node[0].metadata_props.add(key="author", value="somebody")
+    proto.metadata_props.add(key="licence", value="theirs")
+    proto.producer_name = "a tool"
+    fold(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    made = onnx.load(tmp_path / "out.onnx")
+    assert [node.op_type for node in made.graph.node] == ["Tanh", "Conv", "Sigmoid"]
+    assert [value.name for value in made.graph.value_info] == ["a"]
+    assert [entry.value for entry in made.graph.node[0].metadata_props] == ["somebody"]
+    assert {entry.key for entry in made.metadata_props} == {"licence", "normswap_version"}
+    assert made.producer_name == "a tool"
+
+
+@pytest.mark.parametrize("kind", ["raises", "is wrong", "is not valid"])
+def test_what_cannot_be_shortened_is_folded_all_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorten(model: ir.Model) -> None:
+        node = next(node for node in model.graph if node.op_type == "Transpose")
+        if kind == "raises":
+            raise ValueError("a graph that it does not know")
+        if kind == "is wrong":
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])  # the same number of values in another order
+        else:
+            node.op_type = "Transposition"
+
+    monkeypatch.setattr(normswap.fold, "lean", shorten)
+    source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
+    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    assert result.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}
+    assert result.legs.passed
+    (note,) = result.notes
+    why = {
+        "raises": "the folded graph cannot be shortened: a graph that it does not know",
+        "is wrong": "#0 in onnxruntime (disabled) was ",
+        "is not valid": "the folded graph is not valid: No Op registered for Transposition",
+    }
+    assert note.startswith(f"the rest of the graph stays as it is: {why[kind]}")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------------------

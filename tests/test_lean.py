@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from normswap.lean import lean
+from normswap.lean import lean, norms_stay
 
 GENERATOR = np.random.default_rng(0)
 
@@ -200,3 +201,26 @@ def test_gather_elements_of_constants_is_a_constant(axis: int, shape: tuple[int,
 def test_a_graph_with_nothing_to_shorten_stays() -> None:
     proto = made("h = Conv(x, w, b)  k = Relu(h)  y = Concat<axis=1>(k, x)", **POINT)
     assert order(proto) == ["Conv", "Relu", "Concat"]
+
+
+def test_outputs_that_nothing_computes_stay() -> None:
+    outputs = "float[n,4,6,8] x, float[n,a,b,c] y, float[5] k"
+    proto = made("r = Reshape(x, p)  y = Relu(r)", outputs=outputs, p=i(-1, 4, 6, 8), k=f(5))
+    model = ir.from_proto(proto)
+    lean(model)
+    assert [value.name for value in (*model.graph.inputs, *model.graph.outputs)] == ["x", "x", "y", "k"]
+    assert [node.op_type for node in model.graph] == ["Relu"]
+    assert "k" in model.graph.initializers
+
+
+def test_a_norm_after_a_convolution_stays_if_asked() -> None:
+    norm = {name: f(5) for name in "stm"} | {"v": f(5) ** 2}
+    proto = made("h = Conv(x, w, b)  k = BatchNormalization(h, s, t, m, v)  y = Relu(k)", **POINT, **norm)
+    counts = []
+    for stays in (norms_stay, lambda model: contextlib.nullcontext()):
+        model = ir.from_proto(proto)
+        with stays(model):
+            lean(model)
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        counts.append(Counter(node.op_type for node in model.graph))
+    assert counts == [{"Conv": 1, "BatchNormalization": 1, "Relu": 1}, {"Conv": 1, "Relu": 1}]

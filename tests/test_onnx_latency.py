@@ -163,8 +163,11 @@ def test_the_committed_rows_are_those_of_the_page() -> None:
     raw = json.loads(RAW.read_text())
     rows = raw["rows"]
     order = [(name, word) for name in NETS for word in SIGNS.values()]
-    assert [(r["net"], r["signs"]) for r in rows] == sorted({(r["net"], r["signs"]) for r in rows}, key=order.index)
+    assert [(r["net"], r["signs"]) for r in rows] == order
     for r in rows:
+        assert above(r, "nodes") <= 0
+        assert above(r, "bytes") <= 0
+        assert finds_more(r) == {}
         assert r["net"] in NETS
         assert r["failed"] == {}
         assert all(r[file]["error"] < 1e-4 for file in ("ours", *PEERS) if "error" in r[file])
