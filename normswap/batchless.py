@@ -160,8 +160,8 @@ class BatchlessNorm(nn.Module):
         y = weight * (x - sg(mean)) / sg(std) + bias          sg: no gradient passes
 
     Train and eval mode compute the same function (but for a layer with a `guard`), and each sample's output depends on that sample alone.
-    The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`, whose
-    gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
+    The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`,
+    whose gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
 
     Args:
         num_features: the number of channels, or one size per channel axis.
