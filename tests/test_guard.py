@@ -230,3 +230,22 @@ def test_the_drift_says_how_many_it_held() -> None:
             held = drift(model)[name].held
             assert held is not None
             assert 0 < float(held) <= 1
+
+
+def test_what_layers_are_late_by_does_not_multiply() -> None:
+    """20 layers whose std is a fifth too small each."""
+    torch.manual_seed(0)
+    chain = nn.Sequential()
+    for _ in range(20):
+        linear = nn.Linear(7, 7, bias=False, dtype=F64)
+        nn.init.orthogonal_(linear.weight)
+        layer = BatchlessNorm(7, dtype=F64, aux="auto")
+        layer.set_statistics(torch.zeros(7, dtype=F64), torch.full((7,), 0.8, dtype=F64))
+        layer.guarded = layer.stepped = True
+        chain += nn.Sequential(linear, layer)
+    x = torch.randn(5, 7, dtype=F64)
+    x /= x.square().mean(1, keepdim=True).sqrt()
+    rms = chain.train()(x).square().mean(1).sqrt()
+    torch.testing.assert_close(rms, torch.full((5,), 1.2, dtype=F64), rtol=1e-9, atol=0)
+    free = chain.eval()(x).square().mean(1).sqrt()
+    torch.testing.assert_close(free, torch.full((5,), 0.8**-20, dtype=F64), rtol=1e-9, atol=0)
