@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normswap import interrupts
 from normswap.errors import NormswapError
 from normswap.versions import version_of
 
@@ -541,7 +542,7 @@ def _work(debug: bool) -> Iterator[Progress]:
     """
     try:
         # models print while they load, and torch's exporter prints its progress
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), interrupts.remembered():
             yield _progress()
     except NormswapError as error:
         _fail(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "", code=error.exit_code, debug=debug)

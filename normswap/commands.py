@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap import cuda, effort, graphs, outputs, pipeline
+from normswap import cuda, effort, graphs, interrupts, outputs, pipeline
 from normswap.calibrate import Reestimate
 from normswap.errors import ExportError, LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.export import Dynamic, Export, Target, export
@@ -475,6 +475,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[Advance]:
+        interrupts.check()
         start = time.perf_counter()
         with self.progress(stage) as advance:
             yield advance

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from normswap import interrupts
 from normswap.errors import UsageError
 
 # Every name that is ever written into a directory. One that holds anything else is somebody's.
@@ -55,6 +56,7 @@ def directory(path: Path) -> Iterator[Path]:
         for file in partial.iterdir():
             file.chmod(0o666 & ~_umask())  # safetensors makes its files private too
             _sync(file)
+        interrupts.check()
         _take_the_place_of(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,6 +75,7 @@ def file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
         partial = Path(scratch) / path.name
         yield partial
+        interrupts.check()
         for written in sorted(Path(scratch).iterdir(), key=lambda file: file == partial):  # what it refers to first, itself last
             _sync(written)
             os.replace(written, path.parent / written.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -396,6 +397,10 @@ def test_a_file_that_does_not_fit(blocks: int, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests may run in the background of a shell, which ignores it there
+
+
 def test_ctrl_c_while_it_works(tmp_path: Path) -> None:
     """A real signal, as soon as something appears on the disk."""
     with subprocess.Popen(
@@ -403,6 +408,7 @@ def test_ctrl_c_while_it_works(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_sigint,
     ) as process:
         deadline = time.monotonic() + 60
         while not names(tmp_path) and time.monotonic() < deadline:
@@ -413,6 +419,50 @@ def test_ctrl_c_while_it_works(tmp_path: Path) -> None:
     assert stderr.splitlines()[-1] == "interrupted"
     assert "Traceback" not in stderr
     assert names(tmp_path) == []
+
+
+def swallows(_module: Any, _args: Any) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def turns_into_another(_module: Any, _args: Any) -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError("KeyboardInterrupt: <EMPTY MESSAGE>") from None
+
+
+@pytest.mark.parametrize("hook", [swallows, turns_into_another])
+@pytest.mark.parametrize(
+    "command",
+    [("convert", DIGITS, "-o", "OUT"), ("inspect", DIGITS), ("export", DIGITS, "-o", "OUT.onnx")],
+    ids=["convert", "inspect", "export"],
+)
+def test_ctrl_c_that_somebody_swallows(hook: Any, command: tuple[str, ...], tmp_path: Path) -> None:
+    """A KeyboardInterrupt is raised wherever the program is: in a destructor, under a bare `except:`, in a callback of C++."""
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        result = run(*(word.replace("OUT", f"{tmp_path}/out") for word in command))
+    finally:
+        handle.remove()
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert names(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run("inspect", DIGITS).exit_code == 0  # of which nothing is left for the next one
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """As of a program that a shell runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(swallows)
+    try:
+        assert run("inspect", DIGITS).exit_code == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        handle.remove()
+        signal.signal(signal.SIGINT, before)
 
 
 # -- the program -------------------------------------------------------------------------------------------------------------
