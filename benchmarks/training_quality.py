@@ -217,11 +217,16 @@ TASKS = {
     "mlp": Task(_digits, lambda: _mlp(64, 64, 3, 10), {2: 1, 16: 4, 64: 6}, 3, FEW),
     "parity": Task(_parity, lambda: _mlp(16, 64, 2, 2), {2: 1, 16: 2, 64: 6}, 3, FEW),
 }
-QUICK = {"scratch": {64: (0.01, 0.03, 0.1), 8: (0.003, 0.01, 0.03), 1: (0.001, 0.003, 0.01)}}
-QUICK["adapt"] = {64: (0.01, 0.03, 0.1), 16: (0.003, 0.01, 0.03), 4: (0.001, 0.003, 0.01), 1: (0.0003, 0.001, 0.003)}
-QUICK["clutter"] = {64: (0.03, 0.1), 16: (0.01, 0.03), 2: (0.001, 0.003)}
-QUICK["clutter, short"] = {64: (0.03, 0.1), 16: (0.01, 0.03)}
-QUICK |= dict.fromkeys(("preact", "mlp", "parity"), {64: (0.01, 0.03, 0.1), 16: (0.003, 0.01, 0.03), 2: (0.001, 0.003, 0.01)})
+_SMALL: dict[int, tuple[float, ...]] = {2: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)}
+QUICK: dict[str, dict[int, tuple[float, ...]]] = {
+    "adapt": {1: (0.0003, 0.001, 0.003), 4: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
+    "scratch": {1: (0.001, 0.003, 0.01), 8: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
+    "clutter": {2: (0.001, 0.003), 16: (0.01, 0.03), 64: (0.03, 0.1)},
+    "clutter, short": {16: (0.01, 0.03), 64: (0.03, 0.1)},
+    "preact": _SMALL,
+    "mlp": _SMALL,
+    "parity": _SMALL,
+}
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------------------------
@@ -403,7 +408,7 @@ class Best(NamedTuple):
     tests: dict[int, float]
     to_target: float | None
     ms: float
-    stable: tuple[float, float] | None
+    stable: tuple[float, float]
 
 
 def best_of(entries: Iterable[dict[str, Any]]) -> Best | None:
@@ -452,6 +457,19 @@ def table(task: str, entries: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def details(task: str, entries: Iterable[dict[str, Any]]) -> list[str]:
+    """Markdown: of the learning rates that were run, those within 5 points of the best; steps to TARGET, in the mean; ms of a step."""
+    entries = [entry for entry in entries if entry["task"] == task]
+    lines = ["| batch | row | learning rates | steps to the target | ms |", "|---|---|---|---|---|"]
+    for batch, row in itertools.product(sorted({entry["batch"] for entry in entries}), ROWS):
+        best = best_of(e for e in entries if e["row"] == row and e["batch"] == batch)
+        if best is not None:
+            low, high = best.stable
+            steps = "not reached" if best.to_target is None else f"{best.to_target:.0f}"
+            lines.append(f"| {batch} | {row} | {low:g}{'' if low == high else f' to {high:g}'} | {steps} | {best.ms:.1f} |")
+    return lines
+
+
 SHOWN = {
     "batchnorm": "k--",
     "default": "C3-",
@@ -496,16 +514,16 @@ def _report(options: argparse.Namespace) -> None:
     for task in TASKS:
         if any(entry["task"] == task for entry in entries):
             print(f"\n{task}\n")
-            print("\n".join(table(task, entries)))
+            print("\n".join((details if options.details else table)(task, entries)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(call=_report)
+    parser.set_defaults(call=_report, details=False)
     commands = parser.add_subparsers()
     runs = commands.add_parser("run")
     runs.set_defaults(call=_run_all)
-    runs.add_argument("--quick", action="store_true", help="tasks adapt and scratch, three learning rates")
+    runs.add_argument("--quick", action="store_true", help="fewer batch sizes, two or three learning rates")
     runs.add_argument("--task", nargs="+", choices=TASKS)
     runs.add_argument("--batch", type=int, nargs="+")
     runs.add_argument("--row", nargs="+", choices=ROWS)
@@ -513,7 +531,9 @@ def main() -> None:
     runs.add_argument("--seed", type=int, nargs="+")
     runs.add_argument("--part", default="1/1")
     commands.add_parser("collect").set_defaults(call=_collect)
-    commands.add_parser("report").set_defaults(call=_report)
+    reports = commands.add_parser("report")
+    reports.set_defaults(call=_report)
+    reports.add_argument("--details", action="store_true", help="which learning rates are stable, steps to a loss of .5, time per step")
     options = parser.parse_args()
     options.call(options)
 

@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "graphs": NOTHING,
     "calls": frozenset({"functional", "graphs"}),
     "call_sites": frozenset({"calls", "errors", "graphs", "plan", "sharing"}),
-    "outputs": frozenset({"errors"}),
+    "interrupts": NOTHING,
+    "outputs": frozenset({"errors", "interrupts"}),
     "specs": frozenset({"errors"}),
     "exported": frozenset({"errors", "inputs"}),
     "sharing": frozenset({"errors"}),
@@ -77,8 +78,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "effort", "half", "landscape", "rollback"},
-    "cli": frozenset({"errors", "commands", "report", "versions"}),  # report: `verify` has a Parity to show and no Report around it
+    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback"},
+    "cli": frozenset(
+        {"errors", "commands", "interrupts", "report", "versions"}
+    ),  # report: `verify` has a Parity to show and no Report around it
     "__main__": frozenset({"cli"}),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("sklearn")
 
 from benchmarks import peers, training_quality
-from benchmarks.training_quality import best_of, table
+from benchmarks.training_quality import best_of, details, table
 
 F64 = torch.float64
 X = torch.randn(6, 8, 5, 3, generator=torch.Generator().manual_seed(0), dtype=F64) * 2 + 1
@@ -148,3 +148,12 @@ def test_the_table_has_the_paired_standard_error() -> None:
         entry("plain", 0.3, s, 1, t) for s, t in ((0, 0.7), (1, 0.62))
     ]
     assert table("mlp", entries) == ["| | batch 4 |", "|---|---|", "| batchnorm | 85.0 (0.1) |", "| plain | 66.0 ± 1.0 (0.3) |"]
+
+
+def test_details_are_of_the_learning_rate_that_was_chosen() -> None:
+    entries = [
+        entry("plain", lr, seed, 0.9 - lr / 3, 1, to_target=10 * seed, ms=1.5 + seed) for lr in (0.03, 0.1, 0.3) for seed in (1, 2, 3)
+    ]
+    entries += [entry("default", 0.1, seed, 1, 1, to_target=None if seed else 3) for seed in (0, 1)]
+    assert details("mlp", entries)[2:] == ["| 4 | plain | 0.03 to 0.1 | 20 | 3.5 |", "| 4 | default | 0.1 | not reached | 1.0 |"]
+    assert details("parity", entries)[2:] == []
