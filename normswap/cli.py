@@ -263,7 +263,7 @@ def verify(
     """
     with _work(debug):
         from normswap.commands.verify import verify_files
-        from normswap.report import parity_json, parity_summary, parity_table
+        from normswap.report.parity import parity_json, parity_summary, parity_table
 
         parity = verify_files(
             reference,
@@ -304,7 +304,7 @@ def export(
     """
     with _work(debug):
         from normswap.commands.export import export_files
-        from normswap.report import cuda_json, cuda_lines, fates_json, legs_json, legs_summary, parity_json
+        from normswap.report.export import export_json, export_summary
 
         result = export_files(
             source,
@@ -316,21 +316,9 @@ def export(
             **_export_options(target, opset, dynamic, fp16, external_data),
         )
     if as_json:
-        facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
-        facts = {**facts, "extra": dict(result.extra), "notes": list(result.notes), "cuda": result.cuda and cuda_json(result.cuda)}
-        legs = legs_json(result.legs.parities, result.legs.not_run)
-        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity), "legs": legs})
+        _print_json(export_json(result))
     else:
-        typer.echo(f"wrote {result.path}, opset {result.opset}")
-        for line in legs_summary(result.legs.parities, result.legs.not_run):
-            typer.echo(line)
-        for site in result.sites:
-            if site.left:
-                typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")
-        for line in [] if result.cuda is None else cuda_lines(cuda_json(result.cuda)):
-            typer.echo(f"  cuda: {line}")
-        for note in result.notes:
-            typer.echo(f"  note: {note}")
+        typer.echo(export_summary(result))
 
 
 @app.command()
@@ -348,7 +336,7 @@ def fold(
     """
     with _work(debug):
         from normswap.commands.fold import fold_file
-        from normswap.report import fold_json, fold_summary, fold_table
+        from normswap.report.fold import fold_json, fold_summary, fold_table
 
         result = fold_file(source, output, inputs=inputs or ())
     if as_json:
@@ -420,7 +408,7 @@ def sensitivity(
     """
     with _work(debug), _bar() as progress:
         from normswap.commands.sensitivity import sensitivity_files
-        from normswap.report import sensitivity_json, sensitivity_summary, sensitivity_table
+        from normswap.report.sensitivity import sensitivity_json, sensitivity_summary, sensitivity_table
 
         found = sensitivity_files(
             source,
@@ -496,7 +484,7 @@ def landscape(
     """
     with _work(debug), _bar() as progress:
         from normswap.commands.landscape import landscape_files
-        from normswap.report import landscape_json, landscape_summary, landscape_table
+        from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
 
         found = landscape_files(
             source,

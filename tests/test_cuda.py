@@ -20,7 +20,7 @@ from normswap.batchless import BatchlessNorm
 from normswap.commands.onnx_legs import on_provider
 from normswap.errors import UsageError
 from normswap.export import Export, export
-from normswap.report import cuda_json, cuda_lines
+from normswap.report.export import cuda_json, cuda_lines
 from normswap.verify import judge
 
 PAGE = """

@@ -23,7 +23,7 @@ from normswap.export import export
 from normswap.fold import fold
 from normswap.folding import remainder
 from normswap.probes import Probe
-from normswap.report import fold_json, fold_summary
+from normswap.report.fold import fold_json, fold_summary
 from normswap.rollback import ROUNDS, Attempt, settle
 from normswap.verify import compare, judge
 

@@ -22,12 +22,12 @@ from normswap.commands.directory import recorded
 from normswap.commands.options import all_rules, batches_of
 from normswap.commands.verified_export import verified_export
 from normswap.errors import ParityError
-from normswap.export import Export
 from normswap.exported import as_module
 from normswap.inputs import parse
 from normswap.load import load
 from normswap.parity import Legs
-from normswap.report import Report, cuda_json, fates_json, report
+from normswap.report.conversion import Report, report
+from normswap.report.export import export_facts
 from normswap.save import save
 
 Advance = Callable[[int, int], None]
@@ -109,7 +109,7 @@ def convert_files(
                     )
                 parities.update(of_file.parities)
                 not_run = of_file.not_run
-                facts = _onnx_facts(exported)
+                facts = export_facts(exported)
         legs = Legs(parities, not_run)
         if legs.failed is not None:
             for file in partial.iterdir():
@@ -149,23 +149,6 @@ class _Clock:
         with self.progress(stage) as advance:
             yield advance
         self.seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _onnx_facts(exported: Export) -> dict[str, Any]:
-    return {
-        "target": exported.target,
-        "opset": exported.opset,
-        "dynamic_batch": exported.dynamic,
-        "free_axes": list(dict.fromkeys(name for axes in exported.free for name in axes.values())),
-        "nodes": dict(exported.nodes),
-        "folded": list(exported.folded),
-        "residue": list(exported.residue),
-        "sites": fates_json(exported.sites),
-        "skeleton": dict(exported.skeleton),
-        "extra": dict(exported.extra),
-        "cuda": None if exported.cuda is None else cuda_json(exported.cuda),
-        "notes": list(exported.notes),
-    }
 
 
 def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, source: str, factory: str | None) -> None:

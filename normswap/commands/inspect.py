@@ -9,7 +9,7 @@ from normswap import pipeline
 from normswap.commands.options import all_rules
 from normswap.inputs import parse
 from normswap.load import load
-from normswap.report import Report, report
+from normswap.report.conversion import Report, report
 
 
 def inspect_files(
