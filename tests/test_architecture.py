@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "rollback": NOTHING,
     "onnx_file": frozenset({"errors"}),
     "cuda": NOTHING,
-    "attention": frozenset({"sharing"}),
+    "attention": frozenset({"quiet", "sharing"}),
     "fused": NOTHING,
     "half": frozenset({"errors", "sharing", "folding"}),
     "quiet": NOTHING,
