@@ -50,7 +50,7 @@ def weights_of(model: object) -> int:
 
 
 def only_import() -> None:
-    for name in ("onnx", "onnxruntime", "onnxscript", "normswap.pipeline", "normswap.commands"):
+    for name in ("onnx", "onnxruntime", "onnxscript", "normswap.pipeline", "normswap.commands.convert"):
         importlib.import_module(name)
 
 
@@ -80,7 +80,7 @@ def python_convert() -> None:
 def command() -> None:
     import tempfile
 
-    from normswap.commands import convert_files
+    from normswap.commands.convert import convert_files
 
     only_import()
     with tempfile.TemporaryDirectory() as scratch:

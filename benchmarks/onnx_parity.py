@@ -38,7 +38,8 @@ from benchmarks.onnx_latency import SIGNS, TOOLS, applied, exported_by_torch, sa
 from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_norms, without_its_operators
 from normswap import onnx_file
 from normswap.batchless import BatchlessNorm
-from normswap.commands import _export, fold_file
+from normswap.commands.fold import fold_file
+from normswap.commands.verified_export import verified_export
 from normswap.export import export
 from normswap.exporting.norms import alike
 from normswap.inputs import Inputs
@@ -92,7 +93,7 @@ def legs(name: str, kind: str) -> Row:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         given = Inputs((inputs(shape),))
-        result, found = _export(model, given, Path(directory) / "model.onnx", opset=None, dynamic=True, judgement=judgement)
+        result, found = verified_export(model, given, Path(directory) / "model.onnx", opset=None, dynamic=True, judgement=judgement)
     levels = {leg: parity for leg, parity in found.parities.items() if leg != runtime(REFERENCE)}
     evaluator = found.parities.get(runtime(REFERENCE))
     return {

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normswap.batchless import BatchlessNorm as BatchlessNorm
-    from normswap.commands import export_onnx as export_onnx
-    from normswap.commands import load as load
-    from normswap.commands import save as save
-    from normswap.commands import verify as verify
+    from normswap.commands.directory import load as load
+    from normswap.commands.directory import save as save
+    from normswap.commands.export import export_onnx as export_onnx
+    from normswap.commands.verify import verify as verify
     from normswap.errors import NormswapError as NormswapError
     from normswap.errors import ParityError as ParityError
     from normswap.export import Export as Export
@@ -74,19 +74,19 @@ _HOMES = {
     "aux_loss": "training.loss",
     "backward_in_micro_batches": "training.micro",
     "convert": "pipeline",
-    "export_onnx": "commands",
+    "export_onnx": "commands.export",
     "for_opacus": "training.private",
     "inspect": "pipeline",
     "landscape": "landscape",
-    "load": "commands",
+    "load": "commands.directory",
     "masked": "training.loss",
     "norm_keys": "training.groups",
     "param_groups": "training.groups",
     "plan": "pipeline",
     "revert": "swap",
-    "save": "commands",
+    "save": "commands.directory",
     "sensitivity": "sensitivity",
-    "verify": "commands",
+    "verify": "commands.verify",
     "why_not_plain": "rules.tensors",
     "why_not_statistics": "rules.batch_norm",
 }

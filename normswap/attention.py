@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from normswap.quiet import quiet
 from normswap.sharing import uncompiled
 
 ATTENTION_OPSET = 23  # from 24 on, most operators that only move values have no CUDA kernel yet
@@ -41,11 +41,8 @@ def attends(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: M
     if isinstance(model, ExportedProgram):
         return any(node.target is _CALL.default for node in model.graph.nodes)
     copied_args, copied_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
-    nowhere = io.StringIO()
     watch = _Watch()
-    with contextlib.ExitStack() as silence:
-        for quiet in (contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings()):
-            silence.enter_context(quiet)
+    with quiet(), warnings.catch_warnings(record=True):
         warnings.simplefilter("ignore")  # the export runs it again, and shows them
         with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), watch:
             model(*copied_args, **copied_kwargs)

@@ -423,51 +423,54 @@ class BatchlessNorm(nn.Module):
         mean, std = self._through()
         scale, shift = numerics.affine_of(mean, std, self.weight, self.bias)
         factor: Tensor | None = None
-        if self.training and self.guarded and self._learns and self.stepped:
-            factor, found = self._factor(input, mean, std)
-            self.run.factor = factor.detach()
-        if self.training and self._steers:
-            input, scale, shift, found, more = self._steered(input, scale, shift, mean, std, found)
+        guards = self.training and self.guarded and self._learns and self.stepped
+        steers = self.training and self._steers
+        if guards or steers:
+            _refuse_traces(input, "is guarded" if guards else "has feedback")
+            factor, mask, found = self._looked_at(input, mean, std, guards=guards)
+            if steers:
+                input, scale, shift, more = self._steered(input, scale, shift, mean, std, mask, found)
         if self.training and self.aux != "none":
             shift = self._observed(input, shift, found, more)
         return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis, factor, self.bias)
 
-    def _factor(self, x: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Misfit]:
-        """What `guard` multiplies each sample of x with, and the misfit of x. Samples lie on the first axis, if channels do not."""
-        _refuse_traces(x, "is guarded")
+    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> tuple[Tensor | None, Tensor | None, Misfit]:
+        """(what `guard` multiplies each sample of x with, if it does; the mask, broadcast against x; the misfit of x)."""
         _shape(x, self.sizes, self.channel_axis)
         mean, std = (t.view(numerics.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
         mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
-        channels = {axis % x.dim() for axis in self.channel_axis}
-        factor, sums = guard.factor(x, mean, std, [0] if 0 not in channels else [], mask)
-        return factor, numerics.misfit(sums, std, eps=self._eps)
+        factor: Tensor | None = None
+        if guards:
+            channels = {axis % x.dim() for axis in self.channel_axis}
+            samples = [] if 0 in channels else [0]
+            factor, sums = guard.factor(x, mean, std, samples, mask)
+            self.run.factor = factor.detach()
+        else:
+            sums = numerics.sums(x, mean, mask)
+        return factor, mask, numerics.misfit(sums, std, eps=self._eps)
 
     def _steered(
-        self, x: Tensor, scale: Tensor, shift: Tensor, coupled_mean: Tensor, coupled_std: Tensor, found: Misfit | None
-    ) -> tuple[Tensor, Tensor, Tensor, Misfit, Given]:
-        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend, once `Given` is given;
-        and the misfit of x."""
-        _refuse_traces(x, "has feedback")
-        run, trend = self.run, cast(nn.Parameter, self.steering)
-        options, mask, axes = self._options(), run.mask, self.channel_axis
-        sizes = numerics.axes_shape(self.mean.shape, axes, x.dim())
-        if mask is not None:
-            mask = _mask_of(x, mask, axes)
+        self, x: Tensor, scale: Tensor, shift: Tensor, coupled_mean: Tensor, coupled_std: Tensor, mask: Tensor | None, found: Misfit
+    ) -> tuple[Tensor, Tensor, Tensor, Given]:
+        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend, once `Given` is given.
+
+        mask: broadcast against x; found: the misfit of x.
+        """
+        run, trend, share = self.run, cast(nn.Parameter, self.steering), self._options()["share"]
         mean, std = coupled_mean.detach(), coupled_std.detach()
-        d, r, f = found or numerics.misfit(numerics.sums(x, mean.view(sizes), mask), std.view(sizes), eps=self._eps)
+        d, r, _ = found
         first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
         counted = x.numel() if mask is None else mask.expand(x.shape).sum()
         number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
-        slope, level = trend.detach() * (options["share"] / number.clamp(min=1))
-        known = (
-            torch.stack([slope * second + level * first, slope * first + level]) * number
-        )  # what is taken away: the sums of . z and of .
+        slope, level = trend.detach() * (share / number.clamp(min=1))
+        # what is taken away: the sums of . z and of .
+        known = torch.stack([slope * second + level * first, slope * first + level]) * number
         weight = None if self.weight is None else self.weight.detach()
         scale, shift = feedback.felt(scale, shift, trend, weight, mean, std, known, factor=run.scale)
         more = [(through, by / std) for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])) if through.requires_grad]
         # slope z + level, over std, as a function of x
         slope, level = slope / std.square(), (level - slope * mean / std) / std
-        return feedback.leaned(x, slope.view(sizes), level.view(sizes), counted=mask, scale=run.scale), scale, shift, (d, r, f), more
+        return feedback.leaned(x, slope.view(d.shape), level.view(d.shape), counted=mask, scale=run.scale), scale, shift, more
 
     def _observed(self, x: Tensor, shift: Tensor, found: Misfit | None, more: Given) -> Tensor:
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""

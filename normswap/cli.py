@@ -180,9 +180,9 @@ def convert(
     proves that too.
     """
     with _work(debug) as progress:
-        from normswap import commands
+        from normswap.commands.convert import convert_files
 
-        report, directory = commands.convert_files(
+        report, directory = convert_files(
             source,
             output,
             arch=arch,
@@ -225,9 +225,9 @@ def inspect(
     Lists every normalization of a model: what would happen to it, and why not. Changes and writes nothing.
     """
     with _work(debug):
-        from normswap import commands
+        from normswap.commands.inspect import inspect_files
 
-        report = commands.inspect(
+        report = inspect_files(
             source,
             arch=arch,
             inputs=inputs or (),
@@ -262,10 +262,10 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
-        from normswap import commands
-        from normswap.report import parity_json, parity_summary, parity_table
+        from normswap.commands.verify import verify_files
+        from normswap.report.parity import parity_json, parity_summary, parity_table
 
-        parity = commands.verify_files(
+        parity = verify_files(
             reference,
             candidate,
             arch=arch,
@@ -303,10 +303,10 @@ def export(
     Writes an ONNX file with the normalization folded away, and proves that it is the same function.
     """
     with _work(debug):
-        from normswap import commands
-        from normswap.report import cuda_json, cuda_lines, fates_json, legs_json, legs_summary, parity_json
+        from normswap.commands.export import export_files
+        from normswap.report.export import export_json, export_summary
 
-        result = commands.export_files(
+        result = export_files(
             source,
             output,
             inputs=inputs or (),
@@ -316,21 +316,9 @@ def export(
             **_export_options(target, opset, dynamic, fp16, external_data),
         )
     if as_json:
-        facts = {"path": str(result.path), "target": result.target, "opset": result.opset, "residue": list(result.residue)}
-        facts = {**facts, "extra": dict(result.extra), "notes": list(result.notes), "cuda": result.cuda and cuda_json(result.cuda)}
-        legs = legs_json(result.legs.parities, result.legs.not_run)
-        _print_json({**facts, "sites": fates_json(result.sites), "parity": result.parity and parity_json(result.parity), "legs": legs})
+        _print_json(export_json(result))
     else:
-        typer.echo(f"wrote {result.path}, opset {result.opset}")
-        for line in legs_summary(result.legs.parities, result.legs.not_run):
-            typer.echo(line)
-        for site in result.sites:
-            if site.left:
-                typer.echo(f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}")
-        for line in [] if result.cuda is None else cuda_lines(cuda_json(result.cuda)):
-            typer.echo(f"  cuda: {line}")
-        for note in result.notes:
-            typer.echo(f"  note: {note}")
+        typer.echo(export_summary(result))
 
 
 @app.command()
@@ -347,10 +335,10 @@ def fold(
     file is copied as it is.
     """
     with _work(debug):
-        from normswap import commands
-        from normswap.report import fold_json, fold_summary, fold_table
+        from normswap.commands.fold import fold_file
+        from normswap.report.fold import fold_json, fold_summary, fold_table
 
-        result = commands.fold_file(source, output, inputs=inputs or ())
+        result = fold_file(source, output, inputs=inputs or ())
     if as_json:
         _print_json(fold_json(source, result))
     else:
@@ -372,9 +360,9 @@ def revert(
     A layer that was not trained gets its recorded statistics bit for bit; a trained one gets variance = std^2 - eps.
     """
     with _work(debug):
-        from normswap import commands
+        from normswap.commands.revert import revert_files
 
-        path = commands.revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
+        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
     typer.echo(f"wrote {path}")
 
 
@@ -419,10 +407,10 @@ def sensitivity(
     swapped together. Writes nothing but the file of --resume.
     """
     with _work(debug), _bar() as progress:
-        from normswap import commands
-        from normswap.report import sensitivity_json, sensitivity_summary, sensitivity_table
+        from normswap.commands.sensitivity import sensitivity_files
+        from normswap.report.sensitivity import sensitivity_json, sensitivity_summary, sensitivity_table
 
-        found = commands.sensitivity_files(
+        found = sensitivity_files(
             source,
             data=data,
             arch=arch,
@@ -495,10 +483,10 @@ def landscape(
     nothing but the file of --plot.
     """
     with _work(debug), _bar() as progress:
-        from normswap import commands
-        from normswap.report import landscape_json, landscape_summary, landscape_table
+        from normswap.commands.landscape import landscape_files
+        from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
 
-        found = commands.landscape_files(
+        found = landscape_files(
             source,
             data=data,
             loss=loss,

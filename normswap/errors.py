@@ -44,6 +44,13 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
+def first_words(error: BaseException) -> str:
+    """As `described`, with the headings before the first line that says something: torch and onnx write them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
+    return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"
+
+
 class UsageError(NormswapError):
     """What was asked for cannot be understood, or an input is missing."""
 

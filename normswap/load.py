@@ -4,7 +4,7 @@
     build(spec)    torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY, package.module:factory
 
 What a file is, its bytes say, not its name. Nothing is downloaded unless the spec has an `@`, and nothing in a file runs: see
-pickles.py for files of torch.save, and the part on programs below for files of torch.export.
+`pickles` for files of torch.save, and the part on programs below for files of torch.export.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 # A .pt2 is a zip of JSON and raw tensors, but torch.export.load does more than read: it evaluates the symbolic sizes and the guards
 # as Python, pastes names into the source of a forward, looks up operators by any dotted path under `torch`, and unpickles the example
 # inputs, without limits where the limited way fails. So everything is looked at first: names must be names, expressions must be
-# arithmetic, operators must be tensor operators, and pickled parts must pass the review of pickles.py.
+# arithmetic, operators must be tensor operators, and pickled parts must pass the review of `pickles`.
 
 _NAME = re.compile(r"[\w.]*")
 _EXPRESSIONS = frozenset({"expr_str", "guards_code"})

@@ -2,7 +2,7 @@
 
     trace -> match -> judge -> swap -> compare -> calibrate -> compare
 
-`plan` stops after match, `inspect` goes from there to `facts`; `convert` goes through. `commands.py` puts `load` in front and `save`,
+`plan` stops after match, `inspect` goes from there to `facts`; `convert` goes through. `commands` puts `load` in front and `save`,
 `export` and `report` behind.
 """
 

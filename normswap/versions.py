@@ -1,8 +1,11 @@
-"""The version of an installed package, ours included."""
+"""The versions of installed packages, ours included."""
 
 from __future__ import annotations
 
+import platform
 from importlib import metadata
+
+PACKAGES = ("normswap", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
 
 
 def version_of(package: str) -> str:
@@ -11,3 +14,14 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of each package that can change a number and is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "rollback": NOTHING,
     "onnx_file": frozenset({"errors"}),
     "cuda": NOTHING,
-    "attention": frozenset({"sharing"}),
+    "attention": frozenset({"quiet", "sharing"}),
     "fused": NOTHING,
     "half": frozenset({"errors", "sharing", "folding"}),
     "quiet": NOTHING,
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "fold": STAGE | {"folding", "versions", "onnx_file", "lean"},
     "folding": frozenset({"errors", "numerics", "taps"}),
     "save": STAGE | {"versions"},
-    "report": frozenset({"errors", "parity", "plan"}),
+    "report": frozenset({"parity", "plan", "versions"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
     "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
     # Orchestrates stages as `pipeline` does, and asks `pipeline` for what they decide.

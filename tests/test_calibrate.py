@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import normswap
 from fixtures.nets import randomise
 from normswap.batchless import BatchlessNorm
-from normswap.commands import convert_files
+from normswap.commands.convert import convert_files
 from normswap.errors import ParityError, UsageError
 
 

@@ -22,7 +22,6 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from normswap import commands
 from normswap.cli import app
 from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
 from normswap.parity import Difference, Parity
@@ -240,7 +239,7 @@ def test_an_error_is_two_lines_and_a_code(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "inspect", fail)
+    monkeypatch.setattr("normswap.commands.inspect.inspect_files", fail)
     result = run("inspect", "model.pt", *(["--debug"] if debug else []))
     assert (result.exit_code, result.stdout) == (code, "")
     assert ("Traceback" in result.stderr) == debug

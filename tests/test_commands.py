@@ -12,7 +12,8 @@ from torch import nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.commands import convert_files, revert_files
+from normswap.commands.convert import convert_files
+from normswap.commands.revert import revert_files
 from normswap.errors import UsageError
 
 

@@ -15,11 +15,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from benchmarks import cuda_kernels
-from normswap import commands, cuda
+from normswap import cuda
 from normswap.batchless import BatchlessNorm
+from normswap.commands.onnx_legs import on_provider
 from normswap.errors import UsageError
 from normswap.export import Export, export
-from normswap.report import cuda_json, cuda_lines
+from normswap.report.export import cuda_json, cuda_lines
 from normswap.verify import judge
 
 PAGE = """
@@ -214,7 +215,7 @@ def placed(path: Path, provider: str) -> tuple[Export, dict[str, Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.GELU(), norm(5), nn.Linear(5, 4), norm(4), nn.GELU(), norm(4)).eval()
     x = torch.randn(2, 7)
-    result, legs = commands.on_provider(export(model, (x,), {}, path), judge(model, (x,), {}), provider)
+    result, legs = on_provider(export(model, (x,), {}, path), judge(model, (x,), {}), provider)
     return result, dict(legs)
 
 

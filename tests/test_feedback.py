@@ -277,3 +277,9 @@ def test_it_cannot_be_traced_in_train_mode() -> None:
     with pytest.raises(UsageError, match="has feedback cannot be traced in train mode"):
         torch.fx.symbolic_trace(nn.Sequential(steered(2)))
     torch.fx.symbolic_trace(nn.Sequential(steered(2)).eval())
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 2), (6, 1, 7), (6,)])
+def test_an_input_of_a_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="BatchlessNorm has 3 channels on axis 1, but its input has the shape"):
+        steered(3).train()(torch.randn(shape, dtype=F64))

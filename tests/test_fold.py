@@ -18,11 +18,11 @@ from onnx.numpy_helper import from_array, to_array
 from torch import nn
 from typer.testing import CliRunner
 
-import normswap.commands
 import normswap.fold
 from benchmarks.onnx_skeletons import PreActivation
 from fixtures.nets import randomise
 from normswap.cli import app
+from normswap.commands.fold import fold_file
 from normswap.errors import ExportError, LoadError, ParityError, UsageError
 from normswap.fold import Folded, fold
 
@@ -90,7 +90,7 @@ FOLDS: dict[str, tuple[onnx.ModelProto, dict[str, int]]] = {
 def test_a_norm_of_an_older_opset_is_in_inference_mode(opset: int, nodes: dict[str, int], tmp_path: Path) -> None:
     body = "h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)"
     source = saved(tmp_path / "in.onnx", model_of(body, *CONV, *NORM, imports=f'"": {opset}', ir_version=7))
-    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    result = fold_file(str(source), tmp_path / "out.onnx")
     assert result.nodes == nodes
     same = [normswap.verify(source, tmp_path / "out.onnx"), normswap.verify(tmp_path / "out.onnx", source)]
     assert all(same)
@@ -120,7 +120,7 @@ def test_the_evaluator_is_corrected_where_it_is_wrong(body: str, opset: int, cor
 def test_folds(case: str, tmp_path: Path) -> None:
     proto, nodes = FOLDS[case]
     source = saved(tmp_path / "in.onnx", proto)
-    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
+    result = fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
     assert result.changed
     assert result.nodes == nodes
     assert result.parity is not None
@@ -145,14 +145,14 @@ def test_a_file_of_torchs_exporter(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         torch.onnx.export(model, (x,), source, dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False, external_data=False)
-    result = normswap.commands.fold_file(str(source), target)
+    result = fold_file(str(source), target)
     assert all(site.left == () for site in result.sites)
     assert not {"BatchNormalization", "Mul"} & set(result.nodes)
     assert result.nodes["Add"] == 4
     with torch.no_grad():
         want = model.double()(x.double()).numpy()
     assert np.abs(run(target, x.numpy()) - want).max() <= 1e-5 * np.abs(want).max()
-    again = normswap.commands.fold_file(str(target), tmp_path / "again.onnx")
+    again = fold_file(str(target), tmp_path / "again.onnx")
     assert not again.changed
     assert (tmp_path / "again.onnx").read_bytes() == target.read_bytes()
 
@@ -164,7 +164,7 @@ def test_large_weights_stay_in_a_file_of_their_own(tmp_path: Path, monkeypatch: 
     source = tmp_path / "in" / "model.onnx"
     source.parent.mkdir()
     onnx.save(proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    result = normswap.commands.fold_file(str(source), tmp_path / "out" / "model.onnx")
+    result = fold_file(str(source), tmp_path / "out" / "model.onnx")
     assert result.nodes == {"Conv": 1}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx.data"]
     x = RNG.standard_normal((2, 3, 11, 10)).astype(np.float32)
@@ -234,7 +234,7 @@ def test_a_copy_takes_its_weights_along(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     source = tmp_path / "in" / "model.onnx"
     onnx.save(model_of("h = Conv(x, w, c) y = Relu(h)", *CONV), source, save_as_external_data=True, location="w.bin", size_threshold=0)
-    result = normswap.commands.fold_file(str(source), tmp_path / "out" / "model.onnx")
+    result = fold_file(str(source), tmp_path / "out" / "model.onnx")
     assert not result.changed
     assert (tmp_path / "out" / "w.bin").read_bytes() == (tmp_path / "in" / "w.bin").read_bytes()
 
@@ -259,7 +259,7 @@ def detour(before: str, *arrays: onnx.TensorProto, **options: str) -> onnx.Model
 
 def test_the_rest_of_a_graph_that_was_folded_is_shortened(tmp_path: Path) -> None:
     source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
-    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    result = fold_file(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Transpose": 1}
     assert result.notes == ()
     assert result.legs.passed
@@ -303,7 +303,7 @@ def test_a_function_stays_one(tmp_path: Path) -> None:
     )
     proto = parser.parse_model(text)
     proto.graph.initializer.extend([*CONV, *NORM])
-    result = normswap.commands.fold_file(str(saved(tmp_path / "in.onnx", proto)), tmp_path / "out.onnx")
+    result = fold_file(str(saved(tmp_path / "in.onnx", proto)), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "own::Twice": 1}
     assert [function.name for function in onnx.load(tmp_path / "out.onnx").functions] == ["Twice"]
 
@@ -336,7 +336,7 @@ def test_what_cannot_be_shortened_is_folded_all_the_same(kind: str, tmp_path: Pa
 
     monkeypatch.setattr(normswap.fold, "lean", shorten)
     source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
-    result = normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+    result = fold_file(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}
     assert result.legs.passed
     (note,) = result.notes
@@ -383,7 +383,7 @@ def broken(kind: str, path: Path) -> Path:
 def test_a_broken_file_is_an_error_and_nothing_is_written(kind: str, message: str, tmp_path: Path) -> None:
     source = broken(kind, tmp_path / "in.onnx")
     with pytest.raises(LoadError, match=message):
-        normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+        fold_file(str(source), tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
     found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx")])
     assert found.exit_code == 1
@@ -395,7 +395,7 @@ def test_a_fold_that_is_wrong_is_undone(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))  # forgets W t
     source, target = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0]), tmp_path / "out.onnx"
-    result = normswap.commands.fold_file(str(source), target, inputs=["2x3x6x5"])
+    result = fold_file(str(source), target, inputs=["2x3x6x5"])
     assert not result.changed
     (site,) = result.sites
     assert site.left == ("BatchNormalization",)
@@ -408,10 +408,10 @@ def test_what_fails_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from normswap.folding.linear import Linear
 
     monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))
-    monkeypatch.setattr(normswap.commands, "settle", lambda attempt: attempt({}))  # finds nothing that could be undone
+    monkeypatch.setattr("normswap.commands.fold.settle", lambda attempt: attempt({}))  # finds nothing that could be undone
     source = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0])
     with pytest.raises(ParityError):
-        normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
+        fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])
     assert not (tmp_path / "out.onnx").exists()
     found = CliRunner().invoke(app, ["fold", str(source), "-o", str(tmp_path / "out.onnx"), "--input", "2x3x6x5"])
     assert found.exit_code == 3
@@ -421,9 +421,9 @@ def test_inputs_that_the_file_does_not_say(tmp_path: Path) -> None:
     proto = model_of("h = BatchNormalization(x, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3, inputs="float[b,3,height,width] x")
     source = saved(tmp_path / "in.onnx", proto)
     with pytest.raises(UsageError, match="does not say how large its inputs are") as caught:
-        normswap.commands.fold_file(str(source), tmp_path / "out.onnx")
+        fold_file(str(source), tmp_path / "out.onnx")
     assert caught.value.hint == "give them: --input 1x3x224x224"
-    assert normswap.commands.fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).changed
+    assert fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).changed
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_in_place(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.onnx", FOLDS["conv, norm"][0])
-    assert normswap.commands.fold_file(str(path), path).changed
+    assert fold_file(str(path), path).changed
     assert [node.op_type for node in onnx.load(path).graph.node] == ["Conv"]
 
 

@@ -66,14 +66,14 @@ def test_spatial_axes_are_free_and_verified(name: str, path: Path) -> None:
 
 
 def test_the_other_sizes_are_a_leg_of_their_own(path: Path) -> None:
-    from normswap import commands
+    from normswap.commands.verified_export import verified_export
     from normswap.inputs import as_inputs
 
-    _, legs = commands._export(convs().eval(), as_inputs(torch.randn(2, 3, 13, 16)), path, dynamic="spatial")
+    _, legs = verified_export(convs().eval(), as_inputs(torch.randn(2, 3, 13, 16)), path, dynamic="spatial")
     leg = legs.parities["onnxruntime (all), other sizes"]
     assert leg.passed
     assert leg.probes == ("example", "height 26", "height 6", "width 32", "width 8")
-    _, legs = commands._export(convs().eval(), as_inputs(torch.randn(2, 3, 13, 16)), path)
+    _, legs = verified_export(convs().eval(), as_inputs(torch.randn(2, 3, 13, 16)), path)
     assert not any("other sizes" in name for name in legs.parities)
 
 

@@ -232,6 +232,23 @@ def test_the_drift_says_how_many_it_held() -> None:
             assert 0 < float(held) <= 1
 
 
+def test_a_layer_whose_guard_was_taken_off_held_nothing() -> None:
+    model = net()
+    step(model)
+    model(X).sum().backward()
+    guarded = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchlessNorm)}
+    first, *others = guarded
+    guarded[first].guarded = False
+    assert drift(model)[first].held is None
+    assert all(drift(model)[name].held is not None for name in others)
+    model.zero_grad()
+    model(X).sum().backward()
+    assert drift(model)[first].held is None
+    guarded[first].guarded = True
+    model(X).sum().backward()
+    assert drift(model)[first].held is not None
+
+
 def test_what_layers_are_late_by_does_not_multiply() -> None:
     """20 layers whose std is a fifth too small each."""
     torch.manual_seed(0)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.architectures import GPT, AlphaZero, ViT
-from normswap import commands
 from normswap.batchless import BatchlessNorm
+from normswap.commands.verified_export import verified_export
 from normswap.errors import ExportError, ParityError, UsageError
 from normswap.export import Export, export
 from normswap.half import halved
@@ -241,9 +241,9 @@ def test_a_model_that_needs_more_than_float16_is_not_written(path: Path) -> None
 
 
 def test_the_rounding_of_torch_is_told_where_it_is_large(path: Path) -> None:
-    _, legs = commands._export(nn.Linear(7, 5).eval(), as_inputs(torch.randn(3, 7)), path, half=True)
+    _, legs = verified_export(nn.Linear(7, 5).eval(), as_inputs(torch.randn(3, 7)), path, half=True)
     assert legs.passed
-    result, legs = commands._export(Cancels().eval(), as_inputs(torch.rand(3, 1) + 1), path, half=True)
+    result, legs = verified_export(Cancels().eval(), as_inputs(torch.rand(3, 1) + 1), path, half=True)
     assert not any(legs.parities.values())
     (note,) = result.notes
     assert note.startswith("run by torch in float16, the model itself is ")

@@ -31,7 +31,7 @@ from normswap.batchless import BatchlessNorm
 from normswap.cli import app
 from normswap.errors import SwapError, UsageError
 from normswap.landscape import Landscape, Line, Loss
-from normswap.report import landscape_json, landscape_summary, landscape_table
+from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
 
 MODULE = importlib.import_module("normswap.landscape")  # the attribute of the package is the function
 F64 = torch.float64

@@ -19,7 +19,7 @@ from torch import nn
 
 import normswap
 from normswap import cli, pipeline
-from normswap.commands import convert_files
+from normswap.commands.convert import convert_files
 
 REPOSITORY = Path(__file__).parent.parent
 MODULE = """

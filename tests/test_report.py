@@ -21,7 +21,8 @@ from normswap.calibrate import Fit
 from normswap.facts import Facts
 from normswap.parity import Difference, Parity
 from normswap.plan import Plan, Rule, Site, Skip, Swap
-from normswap.report import Report, parity_json, parity_summary, parity_table, report
+from normswap.report.conversion import Report, report
+from normswap.report.parity import parity_json, parity_summary, parity_table
 from normswap.traps import Trap
 
 RULE = Rule("BatchNorm2d", lambda site: True, lambda site: None, lambda site, std: nn.Identity())

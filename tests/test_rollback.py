@@ -16,14 +16,14 @@ from onnx.numpy_helper import from_array
 from torch import Tensor, nn
 
 import normswap
-import normswap.commands
+from normswap.commands.fold import fold_file
 from normswap.effort import seconds
 from normswap.errors import ParityError
 from normswap.export import export
 from normswap.fold import fold
 from normswap.folding import remainder
 from normswap.probes import Probe
-from normswap.report import fold_json, fold_summary
+from normswap.report.fold import fold_json, fold_summary
 from normswap.rollback import ROUNDS, Attempt, settle
 from normswap.verify import compare, judge
 
@@ -143,7 +143,7 @@ def small_stream(path: Path, shift: float) -> Path:
 
 def test_the_first_bad_fold_is_undone_and_the_other_one_stays(tmp_path: Path) -> None:
     source, target = small_stream(tmp_path / "in.onnx", 40.0), tmp_path / "out.onnx"
-    result = normswap.commands.fold_file(str(source), target)
+    result = fold_file(str(source), target)
     bad, good = result.sites
     assert (bad.how, bad.left, good.how, good.left) == ("", ("Mul", "Add"), "stream_shift", ())
     assert bad.reason.startswith("rolled back: folded, #0 in onnxruntime (disabled) was ")
@@ -168,7 +168,7 @@ def test_it_is_really_that_fold(tmp_path: Path) -> None:
 
 
 def test_nothing_is_undone_where_the_digits_suffice(tmp_path: Path) -> None:
-    result = normswap.commands.fold_file(str(small_stream(tmp_path / "in.onnx", 1e-5)), tmp_path / "out.onnx")
+    result = fold_file(str(small_stream(tmp_path / "in.onnx", 1e-5)), tmp_path / "out.onnx")
     assert [site.how for site in result.sites] == ["stream_shift", "stream_shift"]
     assert all(site.reason == "" for site in result.sites)
 
@@ -265,16 +265,16 @@ def test_what_is_undone_stays_in_the_file(tmp_path: Path, target: Any, half: boo
 def test_the_evaluator_is_asked_where_it_answers_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small_stream(tmp_path / "in.onnx", 1e-5)
     name = "onnx's reference evaluator"
-    monkeypatch.setattr(normswap.commands, "EVALUATOR_SECONDS", 1e-9)
-    legs = normswap.commands.fold_file(str(source), tmp_path / "out.onnx").legs
+    monkeypatch.setattr("normswap.commands.onnx_legs.EVALUATOR_SECONDS", 1e-9)
+    legs = fold_file(str(source), tmp_path / "out.onnx").legs
     assert name not in legs.parities
     assert legs.not_run == {name: "it would take about 0 s for one input"}
     assert legs.passed
     probes = [Probe(str(n), (torch.zeros(n, 3, 6, 5),), {}) for n in (1, 2, 1)]
     one, two, again = seconds(source, probes)
     assert one == again < two
-    monkeypatch.setattr(normswap.commands, "EVALUATOR_SECONDS", 2.5 * one)
-    legs = normswap.commands.fold_file(str(source), tmp_path / "out.onnx").legs
+    monkeypatch.setattr("normswap.commands.onnx_legs.EVALUATOR_SECONDS", 2.5 * one)
+    legs = fold_file(str(source), tmp_path / "out.onnx").legs
     assert set(legs.parities[name].probes) < {"batch 1", "batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 0", "batch 1, all 3"}
 
 

@@ -27,7 +27,7 @@ from normswap.batchless import BatchlessNorm
 from normswap.cli import app
 from normswap.errors import ParityError, SwapError, UsageError
 from normswap.plan import Site
-from normswap.report import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
+from normswap.report.sensitivity import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
 from normswap.rules import DEFAULT_RULES
 from normswap.sensitivity import By, Sensitivity, _globs, value
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from fixtures import strange_onnx
 from normswap.cli import app
-from normswap.commands import fold_file
+from normswap.commands.fold import fold_file
 from normswap.errors import LoadError, NormswapError, UsageError
 from normswap.fold import fold
 
@@ -89,7 +89,7 @@ def ml(op_type: str, **attributes: Any) -> onnx.ModelProto:
 
 
 def already_folded(path: Path) -> onnx.ModelProto:
-    from normswap.commands import export_onnx
+    from normswap.commands.export import export_onnx
     from normswap.pipeline import convert
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()

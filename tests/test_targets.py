@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -196,6 +198,25 @@ def test_looking_leaves_the_inputs_alone() -> None:
     x = torch.ones(2, 3)
     assert not attends(Writes().eval(), (x,), {})
     assert bool((x == 1).all())
+
+
+@pytest.mark.parametrize("action", ["default", "always", "error"])
+def test_looking_is_silent(action: Literal["default", "always", "error"], capfd: pytest.CaptureFixture[str]) -> None:
+    class Talks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print("so")
+            print("so", file=sys.stderr)
+            warnings.warn("it is said", stacklevel=1)
+            warnings.simplefilter(action)
+            if action != "error":
+                warnings.warn("and again", stacklevel=1)
+            return F.scaled_dot_product_attention(x, x, x)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        assert attends(Talks().eval(), (torch.randn(2, 3, 5),), {})
+    assert caught == []
+    assert capfd.readouterr() == ("", "")
 
 
 # -- where the weights go ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.commands import convert_files
+from normswap.commands.convert import convert_files
 from normswap.errors import ParityError, SwapError, UsageError
 
 IMAGE = torch.randn(3, 4, 9, 7)

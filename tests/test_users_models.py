@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import normswap
 from fixtures.nets import randomise
 from normswap import pipeline
-from normswap.commands import convert_files
+from normswap.commands.convert import convert_files
 from normswap.errors import SwapError, UnsafePickleError, UsageError
 from normswap.plan import Plan
 

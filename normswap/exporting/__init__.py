@@ -20,10 +20,3 @@ NO_ONNX = "`--no-onnx` writes the converted model without an ONNX file"
 def unused(name: str, taken: Container[str]) -> str:
     """`name`, or the first of `name_1`, `name_2` ... that is not taken."""
     return next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
-
-
-def first_words(error: BaseException) -> str:
-    """The type of an error and its first line that says something, headings before it included."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
-    return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"

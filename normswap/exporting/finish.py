@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from normswap import onnx_file
-from normswap.errors import ExportError
-from normswap.exporting import DEFAULT_OPSET, DOMAIN, NO_ONNX, TORCH_OPSET, first_words, unused
+from normswap.errors import ExportError, first_words
+from normswap.exporting import DEFAULT_OPSET, DOMAIN, NO_ONNX, TORCH_OPSET, unused
 from normswap.lean import lean, norms_stay
 from normswap.versions import version_of
 

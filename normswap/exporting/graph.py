@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from normswap.errors import ExportError
-from normswap.exporting import NO_ONNX, first_words, unused
+from normswap.errors import ExportError, first_words
+from normswap.exporting import NO_ONNX, unused
 from normswap.exporting.marks import mark_operator, onnx_mark
 from normswap.injection import inject_operator
 from normswap.quiet import quiet

@@ -48,5 +48,5 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     d, r = numerics.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
-    factor = layer.run.factor
+    factor = layer.run.factor if layer.guarded else None
     return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

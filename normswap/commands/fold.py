@@ -1,0 +1,61 @@
+"""`normswap fold`: the normalization of an ONNX file into its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from normswap import outputs
+from normswap.commands.onnx_legs import attempt_of, check_legs, clear, last_word, legs_of
+from normswap.errors import ExportError, UsageError
+from normswap.fold import Folded, fold
+from normswap.inputs import Inputs, parse
+from normswap.parity import Legs
+from normswap.rollback import Attempt, settle
+from normswap.runners import onnx_inputs
+from normswap.taps import Tap
+from normswap.verify import Judgement, judge
+
+
+def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
+    """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
+    given = parse(inputs) if inputs else None
+    path = Path(source)
+
+    @functools.cache
+    def judged(taps: tuple[Tap, ...]) -> Judgement:
+        declared = None if given is not None else onnx_inputs(path)
+        known = given or (None if declared is None else Inputs(declared))
+        if known is None:
+            raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
+        return judge(path, known.args, known.kwargs, taps=taps)
+
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        try:
+            shorter = measured(undone, shorten=True)
+            if shorter.passed:
+                return shorter
+            why = shorter.why
+        except ExportError as error:
+            why = error.message
+        found = measured(undone, shorten=False)
+        result, legs = found.result
+        if not found.passed:
+            return found
+        result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
+        return dataclasses.replace(found, result=(result, legs))
+
+    def measured(undone: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Legs]]:
+        clear(partial)
+        result = fold(path, partial, undone=undone, shorten=shorten)
+        if not result.changed:
+            return Attempt((result, Legs()), True)
+        legs, _ = legs_of(judged(()), partial)
+        return attempt_of((result, legs), result.sites, undone, result.taps, partial, lambda: judged(result.original_taps))
+
+    with outputs.file(output) as partial:
+        result, legs = settle(attempt).result
+        check_legs(legs)
+    return dataclasses.replace(result, path=output, parity=last_word(legs), legs=legs)

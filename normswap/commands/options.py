@@ -1,0 +1,45 @@
+"""What the options --data, --rule, --metric and --loss name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from normswap.errors import UsageError
+from normswap.inputs import parse
+from normswap.plan import Rule
+from normswap.rules import DEFAULT_RULES
+from normswap.rules.own import named
+from normswap.specs import SPEC, imported
+
+
+def batches_of(spec: str) -> Sequence[Any]:
+    """Calibration data: a .pt, .npz or .npy file, which is one batch; a directory of such files; or package.module:factory,
+    which returns or yields batches."""
+    path = Path(spec)
+    files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]
+    if path.exists():
+        if not files:
+            raise UsageError(f"--data {spec} holds no .pt, .npz or .npy file", hint="each file is one batch")
+        return [found.kwargs or found.args for found in (parse([str(file)]) for file in files)]
+    if SPEC.fullmatch(spec) is None:
+        raise UsageError(f"--data {spec} is no file, no directory and no package.module:factory", hint="a factory returns batches")
+    factory = imported(spec, "--data", "a function that returns batches")
+    try:
+        return list(factory())
+    except Exception as error:  # it is the user's code
+        raise UsageError(f"--data {spec}: the factory raised {type(error).__name__}: {error}") from error
+
+
+def all_rules(specs: Sequence[str]) -> tuple[Rule, ...]:
+    """People's own rules, by package.module:NAME, before the default ones."""
+    return (*(named(spec) for spec in specs), *DEFAULT_RULES)
+
+
+def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
+    """What package.module:callable names."""
+    found = imported(spec, option, meant)
+    if not callable(found):
+        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}")
+    return cast("Callable[..., Any]", found)

@@ -1,0 +1,81 @@
+"""`normswap verify`, and `normswap.verify`: whether two models, directories or files compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.commands.sources import Model, inputs_of, load_any
+from normswap.errors import LoadError, UsageError
+from normswap.exported import as_module
+from normswap.inputs import as_inputs, parse
+from normswap.parity import Parity
+from normswap.save import sites_of
+from normswap.verify import compare, judge
+
+
+def verify(
+    reference: Model | str | Path, candidate: Model | str | Path, inputs: Any = None, *, tolerance: float | None = None, **loading: Any
+) -> Parity:
+    """Measure whether `candidate` computes what `reference` computes. Never raises on a mismatch: ask `bool(parity)`.
+
+    Each side is a module, an ExportedProgram, a model file, a converted directory or an .onnx file. inputs: a tensor, a tuple, or a dict of
+    keyword arguments; None takes those of a converted directory, or infers them. tolerance: the largest max|difference| / max|reference|
+    that passes, in place of the limits described in `verify.py`.
+
+    Raises LoadError if a side cannot be read, UsageError if the reference cannot run on the inputs or none are known.
+    """
+    sides = [_open(side, **loading) for side in (reference, candidate)]
+    known = as_inputs(inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), sides)), None)
+    if known is None:
+        raise UsageError("no inputs are known that both models take", hint="give them: --input 1x3x224x224, or inputs=... in Python")
+    a, b = sides
+    sites = []
+    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+        ours = dict(a.named_modules(remove_duplicate=False))
+        sites = [site["name"] for site in sites_of(b) if site["name"] in ours]
+    return compare(judge(a, known.args, known.kwargs, sites=sites), b, sites=sites, tolerance=tolerance)
+
+
+def verify_files(
+    reference: str,
+    candidate: str,
+    *,
+    arch: str | None = None,
+    inputs: Sequence[str] = (),
+    tolerance: float | None = None,
+    trust_packages: Sequence[str] = (),
+    trust_pickle: bool = False,
+) -> Parity:
+    """`verify` for the command line."""
+    given = parse(inputs) if inputs else None
+    return verify(
+        reference,
+        candidate,
+        given,
+        tolerance=tolerance,
+        arch=arch,
+        trust_packages=trust_packages,
+        trust_pickle=trust_pickle,
+    )
+
+
+def _open(side: Model | str | Path, **loading: Any) -> nn.Module | Path:
+    """A module, or the path of an ONNX file."""
+    if not isinstance(side, (str, Path)):
+        return as_module(side)
+    if Path(side).suffix == ".onnx":
+        if not Path(side).is_file():
+            raise LoadError(f"{side} does not exist", hint="give the path of an .onnx file")
+        return Path(side)
+    if not _takes_arch(str(side)):
+        loading = {**loading, "arch": None}
+    return as_module(load_any(str(side), **loading))
+
+
+def _takes_arch(source: str) -> bool:
+    """Whether --arch may be meant for this side: a file of weights, or a directory."""
+    return Path(source).is_dir() or Path(source).suffix in (".safetensors", ".pt", ".pth")
