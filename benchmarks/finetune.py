@@ -6,10 +6,10 @@ The digits classifier of the fixtures, trained on white on black, learns black o
 starts from the same weights, with the BatchNorm statistics measured on the new domain ("calibrated"), sees the same number of samples, and
 takes the learning rate that is best on a validation set, in the mean over the seeds. SGD with momentum .9, no weight decay, no schedule.
 
-    natural      normswap.convert, statistics with BatchNorm's momentum of .1
+    natural      normswap.convert(coupling="none"), statistics with BatchNorm's momentum of .1
     slow         the same with a momentum of .1 * batch / 64, so that the average is over as many samples at every batch size
     coupled      normswap.convert(coupling="auto"), with normswap.param_groups(batch=batch)
-    raw          normswap.convert(stats="raw"): the statistics learn by the learning rate of the others
+    raw          normswap.convert(stats="raw", coupling="none"): the statistics learn by the learning rate of the others
     batch norm   in train mode
     frozen       BatchNorm in eval mode, whose weight and bias train
     group norm   GroupNorm with 8 groups in the place of every BatchNorm, its weight 1 and its bias 0
@@ -87,7 +87,7 @@ def calibrated(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def natural(model: nn.Module, batch: int) -> nn.Module:
-    return normswap.convert(model, torch.zeros(3, 1, 8, 8)).model.train()
+    return normswap.convert(model, torch.zeros(3, 1, 8, 8), coupling="none").model.train()
 
 
 def slow(model: nn.Module, batch: int) -> nn.Module:
@@ -103,7 +103,7 @@ def coupled(model: nn.Module, batch: int) -> nn.Module:
 
 
 def raw(model: nn.Module, batch: int) -> nn.Module:
-    return normswap.convert(model, torch.zeros(3, 1, 8, 8), stats="raw").model.train()
+    return normswap.convert(model, torch.zeros(3, 1, 8, 8), stats="raw", coupling="none").model.train()
 
 
 def batch_norm(model: nn.Module, batch: int) -> nn.Module:

@@ -95,7 +95,7 @@ def made(net: str, row: str) -> nn.Module:
     model = build().eval()
     if row != "batchnorm":
         x = torch.randn(2, *shape)
-        options: dict[str, Any] = {} if row == "plain" else {"coupling": "auto", "calibration": [x]}
+        options: dict[str, Any] = {"coupling": "none"} if row == "plain" else {"coupling": "auto", "calibration": [x]}
         model = normswap.convert(model, x, **options).model
         for layer in model.modules():
             if isinstance(layer, BatchlessNorm):

@@ -248,7 +248,7 @@ def _measured(model: nn.Module, x: Tensor) -> nn.Module:
 def _converted(
     model: nn.Module, start: Tensor, *, coupled: bool = True, units: bool = True, feedback: bool = False, guarded: bool = False
 ) -> nn.Module:
-    options: dict[str, Any] = {"calibration": [start], "coupling": "auto"} if coupled else {}
+    options: dict[str, Any] = {"calibration": [start], "coupling": "auto"} if coupled else {"coupling": "none"}
     made = normswap.convert(model.eval(), start[:2], **options).model
     for layer in made.modules():
         if isinstance(layer, BatchlessNorm):

@@ -53,7 +53,7 @@ class Conversion(Generic[M]):
     module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
     drift: how far the whole model and each swapped layer are from the original on calibration data, of an approximate conversion; else
     None. parity is then that of the exact swaps alone. fits: how well each layer could be calibrated or re-estimated, if it was.
-    pairs: with coupling="auto", which layers are coupled to which conv or linear, and why the others are not.
+    pairs: which layers are coupled to which conv or linear, and why the others are not.
     judgement: what the original computes, to hold further candidates (an ONNX file) against.
     """
 
@@ -118,14 +118,15 @@ def convert(
     reestimate: Reestimate | None = None,
     aux: Aux = "auto",
     stats: Stats = "natural",
-    coupling: Coupling = "none",
+    coupling: Coupling = "auto",
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
     example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer. std: how the layers store
     it. aux, stats: how their statistics train, in train mode; see BatchlessNorm. coupling: "auto" couples the statistics of each norm
-    that has a conv or linear of its own before it to that one's weight, so that its training is centred as BatchNorm's is; see
-    `BatchlessNorm.couple`. `pairs` says of each what became of it.
+    that has a conv or linear of its own before it to that one's weight, so that its training is centred as BatchNorm's is, and gives
+    every norm feedback and a guard; see `BatchlessNorm.couple`, `feedback` and `guard`. `pairs` says of each what became of it. "none": the
+    source's plain layer. In eval mode they are the same.
 
     Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
     that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
@@ -235,7 +236,7 @@ def attempt(
         fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
     modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
     if not (names or reestimate == "adapt"):
-        coupled = _coupled(coupling, swapped, exact, inputs, batches)
+        coupled = _coupled(coupling, model, swapped, exact, inputs, batches)
     parity = compare(judgement, swapped, sites=sites, original=module)
     if not (names or reestimate == "adapt") or not parity:
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits, pairs=coupled)
@@ -247,14 +248,19 @@ def attempt(
     if reestimate == "adapt":
         decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
     modes.prepare(approximated, module, decided.swaps, aux=aux, stats=stats)
-    coupled = _coupled(coupling, approximated, decided, inputs, batches)
+    coupled = _coupled(coupling, model, approximated, decided, inputs, batches)
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits, coupled)
 
 
-def _coupled(word: Coupling, model: nn.Module, decided: Plan, inputs: Inputs, batches: Iterable[Any]) -> tuple[Pair, ...]:
+def _coupled(
+    word: Coupling, model: nn.Module | ExportedProgram, swapped: nn.Module, decided: Plan, inputs: Inputs, batches: Iterable[Any]
+) -> tuple[Pair, ...]:
     if word == "none":
         return ()
-    return pairs.couple(model, decided.swaps, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
+    if isinstance(model, ExportedProgram):
+        reason = "is in the graph of an exported program, which keeps no state between steps"
+        return tuple(Pair(s.name, reason=reason) for s in decided.swaps)
+    return pairs.couple(swapped, decided.swaps, inputs.args, inputs.kwargs, (arguments_of(batch, swapped) for batch in batches))
 
 
 def _check_lazy(module: nn.Module) -> None:

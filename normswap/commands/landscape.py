@@ -70,5 +70,5 @@ def _forms(model: Model, asked: Sequence[Form], data: Sequence[Any]) -> Iterator
                 hint="`normswap inspect` tells why; --as original measures the model as it is",
             )
         else:
-            options: dict[str, Any] = {"coupling": "auto", "calibration": calibration} if form == "coupled" else {}
+            options: dict[str, Any] = {"coupling": "auto", "calibration": calibration} if form == "coupled" else {"coupling": "none"}
             yield form, pipeline.convert(model, calibration[0], **options).model
