@@ -180,7 +180,7 @@ def test_half_precision_inputs_are_added_up_in_float32() -> None:
 def test_at_the_swap_coupled_and_plain_are_one_function(kind: str) -> None:
     """Whatever the input mean."""
     source, x = pair_of(kind)
-    plain = normswap.convert(source, x[:3]).model
+    plain = normswap.convert(source, x[:3], coupling="none").model
     model, _ = coupled(kind)
     for mode in (True, False):
         plain.train(mode)
@@ -227,7 +227,7 @@ def test_the_gradient_has_no_radial_part_and_none_by_the_bias(kind: str) -> None
     assert radial.max() < 1e-12
     if model[0].bias is not None:
         assert model[0].bias.grad.abs().max() < 1e-12 * by.abs().max() * len(x) * 100
-    plain = normswap.convert(pair_of(kind)[0], x[:3]).model.train()
+    plain = normswap.convert(pair_of(kind)[0], x[:3], coupling="none").model.train()
     (plain(x) * task).sum().backward()
     rows, by = (coupling.filters(copy_with_weight(plain[0], t), F64) for t in (plain[0].weight, plain[0].weight.grad))  # type: ignore[index]
     assert ((rows * by).sum(1).abs() / (rows.norm(dim=1) * by.norm(dim=1))).max() > 1e-3
@@ -485,7 +485,7 @@ def test_an_input_mean_that_was_not_measured_is_at_first_that_of_the_first_steps
 def test_what_does_not_learn_stays(what: str) -> None:
     """In eval mode, or frozen, the layer is the plain one: no gradient passes, and nothing moves."""
     model, x = coupled("conv2d")
-    plain = normswap.convert(pair_of("conv2d")[0], x[:3]).model
+    plain = normswap.convert(pair_of("conv2d")[0], x[:3], coupling="none").model
     for each in (model, plain):
         if what == "eval":
             each.eval()
@@ -600,7 +600,7 @@ def test_who_is_coupled_and_why_the_others_are_not() -> None:
 
 def test_none_couples_nothing() -> None:
     source, x = pair_of("conv2d")
-    conversion = normswap.convert(source, x)
+    conversion = normswap.convert(source, x, coupling="none")
     assert conversion.pairs == ()
     assert not conversion.model[0]._forward_pre_hooks  # type: ignore[index, union-attr]
     with pytest.raises(UsageError, match="coupling is 'maybe'; expected one of 'auto', 'none'"):
@@ -665,7 +665,7 @@ def test_copies_pickles_and_states_keep_the_pair() -> None:
 
 def test_the_states_of_coupled_and_plain_layers_fit_each_other() -> None:
     model, x = coupled("grouped")
-    plain = normswap.convert(pair_of("grouped")[0], x[:3]).model.train()
+    plain = normswap.convert(pair_of("grouped")[0], x[:3], coupling="none").model.train()
     step = torch.optim.SGD(normswap.param_groups(model, lr=0.1))
     model(x).square().mean().backward()
     step.step()

@@ -371,7 +371,7 @@ def test_bf16_autocast(aux: str) -> None:
 @pytest.mark.parametrize("act", [lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True), nn.GELU])
 @pytest.mark.parametrize("aux", DOORS)
 def test_in_place_activations(aux: str, act: Callable[[], nn.Module]) -> None:
-    model = normswap.convert(source(act=act).eval(), X[:2], aux=aux).model.train()  # type: ignore[arg-type]
+    model = normswap.convert(source(act=act).eval(), X[:2], aux=aux, coupling="none").model.train()  # type: ignore[arg-type]
     loss_of(model).backward()
     assert_close(grads(model), reference(model))
 
@@ -385,7 +385,7 @@ def test_full_backward_hooks_do_what_they_do_on_batch_norm(inplace: bool) -> Non
         model[1].register_full_backward_hook(lambda m, i, o: None)
         task(model(X.clone().requires_grad_())).backward()
 
-    ours = normswap.convert(source(act=lambda: nn.ReLU(inplace)).eval(), X[:2]).model.train()
+    ours = normswap.convert(source(act=lambda: nn.ReLU(inplace)).eval(), X[:2], coupling="none").model.train()
     expected = reference(ours)
     for model in (ours, source(act=lambda: nn.ReLU(inplace))):
         if inplace:
@@ -492,7 +492,7 @@ def test_retained_graphs_and_autograd_grad() -> None:
 
 def test_double_backward() -> None:
     """A gradient penalty: the term is a constant in the graph of the gradient, and comes once."""
-    model = normswap.convert(source(act=nn.GELU).eval(), X[:2]).model.train()
+    model = normswap.convert(source(act=nn.GELU).eval(), X[:2], coupling="none").model.train()
     plain = copy.deepcopy(model)
     for layer in (plain[1], plain[4]):
         layer.aux = "none"

@@ -176,7 +176,7 @@ def by_sgd(model: nn.Module, batch: tuple[Any, Any], step: float, loss: Any = F.
 
 
 def plain(model: nn.Module) -> nn.Module:
-    return normswap.convert(model, images(2)[0][0]).model
+    return normswap.convert(model, images(2)[0][0], coupling="none").model
 
 
 def coupled(model: nn.Module, **options: Any) -> nn.Module:

@@ -30,7 +30,7 @@ def _model(aux: Any) -> nn.Module:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    return normswap.convert(model.double().eval(), X[:2], aux=aux).model.train()
+    return normswap.convert(model.double().eval(), X[:2], aux=aux, coupling="none").model.train()
 
 
 def model_of(aux: str = "auto") -> nn.Module:

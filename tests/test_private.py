@@ -64,7 +64,7 @@ def norm_act(features: int) -> nn.Module:
 def _converted(stats: str, norm: Any, twice: bool, std: Any) -> nn.Module:
     torch.manual_seed(0)
     model = randomise(Residual(norm, twice=twice), 3).double().eval()
-    return normswap.convert(model, X[:2], stats=stats, std=std).model.train()
+    return normswap.convert(model, X[:2], stats=stats, std=std, coupling="none").model.train()
 
 
 def converted(stats: str = "natural", norm: Any = nn.BatchNorm2d, twice: bool = False, std: Any = "log") -> Any:
@@ -106,7 +106,7 @@ def test_a_converted_resnet_is_valid_and_its_per_sample_gradients_are_those_of_a
                 module.weight.div_(4)  # type: ignore[arg-type]
     assert not ModuleValidator.is_valid(original)
     x, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2])
-    model = normswap.convert(original, x).model.train()
+    model = normswap.convert(original, x, coupling="none").model.train()
     private = normswap.for_opacus(model)
     assert ModuleValidator.validate(private, strict=True) == []
     assert len(layers_of(private)) == norms

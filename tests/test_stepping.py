@@ -792,7 +792,7 @@ def converted() -> nn.Module:
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3, momentum=0.03), nn.BatchNorm2d(3, momentum=None)
     )
     model[0].weight.requires_grad_(False)
-    return normswap.convert(model.eval(), torch.randn(2, 2, 6, 7)).model.train()
+    return normswap.convert(model.eval(), torch.randn(2, 2, 6, 7), coupling="none").model.train()
 
 
 def test_every_trainable_parameter_exactly_once() -> None:

@@ -56,10 +56,10 @@ class CountsItems(Net):
         return found if items is None else found | {"loss": found["loss"] * len(x) / items}
 
 
-def net(cls: type[Net] = Net, **options: Any) -> Net:
+def net(cls: type[Net] = Net, coupling: Any = "none", **options: Any) -> Net:
     torch.manual_seed(1)
     original = randomise(cls(), 3).eval().double()
-    return normswap.convert(original, torch.randn(4, 5).double(), **options).model
+    return normswap.convert(original, torch.randn(4, 5).double(), coupling=coupling, **options).model
 
 
 def data(n: int = 22) -> list[dict[str, Tensor]]:

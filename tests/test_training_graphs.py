@@ -54,8 +54,12 @@ def grads(model: nn.Module) -> list[Tensor]:
     return [g for _, g in sorted(found, key=lambda pair: pair[0])]  # type: ignore[misc]
 
 
+def plain(**options: Any) -> nn.Module:
+    return normswap.convert(Source().eval(), X[:2], coupling="none", **options).model
+
+
 def expected(**options: Any) -> list[Tensor]:
-    return grads(normswap.convert(Source().eval(), X[:2], **options).model.train())
+    return grads(plain(**options).train())
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -65,7 +69,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("source", [Source, Functional])
 def test_a_converted_graph_module(source: type[nn.Module]) -> None:
     traced = torch.fx.symbolic_trace(source().eval())
-    model = normswap.convert(traced, X[:2]).model.train()
+    model = normswap.convert(traced, X[:2], coupling="none").model.train()
     assert isinstance(model, torch.fx.GraphModule)
     assert same(grads(model), expected())
     model.eval().zero_grad()
@@ -76,18 +80,18 @@ def test_a_converted_graph_module(source: type[nn.Module]) -> None:
 def test_a_functional_norm_trains_in_the_mode_of_its_graph() -> None:
     traced = torch.fx.symbolic_trace(Functional().eval())
     traced.train()
-    assert same(grads(normswap.convert(traced, X[:2]).model), expected())
+    assert same(grads(normswap.convert(traced, X[:2], coupling="none").model), expected())
 
 
 def test_explicit_in_a_graph_module() -> None:
-    model = normswap.convert(torch.fx.symbolic_trace(Source().eval()), X[:2], aux="explicit").model.train()
+    model = normswap.convert(torch.fx.symbolic_trace(Source().eval()), X[:2], aux="explicit", coupling="none").model.train()
     (model(X).square().mean() + normswap.aux_loss(model)).backward()
     found = [g for _, g in sorted(((p.detach().flatten().tolist(), p.grad) for p in model.parameters()), key=lambda pair: pair[0])]
     assert same(found, expected())  # type: ignore[arg-type]
 
 
 def test_a_converted_model_that_is_traced_in_train_mode() -> None:
-    model = normswap.convert(Source().eval(), X[:2]).model.train()
+    model = plain().train()
     traced = torch.fx.symbolic_trace(model)
     assert same(grads(traced), expected())
 
@@ -116,7 +120,7 @@ def test_none_leaves_the_graph_of_a_program_alone() -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_in_train_mode(strict: bool) -> None:
     """torch.export runs an autograd.Function and forgets its backward: the operator is there for this."""
-    model = normswap.convert(Source().eval(), X[:2]).model.train()
+    model = plain().train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(model, (X,), strict=strict)
@@ -124,15 +128,13 @@ def test_exported_in_train_mode(strict: bool) -> None:
 
 
 def test_exported_in_eval_mode_there_is_nothing_of_it() -> None:
-    model = normswap.convert(Source().eval(), X[:2]).model
-    plain = normswap.convert(Source().eval(), X[:2], aux="none").model
-    targets = [[str(n.target) for n in program(m).graph.nodes] for m in (model, plain)]
+    targets = [[str(n.target) for n in program(m).graph.nodes] for m in (plain(), plain(aux="none"))]
     assert targets[0] == targets[1]
 
 
 def test_explicit_terms_are_no_part_of_a_program() -> None:
     with pytest.raises(Exception, match="keeps the term of each call in train mode, which a traced graph cannot"):
-        program(normswap.convert(Source().eval(), X[:2], aux="explicit").model.train())
+        program(plain(aux="explicit").train())
     with pytest.raises(UsageError, match='an ExportedProgram cannot have aux="explicit"'):
         normswap.convert(program(Source().eval()), aux="explicit")
 
@@ -148,7 +150,7 @@ def test_onnx_of_a_program_has_no_term(tmp_path: Any) -> None:
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_statistics_of_a_program_are_running_averages(grouped: bool) -> None:
     """Step for step those of the converted module, with an optimizer that would spoil them."""
-    module = normswap.convert(Source().eval(), X[:2]).model.train()
+    module = plain().train()
     graph = normswap.convert(program(Source().eval())).model.module()
     for model in (module, graph):
         given = normswap.param_groups(model, lr=1e-2) if grouped else model.parameters()
@@ -161,7 +163,7 @@ def test_the_statistics_of_a_program_are_running_averages(grouped: bool) -> None
     for name, tensor in (("mean", norm.mean), ("log_std", norm.log_std)):
         (found,) = (p for n, p in graph.named_parameters() if n.endswith(name))
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found, getattr(normswap.convert(Source().eval(), X[:2]).model.norm, name), atol=1e-3)
+        assert not torch.allclose(found, getattr(plain().norm, name), atol=1e-3)
 
 
 def test_groups_of_a_program() -> None:
@@ -189,3 +191,14 @@ def test_a_copy_of_a_program_module_steps_too() -> None:
     graph(X).sum().backward()
     torch.optim.SGD(graph.parameters(), lr=0.0, momentum=0.9).step()
     assert all(not torch.equal(dict(graph.named_parameters())[n], p) for n, p in before.items())
+
+
+def test_by_default_a_program_is_plain_and_says_so() -> None:
+    pairs = normswap.convert(program(Source().eval())).pairs
+    assert [pair.reason for pair in pairs] == ["is in the graph of an exported program, which keeps no state between steps"]
+    assert normswap.convert(program(Source().eval()), coupling="none").pairs == ()
+
+
+def test_by_default_a_module_in_train_mode_is_not_traced() -> None:
+    with pytest.raises(UsageError, match=r'cannot be traced in train mode.*\nhint: trace in eval mode, or convert with coupling="none"'):
+        torch.fx.symbolic_trace(normswap.convert(Source().eval(), X[:2]).model.train())
