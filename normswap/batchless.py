@@ -14,6 +14,7 @@ from normswap import coupling, feedback, guard, numerics, stepping
 from normswap.errors import UsageError
 from normswap.injection import in_graph, injected
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
+from normswap.sharded import is_part
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
@@ -203,9 +204,9 @@ class BatchlessNorm(nn.Module):
     stats: Stats = "natural"
     momentum: float = MOMENTUM
     units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
-    guarded: bool = False  # whether no sample passes on more than a limit in train mode, from the first step on, see `guard`
+    steps: Tensor | None
+    guarded: bool = False  # whether no sample passes on more than a limit in train mode, once `stepped`, see `guard`
     pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
-    observed: int = 0  # the steps of training that input_mean is the mean of; KNOWN if it was good from the start
     stepped: bool = False  # whether an optimizer has moved the statistics
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
@@ -257,6 +258,9 @@ class BatchlessNorm(nn.Module):
         self.register_buffer("source_mean", None)
         self.register_buffer("source_var", None)
         self.register_buffer("source_batches", None)
+        # Of a layer that is coupled or guarded: the steps of training that input_mean is the mean of, from KNOWN on if that was good from
+        # the start. With it a run that goes on from a checkpoint does what it would have done.
+        self.register_buffer("steps", None)
         stepping.watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -330,7 +334,8 @@ class BatchlessNorm(nn.Module):
                 f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
             )
         self.decouple()
-        self.units, self.pair, self.observed = units, (producer,), KNOWN if known else 0
+        self.units, self.pair = units, (producer,)
+        self.steps = torch.tensor(KNOWN if known else 0, device=self.mean.device)
         self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
         producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
 
@@ -340,6 +345,12 @@ class BatchlessNorm(nn.Module):
             coupling.release(producer, self)
         self.pair = ()
         self._parameters.pop("input_mean", None)
+        self.steps = self.steps if self.guarded else None
+
+    def guard(self) -> None:
+        """From the first step on, let no sample pass on more than a limit in train mode. See `guard`."""
+        self.guarded = True
+        self.steps = torch.tensor(0, device=self.mean.device) if self.steps is None else self.steps
 
     def steer(self) -> None:
         """Take away what BatchNorm's gradient lacks, its mean and its part along the normalized input, by feedback. See `feedback`.
@@ -351,12 +362,24 @@ class BatchlessNorm(nn.Module):
     def unsteer(self) -> None:
         self._parameters.pop("trend", None)
 
+    def make_plain(self) -> None:
+        """Without what is a matter of a training run: no producer, no feedback, no guard. The function and its statistics are the same."""
+        self.decouple()
+        self.unsteer()
+        self.guarded, self.steps = False, None
+
     def _through(self) -> tuple[Tensor, Tensor]:
         """(mean, std), with no gradient but that by the producer's weight and bias in train mode."""
         mean, std = (t.detach() for t in self.statistics())
         producer, tracked = self.follows, self.tracked
         if producer is None or tracked is None or not torch.is_grad_enabled():
             return mean, std
+        if is_part(cast(Tensor, producer.weight)) and not is_part(mean):
+            raise UsageError(
+                f"a BatchlessNorm of {self.num_features} channels is coupled to a conv or linear in another unit of fully_shard. "
+                "Its gradient passes through that weight, of which there is only a part here while the norm runs",
+                hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
+            )
         return coupling.through(mean, std, producer, tracked, units=self.units, eps=self._eps)
 
     def square(self, by_parameter: Tensor) -> Tensor:
@@ -540,14 +563,13 @@ class BatchlessNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The function does not depend on them: the state of a coupled layer fits a plain one, and the other way round.
-        for name in ("input_mean", "trend"):
-            key, held = f"{prefix}{name}", self._parameters.get(name)
-            given = state_dict.pop(key, None)
+        for name, held in (("input_mean", self.tracked), ("trend", self.steering), ("steps", self.steps)):
+            given = state_dict.pop(f"{prefix}{name}", None)
             if held is not None:
-                state_dict[key] = held.detach() if given is None else given
-                if given is not None and name == "input_mean":
-                    self.observed = KNOWN
+                state_dict[f"{prefix}{name}"] = held.detach() if given is None else given
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.steps is not None and not self.steps.is_meta:
+            self.stepped = bool(self.steps % KNOWN)
 
     def extra_repr(self) -> str:
         shared = f", shared_axes={self.shared_axes}" if self.shared_axes else ""

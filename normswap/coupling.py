@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from normswap.autograd import signed
 from normswap.numerics import StdForm
+from normswap.sharded import whole
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -104,12 +105,13 @@ def filters(producer: Any, dtype: torch.dtype, of: Tensor | None = None) -> Tens
     weight: Tensor = (producer.weight if of is None else of).to(dtype)
     if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
         groups, taps = producer.groups, math.prod(producer.kernel_size)
-        weight = weight.reshape(groups, producer.in_channels // groups, -1, taps).transpose(1, 2)
+        weight = whole(weight).reshape(groups, producer.in_channels // groups, -1, taps).transpose(1, 2)
     return weight.reshape(outputs_of(producer), -1)
 
 
 def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
     """<W, a> for each output channel."""
+    rows, input_mean = whole(rows) if groups > 1 else rows, whole(input_mean)
     return (rows.view(groups, -1, rows.shape[1]) * input_mean.reshape(groups, 1, -1)).sum(2).flatten()
 
 

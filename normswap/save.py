@@ -67,13 +67,14 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
 
 def _uncoupled(model: nn.Module) -> nn.Module:
     """`model`, or a copy with the same parameters whose layers are all ordinary: coupling is a matter of a training run."""
-    if not any(isinstance(module, BatchlessNorm) and (module.pair or module.steering is not None) for module in model.modules()):
+    if not any(
+        isinstance(module, BatchlessNorm) and (module.pair or module.guarded or module.steering is not None) for module in model.modules()
+    ):
         return model
     copied = shadow(model)
     for module in copied.modules():
         if isinstance(module, BatchlessNorm):
-            module.decouple()
-            module.unsteer()
+            module.make_plain()
     return copied
 
 

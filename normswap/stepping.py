@@ -17,7 +17,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
@@ -33,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from normswap import feedback, numerics
 from normswap.errors import UsageError
 from normswap.numerics import StdForm
+from normswap.sharded import is_part
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
@@ -79,7 +80,7 @@ class Passes:
         parameter = self.parameter()
         grad = None if parameter is None else parameter.grad
         self.added = grad is not None
-        if grad is not None and self.count and not _is_part(grad) and self.changed(grad) and not grad.any():
+        if grad is not None and self.count and not is_part(grad) and self.changed(grad) and not grad.any():
             self.count = 0  # zero_grad(set_to_none=False) has thrown away what came until now
 
     def _passed(self, parameter: Tensor) -> None:
@@ -142,7 +143,7 @@ class Layer(Protocol):
     aux: Any
     stats: Any
     momentum: float
-    observed: int  # the steps that the mean input was averaged over
+    steps: Tensor | None  # of training, of a layer that is coupled or guarded
     stepped: bool  # whether an optimizer has moved the statistics
 
     @property
@@ -165,8 +166,9 @@ class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
-    observed, stepped = 0, False
+    stepped = False
     tracked = follows = steering = None
+    steps: Tensor | None = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
         self._parameters = weakref.ref(mean), weakref.ref(parameter)
@@ -244,20 +246,14 @@ def watch_passes(layer: Layer) -> None:
         layer.run.passes = Passes(parameter)
     elif not any(p is not None and p.parameter() is parameter for p in (passes, passes.inner)):
         # FSDP puts the whole parameter in the place of its part during forward and backward.
-        if _is_part(passes.parameter()) and not _is_part(parameter):
+        if is_part(passes.parameter()) and not is_part(parameter):
             passes.inner = Passes(parameter)
         else:
-            layer.run.passes = Passes(parameter, passes if _is_part(parameter) else None)
+            layer.run.passes = Passes(parameter, passes if is_part(parameter) else None)
 
 
 def _several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_part(parameter: Tensor | None) -> bool:
-    """Whether it is a DTensor. There is none before that module is imported, which takes long."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def counts(x: Tensor) -> bool:
@@ -332,8 +328,8 @@ def _is_scaler(frame: FrameType) -> GradScaler | None:
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before `step(self, closure=None)`: at once, or after the closure, which computes the gradients."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for layer in _live if layer.aux != "none" and any(id(p) in groups for p in _statistics(layer))]
-    followers = [layer for layer in _live if layer.follows is not None and any(id(p) in groups for p in layer.follows.parameters(False))]
+    layers = _in_order(groups, ((layer, _statistics(layer)) for layer in _live if layer.aux != "none"))
+    followers = _in_order(groups, ((layer, [*p.parameters(False)]) for layer in _live if (p := layer.follows) is not None))
     if not layers and not followers:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -354,6 +350,13 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         return loss
 
     return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
+
+
+def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Parameter]]]) -> list[Layer]:
+    """Those that the optimizer holds parameters of, in its order: processes that share these gather them in the same one."""
+    place = {key: number for number, key in enumerate(groups)}
+    found = [(min((place[id(p)] for p in parameters if id(p) in place), default=None), layer) for layer, parameters in layers]
+    return [layer for _, layer in sorted(((at, layer) for at, layer in found if at is not None), key=lambda one: one[0])]
 
 
 def _statistics(layer: Layer) -> list[nn.Parameter]:
@@ -438,11 +441,12 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     factor, rate = passes * unscaled, layer.momentum * layer.run.pace
     by_mean, by_parameter = (by(p, factor) if stepping(p) else None for p in (layer.mean, layer.std_parameter))
     stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, rate)
-    values = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
+    values: dict[Tensor, Tensor] = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
+    if layer.steps is not None:
+        values[layer.steps] = layer.steps + 1
     if tracked is not None and stepping(tracked):
         # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
-        layer.observed += 1
-        values[tracked] = tracked - max(rate, 1 / layer.observed) * by(tracked, factor)
+        values[tracked] = tracked - (1 / values[cast(Tensor, layer.steps)].to(tracked.dtype)).clamp(min=rate) * by(tracked, factor)
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
     if steering is not None and stepping(steering) and unscaled == 1:
         square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
@@ -476,7 +480,7 @@ def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tu
         grad = None if parameter is None else parameter.grad
         unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
         # Views of one bucket of DistributedDataParallel are written to together, so that who was cannot be seen.
-        if layer.stats == "natural" and not unchanged and not _is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
+        if layer.stats == "natural" and not unchanged and not is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
             _warn(_CHANGED)
         if layer.aux == "auto" and passes.count > run.accumulate:
             factor *= run.accumulate / passes.count

@@ -84,7 +84,7 @@ def _built(net: str, aux: Any, stats: Any) -> nn.Sequential:
     torch.manual_seed(3)
     kind, (x, _) = NETS[net], batch(net)
     source = nn.Sequential(*kind.parts()).double().eval()
-    model = normswap.convert(source, x[:2], aux=aux, stats=stats, approximate=True, calibration=[x]).model.train()
+    model = normswap.convert(source, x[:2], aux=aux, stats=stats, approximate=True, calibration=[x], coupling="none").model.train()
     for index in kind.norms:  # statistics that do not fit
         norm = model[index]
         norm.set_statistics(torch.randn_like(norm.mean), torch.rand_like(norm.mean) + 0.4)

@@ -13,7 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_docs import blocks
 from torch import Tensor
-from two_processes import BOTH, CASES, LATE, UNTOLD, WRAPS, Case, X, Y, build, full, trained
+from two_processes import BOTH, CASES, CHECKPOINTED, COUPLED, LATE, UNTOLD, WRAPS, Case, X, Y, build, full, trained
+
+import normswap.coupling
+from normswap import feedback, guard
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT = 240  # seconds, for all cases together
@@ -52,11 +55,12 @@ def found(directory: Path) -> list[dict[str, Any]]:
 def alone() -> dict[Case, dict[str, Any]]:
     """What one process finds with the whole batch in one pass."""
     cases = [Case(None, aux, stats) for aux, stats in BOTH] + [Case(None, frozen=True)]
+    cases += {counterpart(case) for case in COUPLED.values()}
     return {case: trained(case, X, Y) for case in cases}
 
 
 def counterpart(case: Case) -> Case:
-    return Case(None, case.aux, case.stats, frozen=case.frozen)
+    return case._replace(wrap=None, micro=1, synchronised=False)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,17 +82,29 @@ def test_the_reference_is_worth_comparing_with(alone: dict[Case, dict[str, Any]]
     assert {n for n in auto["grads"] if n not in alone[Case(None, frozen=True)]["grads"]} == {"0.weight", "0.bias", *STATISTICS[:2]}
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_the_coupled_reference_is_worth_comparing_with(alone: dict[Case, dict[str, Any]]) -> None:
+    """All five norms are coupled and have feedback; samples are held, and gradients of producers are shortened."""
+    (case,) = {counterpart(c) for c in COUPLED.values() if c.aux == "auto"}
+    changes = {"guard": (guard, "LIMIT", 1e9), "clip": (normswap.coupling, "TURN", 1e9), "feedback": (feedback, "RATE", 0.0)}
+    assert {n for n in alone[case]["grads"] if "input_mean" in n} == {f"{i}.input_mean" for i in (1, 4, 6, 8, 12)}
+    for module, name, value in changes.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, value)
+            other = trained(case, X, Y)["state"]
+            assert max((other[n] - t).abs().max() for n, t in alone[case]["state"].items()) > 1e-3, name
+
+
+@pytest.mark.parametrize("name", [*CASES, *COUPLED])
 def test_half_the_batch_each(name: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
-    """The gradients of one process with the whole batch, weights and statistics, and its state after two steps. Nothing is warned of."""
-    expected = alone[counterpart(CASES[name])]
+    """The gradients of one process with the whole batch, weights and statistics, and its state after the steps. Nothing is warned of."""
+    expected = alone[counterpart((CASES | COUPLED)[name])]
     for rank in (0, 1):
         assert found[rank][name]["warnings"] == []
         assert_same(found[rank][name]["grads"], expected["grads"])
         assert_same(found[rank][name]["state"], expected["state"])
 
 
-@pytest.mark.parametrize("name", [*CASES, *UNTOLD])
+@pytest.mark.parametrize("name", [*CASES, *UNTOLD, *COUPLED])
 def test_both_processes_hold_the_same(name: str, found: list[dict[str, Any]]) -> None:
     """Bit for bit: a statistic that stepped with the gradients of its own process alone would part here."""
     first, second = (found[rank][name]["state"] for rank in (0, 1))
@@ -117,10 +133,19 @@ def test_fsdp_with_a_plain_optimizer_is_put_right_from_the_second_step_on(found:
             assert (mine / expected).abs().max() < 1.2
 
 
-@pytest.mark.parametrize(("wrap", "error"), [("ddp", "Expected to have finished reduction"), ("fsdp", "")])
-def test_a_norm_in_eval_mode_whose_statistics_are_not_frozen(wrap: str, error: str, found: list[dict[str, Any]]) -> None:
-    assert all(found[rank][f"{wrap} unused"].startswith(error) for rank in (0, 1))
-    assert bool(found[0][f"{wrap} unused"]) == bool(error)
+@pytest.mark.parametrize(("wrap", "coupling"), CHECKPOINTED)
+def test_a_norm_in_eval_mode_whose_statistics_are_not_frozen(wrap: str, coupling: str, found: list[dict[str, Any]]) -> None:
+    error = "Expected to have finished reduction" if wrap == "ddp" else ""
+    assert all(found[rank][f"{wrap} {coupling} unused"].startswith(error) for rank in (0, 1))
+    assert bool(found[0][f"{wrap} {coupling} unused"]) == bool(error)
+
+
+def test_a_producer_in_another_unit_is_refused(found: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        assert found[rank]["apart"].startswith(
+            "a BatchlessNorm of 4 channels is coupled to a conv or linear in another unit of fully_shard"
+        )
+        assert "fully_shard([producer, norm])" in found[rank]["apart"]
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -157,11 +182,11 @@ def test_a_pass_that_was_thrown_away(wrap: str, found: list[dict[str, Any]], alo
         assert_same(found[rank][f"{wrap} thrown away"], alone[Case(None)]["states"][0])
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_checkpoints_round_trip(wrap: str, found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("wrap", "coupling"), CHECKPOINTED)
+def test_checkpoints_round_trip(wrap: str, coupling: str, found: list[dict[str, Any]]) -> None:
     """Bit for bit, with the optimizer: the next step of the loaded model is that of the saved one."""
     for rank in (0, 1):
-        result = found[rank][f"{wrap} checkpoint"]
+        result = found[rank][f"{wrap} {coupling} checkpoint"]
         assert all(not torch.equal(result["untouched"][n], result["saved"][n]) for n in STATISTICS)
         assert all(not torch.equal(result["after"][0][n], result["saved"][n]) for n in STATISTICS)
         for one, other in ((result["saved"], result["loaded"]), result["after"]):
@@ -170,13 +195,13 @@ def test_checkpoints_round_trip(wrap: str, found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint, that there is one process
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_one_process_reads_the_checkpoint_of_two(wrap: str, found: list[dict[str, Any]], directory: Path) -> None:
-    model = build("auto", "natural")
+@pytest.mark.parametrize(("wrap", "coupling"), CHECKPOINTED)
+def test_one_process_reads_the_checkpoint_of_two(wrap: str, coupling: str, found: list[dict[str, Any]], directory: Path) -> None:
+    model = build("auto", "natural", coupling)
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=directory / f"{wrap}.checkpoint")
+    dcp.load(state, checkpoint_id=directory / f"{wrap} {coupling}.checkpoint")
     model.load_state_dict(state["model"])
-    saved = found[0][f"{wrap} checkpoint"]["saved"]
+    saved = found[0][f"{wrap} {coupling} checkpoint"]["saved"]
     assert {n for n, t in model.state_dict().items() if not torch.equal(full(t), saved[n])} == set()
 
 

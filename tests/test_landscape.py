@@ -474,7 +474,6 @@ def state_of(model: nn.Module) -> list[Any]:
             id(m.run.seen),
             [id(term) for term in m.run.terms],
             m.run.passes and (m.run.passes.count, m.run.passes.version, id(m.run.passes.grad)),
-            m.observed,
             id(m.producer),
         )
         for m in model.modules()

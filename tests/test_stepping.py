@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import normswap
+from normswap import stepping
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
 from normswap.numerics import STD_FORMS, StdForm
@@ -868,6 +869,19 @@ def test_a_second_conversion_changes_nothing() -> None:
     model = normswap.convert(nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3)).eval(), torch.randn(2, 2, 5), aux="explicit").model
     again = normswap.convert(model, torch.randn(2, 2, 5)).model
     assert again[1].aux == "explicit"
+
+
+def test_layers_step_in_the_order_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as they come out of a set of weak references: with FSDP, a step may ask the other processes."""
+    layers = [BatchlessNorm(2, aux="auto") for _ in range(30)]
+    order: list[Any] = []
+    monkeypatch.setattr(stepping, "_weight", lambda optimizer, layer, scaler: order.append(layer) or (1.0, 1.0))
+    for wanted in (layers, layers[::-1]):
+        order.clear()
+        step = SGD([p for layer in wanted for p in layer.parameters()], lr=0.1)
+        sum(layer(torch.ones(3, 2)).sum() for layer in layers).backward()  # type: ignore[union-attr]
+        step.step()
+        assert [id(layer) for layer in order] == [id(layer) for layer in wanted]
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

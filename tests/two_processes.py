@@ -22,12 +22,17 @@ from torch import Tensor, nn
 import normswap
 
 X = torch.randn(8, 2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+X[5] *= 3  # one that a guard holds
 Y = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 SECONDS = 60  # a collective operation that takes longer is stuck
 
 
+# By kind of FSDP2, the layers of each unit besides that of the model: one layer; a producer and its norm; norms.
+UNITS = {"fsdp": [[0], [1], [3]], "pairs": [[0, 1], [7, 8]], "norms": [[1], [4], [6], [8], [12]]}
+
+
 class Case(NamedTuple):
-    """wrap: None (one process), "ddp", "view" (DDP with gradient_as_bucket_view) or "fsdp". micro: backward passes per step."""
+    """wrap: None (one process), "ddp", "view" (DDP with gradient_as_bucket_view) or one of UNITS. micro: backward passes per step."""
 
     wrap: str | None
     aux: Any = "auto"
@@ -38,41 +43,52 @@ class Case(NamedTuple):
     steps: int = 2
     grouped: bool = True  # the optimizer is given param_groups
     frozen: bool = False  # the first convolution and the first norm's statistics
+    coupling: Any = "none"
+    sgd: bool = False  # the optimizer is SGD, with a learning rate at which the gradients of producers are clipped
 
 
-def build(aux: Any, stats: Any) -> nn.Module:
-    return copy.deepcopy(_built(aux, stats))
+def build(aux: Any, stats: Any, coupling: Any = "none") -> nn.Module:
+    return copy.deepcopy(_built(aux, stats, coupling))
 
 
 @functools.cache
-def _built(aux: Any, stats: Any) -> nn.Module:
+def _built(aux: Any, stats: Any, coupling: Any) -> nn.Module:
     torch.manual_seed(0)
+    coupled = (
+        nn.Conv2d(3, 6, 3, padding=1, groups=3),
+        nn.BatchNorm2d(6, momentum=0.2),
+        nn.ConvTranspose2d(6, 5, (2, 1), stride=2, bias=False),
+        nn.BatchNorm2d(5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+        nn.BatchNorm1d(3),
+    )
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3),
         nn.BatchNorm2d(4, momentum=0.25),
         nn.ReLU(inplace=True),
         nn.Conv2d(4, 3, 2),
         nn.BatchNorm2d(3),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(3, 3),
+        *(coupled if coupling == "auto" else (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))),
     )
-    for norm in (model[1], model[4]):
-        nn.init.uniform_(norm.running_mean, -1, 1)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-    return normswap.convert(model.double().eval(), X[:2], aux=aux, stats=stats).model.train()
+    for norm in model:
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return normswap.convert(model.double().eval(), X[:2], aux=aux, stats=stats, coupling=coupling).model.train()
 
 
 def wrapped(model: nn.Module, wrap: str | None) -> nn.Module:
     if wrap in ("ddp", "view"):
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=wrap == "view")
-    if wrap == "fsdp":
+    if wrap in UNITS:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (2,))
-        for layer in (model[0], model[1], model[3]):  # type: ignore[index]
-            fully_shard(layer, mesh=mesh)
+        for unit in UNITS[wrap]:
+            fully_shard([model[i] for i in unit], mesh=mesh)  # type: ignore[index]
         fully_shard(model, mesh=mesh)
     return model
 
@@ -100,7 +116,7 @@ def unsynchronised(model: nn.Module, active: bool) -> Any:
 
 def trained(case: Case, x: Tensor, y: Tensor) -> dict[str, Any]:
     """A few steps on these samples: gradients of the first step, then the state, and what was warned of."""
-    model = build(case.aux, case.stats)
+    model = build(case.aux, case.stats, case.coupling)
     if case.frozen:
         model[0].requires_grad_(False)  # type: ignore[index]
         model[1].mean.requires_grad_(False)  # type: ignore[index,union-attr]
@@ -109,7 +125,9 @@ def trained(case: Case, x: Tensor, y: Tensor) -> dict[str, Any]:
     if case.micro > 1 and case.told and case.aux == "auto":
         normswap.attach(model, accumulate=case.micro)
     groups = normswap.param_groups(model, lr=0.01) if case.grouped else model.parameters()
-    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+    if case.sgd:
+        optimizer = torch.optim.SGD(groups, lr=4.0, momentum=0.9)
     grads: dict[str, Tensor] = {}
     states = []
     with warnings.catch_warnings(record=True) as caught:
@@ -140,6 +158,13 @@ CASES |= {
     for each in (False, True)
 }
 CASES |= {f"{wrap} frozen": Case(wrap, frozen=True) for wrap in WRAPS}
+COUPLED = {
+    f"{wrap} {aux} coupled{' accumulated' if micro > 1 else ''}": Case(wrap, aux, micro=micro, steps=3, coupling="auto", sgd=True)
+    for wrap in ("ddp", "view", "pairs", "norms")
+    for aux in ("auto", "explicit")
+    for micro in (1, 2)
+}
+CHECKPOINTED = (("ddp", "none"), ("fsdp", "none"), ("ddp", "auto"), ("pairs", "auto"))
 UNTOLD = {
     f"{wrap} untold{' synchronised' if each else ''}": Case(wrap, micro=2, synchronised=each, told=False)
     for wrap in WRAPS
@@ -163,14 +188,24 @@ def two_forwards(wrap: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return grads_of(model)
 
 
-def unused(wrap: str, x: Tensor) -> str:
+def unused(wrap: str, coupling: str, x: Tensor) -> str:
     """The error of the second pass, when a norm in eval mode has statistics that are not frozen. Empty: none."""
-    model = wrapped(build("auto", "natural"), wrap)
+    model = wrapped(build("auto", "natural", coupling), wrap)
     next(m for n, m in model.named_modules() if plain(n) == "1").eval()
     try:
         for _ in range(2):
             model(x).square().mean().backward()
     except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def apart(x: Tensor) -> str:
+    """The error of a model whose producers are other units of FSDP than their norms."""
+    model = wrapped(build("auto", "natural", "auto"), "fsdp")
+    try:
+        model(x)
+    except normswap.NormswapError as error:
         return str(error)
     return ""
 
@@ -210,8 +245,8 @@ def thrown_away(wrap: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {plain(n): full(t) for n, t in model.state_dict().items()}
 
 
-def checkpointed(wrap: str, x: Tensor, y: Tensor, directory: Path) -> dict[str, Any]:
-    """Two steps, a checkpoint, another step: by the model that was saved, and by one that was loaded."""
+def checkpointed(wrap: str, coupling: str, x: Tensor, y: Tensor, directory: Path) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more: by the model that was saved, and by one that was loaded."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -220,11 +255,11 @@ def checkpointed(wrap: str, x: Tensor, y: Tensor, directory: Path) -> dict[str, 
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    saved, fresh = (wrapped(build("auto", "natural"), wrap) for _ in range(2))
+    saved, fresh = (wrapped(build("auto", "natural", coupling), wrap) for _ in range(2))
     optimizers = [torch.optim.AdamW(normswap.param_groups(m, lr=0.01), lr=0.01) for m in (saved, fresh)]
     for _ in range(2):
         step(saved, optimizers[0])
-    path = directory / f"{wrap}.checkpoint"
+    path = directory / f"{wrap} {coupling}.checkpoint"
     with quiet():
         model, optimizer = get_state_dict(saved, optimizers[0])
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=path)
@@ -234,8 +269,9 @@ def checkpointed(wrap: str, x: Tensor, y: Tensor, directory: Path) -> dict[str, 
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
         set_state_dict(fresh, optimizers[1], model_state_dict=model, optim_state_dict=optimizer)
     loaded = {plain(n): full(t) for n, t in fresh.state_dict().items()}
-    for m, o in zip((saved, fresh), optimizers, strict=True):
-        step(m, o)
+    for _ in range(2):
+        for m, o in zip((saved, fresh), optimizers, strict=True):
+            step(m, o)
     after = [{plain(n): full(t) for n, t in m.state_dict().items()} for m in (saved, fresh)]
     return {"untouched": untouched, "saved": at, "loaded": loaded, "after": after}
 
@@ -293,7 +329,7 @@ def main(rank: int, directory: Path) -> None:
 def everything(rank: int, directory: Path) -> dict[str, Any]:
     x, y = X[4 * rank : 4 * rank + 4], Y[4 * rank : 4 * rank + 4]
     warnings.simplefilter("error")
-    found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | UNTOLD).items()}
+    found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | UNTOLD | COUPLED).items()}
     for wrap in WRAPS:
         found[f"{wrap} two forwards"] = two_forwards(wrap, x, y)
         found[f"{wrap} micro-batches"] = in_micro_batches(wrap, x, y)
@@ -301,9 +337,10 @@ def everything(rank: int, directory: Path) -> dict[str, Any]:
         found[f"{wrap} clipped"] = {everything: clipped(wrap, x, everything) for everything in (True, False)}
     for wrap in ("ddp", "view"):
         found[f"{wrap} thrown away"] = thrown_away(wrap, x, y)
-    for wrap in ("ddp", "fsdp"):
-        found[f"{wrap} checkpoint"] = checkpointed(wrap, x, y, directory)
-        found[f"{wrap} unused"] = unused(wrap, x)
+    for wrap, coupling in CHECKPOINTED:
+        found[f"{wrap} {coupling} checkpoint"] = checkpointed(wrap, coupling, x, y, directory)
+        found[f"{wrap} {coupling} unused"] = unused(wrap, coupling, x)
+    found["apart"] = apart(x)
     found["late"] = trained(LATE, x, y)
     found["mixed"] = {alone: mixed(x, alone) for alone in (True, False)}
     return found

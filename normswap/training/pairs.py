@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from normswap import coupling
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
@@ -101,7 +102,8 @@ def couple(
             found.append(Pair(s.name, reason=reason))
         layer = modules.get(s.name)
         if isinstance(layer, BatchlessNorm):
-            layer.guarded = layer.aux != "none"
+            if layer.aux != "none":
+                layer.guard()
             if layer.aux == "auto":
                 layer.steer()
     return tuple(found)
@@ -199,6 +201,7 @@ class _See:
         try:
             for args, kwargs in passes:
                 self.known = {}
+                args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
                 with torch.no_grad(), torch.random.fork_rng(devices=[]), _Through(self.known):
                     self.model(*args, **kwargs)
         except Exception as error:  # the user's model may raise anything

@@ -102,9 +102,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
         if 0 in layer.channel_axis:
             raise UsageError(f"the channels of {name or 'the model'} lie on axis 0, where Opacus expects the samples")
         # The gradient of the producer would be that of its hooks, and the trend would be no matter of one sample.
-        layer.decouple()
-        layer.unsteer()
-        layer.guarded = False
+        layer.make_plain()
         layer.__class__ = PrivateNormAct if isinstance(layer, BatchlessNormAct) else PrivateNorm
     for module in private.modules():
         if getattr(module, "inplace", False) is True:
