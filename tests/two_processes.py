@@ -124,10 +124,11 @@ def trained(case: Case, x: Tensor, y: Tensor) -> dict[str, Any]:
     model = wrapped(model, case.wrap)
     if case.micro > 1 and case.told and case.aux == "auto":
         normswap.attach(model, accumulate=case.micro)
-    groups = normswap.param_groups(model, lr=0.01) if case.grouped else model.parameters()
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+    lr = 0.5 if case.sgd else 0.01
+    groups = normswap.param_groups(model, lr=lr) if case.grouped else model.parameters()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     if case.sgd:
-        optimizer = torch.optim.SGD(groups, lr=4.0, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
     grads: dict[str, Tensor] = {}
     states = []
     with warnings.catch_warnings(record=True) as caught:
