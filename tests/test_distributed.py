@@ -34,7 +34,7 @@ def run(commands: list[list[str]], **options: Any) -> None:
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.communicate()  # which closes its pipe
 
 
 @pytest.fixture(scope="module")
