@@ -30,7 +30,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,39 +193,51 @@ def _mlp(i: int, width: int, hidden: int, o: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Task:
-    """epochs: batch -> how often the training set is seen. learned: what the net learned before."""
+    """epochs: batch -> how often the training set is seen. learned: what the net learned before. quick: batch -> learning rates of `--quick`.
+
+    large: whether it takes so long that these are all that there are.
+    """
 
     data: Callable[[int], Split]
     network: Callable[[], nn.Module]
     epochs: dict[int, int]
     seeds: int
     rows: tuple[str, ...]
+    quick: Mapping[int, tuple[float, ...]]
     learned: Callable[[int], Split] | None = None
+    large: bool = False
 
 
 PEERS = ("batchnorm", "frozen", "groupnorm", "groupnorm+ws", "online", "mabn", "renorm")
 ALL = (*PEERS, "plain", "coupled", "default")
+CLOSE = ("batchnorm", "online", "mabn", "default")
 FEW = ("batchnorm", "groupnorm+ws", "online", "mabn", "renorm", "plain", "coupled", "default")
+SMALL: dict[int, tuple[float, ...]] = {2: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)}
 TASKS = {
     "adapt": Task(
-        _inverted, lambda: _plain((1, 16, 32, 48), (1, 2)), dict.fromkeys((1, 2, 4, 8, 16, 64), 6), 5, ALL, lambda s: _digits(s, 1000, 300)
+        _inverted,
+        lambda: _plain((1, 16, 32, 48), (1, 2)),
+        dict.fromkeys((1, 2, 4, 8, 16, 64), 6),
+        5,
+        ALL,
+        {1: (0.0003, 0.001, 0.003), 4: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
+        learned=lambda seed: _digits(seed, 1000, 300),
     ),
-    "scratch": Task(_digits, lambda: _plain((1, 16, 16, 32, 32, 48, 48), (2, 4)), {1: 1, 2: 1, 4: 2, 8: 3, 16: 4, 64: 6}, 5, ALL),
-    "clutter": Task(_cluttered, _resnet20, {2: 8, 16: 24, 64: 24}, 3, FEW),
-    "clutter, short": Task(_cluttered, _resnet20, {16: 4, 64: 8}, 3, FEW),
-    "preact": Task(_digits, _preact, {2: 1, 16: 4, 64: 6}, 3, FEW),
-    "mlp": Task(_digits, lambda: _mlp(64, 64, 3, 10), {2: 1, 16: 4, 64: 6}, 3, FEW),
-    "parity": Task(_parity, lambda: _mlp(16, 64, 2, 2), {2: 1, 16: 2, 64: 6}, 3, FEW),
-}
-_SMALL: dict[int, tuple[float, ...]] = {2: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)}
-QUICK: dict[str, dict[int, tuple[float, ...]]] = {
-    "adapt": {1: (0.0003, 0.001, 0.003), 4: (0.001, 0.003, 0.01), 16: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
-    "scratch": {1: (0.001, 0.003, 0.01), 8: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
-    "clutter": {2: (0.001, 0.003), 16: (0.01, 0.03), 64: (0.03, 0.1)},
-    "clutter, short": {16: (0.01, 0.03), 64: (0.03, 0.1)},
-    "preact": _SMALL,
-    "mlp": _SMALL,
-    "parity": _SMALL,
+    "scratch": Task(
+        _digits,
+        lambda: _plain((1, 16, 16, 32, 32, 48, 48), (2, 4)),
+        {1: 1, 2: 1, 4: 2, 8: 3, 16: 4, 64: 6},
+        5,
+        ALL,
+        {1: (0.001, 0.003, 0.01), 8: (0.003, 0.01, 0.03), 64: (0.01, 0.03, 0.1)},
+    ),
+    "clutter": Task(_cluttered, _resnet20, {2: 8, 16: 24, 64: 24}, 3, CLOSE, {2: (0.003,), 16: (0.01, 0.03), 64: (0.03, 0.1)}, large=True),
+    "clutter, short": Task(
+        _cluttered, _resnet20, {16: 4, 64: 8}, 1, ("batchnorm", "default"), {16: (0.01, 0.03), 64: (0.03, 0.1)}, large=True
+    ),
+    "preact": Task(_digits, _preact, {2: 1, 16: 4, 64: 6}, 3, FEW, SMALL),
+    "mlp": Task(_digits, lambda: _mlp(64, 64, 3, 10), {2: 1, 16: 4, 64: 6}, 3, FEW, SMALL),
+    "parity": Task(_parity, lambda: _mlp(16, 64, 2, 2), {2: 1, 16: 2, 64: 6}, 3, FEW, SMALL),
 }
 
 
@@ -373,10 +385,10 @@ def rates_of(row: str, batch: int) -> tuple[float, ...]:
 def _wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, int, float, int]]:
     """Seed by seed, so that what there is when it is interrupted is complete for some."""
     for seed in range(max(spec.seeds for spec in TASKS.values())) if options.seed is None else options.seed:
-        for task in options.task or (QUICK if options.quick else TASKS):
+        for task in options.task or TASKS:
             spec = TASKS[task]
             for batch, row in itertools.product(spec.epochs, spec.rows):
-                grid = QUICK.get(task, {}).get(batch, ()) if options.quick else rates_of(row, batch)
+                grid = spec.quick.get(batch, ()) if options.quick or spec.large else rates_of(row, batch)
                 rates = grid if options.lr is None else options.lr
                 known = row in ROWS and (options.seed is not None or seed < spec.seeds)
                 if known and row in (options.row or spec.rows) and batch in (options.batch or spec.epochs):

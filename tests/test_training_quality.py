@@ -109,7 +109,7 @@ def test_frozen_stays_in_eval_mode() -> None:
 def test_every_row_runs(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = training_quality.TASKS["mlp"]
     few = training_quality.Split(*(training_quality.Images(part.x[:64], part.y[:64]) for part in task.data(0)))
-    monkeypatch.setitem(training_quality.TASKS, "mlp", training_quality.Task(lambda seed: few, task.network, {16: 1}, 1, (row,)))
+    monkeypatch.setitem(training_quality.TASKS, "mlp", training_quality.Task(lambda seed: few, task.network, {16: 1}, 1, (row,), {}))
     entry = training_quality.run("mlp", row, 16, 0.01, 0)
     assert entry["steps"] == 4
     assert entry["finite"]
