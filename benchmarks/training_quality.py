@@ -193,7 +193,7 @@ def _mlp(i: int, width: int, hidden: int, o: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Task:
-    """epochs: batch -> how often the training set is seen. learned: what the net learned before. quick: batch -> learning rates of `--quick`.
+    """epochs: batch -> how often the training set is seen. learned: what the net learned before. quick: batch -> rates of `--quick`.
 
     large: whether it takes so long that these are all that there are.
     """
