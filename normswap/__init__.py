@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from normswap.parity import Parity as Parity
     from normswap.pipeline import Conversion as Conversion
     from normswap.pipeline import convert as convert
+    from normswap.pipeline import couple as couple
     from normswap.pipeline import inspect as inspect
     from normswap.pipeline import plan as plan
     from normswap.plan import Plan as Plan
@@ -74,6 +75,7 @@ _HOMES = {
     "aux_loss": "training.loss",
     "backward_in_micro_batches": "training.micro",
     "convert": "pipeline",
+    "couple": "pipeline",
     "export_onnx": "commands.export",
     "for_opacus": "training.private",
     "inspect": "pipeline",

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from normswap.batchless import Aux
+from normswap.batchless import Aux, BatchlessNorm
 from normswap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
@@ -165,6 +165,29 @@ def convert(
     return conversion
 
 
+def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterable[Any] | None = None) -> tuple[Pair, ...]:
+    """Couple a model that is converted already, in place: what `convert` does by itself, for one that `load` gave.
+
+    Each BatchlessNorm that has a conv or linear of its own before it is coupled to that one's weight, and all get feedback and a guard. The
+    function and the parameters stay; what the layers had of these from an earlier run is forgotten. example_inputs, calibration: as for
+    `convert`. Says of each layer what became of it.
+
+    Raises UsageError if there is no BatchlessNorm, or inputs are needed; SwapError if the model cannot be copied.
+    """
+    resolve = _resolver(model, example_inputs)
+    batches: Sequence[Any] = () if calibration is None else list(calibration)
+    if batches and example_inputs is None:
+        resolve = functools.partial(_first_batch, batches, model)
+    layers = [module for module in model.modules() if isinstance(module, BatchlessNorm)]
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no BatchlessNorm to couple", hint="normswap.convert makes them, and couples them")
+    sites = trace(model, _forward(resolve), lambda site: True if isinstance(site.module, BatchlessNorm) else None).sites
+    inputs = _needed(resolve())
+    for layer in layers:
+        layer.make_plain()
+    return pairs.couple(model, sites, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
+
+
 def attempt(
     model: M,
     example_inputs: Any = None,
@@ -218,12 +241,7 @@ def attempt(
             resolve = functools.partial(_first_batch, batches, module)
     _check_lazy(module)
     decided = _plan(module, resolve, include, exclude, rules, approximate)
-    inputs = resolve()
-    if inputs is None:
-        raise UsageError(
-            "no example inputs that the model takes could be inferred from its layers, so nothing can be verified",
-            hint="give them: --input 1x3x224x224 on the command line, example_inputs=... in Python",
-        )
+    inputs = _needed(resolve())
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
     names = [s.name for s in decided.swaps if s.preserves == "approximate"]
@@ -260,7 +278,17 @@ def _coupled(
     if isinstance(model, ExportedProgram):
         reason = "is in the graph of an exported program, which keeps no state between steps"
         return tuple(Pair(s.name, reason=reason) for s in decided.swaps)
-    return pairs.couple(swapped, decided.swaps, inputs.args, inputs.kwargs, (arguments_of(batch, swapped) for batch in batches))
+    sites = [s.site for s in decided.swaps]
+    return pairs.couple(swapped, sites, inputs.args, inputs.kwargs, (arguments_of(batch, swapped) for batch in batches))
+
+
+def _needed(inputs: Inputs | None) -> Inputs:
+    if inputs is None:
+        raise UsageError(
+            "no example inputs that the model takes could be inferred from its layers, so nothing can be verified",
+            hint="give them: --input 1x3x224x224 on the command line, example_inputs=... in Python",
+        )
+    return inputs
 
 
 def _check_lazy(module: nn.Module) -> None:

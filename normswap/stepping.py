@@ -145,6 +145,7 @@ class Layer(Protocol):
     momentum: float
     steps: Tensor | None  # of training, of a layer that is coupled or guarded
     stepped: bool  # whether an optimizer has moved the statistics
+    training: bool
 
     @property
     def mean(self) -> nn.Parameter: ...
@@ -166,7 +167,7 @@ class InGraph:
     """The statistics of a norm of an exported program: no module, but an operator in the graph that names their parameters."""
 
     aux: Any = "auto"
-    stepped = False
+    stepped, training = False, True
     tracked = follows = steering = None
     steps: Tensor | None = None
 
@@ -353,10 +354,15 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Parameter]]]) -> list[Layer]:
-    """Those that the optimizer holds parameters of, in its order: processes that share these gather them in the same one."""
+    """Those that the optimizer holds parameters of, in its order: processes that share these gather them in the same one.
+
+    Those that have learned come first. A copy that shares parameters with the model, as a measurement makes and the garbage collector has
+    not found yet, would else step in the place of a layer of the model.
+    """
     place = {key: number for number, key in enumerate(groups)}
     found = [(min((place[id(p)] for p in parameters if id(p) in place), default=None), layer) for layer, parameters in layers]
-    return [layer for _, layer in sorted(((at, layer) for at, layer in found if at is not None), key=lambda one: one[0])]
+    order = [((not layer.run.owed, not layer.training, at), layer) for at, layer in found if at is not None]
+    return [layer for _, layer in sorted(order, key=lambda one: one[0])]
 
 
 def _statistics(layer: Layer) -> list[nn.Parameter]:

@@ -810,3 +810,67 @@ def test_the_cost_is_small(batch: int, size: int) -> None:
     x = torch.randn(batch, 1, size, size)
     plain, model = (normswap.convert(source, x[:1], coupling=c).model.train() for c in ("none", "auto"))  # type: ignore[arg-type]
     assert work(model, x) <= 1.03 * work(plain, x)
+
+
+# --- a model that was converted before ----------------------------------------------------------------------------------------------------
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(4)
+    conv, more, last = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 3, 2, bias=False), nn.Linear(3 * 4 * 3, 6)
+    net = nn.Sequential(
+        conv, nn.BatchNorm2d(5), nn.ReLU(), more, nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten(), last, nn.BatchNorm1d(6)
+    )
+    for norm in (net[1], net[4], net[6], net[9]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.3, 2)
+    return net.to(F64).eval()
+
+
+def _state(model: nn.Module) -> dict[str, list[Any]]:
+    return {name: t.tolist() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_couple_does_to_a_saved_model_what_convert_does(data: bool, tmp_path: Path) -> None:
+    """The same pairs, the same state, the same training; and again to one that was trained, with its function."""
+    x = torch.randn(7, 2, 7, 6, generator=G, dtype=F64)
+    calibration = [x[:4], x[4:]] if data else None
+    conversion = normswap.convert(_net(), x[:3], calibration=calibration)
+    loaded = normswap.load(normswap.save(conversion, tmp_path / "saved"), _net)
+    assert isinstance(loaded, nn.Module)
+    assert "1.input_mean" not in loaded.state_dict()
+    before = loaded(x)
+    pairs = normswap.couple(loaded, x[:3], calibration=iter(calibration) if calibration else None)
+    assert pairs == conversion.pairs
+    assert [pair.producer for pair in pairs] == ["0", "3", None, "8"]
+    assert {pair.start for pair in pairs} == ({"data", None} if data else {"zero", "closed form", None})
+    assert torch.equal(loaded(x), before)
+    assert _state(loaded) == _state(conversion.model)
+    for model in (loaded, conversion.model):
+        step = torch.optim.SGD(normswap.param_groups(model.train(), lr=0.1), momentum=0.9)
+        for _ in range(3):
+            step.zero_grad()
+            model(x).square().mean().backward()
+            step.step()
+    assert _state(loaded) == _state(conversion.model)
+    trained = loaded.eval()(x)
+    assert loaded[1].stepped  # type: ignore[index]
+    normswap.couple(loaded, x[:3], calibration=calibration)
+    assert torch.equal(loaded(x), trained)
+    assert (loaded[1].trend == 0).all()  # type: ignore[index, union-attr]
+    assert len(coupling.observers(loaded[0])) == 1  # type: ignore[index, arg-type]
+
+
+def test_couple_says_what_it_cannot_couple() -> None:
+    x = torch.randn(7, 2, 7, 6, generator=G, dtype=F64)
+    with pytest.raises(UsageError, match=r"Sequential has no BatchlessNorm to couple\nhint: normswap.convert makes them, and couples them"):
+        normswap.couple(_net(), x)
+    with pytest.raises(UsageError, match="no example inputs that the model takes could be inferred"):
+        normswap.couple(nn.Sequential(nn.Bilinear(2, 3, 4), BatchlessNorm(4)))
+    # Statistics that nobody trains get no guard and no feedback.
+    plain = normswap.convert(_net(), x, coupling="none", aux="none").model
+    before = list(plain.state_dict())
+    normswap.couple(plain, x)
+    assert not any(layer.guarded for layer in plain.modules() if isinstance(layer, BatchlessNorm))
+    assert [name for name in plain.state_dict() if name not in before] == [f"{i}.{t}" for i in (1, 4, 9) for t in ("input_mean", "steps")]

@@ -20,6 +20,7 @@ from normswap import stepping
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
 from normswap.numerics import STD_FORMS, StdForm
+from normswap.sharing import shadow
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
@@ -882,6 +883,23 @@ def test_layers_step_in_the_order_of_the_optimizer(monkeypatch: pytest.MonkeyPat
         sum(layer(torch.ones(3, 2)).sum() for layer in layers).backward()  # type: ignore[union-attr]
         step.step()
         assert [id(layer) for layer in order] == [id(layer) for layer in wanted]
+
+
+def test_a_copy_that_shares_the_parameters_does_not_step_in_the_place_of_the_model() -> None:
+    """As the copies do that `convert` measures, until the garbage collector finds them."""
+    torch.manual_seed(3)
+    source = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.ReLU(), nn.Conv1d(3, 5, 2), nn.BatchNorm1d(5)).eval()
+    x = torch.randn(4, 2, 7) * 3 + 1
+    models = [normswap.convert(source, x).model.train() for _ in range(2)]
+    copies = [shadow(models[0]) for _ in range(20)]
+    for model in models:
+        step = SGD(normswap.param_groups(model, lr=0.1))
+        model(x).square().mean().backward()
+        step.step()
+    assert all(layer.stepped and layer.steps == 1 for model in models for layer in (model[1], model[4]))
+    assert not any(layer.stepped for copied in copies for layer in (copied[1], copied[4]))
+    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from normswap import coupling
 from normswap.batchless import BatchlessNorm, BatchlessNormAct
 from normswap.errors import UsageError, described
-from normswap.plan import Swap
+from normswap.plan import Site
 from normswap.sharing import HOOKS, shadow
 
 Coupling = Literal["auto", "none"]
@@ -75,23 +75,23 @@ def check(word: str) -> None:
 
 
 def couple(
-    model: nn.Module, swaps: Iterable[Swap], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Iterable[tuple[Any, Any]] = ()
+    model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Iterable[tuple[Any, Any]] = ()
 ) -> tuple[Pair, ...]:
-    """Couple the new BatchlessNorm layers of `model` to their producers where they have one of their own; says of each what became of it.
+    """Couple the BatchlessNorm layers of `model` to their producers where they have one of their own; says of each what became of it.
 
-    args, kwargs: of one forward pass. batches: those of the calibration data, if there are any.
+    sites: where they are. args, kwargs: of one forward pass. batches: those of the calibration data, if there are any.
     """
-    swaps = tuple(swaps)
+    sites = tuple(sites)
     modules = dict(model.named_modules())
-    reasons = {s.name: _why_not(s, modules) for s in swaps}
-    wanted = {s.name: cast(str, s.producer) for s in swaps if reasons[s.name] is None}
+    reasons = {s.name: _why_not(s, modules) for s in sites}
+    wanted = {s.name: cast(str, s.producer) for s in sites if reasons[s.name] is None}
     seen = _See(shadow(model), wanted)
     try:
         failed = seen.run([(args, kwargs)], data=False) or seen.run(batches, data=True)
     finally:
         seen.close()
     found = []
-    for s in swaps:
+    for s in sites:
         at = seen.sites.get(s.name)
         reason = reasons[s.name] or (failed and f"a forward pass failed: {failed}") or (_misses(at) if at is not None else None)
         if reason is None and at is not None:
@@ -109,7 +109,7 @@ def couple(
     return tuple(found)
 
 
-def _why_not(s: Swap, modules: Mapping[str, nn.Module]) -> str | None:
+def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
     layer = modules.get(s.name)
     if not isinstance(layer, BatchlessNorm):
         return "is no BatchlessNorm"
