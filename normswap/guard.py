@@ -3,7 +3,7 @@ r"""A limit on how large one sample may become while the statistics lag behind, 
     z = (x - mean) / std
     y = weight z f + bias       f = min(1, LIMIT / sqrt(<z^2>))       < > over all channels and places of one sample
 
-with the gradient through f. After a step the statistics of a layer are late, the input of the next layer is too large, and its own are late
+with the gradient through f. What lies on the axes before that of the channels is one sample after the other. After a step the statistics of a layer are late, the input of the next layer is too large, and its own are late
 as well: in a deep network that multiplies from layer to layer. Here no layer passes on more than LIMIT, at once and not some steps
 later, and a sample still sees itself only. Where the statistics fit, <z^2> is about 1, and only an unusual sample is held. Before the first
 step nothing is late, and none is held; nor is any in eval mode.

@@ -148,6 +148,26 @@ def test_copies_have_it_and_plain_layers_frozen_ones_and_those_of_opacus_do_not(
     torch.testing.assert_close(plain(X), plain.eval()(X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_with_channels_last_each_place_is_held_by_itself(batch: int) -> None:
+    """Which axis has the samples cannot be seen: a transformer of torch has its batch second, unless it is told otherwise."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh()).to(F64).eval()
+    x = torch.randn(9, 6, 5, dtype=F64)
+    model = normswap.convert(source, x, calibration=[x], approximate=True).model.train()
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    other = x.clone()
+    other.select(batch, 2).mul_(50)
+    keep = [i for i in range(x.shape[batch]) if i != 2]
+    with torch.no_grad():
+        before, after = (model(t).movedim(batch, 0) for t in (x, other))
+    assert torch.equal(before[keep], after[keep])
+    layer: Any = model[1]  # type: ignore[index]
+    assert layer.run.factor.shape == (9, 6, 1)
+    assert int((layer.run.factor < 1).sum()) > 0
+
+
 def test_what_fits_passes_as_it_is() -> None:
     """Statistics of the data, and samples that are alike."""
     x = X / X.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -230,6 +250,21 @@ def test_the_drift_says_how_many_it_held() -> None:
             held = drift(model)[name].held
             assert held is not None
             assert 0 < float(held) <= 1
+
+
+def test_the_drift_after_per_sample_gradients_knows_of_nobody_who_was_held() -> None:
+    """A transform of torch.func leaves nothing that can be read after it."""
+    model = net()
+    step(model)
+    model(X).sum().backward()
+    assert all(found.held is not None for found in drift(model).values())
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x[None],)).square().mean()  # type: ignore[no-any-return]
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    assert all(found.held is None for found in drift(model).values())
 
 
 def test_a_layer_whose_guard_was_taken_off_held_nothing() -> None:
