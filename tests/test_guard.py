@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -215,6 +216,31 @@ def test_the_gradient_of_a_coupled_producer_has_no_radial_part() -> None:
     for conv in (model[0], model[3]):
         w, by = (coupling.filters(conv, F64, t) for t in (conv.weight.detach(), conv.weight.grad))
         assert float(((w * by).sum(1).abs() / (w.norm(dim=1) * by.norm(dim=1))).max()) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, to decompose what it derives
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_by_the_input(masked: bool) -> None:
+    """What the plain layer can: the same derivative as backward, and a Hessian in either order."""
+    model: Any = net()
+    step(model)
+    for layer in layers(model):
+        nn.init.normal_(layer.trend)  # type: ignore[arg-type]
+    x, along = X[[5, 9, 23], :, :4, :4], torch.randn(3, 2, 4, 4, dtype=F64)
+
+    def function(x: Tensor) -> Tensor:
+        with normswap.masked(model[1], torch.tensor([True, False, True])) if masked else contextlib.nullcontext():
+            return model(x)  # type: ignore[no-any-return]
+
+    value, change = torch.func.jvp(function, (x,), (along,))
+    assert 0 < sum(int((layer.run.factor < 1).sum()) for layer in layers(model)) < 6
+    tangent = (function(x + 1e-6 * along) - function(x - 1e-6 * along)) / 2e-6
+    torch.testing.assert_close(value, function(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(change, tangent, rtol=1e-6, atol=1e-8)
+    for layer in layers(model):
+        nn.init.zeros_(layer.trend)  # type: ignore[arg-type]  # backward takes it away, in the second pass as well
+    gradient = torch.func.grad(lambda x: function(x).square().sum())
+    torch.testing.assert_close(torch.func.jacfwd(gradient)(x), torch.func.jacrev(gradient)(x), rtol=1e-10, atol=1e-12)
 
 
 def test_padding_does_not_count() -> None:
