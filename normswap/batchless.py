@@ -493,8 +493,9 @@ class BatchlessNorm(nn.Module):
         mean, std = coupled_mean.detach(), coupled_std.detach()
         d, r, _ = found
         first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
-        counted = x.numel() if mask is None else mask.expand(x.shape).sum()
-        number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
+        # a graph that is compiled for any size of batch must not read it as a constant, as torch.as_tensor does
+        counted = mean.new_full((), x.numel()) if mask is None else mask.expand(x.shape).sum(dtype=mean.dtype)
+        number = counted / mean.numel()
         slope, level = trend.detach() * (share / number.clamp(min=1))
         # what is taken away: the sums of . z and of .
         known = torch.stack([slope * second + level * first, slope * first + level]) * number

@@ -885,6 +885,27 @@ def test_a_norm_that_is_called_again_without_its_producer_is_an_error() -> None:
         model[1](y)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_it_trains_as_ever_and_no_batch_is_compiled_anew() -> None:
+    """One graph until the first step, one with the guard, and one for any size of batch: a fourth is an error."""
+    torch._dynamo.reset()
+    x = coupled("grouped")[1]
+    eager, model = (coupled("grouped")[0] for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    steps = [torch.optim.SGD(normswap.param_groups(m, lr=0.1), momentum=0.9) for m in (eager, model)]
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for size in (9, 9, 8, 7, 3, 5):
+            for run, step in zip((eager, compiled), steps, strict=True):
+                step.zero_grad()
+                run(2 * x[:size]).square().mean().backward()
+                step.step()
+    assert model[1].stepped
+    assert model[1].trend.any()
+    for name, value in eager.state_dict().items():
+        close(model.state_dict()[name], value, 1e-11)
+    torch._dynamo.reset()
+
+
 def test_it_cannot_be_traced_in_train_mode() -> None:
     model, x = coupled("linear")
     with pytest.raises(Exception, match="cannot be traced in train mode"):
