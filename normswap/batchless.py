@@ -296,14 +296,23 @@ class BatchlessNorm(nn.Module):
 
     @property
     def follows(self) -> nn.Module | None:
-        """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen."""
-        frozen = not all(tensor.requires_grad for tensor in self._held)
-        return None if frozen or not self.training else self.producer
+        """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen.
+
+        None while its weight is computed from others, as pruning and parametrizations do that came after the swap: what a step made of
+        it is not known before the next forward pass.
+        """
+        producer = self._watched
+        return None if producer is None or "weight" not in producer._parameters else producer
 
     @property
     def observes(self) -> bool:
         """Whether the producer tells its mean input."""
-        return self.follows is not None and self.aux != "none"
+        return self._watched is not None and self.aux != "none"
+
+    @property
+    def _watched(self) -> nn.Module | None:
+        frozen = not all(tensor.requires_grad for tensor in self._held)
+        return None if frozen or not self.training else self.producer
 
     @property
     def _learns(self) -> bool:
@@ -464,8 +473,9 @@ class BatchlessNorm(nn.Module):
         mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
         factor: Tensor | None = None
         if guards:
-            channels = {axis % x.dim() for axis in self.channel_axis}
-            samples = [] if 0 in channels else [0]
+            # One after the other lie samples before the channels, and what belongs to a sample behind them. With channels on the last axis
+            # it cannot be seen which of the others are the samples (a transformer may have its batch second): each place is one.
+            samples = range(min(axis % x.dim() for axis in self.channel_axis))
             factor, sums = guard.factor(x, mean, std, samples, mask)
             self.run.factor = factor.detach()
         else:
@@ -483,8 +493,9 @@ class BatchlessNorm(nn.Module):
         mean, std = coupled_mean.detach(), coupled_std.detach()
         d, r, _ = found
         first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
-        counted = x.numel() if mask is None else mask.expand(x.shape).sum()
-        number = torch.as_tensor(counted, dtype=mean.dtype, device=mean.device) / mean.numel()
+        # a graph that is compiled for any size of batch must not read it as a constant, as torch.as_tensor does
+        counted = mean.new_full((), x.numel()) if mask is None else mask.expand(x.shape).sum(dtype=mean.dtype)
+        number = counted / mean.numel()
         slope, level = trend.detach() * (share / number.clamp(min=1))
         # what is taken away: the sums of . z and of .
         known = torch.stack([slope * second + level * first, slope * first + level]) * number
@@ -519,7 +530,7 @@ class BatchlessNorm(nn.Module):
     def _input_seen(self, x: Tensor, share: float) -> Given:
         """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""
         tracked, run = self.tracked, self.run
-        if tracked is None or self.follows is None:
+        if tracked is None or self._watched is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
         # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class Observer:
         norm = state["norm"]
         self._norm = (lambda: None) if norm is None else weakref.ref(norm)  # type: ignore[assignment]
 
-    def __call__(self, producer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, producer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+        # torch.ao.quantization moves the hooks of a layer to its quantization-aware one as if they took no keyword arguments.
         norm = self.norm
         if norm is not None and norm.observes:
             u = args[0] if args else kwargs["input"]

@@ -60,6 +60,14 @@ class _Leaned(torch.autograd.Function):
         return (gradient - lean).to(x.dtype), None, None, None, None
 
 
+class _LeanedForward(_Leaned):
+    """The same, with a derivative in forward mode: a function that has one cannot be compiled."""
+
+    @staticmethod
+    def jvp(ctx: Any, along: Tensor, *_: Tensor | None) -> Tensor:
+        return along.view_as(along)
+
+
 class _Felt(torch.autograd.Function):
     """(scale, shift), unchanged; the trend gets the gradient that -n <r z> and -n <r> are, from those of scale and shift."""
 
@@ -100,7 +108,8 @@ def leaned(x: Tensor, slope: Tensor, level: Tensor, *, counted: Tensor | None = 
 
     slope, level: broadcast against x; scale: a scalar that is read in backward, None for 1; counted: bool, None for everywhere.
     """
-    return _Leaned.apply(x, slope, level, counted, scale)  # type: ignore[no-any-return, no-untyped-call]
+    function = _Leaned if torch.compiler.is_compiling() else _LeanedForward
+    return function.apply(x, slope, level, counted, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def felt(

@@ -201,7 +201,8 @@ class InGraph:
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 _adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> InGraph, which lives as long as it does
-_following: weakref.WeakKeyDictionary[Optimizer, list[tuple[Layer, Any]]] = weakref.WeakKeyDictionary()  # while it steps
+_following: weakref.WeakKeyDictionary[Optimizer, list[tuple[int, list[Layer]]]] = weakref.WeakKeyDictionary()  # while it steps: `_depth`
+_anchors: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()  # of these layers; of the outermost of the steps
 _hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
@@ -334,20 +335,23 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not layers and not followers:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    depth = _depth()
+    _following[optimizer] = [step for step in _following.get(optimizer, []) if step[0] < depth] + [(depth, followers)]
+    _catch_up(followers, depth)
     if closure is None:
         _advance(optimizer, groups, layers)
-        _anchor(optimizer, followers)
-        _clip(optimizer, groups)
+        _anchor(followers, depth)
+        _clip(optimizer, groups, followers)
         return None
 
-    _anchor(optimizer, followers)
+    _anchor(followers, depth)
 
     def computed() -> Any:
-        _follow(optimizer)  # one that calls it several times has moved the weights in between
+        _catch_up(followers)  # one that calls it several times has moved the weights in between
         loss = closure()
         _advance(optimizer, groups, layers)
-        _anchor(optimizer, followers)
-        _clip(optimizer, groups)
+        _anchor(followers, depth)
+        _clip(optimizer, groups, followers)
         return loss
 
     return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
@@ -370,29 +374,60 @@ def _statistics(layer: Layer) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]]) -> None:
+def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], followers: list[Layer]) -> None:
     """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
     if isinstance(optimizer, torch.optim.SGD):
         scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
-        for layer, anchor in _following.get(optimizer, ()):
-            weight = cast(nn.Parameter, cast(nn.Module, layer.follows).weight)
+        for layer in followers:
+            weight = cast("nn.Parameter | None", getattr(layer.follows, "weight", None))  # a closure may have called eval()
             if id(weight) in groups:
                 group = groups[id(weight)]
                 reach = group["lr"] / (1 - min(group["momentum"], 0.99))
-                layer.clip(anchor, reach if scale is None else reach / scale.to(weight.device))
+                layer.clip(_anchors[layer][1], reach if scale is None else reach / scale.to(layer.mean.device))
+
+
+def _depth() -> int:
+    """How many steps of optimizers are in progress, one inside the other: that of a parent, or of an optimizer that this one wraps."""
+    return sum(frame.f_code is _STEP for frame in _frames())
+
+
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 @torch.no_grad()
-def _anchor(optimizer: Optimizer, followers: list[Layer]) -> None:
+def _catch_up(followers: list[Layer], depth: int | None = None) -> None:
+    """Move statistics along with what a step in progress has made of the weights until now. depth: of a step that begins.
+
+    An anchor that is not of a step around that one was left behind by a step that failed.
+    """
+    for layer in followers:
+        outermost, anchor = _anchors.get(layer, (None, None))
+        if outermost is not None and depth is not None and outermost >= depth:
+            del _anchors[layer]
+        elif outermost is not None:
+            layer.follow(anchor)
+
+
+@torch.no_grad()
+def _anchor(followers: list[Layer], depth: int) -> None:
     """Note where the producers' weights are before the optimizer moves them."""
-    if followers:
-        _following[optimizer] = [(layer, layer.anchor()) for layer in followers]
+    for layer in followers:
+        outermost, _ = _anchors.get(layer, (depth, None))
+        _anchors[layer] = outermost, layer.anchor()
 
 
 @torch.no_grad()
 def _follow(optimizer: Optimizer) -> None:
-    for layer, anchor in _following.pop(optimizer, []):
-        layer.follow(anchor)
+    """Move statistics along at the end of a step; of one inside another, from where on that goes on."""
+    steps = _following.get(optimizer)
+    if not steps:
+        return
+    depth, followers = steps.pop()
+    _catch_up(followers)
+    for layer in followers:
+        outermost, _ = _anchors.pop(layer, (depth, None))
+        if outermost < depth:
+            _anchors[layer] = outermost, layer.anchor()
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

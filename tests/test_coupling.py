@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import normswap
@@ -285,6 +287,92 @@ def test_the_statistics_move_with_the_weight(kind: str, units: bool, optimizer: 
     assert (conv.weight - weight).abs().max() > 0.01
     for found, expected in zip(c_and_s(), before, strict=True):
         close(found, expected, 1e-11)
+
+
+class Sharpness(torch.optim.Optimizer):
+    """As SAM: looks at the loss at a point nearby, goes back, and lets an optimizer step that it wraps."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        before = [p.clone() for p in parameters]
+        for p in parameters:
+            p.mul_(1.5)
+        with torch.enable_grad():
+            loss = closure()
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        self.base.step()
+        return loss
+
+
+class Shrinks(torch.optim.SGD):
+    """Moves weights before and after what its parent does."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.7)
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.mul_(1.2)
+        return loss
+
+
+class Fails(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["grouped", "linear"])
+@pytest.mark.parametrize("make", [Sharpness, lambda p: Shrinks(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)])
+def test_a_step_inside_another_moves_the_statistics_once(make: Any, kind: str) -> None:
+    model, x = coupled(kind, aux="none")
+    conv, norm = model[0], model[1]
+
+    def c_and_s() -> tuple[Tensor, Tensor]:
+        moving, square = coupling.place(conv, norm.input_mean)
+        return ((norm.mean - moving) / square.sqrt()).detach(), (norm.log_std.exp() / square.sqrt()).detach()
+
+    before, weight = c_and_s(), conv.weight.detach().clone()
+    step = make([*conv.parameters()])
+
+    def closure() -> Tensor:
+        step.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        step.step(closure)
+        for found, expected in zip(c_and_s(), before, strict=True):
+            close(found, expected, 1e-11)
+    assert (conv.weight - weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_a_failed_step_left_behind_moves_nothing_later(inner: bool) -> None:
+    model, x = coupled("conv2d", aux="none")
+    conv, norm = model[0], model[1]
+    model(x).square().mean().backward()
+    state = copy.deepcopy(model.state_dict())
+    step = Fails(conv.parameters(), lr=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        step.step()
+    assert not torch.equal(norm.mean, state["1.mean"])
+    model.load_state_dict(state)
+    after = step if inner else torch.optim.SGD(conv.parameters(), lr=0.0)
+    for group in after.param_groups:
+        group["lr"] = 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        after.step()
+    assert torch.equal(norm.mean, state["1.mean"])
+    assert torch.equal(norm.log_std, state["1.log_std"])
 
 
 @pytest.mark.parametrize("form", STD_FORMS)
@@ -617,6 +705,17 @@ def test_a_calibrated_layer_norm_is_coupled_too() -> None:
     close(layer.input_mean.detach(), x.mean((0, 1)), 1e-5)
 
 
+@pytest.mark.parametrize("fill", [None, math.nan, math.inf])
+def test_data_that_say_nothing_are_not_started_from(fill: float | None) -> None:
+    source, x = pair_of("conv2d")
+    bad = x[:0] if fill is None else torch.full_like(x, fill)
+    conversion = normswap.convert(source, x[:3], calibration=[bad])
+    assert [pair.start for pair in conversion.pairs] == ["zero"]
+    assert not conversion.model[1].input_mean.any()  # type: ignore[index, union-attr, operator]
+    conversion = normswap.convert(source, x[:3], calibration=[x[:0], x])
+    assert [pair.start for pair in conversion.pairs] == ["data"]
+
+
 @pytest.mark.parametrize(
     "act", [nn.ReLU(inplace=True), nn.ReLU6(), nn.GELU(), nn.SiLU(inplace=True), nn.LeakyReLU(0.2), nn.Hardswish(), nn.Tanh()]
 )
@@ -725,11 +824,86 @@ def test_a_producer_that_was_replaced_is_an_error() -> None:
     model(x).sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["grouped", "linear", "conv2d"])
+@pytest.mark.parametrize(
+    ("compute", "undo"),
+    [
+        (lambda m: prune.l1_unstructured(m, "weight", 0.3), lambda m: prune.remove(m, "weight")),
+        (weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+        (spectral_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+    ],
+)
+def test_while_the_weight_is_computed_the_statistics_are_plain(compute: Any, undo: Any, kind: str) -> None:
+    """What a step makes of it is not known before the next forward pass. The mean of the input is followed on."""
+    models = [coupled(kind)[0] for _ in range(2)]
+    x = coupled(kind)[1]
+    for model in models:
+        torch.manual_seed(0)
+        compute(model[0])
+    models[1][1].decouple()
+    close(models[0](x), models[1](x), 1e-12)
+    for model in models:
+        step = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            step.zero_grad()
+            model(x).square().mean().backward()
+            step.step()
+    state, plain = models[0].state_dict(), models[1].state_dict()
+    assert state.keys() - plain.keys() == {"1.input_mean"}
+    for name, value in plain.items():
+        close(state[name], value, 1e-11)
+    model = models[0]
+    before = model[1].input_mean.detach().clone()
+    model(x + 1).sum().backward()
+    torch.optim.SGD([model[1].input_mean], lr=0.1).step()
+    assert (model[1].input_mean - before).abs().max() > 0.01
+    assert model[1].follows is None
+    undo(model[0])
+    assert model[1].follows is model[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range:UserWarning")
+def test_a_layer_that_quantization_aware_training_put_in_the_place_of_the_producer() -> None:
+    """It has the producer's weight and its hooks, which torch moves as if they took no keyword arguments."""
+    source, x = pair_of("conv2d")
+    model: Any = normswap.convert(source.float(), x[:3].float()).model.train()
+    producer = model[0]
+    producer.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    torch.ao.quantization.prepare_qat(model, inplace=True)
+    assert model[0] is not producer
+    assert model[0].weight is model[1].producer.weight
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x.float()).square().mean().backward()
+    step.step()
+    close(model[1].input_mean.detach(), coupling.patch_mean(producer, x.float()), 1e-6)
+
+
 def test_a_norm_that_is_called_again_without_its_producer_is_an_error() -> None:
     model, x = coupled("linear")
     y = model(x)
     with pytest.raises(UsageError, match="was not called before it"):
         model[1](y)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_it_trains_as_ever_and_no_batch_is_compiled_anew() -> None:
+    """One graph until the first step, one with the guard, and one for any size of batch: a fourth is an error."""
+    torch._dynamo.reset()
+    x = coupled("grouped")[1]
+    eager, model = (coupled("grouped")[0] for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    steps = [torch.optim.SGD(normswap.param_groups(m, lr=0.1), momentum=0.9) for m in (eager, model)]
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for size in (9, 9, 8, 7, 3, 5):
+            for run, step in zip((eager, compiled), steps, strict=True):
+                step.zero_grad()
+                run(2 * x[:size]).square().mean().backward()
+                step.step()
+    assert model[1].stepped
+    assert model[1].trend.any()
+    for name, value in eager.state_dict().items():
+        close(model.state_dict()[name], value, 1e-11)
+    torch._dynamo.reset()
 
 
 def test_it_cannot_be_traced_in_train_mode() -> None:

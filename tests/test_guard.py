@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -148,6 +149,26 @@ def test_copies_have_it_and_plain_layers_frozen_ones_and_those_of_opacus_do_not(
     torch.testing.assert_close(plain(X), plain.eval()(X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_with_channels_last_each_place_is_held_by_itself(batch: int) -> None:
+    """Which axis has the samples cannot be seen: a transformer of torch has its batch second, unless it is told otherwise."""
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh()).to(F64).eval()
+    x = torch.randn(9, 6, 5, dtype=F64)
+    model = normswap.convert(source, x, calibration=[x], approximate=True).model.train()
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    other = x.clone()
+    other.select(batch, 2).mul_(50)
+    keep = [i for i in range(x.shape[batch]) if i != 2]
+    with torch.no_grad():
+        before, after = (model(t).movedim(batch, 0) for t in (x, other))
+    assert torch.equal(before[keep], after[keep])
+    layer: Any = model[1]  # type: ignore[index]
+    assert layer.run.factor.shape == (9, 6, 1)
+    assert int((layer.run.factor < 1).sum()) > 0
+
+
 def test_what_fits_passes_as_it_is() -> None:
     """Statistics of the data, and samples that are alike."""
     x = X / X.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -197,6 +218,31 @@ def test_the_gradient_of_a_coupled_producer_has_no_radial_part() -> None:
         assert float(((w * by).sum(1).abs() / (w.norm(dim=1) * by.norm(dim=1))).max()) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, to decompose what it derives
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_by_the_input(masked: bool) -> None:
+    """What the plain layer can: the same derivative as backward, and a Hessian in either order."""
+    model: Any = net()
+    step(model)
+    for layer in layers(model):
+        nn.init.normal_(layer.trend)  # type: ignore[arg-type]
+    x, along = X[[5, 9, 23], :, :4, :4], torch.randn(3, 2, 4, 4, dtype=F64)
+
+    def function(x: Tensor) -> Tensor:
+        with normswap.masked(model[1], torch.tensor([True, False, True])) if masked else contextlib.nullcontext():
+            return model(x)  # type: ignore[no-any-return]
+
+    value, change = torch.func.jvp(function, (x,), (along,))
+    assert 0 < sum(int((layer.run.factor < 1).sum()) for layer in layers(model)) < 6
+    tangent = (function(x + 1e-6 * along) - function(x - 1e-6 * along)) / 2e-6
+    torch.testing.assert_close(value, function(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(change, tangent, rtol=1e-6, atol=1e-8)
+    for layer in layers(model):
+        nn.init.zeros_(layer.trend)  # type: ignore[arg-type]  # backward takes it away, in the second pass as well
+    gradient = torch.func.grad(lambda x: function(x).square().sum())
+    torch.testing.assert_close(torch.func.jacfwd(gradient)(x), torch.func.jacrev(gradient)(x), rtol=1e-10, atol=1e-12)
+
+
 def test_padding_does_not_count() -> None:
     """A sequence that is padded by anything is held as it would be without."""
     torch.manual_seed(0)
@@ -230,6 +276,21 @@ def test_the_drift_says_how_many_it_held() -> None:
             held = drift(model)[name].held
             assert held is not None
             assert 0 < float(held) <= 1
+
+
+def test_the_drift_after_per_sample_gradients_knows_of_nobody_who_was_held() -> None:
+    """A transform of torch.func leaves nothing that can be read after it."""
+    model = net()
+    step(model)
+    model(X).sum().backward()
+    assert all(found.held is not None for found in drift(model).values())
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x[None],)).square().mean()  # type: ignore[no-any-return]
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    assert all(found.held is None for found in drift(model).values())
 
 
 def test_a_layer_whose_guard_was_taken_off_held_nothing() -> None:

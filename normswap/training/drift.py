@@ -49,4 +49,6 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
     factor = layer.run.factor if layer.guarded else None
+    if factor is not None and torch._C._functorch.is_functorch_wrapped_tensor(factor):
+        factor = None  # of a forward pass in a transform of torch.func, which has left nothing that can be read
     return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

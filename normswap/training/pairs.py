@@ -152,7 +152,7 @@ class _Site:
     weight: int = 0
 
     def start(self) -> tuple[str, Tensor]:
-        if self.total is not None:
+        if self.total is not None and self.weight and self.total.isfinite().all():
             return "data", self.total / self.weight
         if self.closed is not None:
             return "closed form", self.closed
