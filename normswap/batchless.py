@@ -84,7 +84,7 @@ def _gradients(
     options: Mapping[str, Any],
     found: Misfit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(NLL of x, its gradient by mean, by the std's parameter), with no history; the gradients in the shapes of the parameters.
+    """(r of the misfit of x, the gradient of its NLL by mean, by the std's parameter), with no history; the gradients in their shapes.
 
     found: the misfit of x, if it is known.
     """
@@ -98,8 +98,13 @@ def _gradients(
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
     sizes = [shape[axis] for axis in flat]
-    by_mean, by_parameter = (t.view(sizes) * options["share"] for t in (by_mean, by_parameter))
-    return numerics.gaussian_nll_of(r, reduction=options["reduction"]), by_mean, by_parameter
+    by_mean, by_parameter = (_weighed(t.view(sizes), options["share"]) for t in (by_mean, by_parameter))
+    return r, by_mean, by_parameter
+
+
+def _weighed(t: Tensor, share: float) -> Tensor:
+    """share t. A layer runs some hundred operators a step, and most on so few numbers that their number is what they take."""
+    return t if share == 1 else t * share
 
 
 def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -138,7 +143,8 @@ def _injected(
 
 
 def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: Given, **options: Any) -> stepping.Term:
-    value, *by = _gradients(x, mean, std, parameter, mask, options)
+    r, *by = _gradients(x, mean, std, parameter, mask, options)
+    value = numerics.gaussian_nll_of(r, reduction=options["reduction"])
     return stepping.Term(value, (mean, parameter, *(t for t, _ in more)), (*by, *(by for _, by in more)))
 
 
@@ -463,7 +469,7 @@ class BatchlessNorm(nn.Module):
             if steers:
                 input, scale, shift, more = self._steered(input, scale, shift, mean, std, mask, found)
         if self.training and self.aux != "none":
-            shift = self._observed(input, shift, found, more)
+            shift = self._observed(input, shift, std, found, more)
         return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis, factor, self.bias)
 
     def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> tuple[Tensor | None, Tensor | None, Misfit]:
@@ -506,7 +512,7 @@ class BatchlessNorm(nn.Module):
         slope, level = slope / std.square(), (level - slope * mean / std) / std
         return feedback.leaned(x, slope.view(d.shape), level.view(d.shape), counted=mask, scale=run.scale), scale, shift, more
 
-    def _observed(self, x: Tensor, shift: Tensor, found: Misfit | None, more: Given) -> Tensor:
+    def _observed(self, x: Tensor, shift: Tensor, std: Tensor, found: Misfit | None, more: Given) -> Tensor:
         """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
         if not self._learns:
             return shift
@@ -514,7 +520,6 @@ class BatchlessNorm(nn.Module):
             stepping.refuse_replicas()
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
-        _, std = self.statistics()
         options = self._options()
         more = (*more, *self._input_seen(x, options["share"]))
         if self.aux == "explicit":
@@ -540,7 +545,7 @@ class BatchlessNorm(nn.Module):
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
             )
         run.fresh = False
-        by = (tracked.detach() - run.seen.to(tracked.dtype)) * (share if x.numel() else 0)
+        by = _weighed(tracked.detach() - run.seen.to(tracked.dtype), share if x.numel() else 0)
         return ((tracked, by if run.mask is None else by * run.mask.any()),)
 
     def _options(self) -> dict[str, Any]:

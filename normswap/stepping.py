@@ -474,7 +474,9 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     tracked, steering = layer.tracked, layer.steering
 
     def by(parameter: nn.Parameter, factor: float) -> Tensor:
-        return cast(Tensor, parameter.grad) * factor / (1 if scale is None else scale.to(parameter.device))
+        grad = cast(Tensor, parameter.grad)
+        grad = grad if factor == 1 else grad * factor
+        return grad if scale is None else grad / scale.to(parameter.device)
 
     def stepping(parameter: nn.Parameter | None) -> bool:
         return any(parameter is p for p in held)
@@ -490,8 +492,7 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
         values[tracked] = tracked - (1 / values[cast(Tensor, layer.steps)].to(tracked.dtype)).clamp(min=rate) * by(tracked, factor)
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
     if steering is not None and stepping(steering) and unscaled == 1:
-        square = None if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
-        square = torch.ones_like(steering[0]) if square is None else square
+        square = torch.ones_like(steering[0]) if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
         values[steering] = feedback.stepped(steering, by(steering, 1), square, layer.run.pace)
     for parameter, value in values.items():
         parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
