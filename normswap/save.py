@@ -23,6 +23,7 @@ from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
 VERSION = 1
+WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
 MODES = ("aux", "stats", "momentum", "calls")  # how a layer trains: taken from the recipe, as they are no matter of the architecture
 
 
@@ -63,6 +64,13 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
     }
     (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     save_model(_uncoupled(model), str(directory / WEIGHTS), metadata={"format": "pt"})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DistributedDataParallel or AveragedModel was made of: the names in it are those of the architecture."""
+    while type(model).__module__.startswith(WRAPPERS):
+        (model,) = model.children()
+    return model
 
 
 def _uncoupled(model: nn.Module) -> nn.Module:

@@ -14,6 +14,8 @@ for the task never adds to these gradients, and warned about.
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import sys
 import warnings
 import weakref
@@ -34,6 +36,8 @@ from normswap import feedback, numerics
 from normswap.errors import UsageError
 from normswap.numerics import StdForm
 from normswap.sharded import is_part
+
+OURS = tuple(os.path.join(os.path.dirname(inspect.getfile(package)), "") for package in (torch, feedback))  # where a user's code is not
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
@@ -584,4 +588,8 @@ _ROUNDED = (
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
+    """At the line that called torch or normswap, as that of `optimizer.step()`."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

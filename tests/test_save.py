@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
 import normswap
 from fixtures.nets import case, randomise
 from normswap.errors import LoadError, UsageError
+from normswap.save import unwrapped
 
 
 def _factory(seed: int = 0) -> nn.Module:
@@ -61,6 +65,34 @@ def test_a_trained_model_without_its_conversion(tmp_path: Path, x: Tensor) -> No
     loaded = normswap.load(normswap.save(model, tmp_path / "trained"), _factory)
     assert isinstance(loaded, nn.Module)
     assert torch.equal(loaded(x), model(x))
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [_compiled, nn.DataParallel, swa_utils.AveragedModel, lambda model: _compiled(nn.DataParallel(model))],
+    ids=["compile", "DataParallel", "AveragedModel", "both"],
+)
+def test_a_wrapped_model_is_saved_as_what_it_wraps(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path, x: Tensor) -> None:
+    model = normswap.convert(_factory(1), x).model
+    normswap.save(wrap(model), tmp_path / "out")
+    loaded = normswap.load(tmp_path / "out", lambda: _factory(2))
+    assert isinstance(loaded, nn.Module)
+    assert list(loaded.state_dict()) == list(_lasting(model))
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_model_with_one_child_is_no_wrapper() -> None:
+    class Own(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.module = inner
+
+    for model in (Own(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3)), nn.ModuleDict({"module": nn.BatchNorm2d(3)})):
+        assert unwrapped(model) is model
 
 
 def test_reverting_a_loaded_model_is_bit_for_bit(saved: tuple[nn.Module, Path]) -> None:

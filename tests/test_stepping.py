@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import linecache
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -298,8 +299,9 @@ def test_accumulation_that_was_not_told_of(set_to_none: bool) -> None:
             if net is told:
                 one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
             else:
-                with pytest.warns(UserWarning, match=ACCUMULATED):
+                with pytest.warns(UserWarning, match=ACCUMULATED) as caught:
                     one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
+                assert linecache.getline(caught[0].filename, caught[0].lineno).strip() == "optimizer.step()"  # of the loop
     torch.testing.assert_close(statistics(silent), statistics(told))
 
 

@@ -20,15 +20,18 @@ from normswap.load import load as load_source
 from normswap.plan import Rule
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
-from normswap.save import Recipe, load_weights, read_recipe
+from normswap.save import Recipe, load_weights, read_recipe, unwrapped
 from normswap.save import save as save_directory
 from normswap.swap import swap
 
 
 def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
-    """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them."""
+    """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
+
+    Of a model that torch.compile or DistributedDataParallel wrapped, what they wrapped.
+    """
     conversion = model if isinstance(model, pipeline.Conversion) else None
-    module = conversion.module if conversion else as_module(model)  # type: ignore[arg-type]
+    module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
     with outputs.directory(Path(directory)) as partial:
         save_directory(module, partial, inputs=recorded(conversion.inputs) if conversion else ())
     return Path(directory)
