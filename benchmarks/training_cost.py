@@ -37,22 +37,28 @@ BATCHES = (1, 8, 64)
 ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback", "default")
 FAKE = FakeTensorMode()
 ATEN = torch.ops.aten
+ALLOCATE = (ATEN.empty, ATEN.empty_like, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided)
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations of every operator that runs, by its name."""
+    """Counts the operations of every operator that runs, by its name; and how many operators run (`runs`), with a batch norm as one."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
+        self.runs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in PARTS:
+            before = self.runs
             with self:
-                return PARTS[func](*args, **kwargs)
+                result = PARTS[func](*args, **kwargs)
+            self.runs = before + 1
+            return result
         result = func(*args, **kwargs)
+        self.runs += not (func.is_view or func.namespace in ("prim", "profiler") or func._overloadpacket in ALLOCATE)
         if func._overloadpacket in flop_registry:
             self.counts[func._overloadpacket.__name__] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         elif not func.is_view and func.namespace != "prim":  # what a tensor says of itself
@@ -110,22 +116,23 @@ def made(net: str, row: str) -> nn.Module:
     return model.train()
 
 
-def operations(model: nn.Module, shape: tuple[int, ...]) -> Counter[str] | None:
-    """Of one step: the second one, when the optimizer has its state. None if the model cannot train on it."""
+def operations(model: nn.Module, shape: tuple[int, ...]) -> Operations | None:
+    """What was counted in one step: the second one, when the optimizer has its state. None if the model cannot train on it."""
     converted = any(isinstance(m, BatchlessNorm) for m in model.modules())
     parameters: Any = normswap.param_groups(model, lr=0.01) if converted else model.parameters()
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=False)
     with FAKE:
         x, labels = torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64)
         for _ in range(2):
-            with Operations() as counted:
+            counted = Operations()
+            with counted:
                 optimizer.zero_grad()
                 try:
                     F.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
                 except ValueError:  # BatchNorm, on one value per channel
                     return None
                 optimizer.step()
-    return Counter(counted.counts)
+    return counted
 
 
 def measured(nets: list[str], rows: tuple[str, ...], batches: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -133,10 +140,10 @@ def measured(nets: list[str], rows: tuple[str, ...], batches: tuple[int, ...]) -
     for net, row in itertools.product(nets, rows):
         model = made(net, row)
         for batch in batches:
-            counts = operations(model, (batch, *NETS[net][1]))
-            if counts is not None:
-                entry = {"net": net, "batch": batch, "row": row, "operations": counts.total()}
-                found.append({**entry, "by operator": dict(counts.most_common())})
+            counted = operations(model, (batch, *NETS[net][1]))
+            if counted is not None:
+                entry = {"net": net, "batch": batch, "row": row, "operations": counted.counts.total(), "runs": counted.runs}
+                found.append({**entry, "by operator": dict(counted.counts.most_common())})
     return found
 
 
@@ -157,6 +164,16 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         cells = [f"{row['plain']['operations'] / 1e6:,.1f}", against]
         cells += [f"{extra(row[name], found):+.1f}%" for name in ROWS[2:]]
         lines.append(f"| {net} | {batch} | {' | '.join(cells)} |")
+    return lines
+
+
+def runs(found: list[dict[str, Any]]) -> list[str]:
+    """How many operators a step runs, whatever the batch."""
+    lines = ["| net | norms | " + " | ".join(ROWS) + " |", "|---|---|" + "---|" * len(ROWS)]
+    for net in dict.fromkeys(e["net"] for e in found):
+        norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in NETS[net][0]().modules())
+        row = {e["row"]: e["runs"] for e in found if e["net"] == net and e["batch"] == BATCHES[-1]}
+        lines.append(f"| {net} | {norms} | " + " | ".join(f"{row[name]:,}" for name in ROWS) + " |")
     return lines
 
 
@@ -183,7 +200,7 @@ def main() -> None:
         print("\n".join(operators(measured([net], ROWS, (batch,)), net, batch)))
         return
     found = measured(options.net, ROWS, BATCHES)
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), "", *runs(found)]))
     if options.net == list(NETS):
         KEPT.write_text(json.dumps({"torch": torch.__version__, "steps": found}, indent=1) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.training_cost import BATCHES, NETS, Operations, extra, made, operations, table
+from benchmarks.training_cost import BATCHES, NETS, Operations, extra, made, operations, runs, table
 
 X, Y = torch.randn(3, 5, 7), torch.randn(5, 1)
 
@@ -55,6 +55,7 @@ def test_a_batch_norm_is_counted_in_parts_and_computes_the_same() -> None:
     torch.testing.assert_close((mean, var), other)
     assert "native_batch_norm" not in counted.counts
     assert 3 * 105 < counted.counts.total() < 7 * 105
+    assert counted.runs == 1
 
 
 def test_fake_tensors_give_the_counts_of_real_ones() -> None:
@@ -75,7 +76,8 @@ def test_fake_tensors_give_the_counts_of_real_ones() -> None:
             optimizer.step()
     counts = operations(made("six convs, 8 x 8", "default"), (2, 1, 8, 8))
     assert counts is not None
-    assert counts.total() == pytest.approx(counted.counts.total(), rel=1e-3)
+    assert counts.counts.total() == pytest.approx(counted.counts.total(), rel=1e-3)
+    assert counts.runs == pytest.approx(counted.runs, rel=1e-3)
 
 
 def test_batch_norm_cannot_train_on_one_value() -> None:
@@ -86,7 +88,7 @@ def test_the_tables_are_in_the_docs(repository: Path) -> None:
     kept = json.loads((repository / "docs/training_cost.json").read_text())["steps"]
     page = (repository / "docs/benchmarks.md").read_text()
     assert {(e["net"], e["batch"]) for e in kept} == {(net, batch) for net in NETS for batch in BATCHES}
-    for line in table(kept):
+    for line in [*table(kept), *runs(kept)]:
         assert line in page
 
 

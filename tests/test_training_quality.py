@@ -134,11 +134,17 @@ def test_validation_chooses_and_the_test_set_is_reported() -> None:
 
 
 def test_the_tables_of_the_docs_are_those_of_the_runs(repository: Path) -> None:
-    entries = [json.loads(line) for line in training_quality.KEPT.read_text(encoding="utf-8").splitlines()]
+    entries, fresh = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (training_quality.KEPT, training_quality.FRESH)
+    )
     page = (repository / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert f"{len(entries)} runs" in page
-    for task in {entry["task"] for entry in entries}:
-        assert "\n".join(table(task, entries)) in page
+    for found in (entries, fresh):
+        for task in {entry["task"] for entry in found}:
+            assert "\n".join(table(task, found)) in page
+    assert all((e["seed"] >= training_quality.TASKS[e["task"]].seeds) == (e in fresh) for e in [*entries, *fresh])
+    assert training_quality.DETAILS.read_text(encoding="utf-8") == training_quality.page(entries)
     keys = [tuple(entry[key] for key in training_quality.KEYS) for entry in entries]
     assert sorted(set(keys)) == keys
 
