@@ -168,7 +168,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def runs(found: list[dict[str, Any]]) -> list[str]:
-    """How many operators a step runs, whatever the batch."""
+    """How many operators a step runs at the largest batch: at batch 1 they are up to 2% fewer, as a sum over one sample is none."""
     lines = ["| net | norms | " + " | ".join(ROWS) + " |", "|---|---|" + "---|" * len(ROWS)]
     for net in dict.fromkeys(e["net"] for e in found):
         norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in NETS[net][0]().modules())

@@ -418,15 +418,19 @@ def _run_all(options: argparse.Namespace) -> None:
             print(f"{number + 1}/{len(wanted)}", json.dumps(entry), flush=True)
 
 
-def _sorted(fresh: bool) -> list[dict[str, Any]]:
-    """The runs of the study's seeds, or of those beyond them."""
-    return [entry for _, entry in sorted(_read().items()) if (entry["seed"] >= TASKS[entry["task"]].seeds) == fresh]
+def _sorted() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the runs of the study's seeds, those of seeds beyond them)"""
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for _, entry in sorted(_read().items()):
+        found[entry["seed"] >= TASKS[entry["task"]].seeds].append(entry)
+    return found
 
 
 def _collect(options: argparse.Namespace) -> None:
-    for path, entries in ((KEPT, _sorted(False)), (FRESH, _sorted(True))):
+    found = _sorted()
+    for path, entries in zip((KEPT, FRESH), found, strict=True):
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    DETAILS.write_text(page(_sorted(False)), encoding="utf-8")
+    DETAILS.write_text(page(found[0]), encoding="utf-8")
 
 
 class Best(NamedTuple):
@@ -552,7 +556,7 @@ def _plot(entries: list[dict[str, Any]]) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    entries = _sorted(options.fresh)
+    entries = _sorted()[options.fresh]
     if not options.fresh:
         _plot(entries)
     for task in TASKS:

@@ -98,13 +98,8 @@ def _gradients(
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
     sizes = [shape[axis] for axis in flat]
-    by_mean, by_parameter = (_weighed(t.view(sizes), options["share"]) for t in (by_mean, by_parameter))
+    by_mean, by_parameter = (numerics.weighed(t.view(sizes), options["share"]) for t in (by_mean, by_parameter))
     return r, by_mean, by_parameter
-
-
-def _weighed(t: Tensor, share: float) -> Tensor:
-    """share t. A layer runs some hundred operators a step, and most on so few numbers that their number is what they take."""
-    return t if share == 1 else t * share
 
 
 def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -545,7 +540,7 @@ class BatchlessNorm(nn.Module):
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
             )
         run.fresh = False
-        by = _weighed(tracked.detach() - run.seen.to(tracked.dtype), share if x.numel() else 0)
+        by = numerics.weighed(tracked.detach() - run.seen.to(tracked.dtype), share if x.numel() else 0)
         return ((tracked, by if run.mask is None else by * run.mask.any()),)
 
     def _options(self) -> dict[str, Any]:

@@ -163,6 +163,11 @@ def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     return (r.sum() if reduction == "sum" else r.mean()) / 2
 
 
+def weighed(t: Tensor, factor: float) -> Tensor:
+    """factor t. A layer runs some hundred operators a step, and most on so few numbers that their number is what they take."""
+    return t if factor == 1 else t * factor
+
+
 def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor:
     """dp/dlog std of the stored parameter, never 0:   log: 1     abs: sign(p) std     inv: -sign(p) / std     with sign(0) = 1."""
     if form == "log":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import sys
 import warnings
@@ -478,8 +479,7 @@ def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: 
     tracked, steering = layer.tracked, layer.steering
 
     def by(parameter: nn.Parameter, factor: float) -> Tensor:
-        grad = cast(Tensor, parameter.grad)
-        grad = grad if factor == 1 else grad * factor
+        grad = numerics.weighed(cast(Tensor, parameter.grad), factor)
         return grad if scale is None else grad / scale.to(parameter.device)
 
     def stepping(parameter: nn.Parameter | None) -> bool:
@@ -589,7 +589,5 @@ _ROUNDED = (
 
 def _warn(message: str) -> None:
     """At the line that called torch or normswap, as that of `optimizer.step()`."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    ours = list(itertools.takewhile(lambda frame: frame.f_code.co_filename.startswith(OURS), _frames()))
+    warnings.warn(message, UserWarning, stacklevel=1 + len(ours))
