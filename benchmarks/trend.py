@@ -41,6 +41,10 @@ def norms(model: nn.Module) -> list[BatchlessNorm]:
     return [m for m in model.modules() if isinstance(m, BatchlessNorm)]
 
 
+def trends_of(model: nn.Module) -> list[Tensor]:
+    return [layer.get_parameter("trend").detach().clone() for layer in norms(model)]
+
+
 def set_trends(model: nn.Module, trends: list[Tensor]) -> None:
     for layer, trend in zip(norms(model), trends, strict=True):
         layer.get_parameter("trend").data.copy_(trend)
@@ -93,9 +97,8 @@ def trained(steps: int) -> tuple[nn.Module, study.Images]:
     order = torch.Generator().manual_seed(SEED)
     for step in range(steps + SETTLE):
         if step == steps:
-            learned = [layer.get_parameter("trend").detach().clone() for layer in norms(model)]
+            learned = trends_of(model)
             optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.0))
-        optimizer.zero_grad()
         gradients(model, some(data, BATCH, order))
         optimizer.step()
     set_trends(model, learned)
@@ -111,7 +114,7 @@ def some(data: study.Images, count: int, order: torch.Generator) -> study.Images
 
 def measured(steps: int) -> dict[str, Any]:
     model, data = trained(steps)
-    learned = [layer.get_parameter("trend").detach().clone() for layer in norms(model)]
+    learned = trends_of(model)
     order = torch.Generator().manual_seed(SEED + 1)
     batches = [some(data, BATCH, order) for _ in range(BATCHES)]
     found: dict[str, list[list[Tensor]]] = {"BatchNorm's terms": [], "the same, as a trend": [], "none": [], "as learned": []}
