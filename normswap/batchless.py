@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from normswap import coupling, feedback, guard, numerics, stepping
+from normswap.coupling import Coupled
 from normswap.errors import UsageError
-from normswap.injection import in_graph, injected
+from normswap.feedback import Lean
+from normswap.guard import Held
+from normswap.injection import in_graph
 from normswap.numerics import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
 from normswap.sharded import is_part
+from normswap.train_pass import Given, passed
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
@@ -52,24 +56,10 @@ def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int,
     return numerics.axes_shape(sizes, axes, ndim)
 
 
-def _affine(
-    x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...], factor: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """x * scale + shift; or with a factor per sample, broadcast against x, factor times what that is beyond the bias."""
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """x * scale + shift, which have the sizes of x on the axes."""
     shape = _shape(x, scale.shape, axes)
-    scale, shift = scale.view(shape), shift.view(shape)
-    if factor is not None:
-        scale, shift = scale * factor, torch.lerp(torch.zeros_like(shift) if bias is None else bias.view(shape), shift, factor)
-    # The statistics are float32 or wider, so half precision inputs are widened inside the operation (what is saved for backward is x
-    # as it came) and the result is rounded once.
-    return _laid_out(torch.addcmul(shift, x, scale).to(x.dtype))
-
-
-def _laid_out(y: Tensor) -> Tensor:
-    """Contiguous, or channels last if it is that: what the layers of torch return, so that a `view` of their output goes on working."""
-    if y.is_contiguous() or (y.dim() in (4, 5) and y.movedim(1, -1).is_contiguous()):
-        return y
-    return y.contiguous()
+    return numerics.applied(x, scale.view(shape), shift.view(shape))
 
 
 Misfit = tuple[Tensor, Tensor, Tensor]  # (d, r, f) of `numerics.misfit`, as shaped there
@@ -93,7 +83,7 @@ def _gradients(
     if mask is not None:
         mask = _mask_of(x, mask, options["axes"])
     mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
-    d, r, f = found or numerics.misfit(numerics.sums(x, mean, mask), std, eps=options["eps"])
+    d, r, f = found or numerics.misfit(numerics.sums(x.detach(), mean, mask), std, eps=options["eps"])
     modes = {name: options[name] for name in ("stats", "reduction")}
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
@@ -114,27 +104,42 @@ def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
     return mask.view(numerics.axes_shape(tuple(mask.shape), free[: mask.dim()], x.dim()))
 
 
-Given = Sequence[tuple[Tensor, Tensor]]  # tensors, and the gradients that they get
-
-
-def _injected(
+def _passed(
     x: Tensor,
-    shift: Tensor,
     mean: Tensor,
     std: Tensor,
-    parameter: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    trained: tuple[Tensor, Tensor] | None,
+    more: Given,
     mask: Tensor | None,
     scale: Tensor | None,
+    coupled: Coupled | None,
     found: Misfit | None = None,
-    more: Given = (),
+    lean: Lean | None = None,
+    held: Held | None = None,
+    samples: tuple[int, ...] = (),
     **options: Any,
 ) -> Tensor:
-    """shift, with the gradients of the NLL of x on their way to mean and parameter, and those of `more`."""
-    _, by_mean, by_parameter = _gradients(x, mean, std, parameter, mask, options, found)
-    if torch.compiler.is_exporting():
-        told = {name: options[name] for name in ("form", "stats", "rate")}
-        return in_graph(shift, mean, parameter, by_mean, by_parameter, **told)
-    return injected(shift, (mean, parameter, *(t for t, _ in more)), (by_mean, by_parameter, *(by for _, by in more)), scale=scale)
+    """The output of a layer in train mode. trained: (mean, the std's parameter) if the NLL gives them a gradient; more: who else gets one.
+
+    found: the misfit of x, if it is known.
+    """
+    shape = _shape(x, options["sizes"], options["axes"])
+    given = more
+    if trained is not None:
+        _, *by = _gradients(x, mean, std, trained[1], mask, options, found)
+        if torch.compiler.is_exporting():
+            told = {name: options[name] for name in ("form", "stats", "rate")}
+            slope, shift = (t.expand(options["sizes"]) for t in numerics.affine_of(mean, std, weight, bias))
+            return numerics.applied(x, slope.view(shape), in_graph(shift, *trained, *by, **told).view(shape))
+        given = (*zip(trained, by, strict=True), *more)
+    axes = tuple(axis % x.dim() for axis in options["axes"])
+    mean, std = (t.view(numerics.axes_shape(t.shape, axes, x.dim())) for t in (mean, std))
+    counted = None if mask is None else _mask_of(x, mask, axes)
+    kinds: dict[str, Any] = {"held": held, "samples": samples, "coupled": coupled, "lean": lean}
+    return passed(x, mean, std, weight, bias, axes=axes, shape=shape, given=given, mask=counted, scale=scale, **kinds)
 
 
 def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: Given, **options: Any) -> stepping.Term:
@@ -153,7 +158,7 @@ def _refuse_traces(x: Any, why: str) -> None:
 
 # Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
 torch.fx.wrap("_affine")
-torch.fx.wrap("_injected")
+torch.fx.wrap("_passed")
 
 
 class BatchlessNorm(nn.Module):
@@ -378,19 +383,18 @@ class BatchlessNorm(nn.Module):
         self.unsteer()
         self.guarded, self.steps = False, None
 
-    def _through(self) -> tuple[Tensor, Tensor]:
-        """(mean, std), with no gradient but that by the producer's weight and bias in train mode."""
-        mean, std = (t.detach() for t in self.statistics())
+    def _coupled(self) -> Coupled | None:
+        """The producer, if the gradient passes through its weight and bias: in train mode."""
         producer, tracked = self.follows, self.tracked
         if producer is None or tracked is None or not torch.is_grad_enabled():
-            return mean, std
-        if is_part(cast(Tensor, producer.weight)) and not is_part(mean):
+            return None
+        if is_part(cast(Tensor, producer.weight)) and not is_part(self.mean):
             raise UsageError(
                 f"a BatchlessNorm of {self.num_features} channels is coupled to a conv or linear in another unit of fully_shard. "
                 "Its gradient passes through that weight, of which there is only a part here while the norm runs",
                 hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
             )
-        return coupling.through(mean, std, producer, tracked, units=self.units, eps=self._eps)
+        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self._eps)
 
     def square(self, by_parameter: Tensor) -> Tensor:
         """<z^2> of the inputs whose gradient by the std's parameter is this."""
@@ -426,14 +430,15 @@ class BatchlessNorm(nn.Module):
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
 
-        Of a coupled layer, too. The gradient is that by `mean` and the std's parameter; `affine_map` alone adds the producer's.
+        Of a coupled layer, too: the gradient of its producer is a matter of the forward pass alone.
         """
         mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
         return mean, numerics.std_of(parameter, self.std)
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only, and a coupled producer's."""
-        return numerics.affine_of(*self._through(), self.weight, self.bias)
+        """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only."""
+        mean, std = self.statistics()
+        return numerics.affine_of(mean.detach(), std.detach(), self.weight, self.bias)
 
     @torch.no_grad()
     def folded(self, ndim: int) -> tuple[Tensor, Tensor]:
@@ -451,81 +456,57 @@ class BatchlessNorm(nn.Module):
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        found: Misfit | None = None
-        more: Given = ()
-        mean, std = self._through()
-        scale, shift = numerics.affine_of(mean, std, self.weight, self.bias)
-        factor: Tensor | None = None
-        guards = self.training and self.guarded and self._learns and self.stepped
-        steers = self.training and self._steers
-        if guards or steers:
-            _refuse_traces(input, "is guarded" if guards else "has feedback")
-            factor, mask, found = self._looked_at(input, mean, std, guards=guards)
-            if steers:
-                input, scale, shift, more = self._steered(input, scale, shift, mean, std, mask, found)
-        if self.training and self.aux != "none":
-            shift = self._observed(input, shift, std, found, more)
-        return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis, factor, self.bias)
+        observes = self.training and self.aux != "none" and self._learns
+        guards = self.training and self.guarded and self.stepped and self._learns
+        coupled = self._coupled()
+        if not (observes or guards or coupled is not None):
+            scale, shift = self.affine_map()
+            return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+        mean, std = (t.detach() for t in self.statistics())
+        looked: dict[str, Any] = self._looked_at(input, mean, std, guards=guards) if guards or (observes and self._steers) else {}
+        trained, more = self._observed(input, std) if observes else (None, ())
+        options: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked, **self._options()}
+        return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **options)
 
-    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> tuple[Tensor | None, Tensor | None, Misfit]:
-        """(what `guard` multiplies each sample of x with, if it does; the mask, broadcast against x; the misfit of x)."""
+    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> dict[str, Any]:
+        """What guard and feedback see in x."""
+        _refuse_traces(x, "is guarded" if guards else "has feedback")
         _shape(x, self.sizes, self.channel_axis)
         mean, std = (t.view(numerics.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
         mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
-        factor: Tensor | None = None
+        looked: dict[str, Any] = {}
         if guards:
             # One after the other lie samples before the channels, and what belongs to a sample behind them. With channels on the last axis
             # it cannot be seen which of the others are the samples (a transformer may have its batch second): each place is one.
-            samples = range(min(axis % x.dim() for axis in self.channel_axis))
-            factor, sums = guard.factor(x, mean, std, samples, mask)
-            self.run.factor = factor.detach()
+            samples = tuple(range(min(axis % x.dim() for axis in self.channel_axis)))
+            held, sums = guard.held(x.detach(), mean, std, samples, mask)
+            looked = {"samples": samples, "held": held}
+            self.run.factor = held.factor
         else:
-            sums = numerics.sums(x, mean, mask)
-        return factor, mask, numerics.misfit(sums, std, eps=self._eps)
+            sums = numerics.sums(x.detach(), mean, mask)
+        d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self._eps)
+        if self._steers:
+            trend = cast(nn.Parameter, self.steering)
+            looked["lean"] = feedback.lean(trend, d / std, r + 1, sums[2], std, self._options()["share"])
+        return looked
 
-    def _steered(
-        self, x: Tensor, scale: Tensor, shift: Tensor, coupled_mean: Tensor, coupled_std: Tensor, mask: Tensor | None, found: Misfit
-    ) -> tuple[Tensor, Tensor, Tensor, Given]:
-        """(x, scale, shift) of the same function, whose gradients but for those of weight and bias lack the trend, once `Given` is given.
-
-        mask: broadcast against x; found: the misfit of x.
-        """
-        run, trend, share = self.run, cast(nn.Parameter, self.steering), self._options()["share"]
-        mean, std = coupled_mean.detach(), coupled_std.detach()
-        d, r, _ = found
-        first, second = d.view(mean.shape) / std, r.view(mean.shape) + 1  # <z>, <z^2>
-        # a graph that is compiled for any size of batch must not read it as a constant, as torch.as_tensor does
-        counted = mean.new_full((), x.numel()) if mask is None else mask.expand(x.shape).sum(dtype=mean.dtype)
-        number = counted / mean.numel()
-        slope, level = trend.detach() * (share / number.clamp(min=1))
-        # what is taken away: the sums of . z and of .
-        known = torch.stack([slope * second + level * first, slope * first + level]) * number
-        weight = None if self.weight is None else self.weight.detach()
-        scale, shift = feedback.felt(scale, shift, trend, weight, mean, std, known, factor=run.scale)
-        more = [(through, by / std) for through, by in ((coupled_mean, known[1]), (coupled_std, known[0])) if through.requires_grad]
-        # slope z + level, over std, as a function of x
-        slope, level = slope / std.square(), (level - slope * mean / std) / std
-        return feedback.leaned(x, slope.view(d.shape), level.view(d.shape), counted=mask, scale=run.scale), scale, shift, more
-
-    def _observed(self, x: Tensor, shift: Tensor, std: Tensor, found: Misfit | None, more: Given) -> Tensor:
-        """`shift`, after the NLL of x was taken note of in the way that `aux` says."""
-        if not self._learns:
-            return shift
+    def _observed(self, x: Tensor, std: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Given]:
+        """((mean, the std's parameter), what else is given a gradient), if a backward pass is to train them, after note was taken of x."""
         if "mean" not in self._parameters:
             stepping.refuse_replicas()
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
         options = self._options()
-        more = (*more, *self._input_seen(x, options["share"]))
+        more = self._input_seen(x, options["share"])
         if self.aux == "explicit":
             if stepping.counts(x):
                 stepping.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
-            return shift
+            return None, ()
         stepping.owe(run)
         if not torch.is_grad_enabled():
-            return shift
+            return None, ()
         stepping.watch_passes(self)
-        return _injected(x, shift, mean, std, parameter, run.mask, run.scale, found, more, **options)
+        return (mean, parameter), more
 
     def _input_seen(self, x: Tensor, share: float) -> Given:
         """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""

@@ -9,7 +9,7 @@ units <W, dL/dW> = 0. Still no sample sees another one.
 
 Only mean and std are stored, as in every BatchlessNorm: c = (mean - <W, a> - b) / |W| and s = std / |W| are what they stand for. So
 
-    forward     has the values of mean and std as they are stored, and the gradients of the formulas: `through`
+    forward     has the values of mean and std as they are stored, and the gradients of the formulas: `gradients`
     step        once an optimizer has moved W and b, mean and std are moved along: `moved`
 
 and the layer is an ordinary one to everything that reads it. Any input mean gives the same function; it decides the gradient alone.
@@ -27,13 +27,12 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normswap.autograd import signed
 from normswap.numerics import StdForm
 from normswap.sharded import whole
 
@@ -152,46 +151,49 @@ def clip(producer: Any, square: Tensor, reach: float | Tensor) -> None:
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Through(torch.autograd.Function):
-    """(mean, std), unchanged; the rows of W and b get the gradients that the coupled ones have by them.
+class Coupled(NamedTuple):
+    """The producer as `gradients` asks for it: its weight as `filters`, its bias, the mean of its input, and what it is made of."""
+
+    rows: Tensor
+    bias: Tensor | None
+    input_mean: Tensor
+    groups: int
+    units: bool
+    eps: float
+
+
+def coupled_to(producer: nn.Module, input_mean: Tensor, dtype: torch.dtype, *, units: bool, eps: float) -> Coupled:
+    bias: Any = producer.bias
+    return Coupled(filters(producer, dtype), bias, input_mean.detach().to(dtype), getattr(producer, "groups", 1), units, eps)
+
+
+def gradients(
+    by_mean: Tensor,
+    by_std: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    input_mean: Tensor,
+    groups: int,
+    units: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients by the rows of W and by b, of those by mean and std, one number per channel each.
 
         by W    by_mean a + (by_mean (mean - <W, a> - b) + by_std std) W / |W|^2        the second term with units, where a filter is alive
         by b    by_mean
 
-    What the size of W costs is in the backward pass alone: two products, and the two numbers per filter.
+    What the size of W costs is two products and two numbers per filter.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @signed
-    def forward(
-        mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int, units: bool, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return mean.clone(), std.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.groups, ctx.units, ctx.eps = inputs[5:]
-
-    @staticmethod
-    def backward(ctx: Any, by_mean: Tensor, by_std: Tensor) -> tuple[Tensor | None, ...]:
-        mean, std, rows, bias, input_mean = ctx.saved_tensors
-        by_rows = (by_mean.view(ctx.groups, -1, 1) * input_mean.reshape(ctx.groups, 1, -1)).view(rows.shape)
-        if ctx.units:
-            moving, square = (t.detach() for t in _place(rows, bias, input_mean, ctx.groups))
-            alive = (std.square() >= 2 * ctx.eps) & (square > TINY)
-            radial = (by_mean * (mean - moving) + by_std * std) * (alive / square.clamp(min=TINY))
-            by_rows = torch.addcmul(by_rows, radial[:, None], rows)
-        return by_mean, by_std, by_rows, None if bias is None else by_mean.to(bias.dtype), *(None,) * 4
-
-
-def through(mean: Tensor, std: Tensor, producer: nn.Module, input_mean: Tensor, *, units: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, std), the values unchanged, with the gradients of the coupled ones by the producer's weight and bias."""
-    rows, groups = filters(producer, mean.dtype), getattr(producer, "groups", 1)
-    a = input_mean.detach().to(mean.dtype)
-    return _Through.apply(mean, std, rows, producer.bias, a, groups, units, eps)  # type: ignore[no-any-return, no-untyped-call]
+    by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
+    by_rows = (by_mean.view(groups, -1, 1) * input_mean.reshape(groups, 1, -1)).view(rows.shape)
+    if units:
+        moving, square = (t.detach() for t in _place(rows, bias, input_mean, groups))
+        alive = (std.square() >= 2 * eps) & (square > TINY)
+        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * alive / square.clamp(min=TINY)
+        by_rows = torch.addcmul(by_rows, radial[:, None], rows)
+    return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
 
 def moved(

@@ -25,110 +25,42 @@ Source: the control of Online Normalization, Chiley et al. arXiv:1905.05894, wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normswap.autograd import signed
-
 RATE, LENGTH = 0.1, 0.5
 
 
-class _Leaned(torch.autograd.Function):
-    """x, unchanged; its gradient less slope x + level."""
+class Lean(NamedTuple):
+    """What is taken away of the gradient. trend: as it is stored; it gets the gradient of what is left.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    @signed
-    def forward(x: Tensor, slope: Tensor, level: Tensor, counted: Tensor | None, scale: Tensor | None) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, slope, level, counted, scale = ctx.saved_tensors
-        if scale is not None:
-            slope, level = slope * scale, level * scale
-        lean = torch.addcmul(level, slope, x)
-        if counted is not None:
-            lean = torch.where(counted, lean, 0)
-        return (gradient - lean).to(x.dtype), None, None, None, None
-
-
-class _LeanedForward(_Leaned):
-    """The same, with a derivative in forward mode: a function that has one cannot be compiled."""
-
-    @staticmethod
-    def jvp(ctx: Any, along: Tensor, *_: Tensor | None) -> Tensor:
-        return along.view_as(along)
-
-
-class _Felt(torch.autograd.Function):
-    """(scale, shift), unchanged; the trend gets the gradient that -n <r z> and -n <r> are, from those of scale and shift."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @signed
-    def forward(
-        scale: Tensor,
-        shift: Tensor,
-        trend: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        std: Tensor,
-        known: Tensor,
-        factor: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return scale.clone(), shift.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[3:])
-
-    @staticmethod
-    def backward(ctx: Any, by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mean, std, known, factor = ctx.saved_tensors
-        sums = torch.stack([(by_scale - mean * by_shift) / std, by_shift])
-        if weight is not None:
-            sums = sums * weight
-        shared = [axis for axis, size in enumerate(known.shape) if size == 1]
-        if shared:
-            sums = sums.sum(shared, keepdim=True)
-        return by_scale, by_shift, (known if factor is None else known * factor) - sums, *(None,) * 5
-
-
-def leaned(x: Tensor, slope: Tensor, level: Tensor, *, counted: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """x, a view. A gradient that comes back to it loses (slope x + level) times scale, where `counted`.
-
-    slope, level: broadcast against x; scale: a scalar that is read in backward, None for 1; counted: bool, None for everywhere.
+    known: n <t z>, n <t> of what is taken away, t = slope z + level, stacked.
+    by_x: what is added to the gradient by x,  by_x[0] (x - mean) + by_x[1] = -t / std.
     """
-    function = _Leaned if torch.compiler.is_compiling() else _LeanedForward
-    return function.apply(x, slope, level, counted, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+    trend: Tensor
+    known: Tensor
+    by_x: Tensor
 
 
-def felt(
-    scale: Tensor,
-    shift: Tensor,
-    trend: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    std: Tensor,
-    known: Tensor,
-    *,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(scale, shift), fresh. Once their gradients are there, `trend` gets  known factor - (sum of g z, sum of g)  as its own.
+def lean(trend: Tensor, first: Tensor, second: Tensor, number: Tensor | int, std: Tensor, share: float) -> Lean:
+    """first, second: <z>, <z^2>; number: n, how many numbers they are the mean of. share: of the trend that this call is to take away.
 
-    scale, shift, weight (None for 1): one number per channel; mean, std: those of z, broadcast against them. trend, known: (2, the shape
-    of mean). factor: as `scale` of `leaned`.
+    All of the shape of std, which is that of the trend but for the first size.
     """
-    return _Felt.apply(scale, shift, trend, weight, mean, std, known, factor)  # type: ignore[no-any-return, no-untyped-call]
+    own = trend.detach().view(2, *std.shape)
+    slope, level = own
+    known = torch.stack([torch.addcmul(level * first, slope, second), torch.addcmul(level, slope, first)])
+    if isinstance(number, Tensor):
+        some: Tensor | float = (number > 0) * share
+        number = number.clamp(min=1)
+    else:
+        some, number = share * (number > 0), max(number, 1)
+    inverse = 1 / std
+    own = own * inverse * (-share / number)
+    return Lean(trend, known * some, torch.stack([own[0] * inverse, own[1]]))
 
 
 def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0) -> Tensor:

@@ -14,75 +14,56 @@ needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from normswap import numerics
-from normswap.autograd import signed
 
 LIMIT = 1.2
 
 
-class _MeanSquare(torch.autograd.Function):
-    """<z^2> of each sample, and the sums of the deviations per sample and channel. It saves x as it came, which others save too."""
+class Held(NamedTuple):
+    """factor: f of each sample, with the sizes of the axes of samples and 1 elsewhere. pull: what df is along z dz, summed: 0 where f is 1.
 
-    generate_vmap_rule = True
+    first, second: the `numerics.sums` of each sample.
+    """
 
-    @staticmethod
-    @signed
-    def forward(
-        x: Tensor, mean: Tensor, std: Tensor, counted: Tensor | None, samples: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        first, second, number = numerics.sums(x, mean, counted, kept=samples)
-        return _each(second / std.square(), samples) / _each(number, samples).clamp(min=1), first, second, number
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4], *output[1:])
-        ctx.samples = inputs[4]
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, std, counted, first, second, number = ctx.saved_tensors
-        slope = 2 * gradient / _each(number, ctx.samples).clamp(min=1) / std.square()
-        by_mean, by_std = -(slope * first).sum_to_size(mean.shape), -(slope * second / std).sum_to_size(std.shape)
-        by = torch.addcmul(-mean * slope, x, slope)
-        return (by if counted is None else torch.where(counted, by, 0)).to(x.dtype), by_mean, by_std, None, None
+    factor: Tensor
+    pull: Tensor
+    first: Tensor
+    second: Tensor
 
 
-class _MeanSquareForward(_MeanSquare):
-    """The same, with a derivative in forward mode: a function that has one cannot be compiled."""
+def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: Tensor | None = None) -> tuple[Held, numerics.Sums]:
+    """What is held of each sample, and the `numerics.sums` of x over all samples.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _MeanSquare.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:4], *output[1:])
-
-    @staticmethod
-    def jvp(ctx: Any, along: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Along x; mean and std have no tangent, as those of parameters end at the term (`injection`)."""
-        x, mean, std, counted, _, _, number = ctx.saved_tensors
-        change = 2 * (x - mean) * along / std.square()
-        change = change if counted is None else torch.where(counted, change, 0)
-        return _each(change, ctx.samples) / _each(number, ctx.samples).clamp(min=1), None, None, None
-
-
-def _each(t: Tensor, samples: Sequence[int]) -> Tensor:
-    """The sum of each sample, with size 1 on all other axes."""
-    return t.sum([axis for axis in range(t.dim()) if axis not in samples], keepdim=True)
-
-
-def factor(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: Tensor | None = None) -> tuple[Tensor, numerics.Sums]:
-    """f of each sample, with the gradients by x, mean and std; and the `numerics.sums` of x over all samples.
+        f = LIMIT / sqrt(<z^2>) where that is below 1,  df = -f / <z^2> <z dz>
 
     x: any shape, any float dtype; mean, std: as many dimensions, broadcast against it. samples: the axes along which x has one sample after
-    the other; f has their sizes, and 1 elsewhere. counted: bool, broadcast against x; None for everywhere.
+    the other. counted: bool, broadcast against x; None for everywhere. Differentiable in x.
     """
-    function = _MeanSquare if torch.compiler.is_compiling() else _MeanSquareForward
-    square, *sums = function.apply(x, mean, std, counted, tuple(samples))  # type: ignore[no-untyped-call]
-    first, second, number = (t.sum(list(samples), keepdim=True) if samples else t for t in sums)
-    return LIMIT * square.clamp(min=LIMIT**2).rsqrt(), (first, second, number)
+    first, second, number = numerics.sums(x, mean, counted, kept=samples)
+    others = [axis for axis in range(x.dim()) if axis not in samples]
+    if isinstance(number, Tensor):  # size: how many numbers a sample has
+        size: Tensor | int = numerics.over(number, others).clamp(min=1)
+        number = numerics.over(number, samples)
+    else:
+        size = max(math.prod([x.shape[axis] for axis in others]), 1)
+        number = number * math.prod([x.shape[axis] for axis in samples])
+    square = numerics.over(second / std.square(), others) / size
+    large = square.clamp(min=LIMIT**2)
+    factor = LIMIT * large.rsqrt()
+    pull = (square > LIMIT**2) * factor / (large * -size)
+    return Held(factor, pull, first, second), (numerics.over(first, samples), numerics.over(second, samples), number)
+
+
+def gradients(by_factor: Tensor, held: Held, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(what x - mean is multiplied by in the gradient by x, the gradients by mean, by std) of a function of f.
+
+    by x     by_f df/dx = by_f pull (x - mean) / std^2          by mean     the sum of -that          by std     of -z of that
+    """
+    bend = by_factor * held.pull / std.square()
+    return bend, -numerics.over(bend * held.first, samples), -numerics.over(bend * held.second, samples) / std

@@ -27,31 +27,6 @@ def inject_operator() -> Any:
     return torch.ops.normswap.inject.default
 
 
-class _Injected(torch.autograd.Function):
-    """Plain tensors in and out, the context set up apart, and no Python state: so torch.compile and torch.func take it as it is.
-
-    Of the parameters, then as many gradients. One for all of them: `apply` takes longer than what it does.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @signed
-    def forward(shift: Tensor, scale: Tensor | None, *pairs: Tensor) -> Tensor:
-        return shift.clone()  # not the input itself: that would come out as a view
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
-        _, scale, *pairs = inputs
-        ctx.save_for_backward(scale, *pairs[len(pairs) // 2 :])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scale, *given = ctx.saved_tensors
-        return gradient, None, *(given if scale is None else (by * scale for by in given)), *(None for _ in given)
-
-
 class _Valued(torch.autograd.Function):
     """Of the parameters, then as many gradients."""
 
@@ -104,14 +79,6 @@ def in_graph(
 ) -> Tensor:
     """`injected` in a graph that is being exported. form, stats, rate: what it says about the statistics, see `stepping`."""
     return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
-
-
-def injected(shift: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor], *, scale: Tensor | None = None) -> Tensor:
-    """shift, a fresh tensor. Once a gradient reaches it, the parameters get `by` times scale, whatever it is.
-
-    scale: a scalar, None for 1. The parameters may be tensors with a history.
-    """
-    return _Injected.apply(shift, scale, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def valued(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:

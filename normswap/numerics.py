@@ -11,6 +11,7 @@ Source: Berger & Uc Cetina, "Batchless Normalization", arXiv:2212.14729.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -77,6 +78,25 @@ def affine_of(mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | N
     return scale, shift
 
 
+def applied(x: Tensor, scale: Tensor, shift: Tensor, factor: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x * scale + shift; or with a factor per sample, factor times what that is beyond the bias. All broadcast against x.
+
+    Of the dtype of x, and contiguous, or channels last if it is that.
+    """
+    if factor is not None:
+        scale, shift = scale * factor, torch.lerp(torch.zeros_like(shift) if bias is None else bias, shift, factor)
+    # The statistics are float32 or wider, so half precision inputs are widened inside the operation (what is saved for backward is x
+    # as it came) and the result is rounded once.
+    return laid_out(torch.addcmul(shift, x, scale).to(x.dtype))
+
+
+def laid_out(y: Tensor) -> Tensor:
+    """Contiguous, or channels last if it is that: what the layers of torch return, so that a `view` of their output goes on working."""
+    if y.is_contiguous() or (y.dim() in (4, 5) and y.movedim(1, -1).is_contiguous()):
+        return y
+    return y.contiguous()
+
+
 def affine_under(scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """(weight, bias) with  weight * (x - mean) / std + bias = x * scale + shift: the inverse of `affine_of`.
 
@@ -121,7 +141,17 @@ def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction =
     return loss * std.numel() if reduction == "sum" else loss
 
 
-Sums = tuple[Tensor, Tensor, Tensor]  # (sum of the deviations from the mean, of their squares, how many they are)
+def over(t: Tensor, axes: Sequence[int]) -> Tensor:
+    """The sum over these axes, which keep the size 1."""
+    return t.sum(list(axes), keepdim=True) if axes else t  # of no axes, torch sums over all
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The widest of their dtypes, at least float32. (torch.promote_types is an operator, and would be one in an exported graph.)"""
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+Sums = tuple[Tensor, Tensor, Tensor | int]  # (sum of the deviations from the mean, of their squares, how many: an int if all alike)
 
 
 def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[int] = ()) -> Sums:
@@ -129,23 +159,21 @@ def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[
 
     x: any shape, any float dtype. mean: as many dimensions as x, each of x's size or 1. mask: bool, likewise; x counts where it is True,
     and may be anything elsewhere, NaN included. The sums have the wider of the dtypes, at least float32, and size 1 on the axes that they
-    are taken over. No gradient passes.
+    are taken over.
     """
     axes = [axis for axis, size in enumerate(mean.shape) if size == 1 and axis not in kept]
-    # torch.promote_types would leave an operator in an exported graph
-    dtype = torch.float64 if torch.float64 in (x.dtype, mean.dtype) else torch.float32
-    deviation = x.detach().to(dtype) - mean.detach().to(dtype)
+    dtype = wide(x, mean)
+    deviation = x.to(dtype) - mean.to(dtype)
     if mask is not None:
         deviation = torch.where(mask, deviation, 0)
-    first, second = (t.sum(axes, keepdim=True) if axes else t for t in (deviation, deviation.square()))
+    first, second = over(deviation, axes), over(deviation.square(), axes)
     if mask is None:
-        return first, second, torch.full_like(first, x.numel() // max(first.numel(), 1))
-    counts = mask.expand(x.shape)
-    return first, second, (counts.sum(axes, keepdim=True) if axes else counts).to(dtype)
+        return first, second, math.prod([x.shape[axis] for axis in axes])
+    return first, second, over(mask.expand(x.shape), axes).to(dtype)
 
 
 def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2). No gradient passes.
+    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2).
 
     m = mean(x) and S = mean((x - mean)^2) are those of the `sums` of x, and d, r, f have their shape. std: broadcast against them.
     Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
@@ -153,9 +181,14 @@ def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tenso
     d = r = f = 0 where nothing counts, as if the fit were right.
     """
     first, second, number = found
-    square = std.detach().to(first.dtype).square()
-    some, number = (number > 0).to(first.dtype), number.clamp(min=1)
-    return first / number, second / number / square - some, eps / square * some
+    inverse = std.to(first.dtype).square().reciprocal()
+    if isinstance(number, Tensor):
+        some: Tensor | float = (number > 0).to(first.dtype)
+        number = number.clamp(min=1)
+    else:
+        some = float(number > 0)
+        number = max(number, 1)
+    return first / number, second * inverse / number - some, eps * some * inverse
 
 
 def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:

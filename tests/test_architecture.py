@@ -41,10 +41,13 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "injection": frozenset({"stepping", "autograd"}),
     "sharded": NOTHING,
     "stepping": frozenset({"errors", "numerics", "feedback", "sharded"}),
-    "coupling": frozenset({"numerics", "autograd", "sharded"}),
-    "feedback": frozenset({"autograd"}),
-    "guard": frozenset({"autograd", "numerics"}),
-    "batchless": frozenset({"errors", "numerics", "plan", "injection", "stepping", "coupling", "feedback", "guard", "sharded"}),
+    "coupling": frozenset({"numerics", "sharded"}),
+    "feedback": NOTHING,
+    "guard": frozenset({"numerics"}),
+    "train_pass": frozenset({"autograd", "coupling", "feedback", "guard", "numerics"}),
+    "batchless": frozenset(
+        {"errors", "numerics", "plan", "injection", "stepping", "coupling", "feedback", "guard", "sharded", "train_pass"}
+    ),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"precision", "onnx_file"},
     "rules": STAGE | {"calls", "precision", "specs"},
@@ -65,7 +68,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "half": frozenset({"errors", "sharing", "folding"}),
     "quiet": NOTHING,
     "lean": frozenset({"quiet"}),
-    "exporting": frozenset({"errors", "batchless", "sharing", "injection", "quiet", "lean", "folding", "onnx_file", "versions"}),
+    "exporting": frozenset(
+        {"errors", "batchless", "numerics", "sharing", "injection", "quiet", "lean", "folding", "onnx_file", "versions"}
+    ),
     "export": STAGE | {"exporting", "folding", "onnx_file", "cuda", "attention", "half", "fused"},
     "fold": STAGE | {"folding", "versions", "onnx_file", "lean"},
     "folding": frozenset({"errors", "numerics", "taps"}),

@@ -39,7 +39,8 @@ def drawn(kind: str, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_factor_is_the_formula_and_so_are_its_gradients(kind: str, masked: bool) -> None:
     x, mean, std = drawn(kind)
     counted = torch.tensor([True, True, False, True, True, True]).view(-1, *(1,) * (x.dim() - 1)) if masked else None
-    found, sums = guard.factor(x, mean, std, [0], counted)
+    held, sums = guard.held(x, mean, std, [0], counted)
+    found = held.factor
     rms = ((x - mean) / std).flatten(1).square().mean(1).sqrt()
     expected = (1.2 / rms).clamp(max=1)
     if masked:
@@ -48,31 +49,35 @@ def test_the_factor_is_the_formula_and_so_are_its_gradients(kind: str, masked: b
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-13, atol=0)
     rows = x[[0, 1, 3, 4, 5]] if masked else x
     torch.testing.assert_close(sums[0], (rows - mean).sum_to_size(mean.shape), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *a: guard.factor(*a, [0], counted)[0], (x, mean, std))  # type: ignore[arg-type]
+    assert torch.autograd.gradcheck(lambda *a: guard.held(*a, [0], counted)[0].factor, (x, mean, std))  # type: ignore[arg-type]
+    by_factor = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    by_x, by_mean, by_std = torch.autograd.grad((found * by_factor).sum(), (x, mean, std))
+    bend, *by = guard.gradients(by_factor, guard.Held(*(t.detach() for t in held)), std.detach(), [0])
+    through = (bend * (x - mean)).detach()
+    for one, other in zip((through if counted is None else torch.where(counted, through, 0), *by), (by_x, by_mean, by_std), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 def test_a_sample_that_fits_is_not_touched_and_passes_no_gradient() -> None:
     x, mean, std = drawn("conv", 0.3)
-    found, _ = guard.factor(x, mean, std, [0])
-    found.sum().backward()
-    assert bool((found == 1).all())
+    held, _ = guard.held(x, mean, std, [0])
+    held.factor.sum().backward()
+    assert bool((held.factor == 1).all())
+    assert bool((held.pull == 0).all())
     assert bool((x.grad == 0).all())  # type: ignore[union-attr]
 
 
 def test_without_a_sample_there_is_nothing_to_hold() -> None:
     x, mean, std = drawn("conv")
-    found, (_, _, number) = guard.factor(x[:0], mean, std, [0])
-    assert found.shape == (0, 1, 1, 1)
-    assert bool((number == 0).all())
+    held, (_, _, number) = guard.held(x[:0], mean, std, [0])
+    assert held.factor.shape == (0, 1, 1, 1)
+    assert number == 0
 
 
 def test_half_precision_is_squared_in_float32() -> None:
     x = torch.full((2, 3, 5), 400.0, dtype=torch.float16, requires_grad=True)
-    found, _ = guard.factor(x, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), [0])
-    torch.testing.assert_close(found, torch.full((2, 1, 1), 1.2 / 400))
-    found.sum().backward()
-    assert x.grad is not None
-    assert x.grad.dtype == torch.float16
+    held, _ = guard.held(x, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), [0])
+    torch.testing.assert_close(held.factor, torch.full((2, 1, 1), 1.2 / 400))
 
 
 # --- in a layer --------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import normswap
+from normswap import coupling
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
 from normswap.numerics import STATS, STD_FORMS, Stats, StdForm
@@ -74,13 +75,28 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def coupled(layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """Mean and std as they are written down, with the gradient through the producer."""
+    mean, std = (t.detach() for t in layer.statistics())
+    producer: Any = layer.follows
+    if producer is None:
+        return mean, std
+    assert layer.tracked is not None
+    rows = coupling.filters(producer, torch.float64)
+    answers = coupling.response(rows, layer.tracked.detach(), getattr(producer, "groups", 1)) + (
+        0 if producer.bias is None else producer.bias
+    )
+    n = rows.norm(dim=1)
+    return answers + n * ((mean - answers) / n).detach(), n * (std / n).detach()
+
+
 def leaning(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     """The forward pass of a layer with feedback and guard, as it is written down. left: what is left of the gradient by z, and z."""
 
     def shaped(t: Tensor) -> Tensor:
         return t.view(-1, 1, 1)
 
-    mean, std = layer._through()
+    mean, std = coupled(layer)
     z = (x - shaped(mean)) / shaped(std) + torch.zeros((), requires_grad=True)
     held = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.guarded else 1
     z = z + 0  # the trend is taken away from what comes along z alone

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from normswap.batchless import BatchlessNorm, _laid_out
+from normswap.batchless import BatchlessNorm
 from normswap.errors import ExportError, SwapError
 from normswap.exporting import DOMAIN, NO_ONNX
+from normswap.numerics import laid_out
 from normswap.sharing import shadow
 
 
@@ -37,7 +38,7 @@ class _Mark(BatchlessNorm):
 def mark_operator() -> Any:
     # An operator of its own, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may rely on.
     _LIBRARY.define("onnx_affine(Tensor x, int site) -> Tensor")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{DOMAIN}::onnx_affine", lambda x, site: _laid_out(torch.empty_like(x)), lib=_LIBRARY)
+    torch.library.register_fake(f"{DOMAIN}::onnx_affine", lambda x, site: laid_out(torch.empty_like(x)), lib=_LIBRARY)
     return torch.ops.normswap.onnx_affine.default
 
 
