@@ -127,14 +127,13 @@ def _passed(
     found: the misfit of x, if it is known.
     """
     shape = _shape(x, options["sizes"], options["axes"])
-    given = more
-    if trained is not None:
-        _, *by = _gradients(x, mean, std, trained[1], mask, options, found)
-        if torch.compiler.is_exporting():
-            told = {name: options[name] for name in ("form", "stats", "rate")}
-            slope, shift = (t.expand(options["sizes"]) for t in numerics.affine_of(mean, std, weight, bias))
-            return numerics.applied(x, slope.view(shape), in_graph(shift, *trained, *by, **told).view(shape))
-        given = (*zip(trained, by, strict=True), *more)
+    _, *by = (None,) if trained is None else _gradients(x, mean, std, trained[1], mask, options, found)
+    if torch.compiler.is_exporting():  # to a graph of operators, which has no autograd.Function
+        slope, shift = (t.expand(options["sizes"]) for t in numerics.affine_of(mean, std, weight, bias))
+        if trained is not None:
+            shift = in_graph(shift, *trained, *by, **{name: options[name] for name in ("form", "stats", "rate")})
+        return numerics.applied(x, slope.view(shape), shift.view(shape))
+    given = (*zip(trained or (), by, strict=True), *more)
     axes = tuple(axis % x.dim() for axis in options["axes"])
     mean, std = (t.view(numerics.axes_shape(t.shape, axes, x.dim())) for t in (mean, std))
     counted = None if mask is None else _mask_of(x, mask, axes)
@@ -394,37 +393,17 @@ class BatchlessNorm(nn.Module):
                 "Its gradient passes through that weight, of which there is only a part here while the norm runs",
                 hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
             )
-        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self._eps)
-
-    def square(self, by_parameter: Tensor) -> Tensor:
-        """<z^2> of the inputs whose gradient by the std's parameter is this."""
-        std = self.statistics()[1]
-        modes: dict[str, Any] = {"stats": self.stats, "reduction": self.reduction}
-        _, r = numerics.misfit_of(std, by_parameter, self._eps / std.square(), std, self.std_parameter, self.std, **modes)
-        return 1 + (r / self.calls if self.stats == "raw" else r)  # the natural gradient is the mean over the calls already
-
-    @torch.no_grad()
-    def clip(self, anchor: tuple[Tensor, Tensor], reach: float | Tensor) -> None:
-        """Shorten the gradient of the producer's weight where that is too long for the statistics to follow. See `coupling.clip`."""
-        coupling.clip(self.pair[0], anchor[1], reach)
+        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self.eps)
 
     def anchor(self) -> tuple[Tensor, Tensor]:
-        """What `follow` has to know of the producer before its weight is moved."""
+        """What `stepping.follow` has to know of the producer before its weight is moved."""
         producer, tracked = self.pair[0], cast(nn.Parameter, self.tracked)
-        moving, square = coupling.place(producer, tracked)
-        return moving.detach(), square.detach()
-
-    @torch.no_grad()
-    def follow(self, anchor: tuple[Tensor, Tensor]) -> None:
-        """Move mean and std along with the weight of the producer, which has moved since `anchor`."""
-        std = numerics.std_of(self.std_parameter, self.std)
-        options: dict[str, Any] = {"form": self.std, "units": self.units, "eps": self._eps}
-        moved = coupling.moved(self.mean, self.std_parameter, std, anchor, self.anchor(), **options)
-        for parameter, value in zip((self.mean, self.std_parameter), moved, strict=True):
-            parameter.copy_(value)
+        moving, size = coupling.place(producer, tracked)
+        return moving.detach(), size.detach()
 
     @property
-    def _eps(self) -> float:
+    def eps(self) -> float:
+        """What the source adds to the variance."""
         return EPS if self.source is None else self.source.eps
 
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -456,16 +435,15 @@ class BatchlessNorm(nn.Module):
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        observes = self.training and self.aux != "none" and self._learns
-        guards = self.training and self.guarded and self.stepped and self._learns
-        coupled = self._coupled()
-        if not (observes or guards or coupled is not None):
+        if not self.training:
             scale, shift = self.affine_map()
             return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
         mean, std = (t.detach() for t in self.statistics())
-        looked: dict[str, Any] = self._looked_at(input, mean, std, guards=guards) if guards or (observes and self._steers) else {}
-        trained, more = self._observed(input, std) if observes else (None, ())
-        options: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked, **self._options()}
+        guards = self.guarded and self.stepped and self._learns
+        looked: dict[str, Any] = self._looked_at(input, mean, std, guards=guards) if guards or self._steers else {}
+        trained, more = self._observed(input, std) if self._learns and self.aux != "none" else (None, ())
+        told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": self._coupled(), **looked}
+        options = {**told, **self._options()}
         return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **options)
 
     def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> dict[str, Any]:
@@ -484,7 +462,7 @@ class BatchlessNorm(nn.Module):
             self.run.factor = held.factor
         else:
             sums = numerics.sums(x.detach(), mean, mask)
-        d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self._eps)
+        d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self.eps)
         if self._steers:
             trend = cast(nn.Parameter, self.steering)
             looked["lean"] = feedback.lean(trend, d / std, r + 1, sums[2], std, self._options()["share"])
@@ -533,7 +511,7 @@ class BatchlessNorm(nn.Module):
             "stats": self.stats,
             "reduction": self.reduction,
             "rate": self.momentum,
-            "eps": self._eps,
+            "eps": self.eps,
             "share": share,
         }
 

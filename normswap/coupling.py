@@ -33,12 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.joined import joined, parted
 from normswap.numerics import StdForm
 from normswap.sharded import whole
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-TINY = 1e-30  # squares of weights below it are none
+TINY = 1e-15  # weights below it are none
 TURN, FLOOR = 0.2, 1e-3
 
 
@@ -117,35 +118,34 @@ def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
 
 
 def place(producer: nn.Module, input_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """(<W, a> + b, |W|^2) for each output channel."""
+    """(<W, a> + b, |W|) for each output channel."""
     rows = filters(producer, input_mean.dtype)
     return _place(rows, producer.bias, input_mean, getattr(producer, "groups", 1))  # type: ignore[arg-type]
 
 
 def _place(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     moving = response(rows, input_mean, groups)
-    # The norm, and its square, as that reads the weight once and writes nothing of its size.
-    return moving if bias is None else moving + bias.to(moving.dtype), torch.linalg.vector_norm(rows, dim=1).square()
+    return moving if bias is None else moving + bias.to(moving.dtype), torch.linalg.vector_norm(rows, dim=1)
 
 
-def clip(producer: Any, square: Tensor, reach: float | Tensor) -> None:
-    """Shorten the gradient G of each filter W of the producer, in place, to  reach |G| <= TURN max(|W|, FLOOR).
+def clip(producers: Sequence[Any], sizes: Sequence[Tensor], reach: float | Tensor) -> None:
+    """Shorten the gradient G of each filter W of the producers, in place, to  reach |G| <= TURN max(|W|, FLOOR).
 
-    square: |W|^2 per filter; reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
+    sizes: |W| per filter, of each; reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
 
     BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, and what they are late by is
     multiplied from layer to layer. So no filter may turn by more in one step than they can follow.
 
     Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171, in units of the step instead of the gradient.
     """
-    weight = producer.weight
-    if weight.grad is None:
-        return
-    by = torch.linalg.vector_norm(filters(producer, square.dtype, weight.grad), dim=1)
-    factor = (TURN * square.sqrt().clamp(min=FLOOR) / (by * reach)).clamp(max=1)
-    if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
-        factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
-    weight.grad.mul_(factor.view(*factor.shape, *(1,) * (weight.dim() - factor.dim())).to(weight.grad.dtype))
+    rows = (filters(producer, size.dtype, producer.weight.grad) for producer, size in zip(producers, sizes, strict=True))
+    lengths = joined([torch.linalg.vector_norm(each, dim=1) for each in rows])
+    factors = (TURN * joined(sizes).clamp(min=FLOOR) / (lengths * reach)).clamp(max=1)
+    for producer, factor in zip(producers, parted(factors, sizes), strict=True):
+        if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
+            factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
+        gradient = producer.weight.grad
+        gradient.mul_(factor.view(*factor.shape, *(1,) * (gradient.dim() - factor.dim())).to(gradient.dtype))
 
 
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------
@@ -189,9 +189,9 @@ def gradients(
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
     by_rows = (by_mean.view(groups, -1, 1) * input_mean.reshape(groups, 1, -1)).view(rows.shape)
     if units:
-        moving, square = (t.detach() for t in _place(rows, bias, input_mean, groups))
-        alive = (std.square() >= 2 * eps) & (square > TINY)
-        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * alive / square.clamp(min=TINY)
+        moving, size = (t.detach() for t in _place(rows, bias, input_mean, groups))
+        alive = (std.square() >= 2 * eps) & (size > TINY)
+        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * alive / size.clamp(min=TINY).square()
         by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
@@ -208,11 +208,11 @@ def moved(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(mean, p) of the same a, c, s once W and b have changed what `place` gives from `before` to `after`."""
-    (old, old_square), (new, new_square) = before, after
+    (old, old_size), (new, new_size) = before, after
     if not units:
         return mean + (new - old), parameter
-    alive = (std.square() >= 2 * eps) & (old_square > TINY) & (new_square > TINY)
-    ratio = torch.where(alive, new_square / old_square.clamp(min=TINY), 1.0).sqrt()
+    alive = (std.square() >= 2 * eps) & (old_size > TINY) & (new_size > TINY)
+    ratio = torch.where(alive, new_size / old_size.clamp(min=TINY), 1.0)
     parameter = parameter + ratio.log() if form == "log" else parameter * ratio if form == "abs" else parameter / ratio
     return mean + (new - old) + (mean - old) * (ratio - 1), parameter
 

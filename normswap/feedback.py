@@ -25,10 +25,13 @@ Source: the control of Online Normalization, Chiley et al. arXiv:1905.05894, wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from normswap.joined import joined, parted
 
 RATE, LENGTH = 0.1, 0.5
 
@@ -63,11 +66,20 @@ def lean(trend: Tensor, first: Tensor, second: Tensor, number: Tensor | int, std
     return Lean(trend, known * some, torch.stack([own[0] * inverse, own[1]]))
 
 
-def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0) -> Tensor:
-    """The trend after one step. by_trend: its gradient; square: <z^2>, in the shape of the statistics; pace: of LENGTH, see `pace_of`."""
+def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0, *, each: Sequence[Tensor] = ()) -> Tensor:
+    """The trend after one step. by_trend: its gradient; square: <z^2>, in the shape of the statistics; pace: of LENGTH, see `pace_of`.
+
+    each: the trends of several layers, which all of these are `joined` of.
+    """
+    of = each or [trend]
     missed = -by_trend / torch.stack([square.clamp(min=1), torch.ones_like(square)])
-    channels = tuple(range(1, trend.dim()))
-    along, length = ((other * trend).sum(channels, keepdim=True) for other in (missed, trend))
+
+    def over_channels(t: Tensor) -> Tensor:
+        return joined([part.sum(tuple(range(1, part.dim())), keepdim=True) for part in parted(t, of, 1)], 1)
+
+    along, length = over_channels(missed * trend), over_channels(trend * trend)
     # An outlier must not make it more than 2.5 times as long, nor turn it around.
-    grown = (along / length.clamp(min=torch.finfo(trend.dtype).tiny)).clamp(-1, 3)
-    return trend + RATE * missed + LENGTH * pace * grown * trend
+    grown = (along / length.clamp(min=torch.finfo(trend.dtype).tiny)).clamp(-1, 3) * (LENGTH * pace)
+    if len(of) > 1:
+        grown = torch.cat([one[:, None].expand(2, t[0].numel()) for one, t in zip(grown.unbind(1), of, strict=True)], 1)
+    return trend + RATE * missed + grown * trend

@@ -36,7 +36,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from normswap import outputs
+from normswap import outputs, stepping
 from normswap.batchless import BatchlessNorm
 from normswap.errors import NormswapError, SwapError, UsageError, described
 from normswap.probes import Probe
@@ -279,11 +279,10 @@ class _Measure:
     @torch.no_grad()
     def _move(self, step: float, gradient: Sequence[Tensor]) -> None:
         """To x - step g; coupled statistics move along with the weight of their producer, as they do when an optimizer steps."""
-        coupled = [(norm, norm.anchor()) for norm in self.norms if norm.follows is not None]
+        anchors = [(norm, norm.anchor()) for norm in self.norms if norm.follows is not None]
         for parameter, g in zip(self.task, gradient, strict=True):
             parameter.sub_(g, alpha=step)
-        for norm, anchor in coupled:
-            norm.follow(anchor)
+        stepping.follow(anchors)
 
     @torch.no_grad()
     def _back(self) -> None:

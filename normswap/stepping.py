@@ -20,7 +20,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
@@ -33,8 +33,9 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from normswap import feedback, numerics
+from normswap import coupling, feedback, numerics
 from normswap.errors import UsageError
+from normswap.joined import bunched, joined, parted, spread
 from normswap.numerics import StdForm
 from normswap.sharded import is_part
 
@@ -140,6 +141,9 @@ class Run:
     owed: bool = False
 
 
+Anchor = tuple[Tensor, Tensor]  # where the weight of a producer is: `coupling.place`
+
+
 class Layer(Protocol):
     """What a layer with statistics shows of them. A BatchlessNorm, or the statistics in the graph of an exported program."""
 
@@ -147,7 +151,10 @@ class Layer(Protocol):
     std: StdForm
     aux: Any
     stats: Any
+    reduction: Any
     momentum: float
+    calls: int
+    units: bool
     steps: Tensor | None  # of training, of a layer that is coupled or guarded
     stepped: bool  # whether an optimizer has moved the statistics
     training: bool
@@ -160,12 +167,11 @@ class Layer(Protocol):
     def tracked(self) -> nn.Parameter | None: ...  # the mean input of the producer, of a layer that is coupled to one
     @property
     def steering(self) -> nn.Parameter | None: ...  # the trend of the gradient, of a layer with feedback
-    def square(self, by_parameter: Tensor) -> Tensor: ...  # the <z^2> that the gradient of the std's parameter tells
+    @property
+    def eps(self) -> float: ...  # what is added to the variance
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
-    def clip(self, anchor: Any, reach: float | Tensor) -> None: ...
-    def anchor(self) -> Any: ...
-    def follow(self, anchor: Any) -> None: ...
+    def anchor(self) -> Anchor: ...  # what is to be known of it before its weight is moved
 
 
 class InGraph:
@@ -174,6 +180,7 @@ class InGraph:
     aux: Any = "auto"
     stepped, training = False, True
     tracked = follows = steering = None
+    reduction, eps, calls, units = "mean", 0.0, 1, False  # which only these ask for
     steps: Tensor | None = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
@@ -191,16 +198,7 @@ class InGraph:
     def std_parameter(self) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[1]())
 
-    def square(self, by_parameter: Tensor) -> Tensor:
-        raise NotImplementedError("an exported program has no feedback")
-
-    def clip(self, anchor: Any, reach: float | Tensor) -> None:
-        raise NotImplementedError("an exported program has no producers")
-
-    def anchor(self) -> Any:
-        raise NotImplementedError("an exported program has no producers")
-
-    def follow(self, anchor: Any) -> None:
+    def anchor(self) -> Anchor:
         raise NotImplementedError("an exported program has no producers")
 
 
@@ -339,6 +337,11 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     followers = _in_order(groups, ((layer, [*p.parameters(False)]) for layer in _live if (p := layer.follows) is not None))
     if not layers and not followers:
         return None
+    if layers and recomputes():
+        raise UsageError(
+            "an optimizer steps the statistics of a BatchlessNorm in the middle of a backward pass. They step together, once it is over",
+            hint='let it have the groups of normswap.param_groups(model, lr=...) without the key "normswap", and step the others after it',
+        )
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     depth = _depth()
     _following[optimizer] = [step for step in _following.get(optimizer, []) if step[0] < depth] + [(depth, followers)]
@@ -381,14 +384,27 @@ def _statistics(layer: Layer) -> list[nn.Parameter]:
 @torch.no_grad()
 def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], followers: list[Layer]) -> None:
     """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
-    if isinstance(optimizer, torch.optim.SGD):
-        scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
-        for layer in followers:
-            weight = cast("nn.Parameter | None", getattr(layer.follows, "weight", None))  # a closure may have called eval()
-            if id(weight) in groups:
-                group = groups[id(weight)]
-                reach = group["lr"] / (1 - min(group["momentum"], 0.99))
-                layer.clip(_anchors[layer][1], reach if scale is None else reach / scale.to(layer.mean.device))
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    found: list[tuple[Layer, Any, float]] = []
+    for layer in followers:
+        weight = cast("nn.Parameter | None", getattr(layer.follows, "weight", None))  # a closure may have called eval()
+        if weight is not None and weight.grad is not None and id(weight) in groups:
+            group = groups[id(weight)]
+            found.append((layer, layer.follows, group["lr"] / (1 - min(group["momentum"], 0.99))))
+    scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
+    for bunch in bunched(found, lambda one: (_kind(one[0].mean), float(one[2]))):
+        reach = bunch[0][2]
+        coupling.clip(
+            [producer for _, producer, _ in bunch],
+            [_anchors[layer][1][1] for layer, _, _ in bunch],
+            reach if scale is None else reach / scale.to(bunch[0][0].mean.device),
+        )
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    """Those of the same kind can be joined."""
+    return t.device, t.dtype, id(t) if is_part(t) else None
 
 
 def _depth() -> int:
@@ -405,12 +421,37 @@ def _catch_up(followers: list[Layer], depth: int | None = None) -> None:
 
     An anchor that is not of a step around that one was left behind by a step that failed.
     """
+    late = []
     for layer in followers:
         outermost, anchor = _anchors.get(layer, (None, None))
         if outermost is not None and depth is not None and outermost >= depth:
             del _anchors[layer]
         elif outermost is not None:
-            layer.follow(anchor)
+            late.append((layer, cast(Anchor, anchor)))
+    follow(late)
+
+
+@torch.no_grad()
+def follow(anchors: Iterable[tuple[Layer, Anchor]]) -> None:
+    """Move the mean and std of each layer along with the weight of its producer, which has moved since the anchor."""
+    for bunch in bunched(anchors, lambda one: (one[0].std, one[0].units, one[0].eps, _kind(one[0].mean))):
+        layers = [layer for layer, _ in bunch]
+        first, means, parameters = layers[0], [layer.mean for layer in layers], [layer.std_parameter for layer in layers]
+        before, after = _joined(anchor for _, anchor in bunch), _joined(layer.anchor() for layer in layers)
+        parameter = joined(parameters)
+        options: dict[str, Any] = {"form": first.std, "units": first.units, "eps": first.eps}
+        moved = coupling.moved(joined(means), parameter, numerics.std_of(parameter, first.std), before, after, **options)
+        _copy(means, parted(moved[0], means))
+        _copy(parameters, parted(moved[1], means))
+
+
+def _joined(anchors: Iterable[Anchor]) -> Anchor:
+    places, sizes = zip(*anchors, strict=True)
+    return joined(places), joined(sizes)
+
+
+def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(parameters), list(values))
 
 
 @torch.no_grad()
@@ -443,10 +484,37 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             parameter.grad = grad
 
 
+class _Taken(NamedTuple):
+    """The gradients of a layer that steps here, which the optimizer does not see.
+
+    factor: what they have to be multiplied by; scaled: whether part of that was not known while they came. told: that of the std's
+    parameter, whoever steps it.
+    """
+
+    layer: Layer
+    factor: float
+    scaled: bool
+    told: Tensor | None
+    by_mean: Tensor | None
+    by_parameter: Tensor | None
+    by_tracked: Tensor | None
+    by_steering: Tensor | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Those of one kind step together."""
+        layer = self.layer
+        raw = id(layer) if layer.stats == "raw" else None  # whose gradient depends on the number of channels
+        each = layer.std, layer.eps, layer.momentum, layer.run.pace, layer.steps is None, raw, self.factor, self.scaled
+        return *each, *(t is None for t in self[3:]), _kind(layer.mean)
+
+
 @torch.no_grad()
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
     scaler = cast("GradScaler | None", _caller(_is_scaler))
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    taken: list[_Taken] = []
+    left: list[tuple[Tensor, float]] = []
     for layer in layers:
         held = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not held:
@@ -455,56 +523,85 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             layer.run.owed, layer.run.read = False, True
             continue
         layer.run.owed, layer.stepped = False, True
-        passes, factor = _weight(optimizer, layer, scaler)
-        own = (layer.tracked, layer.steering)
-        natural = [p for p in held if layer.stats == "natural" or any(p is o for o in own)]
-        _step(optimizer, layer, natural, passes, factor)
-        factor *= passes
+        passes, unscaled = _weight(optimizer, layer, scaler)
+        ours = (layer.mean, layer.std_parameter, layer.tracked, layer.steering)
+        natural = [p if any(p is h for h in held) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]
+        told = layer.std_parameter.grad
+        # At once, as a copy that shares parameters must not step them again.
+        by: list[Any] = [None if p is None else _take(optimizer, p) for p in natural]
+        taken.append(_Taken(layer, passes * unscaled, unscaled != 1, told, *by))
         held = [p for p in held if p.grad is not None]
         if layer.stats == "raw":
-            if factor != 1:
-                for parameter in held:
-                    cast(Tensor, parameter.grad).mul_(factor)
+            left += [(cast(Tensor, p.grad), passes * unscaled) for p in held]
             if any(groups[id(p)].get(MARK) != STATISTICS for p in held):
                 _warn(_UNGROUPED)
         if layer.run.passes is not None:
             layer.run.passes.count = 0
             watch_passes(layer)
+    for bunch in bunched(taken, lambda one: one.kind):
+        _step(optimizer, bunch)
+    for grad, factor in left:
+        if factor != 1:
+            grad.mul_(factor)
 
 
-def _step(optimizer: Optimizer, layer: Layer, held: list[nn.Parameter], passes: float, unscaled: float) -> None:
-    """held: those that step here. passes, unscaled: of `_weight`."""
+def _take(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
+    grad = cast(Tensor, parameter.grad)
+    _hidden.setdefault(optimizer, []).append((parameter, grad))
+    parameter.grad = None
+    # None is needed, but torch.distributed.checkpoint asks for that of everything that is trained.
+    optimizer.state.setdefault(parameter, {})
+    return grad
+
+
+def _step(optimizer: Optimizer, bunch: list[_Taken]) -> None:
+    """Of layers of one kind."""
     # Fused optimizers are handed scaled gradients, and told so.
     scale, bad = (cast("Tensor | None", getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
-    tracked, steering = layer.tracked, layer.steering
+    layers = [one.layer for one in bunch]
+    first, means, parameters = layers[0], [layer.mean for layer in layers], [layer.std_parameter for layer in layers]
+    factor, rate = bunch[0].factor, first.momentum * first.run.pace
 
-    def by(parameter: nn.Parameter, factor: float) -> Tensor:
-        grad = numerics.weighed(cast(Tensor, parameter.grad), factor)
-        return grad if scale is None else grad / scale.to(parameter.device)
+    def by(grads: Iterable[Tensor | None], kept: int = 0, factor: float = factor) -> Tensor | None:
+        found = [grad for grad in grads if grad is not None]
+        if not found:
+            return None
+        grad = numerics.weighed(joined(found, kept), factor)
+        return grad if scale is None else grad / scale.to(grad.device)
 
-    def stepping(parameter: nn.Parameter | None) -> bool:
-        return any(parameter is p for p in held)
+    def becomes(old: Sequence[Tensor], value: Tensor, kept: int = 0) -> None:
+        if bad is not None:
+            value = torch.where(bad.to(value.device) == 0, value, joined(old, kept))
+        _copy(old, parted(value, old, kept))
 
-    factor, rate = passes * unscaled, layer.momentum * layer.run.pace
-    by_mean, by_parameter = (by(p, factor) if stepping(p) else None for p in (layer.mean, layer.std_parameter))
-    stepped = numerics.natural_step(layer.mean, layer.std_parameter, by_mean, by_parameter, layer.std, rate)
-    values: dict[Tensor, Tensor] = {layer.mean: stepped[0], layer.std_parameter: stepped[1]}
-    if layer.steps is not None:
-        values[layer.steps] = layer.steps + 1
-    if tracked is not None and stepping(tracked):
-        # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
-        values[tracked] = tracked - (1 / values[cast(Tensor, layer.steps)].to(tracked.dtype)).clamp(min=rate) * by(tracked, factor)
+    mean, parameter = joined(means), joined(parameters)
+    by_steering = by((one.by_steering for one in bunch), 1, 1.0)
     # By a scale that is not known while the gradient passes, none of the trend could be taken away: it stays.
-    if steering is not None and stepping(steering) and unscaled == 1:
-        square = torch.ones_like(steering[0]) if layer.std_parameter.grad is None else layer.square(by(layer.std_parameter, factor))
-        values[steering] = feedback.stepped(steering, by(steering, 1), square, layer.run.pace)
-    for parameter, value in values.items():
-        parameter.copy_(value if bad is None else torch.where(bad.to(value.device) == 0, value, parameter))
-    for parameter in held:
-        _hidden.setdefault(optimizer, []).append((parameter, cast(Tensor, parameter.grad)))
-        parameter.grad = None
-        # None is needed, but torch.distributed.checkpoint asks for that of everything that is trained.
-        optimizer.state.setdefault(parameter, {})
+    if by_steering is not None and not bunch[0].scaled:
+        trends, told = [cast(Tensor, layer.steering) for layer in layers], by(one.told for one in bunch)
+        square = torch.ones_like(mean) if told is None else _square(first, parameter, told)
+        becomes(trends, feedback.stepped(joined(trends, 1), by_steering, square, first.run.pace, each=trends), 1)
+    if first.steps is not None:
+        counted, by_tracked = [cast(Tensor, layer.steps) for layer in layers], by(one.by_tracked for one in bunch)
+        steps = joined(counted) + 1
+        becomes(counted, steps)
+        if by_tracked is not None:
+            # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
+            tracked = [cast(Tensor, layer.tracked) for layer in layers]
+            share = (1 / steps.to(by_tracked.dtype)).clamp(min=rate)
+            becomes(tracked, joined(tracked) - spread(share, tracked) * by_tracked)
+    by_mean, by_parameter = by(one.by_mean for one in bunch), by(one.by_parameter for one in bunch)
+    mean, parameter = numerics.natural_step(mean, parameter, by_mean, by_parameter, first.std, rate)
+    becomes(means, mean)
+    becomes(parameters, parameter)
+
+
+def _square(layer: Layer, parameter: Tensor, by_parameter: Tensor) -> Tensor:
+    """<z^2> of the inputs for which the gradient by the std's parameter is this."""
+    std = numerics.std_of(parameter, layer.std)
+    modes: dict[str, Any] = {"stats": layer.stats, "reduction": layer.reduction}
+    _, r = numerics.misfit_of(std, by_parameter, layer.eps / std.square(), std, parameter, layer.std, **modes)
+    return 1 + (r / layer.calls if layer.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
 
 @functools.cache

@@ -40,9 +40,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "autograd": frozenset(),
     "injection": frozenset({"stepping", "autograd"}),
     "sharded": NOTHING,
-    "stepping": frozenset({"errors", "numerics", "feedback", "sharded"}),
-    "coupling": frozenset({"numerics", "sharded"}),
-    "feedback": NOTHING,
+    "joined": NOTHING,
+    "stepping": frozenset({"errors", "numerics", "coupling", "feedback", "joined", "sharded"}),
+    "coupling": frozenset({"numerics", "joined", "sharded"}),
+    "feedback": frozenset({"joined"}),
     "guard": frozenset({"numerics"}),
     "train_pass": frozenset({"autograd", "coupling", "feedback", "guard", "numerics"}),
     "batchless": frozenset(
@@ -80,7 +81,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
     # Orchestrates stages as `pipeline` does, and asks `pipeline` for what they decide.
     "sensitivity": STAGE | {"pipeline", "rules", "swap", "calibrate", "runners", "versions"},
-    "landscape": STAGE | {"runners"},
+    "landscape": STAGE | {"runners", "stepping"},
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}

@@ -99,9 +99,9 @@ def test_the_response_to_the_patch_mean_is_the_mean_of_the_output(kind: str) -> 
     """Padding, stride, dilation and groups are exact."""
     model, x = pair_of(kind)
     y = model[0](x)  # type: ignore[index]
-    moving, square = coupling.place(model[0], coupling.patch_mean(model[0], x))  # type: ignore[index]
+    moving, size = coupling.place(model[0], coupling.patch_mean(model[0], x))  # type: ignore[index]
     close(moving, y.transpose(0, 1).flatten(1).mean(1))
-    close(square.sum(), model[0].weight.square().sum())  # type: ignore[index, union-attr, operator]
+    close(size.square().sum(), model[0].weight.square().sum())  # type: ignore[index, union-attr, operator]
     rows = coupling.filters(model[0], F64)  # type: ignore[index]
     assert rows.shape == (y.shape[1], math.prod(coupling.input_shape(model[0])) // getattr(model[0], "groups", 1))  # type: ignore[index]
 
@@ -261,8 +261,8 @@ def test_the_statistics_move_with_the_weight(kind: str, units: bool, optimizer: 
     conv, norm = model[0], model[1]
 
     def c_and_s() -> tuple[Tensor, Tensor]:
-        moving, square = coupling.place(conv, norm.input_mean)
-        n = square.sqrt() if units else torch.ones_like(square)
+        moving, size = coupling.place(conv, norm.input_mean)
+        n = size if units else torch.ones_like(size)
         return ((norm.mean - moving) / n).detach(), (norm.log_std.exp() / n).detach()
 
     before, weight = c_and_s(), conv.weight.detach().clone()
@@ -336,8 +336,8 @@ def test_a_step_inside_another_moves_the_statistics_once(make: Any, kind: str) -
     conv, norm = model[0], model[1]
 
     def c_and_s() -> tuple[Tensor, Tensor]:
-        moving, square = coupling.place(conv, norm.input_mean)
-        return ((norm.mean - moving) / square.sqrt()).detach(), (norm.log_std.exp() / square.sqrt()).detach()
+        moving, size = coupling.place(conv, norm.input_mean)
+        return ((norm.mean - moving) / size).detach(), (norm.log_std.exp() / size).detach()
 
     before, weight = c_and_s(), conv.weight.detach().clone()
     step = make([*conv.parameters()])
@@ -463,7 +463,7 @@ def test_a_long_gradient_is_shortened_filter_by_filter(kind: str, reach: float) 
         per = sizes
     gradient *= per.view(*per.shape, *(1,) * (gradient.dim() - per.dim())) / reach
     producer.weight.grad = gradient.clone()
-    coupling.clip(producer, coupling.filters(producer, F64).norm(dim=1).square().detach(), reach)
+    coupling.clip([producer], [coupling.filters(producer, F64).norm(dim=1).detach()], reach)
     before, after, most = (lengths(producer, t) for t in (gradient, producer.weight.grad, producer.weight.detach()))
     limits = [0.2 * length / reach for length in most]
     assert any(b > m for b, m in zip(before, limits, strict=True))
@@ -476,7 +476,7 @@ def test_a_filter_of_nothing_can_grow() -> None:
     producer = nn.Linear(3, 2, dtype=F64)
     nn.init.zeros_(producer.weight)
     producer.weight.grad = torch.full_like(producer.weight, 7.0)
-    coupling.clip(producer, torch.zeros(2, dtype=F64), 0.5)
+    coupling.clip([producer], [torch.zeros(2, dtype=F64)], 0.5)
     assert lengths(producer, producer.weight.grad) == pytest.approx([4e-4, 4e-4])
 
 

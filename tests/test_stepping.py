@@ -778,13 +778,31 @@ def test_an_optimizer_that_goes_on_from_its_state() -> None:
     assert_averaged(other, steps=2)
 
 
-def test_an_optimizer_that_steps_in_backward_is_refused_by_autograd() -> None:
+def test_an_optimizer_that_steps_statistics_in_backward_is_refused() -> None:
     net = Net()
     optimizers = {p: SGD([p], lr=0.1) for p in net.parameters()}
     for p in net.parameters():
         p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(UsageError, match="steps the statistics of a BatchlessNorm in the middle of a backward pass"):
         net.loss(ONE).backward()
+
+
+def test_an_optimizer_that_steps_weights_in_backward_is_not() -> None:
+    net = Net()
+    other = copy.deepcopy(net)
+    for each in (net, other):
+        groups = normswap.param_groups(each, lr=0.1)
+        weights = [p for g in groups if "normswap" not in g for p in g["params"]]
+        optimizers = {p: SGD([p], lr=0.1) for p in weights}
+        rest = SGD([g for g in groups if "normswap" in g], lr=0.1)
+        for p in weights if each is net else ():
+            p.register_post_accumulate_grad_hook(lambda p, optimizers=optimizers: optimizers[p].step())
+        each.loss(ONE).backward()
+        rest.step()
+        for p in weights if each is other else ():
+            optimizers[p].step()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
 # --- parameter groups --------------------------------------------------------------------------------------------------------------------
