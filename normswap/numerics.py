@@ -196,15 +196,15 @@ def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     return (r.sum() if reduction == "sum" else r.mean()) / 2
 
 
-def weighed(t: Tensor, factor: float) -> Tensor:
+def weighed(t: Tensor, factor: float | Tensor) -> Tensor:
     """factor t. A layer runs some hundred operators a step, and most on so few numbers that their number is what they take."""
-    return t if factor == 1 else t * factor
+    return t if isinstance(factor, (int, float)) and factor == 1 else t * factor
 
 
-def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor:
+def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor | float:
     """dp/dlog std of the stored parameter, never 0:   log: 1     abs: sign(p) std     inv: -sign(p) / std     with sign(0) = 1."""
     if form == "log":
-        return torch.ones_like(parameter)
+        return 1.0
     size = parameter.abs() + TINY
     return torch.where(parameter < 0, -size, size) * (1 if form == "abs" else -1)
 
@@ -224,7 +224,7 @@ def nll_gradients(
     """
     slope = slope_of_log(parameter, form)
     if stats == "natural":
-        return -d, -(r + f) / 2 * slope
+        return -d, weighed((r + f) / -2, slope)
     share = 1 / std.numel() if reduction == "mean" else 1.0
     return -d / std.square() * share, -r / slope * share
 
@@ -235,7 +235,7 @@ def misfit_of(
     """(d, r) of the `misfit` whose gradients these are: the inverse of `nll_gradients`. All shapes alike."""
     slope = slope_of_log(parameter, form)
     if stats == "natural":
-        return -by_mean, -2 * by_parameter / slope - f
+        return -by_mean, by_parameter * (-2 / slope) - f
     share = 1 / std.numel() if reduction == "mean" else 1.0
     return -by_mean * std.square() / share, -by_parameter * slope / share
 
@@ -254,7 +254,6 @@ def natural_step(
     if by_mean is not None:
         mean = mean - rate * by_mean
     if by_parameter is not None:
-        by_log = by_parameter / slope_of_log(parameter, form)
-        growth = torch.log1p((-2 * rate * by_log).clamp(min=-MOST)) / 2
+        growth = torch.log1p((by_parameter * (-2 * rate / slope_of_log(parameter, form))).clamp(min=-MOST)) / 2
         parameter = parameter + growth if form == "log" else parameter * (growth if form == "abs" else -growth).exp()
     return mean, parameter

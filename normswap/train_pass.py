@@ -18,7 +18,7 @@ work on, so that their number is what they take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,98 +33,114 @@ from normswap.guard import Held
 Given = Sequence[tuple[Tensor, Tensor]]  # parameters, and the gradients that they get
 
 
+class _Tensors(NamedTuple):
+    """What a pass takes and backward needs, in the order in which autograd gets them. None for what there is not."""
+
+    x: Any
+    mean: Any
+    std: Any
+    weight: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    scale: Tensor | None
+    factor: Tensor | None  # these four: `guard.Held`
+    pull: Any
+    first: Any
+    second: Any
+    rows: Any  # these three: `coupling.Coupled`
+    produced: Tensor | None
+    input_mean: Any
+    trend: Tensor | None  # these three: `feedback.Lean`
+    known: Any
+    lean: Any
+
+
+class _Options(NamedTuple):
+    """What else it takes. samples: the axes of x that there is a factor each for; coupled: what `coupling.gradients` takes besides."""
+
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    samples: tuple[int, ...]
+    coupled: tuple[int, bool, float] | None
+
+
+TENSORS, OPTIONS = len(_Tensors._fields), len(_Options._fields)
+
+
 class _Pass(torch.autograd.Function):
     """Plain tensors in and out, the context set up apart, and no Python state: so torch.compile and torch.func take it as it is.
 
-    The tensors that are saved for backward, then what is no tensor, then parameters, and as many gradients that they are given.
+    `_Tensors`, `_Options`, then parameters, and as many gradients that they are given.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     @signed
-    def forward(
-        x: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        scale: Tensor | None,
-        factor: Tensor | None,
-        pull: Tensor | None,
-        first: Tensor | None,
-        second: Tensor | None,
-        rows: Tensor | None,
-        produced: Tensor | None,
-        input_mean: Tensor | None,
-        trend: Tensor | None,
-        known: Tensor | None,
-        lean: Tensor | None,
-        axes: tuple[int, ...],
-        shape: tuple[int, ...],
-        samples: tuple[int, ...],
-        coupled: tuple[int, bool, float] | None,
-        *pairs: Tensor,
-    ) -> Tensor:
-        weight = None if weight is None else weight.view(shape)
-        bias = None if bias is None else bias.view(shape)
-        return numerics.applied(x, *numerics.affine_of(mean, std, weight, bias), factor, bias)
+    def forward(*inputs: Any) -> Tensor:
+        t, shape = _Tensors(*inputs[:TENSORS]), _Options(*inputs[TENSORS:][:OPTIONS]).shape
+        weight, bias = (None if each is None else each.view(shape) for each in (t.weight, t.bias))
+        return numerics.applied(t.x, *numerics.affine_of(t.mean, t.std, weight, bias), t.factor, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
-        tensors, (ctx.axes, ctx.shape, ctx.samples, ctx.coupled), pairs = inputs[:17], inputs[17:21], inputs[21:]
+        t, options, pairs = _Tensors(*inputs[:TENSORS]), _Options(*inputs[TENSORS:][:OPTIONS]), inputs[TENSORS + OPTIONS :]
         # Without a weight to train nor anything else that is told what came along z, no gradient asks for x.
-        asked = tensors[3] is not None or tensors[7] is not None or tensors[14] is not None or ctx.coupled is not None
-        ctx.save_for_backward(tensors[0] if asked else None, *tensors[1:], *pairs[len(pairs) // 2 :])
+        asked = t.weight is not None or t.factor is not None or t.trend is not None or options.coupled is not None
+        # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
+        ctx.save_for_backward(t.x if asked else None, *t[1:], *pairs[len(pairs) // 2 :])
+        ctx.options = options
 
     @staticmethod
     def backward(ctx: Any, by_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mean, std, weight, bias, mask, scale, *rest = ctx.saved_tensors
-        factor, pull, first, second, rows, produced, input_mean, trend, known, lean, *given = rest
-        samples = ctx.samples
-        if scale is not None:
-            known, lean = (None if t is None else t * scale for t in (known, lean))
-            given = [t * scale for t in given]
-        if by_y is None:
-            return *(None,) * 21, *given, *(None for _ in given)
-        g, inverse = by_y.to(numerics.wide(by_y, std)), 1 / std
-        w = None if weight is None else weight.view(ctx.shape)
-        slope = inverse if w is None else w * inverse
-        places = [axis for axis in range(g.dim()) if axis not in ctx.axes and axis not in samples]
-        level = numerics.over(g, places)
-        by_bias = None if bias is None else _like(bias, numerics.over(level, samples))
-        if x is None:
-            return (g * slope).to(by_y.dtype), *(None,) * 3, by_bias, *(None,) * 16, *given, *(None for _ in given)
+        options: _Options = ctx.options
+        saved = ctx.saved_tensors  # once, as a checkpoint hands them out once
+        t, given = _Tensors(*saved[:TENSORS]), saved[TENSORS:]
+        given = given if t.scale is None else [each * t.scale for each in given]
+        by: dict[str, Tensor | None] = {} if by_y is None else _backward(t, options, by_y, by_x=ctx.needs_input_grad[0])
+        return *(by.get(name) for name in _Tensors._fields), *(None,) * OPTIONS, *given, *(None for _ in given)
 
-        along = torch.addcmul(numerics.over(g * x, places), mean, level, value=-1) * inverse
-        bend = by_mean = by_std = None
-        if factor is not None:
-            held = Held(factor, pull, first, second)
-            if _is_differentiated():
-                held, _ = guard.held(x, mean, std, samples, mask)
-            by_factor = numerics.over(along if w is None else along * w, ctx.axes)
-            bend, by_mean, by_std = guard.gradients(by_factor, held, std, samples)
-            slope = slope * held.factor
-            along, level = (numerics.over(t * held.factor, samples) for t in (along, level))
-        by_weight = None if weight is None else _like(weight, along)
 
-        by_trend = by_rows = by_produced = None
-        if trend is not None or ctx.coupled is not None:
-            left = torch.stack([along, level])
-            left = (left if w is None else left * w).sum_to_size(2, *mean.shape)
-            left = -left if known is None else known - left
-            by_trend = None if trend is None else left.view(trend.shape)
-            if ctx.coupled is not None:
-                left = left * inverse
-                by_std = left[0] if by_std is None else left[0] + by_std
-                by_mean = left[1] if by_mean is None else left[1] + by_mean
-                by_rows, by_produced = coupling.gradients(by_mean, by_std, mean, std, rows, produced, input_mean, *ctx.coupled)
+def _backward(t: _Tensors, options: _Options, by_y: Tensor, *, by_x: bool) -> dict[str, Tensor | None]:
+    """The gradients of y's inputs, for the gradient of y; by_x: whether that by x is asked for."""
+    x, mean, std, samples = t.x, t.mean, t.std, options.samples
+    g, inverse = by_y.to(numerics.wide(by_y, std)), 1 / std
+    weight = None if t.weight is None else t.weight.view(options.shape)
+    slope = inverse if weight is None else weight * inverse
+    places = [axis for axis in range(g.dim()) if axis not in options.axes and axis not in samples]
+    level = numerics.over(g, places)
+    by = {"bias": None if t.bias is None else _like(t.bias, numerics.over(level, samples))}
+    if x is None:
+        return {**by, "x": (g * slope).to(by_y.dtype)}
 
-        by_x = _by_x(g, slope, x, mean, bend, lean, mask) if ctx.needs_input_grad[0] else None
-        own = by_x, None, None, by_weight, by_bias, *(None,) * 6, by_rows, by_produced, None, by_trend, *(None,) * 6
-        return *own, *given, *(None for _ in given)
+    along = torch.addcmul(numerics.over(g * x, places), mean, level, value=-1) * inverse
+    bend = by_mean = by_std = None
+    if t.factor is not None:
+        held = Held(t.factor, t.pull, t.first, t.second)
+        if _is_differentiated():
+            held, _ = guard.held(x, mean, std, samples, t.mask)
+        by_factor = numerics.over(along if weight is None else along * weight, options.axes)
+        bend, by_mean, by_std = guard.gradients(by_factor, held, std, samples)
+        slope = slope * held.factor
+        along, level = (numerics.over(each * held.factor, samples) for each in (along, level))
+    by["weight"] = None if t.weight is None else _like(t.weight, along)
+
+    lean = t.lean if t.lean is None or t.scale is None else t.lean * t.scale
+    if t.trend is not None or options.coupled is not None:
+        left = torch.stack([along, level])
+        left = (left if weight is None else left * weight).sum_to_size(2, *mean.shape)
+        known = t.known if t.known is None or t.scale is None else t.known * t.scale
+        left = -left if known is None else known - left
+        by["trend"] = None if t.trend is None else left.view(t.trend.shape)
+        if options.coupled is not None:
+            left = left * inverse
+            by_std = left[0] if by_std is None else left[0] + by_std
+            by_mean = left[1] if by_mean is None else left[1] + by_mean
+            of = t.rows, t.produced, t.input_mean
+            by["rows"], by["produced"] = coupling.gradients(by_mean, by_std, mean, std, *of, *options.coupled)
+    if by_x:
+        by["x"] = _by_x(g, slope, x, mean, bend, lean, t.mask)
+    return by
 
 
 def _like(parameter: Tensor, t: Tensor) -> Tensor:
@@ -150,31 +166,30 @@ class _PassForward(_Pass):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _Pass.setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)  # no tangent is None
-        ctx.save_for_forward(*inputs[:4], inputs[5], *inputs[7:9])
+        ctx.set_materialize_grads(False)  # so that no tangent is None
+        ctx.save_for_forward(*inputs[:TENSORS])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Along x, weight and bias."""
-        x, mean, std, weight, mask, factor, pull = ctx.saved_tensors
-        along, by_mean, by_std, by_weight, by_bias, *others = tangents
-        if any(t is not None for t in (by_mean, by_std, *others)):
+        t, by = _Tensors(*ctx.saved_tensors), _Tensors(*tangents[:TENSORS])
+        if any(tangent is not None for tangent in (*by._replace(x=None, weight=None, bias=None), *tangents[TENSORS:])):
             raise NotImplementedError("no forward-mode derivative of a BatchlessNorm in train mode by its statistics or its producer")
-        z = (x - mean) / std
-        held = z if factor is None else z * factor
+        shape, samples = ctx.options.shape, ctx.options.samples
+        z = (t.x - t.mean) / t.std
         change = torch.zeros_like(z)
-        if along is not None:
-            change = along / std
-            if factor is not None and pull is not None:
-                turned = change * z if mask is None else torch.where(mask, change * z, 0)
-                samples = ctx.samples
-                change = change * factor + z * pull * numerics.over(turned, [a for a in range(x.dim()) if a not in samples])
-            change = change if weight is None else change * weight.view(ctx.shape)
-        if by_weight is not None:
-            change = change + held * by_weight.view(ctx.shape)
-        if by_bias is not None:
-            change = change + by_bias.view(ctx.shape)
-        return change.to(x.dtype)
+        if by.x is not None:
+            change = by.x / t.std
+            if t.factor is not None:
+                turned = change * z if t.mask is None else torch.where(t.mask, change * z, 0)
+                bent = t.pull * numerics.over(turned, [axis for axis in range(z.dim()) if axis not in samples])
+                change = change * t.factor + z * bent
+            change = change if t.weight is None else change * t.weight.view(shape)
+        if by.weight is not None:
+            change = change + (z if t.factor is None else z * t.factor) * by.weight.view(shape)
+        if by.bias is not None:
+            change = change + by.bias.view(shape)
+        return change.to(t.x.dtype)
 
 
 def _is_differentiated() -> bool:
@@ -206,7 +221,8 @@ def passed(
     read in backward, None for 1.
     """
     function = _Pass if torch.compiler.is_compiling() else _PassForward
-    tensors = (x, mean, std, weight, bias, mask, scale, *(held or (None,) * 4), *(coupled or (None,) * 6)[:3], *(lean or (None,) * 3))
-    options = tuple(axes), tuple(shape), tuple(samples), None if coupled is None else coupled[3:]
-    parameters, gradients = ((t for t, _ in given), (by for _, by in given))
-    return function.apply(*tensors, *options, *parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
+    tensors = _Tensors(
+        x, mean, std, weight, bias, mask, scale, *(held or (None,) * 4), *(coupled or (None,) * 6)[:3], *(lean or (None,) * 3)
+    )
+    options = _Options(tuple(axes), tuple(shape), tuple(samples), None if coupled is None else coupled[3:])
+    return function.apply(*tensors, *options, *(t for t, _ in given), *(by for _, by in given))  # type: ignore[no-any-return, no-untyped-call]

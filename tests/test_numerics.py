@@ -281,8 +281,8 @@ def test_a_natural_step_is_the_running_average(form: StdForm, rate: float, offse
 
 def test_the_slope_is_never_zero() -> None:
     zero = torch.zeros(2)
-    assert all(bool((numerics.slope_of_log(zero, form) != 0).all()) for form in STD_FORMS)
+    assert all(bool((torch.as_tensor(numerics.slope_of_log(zero, form)) != 0).all()) for form in STD_FORMS)
     for form in STD_FORMS:
         p = torch.tensor([-0.7, 0.4], dtype=torch.float64, requires_grad=True)
         (by_p,) = torch.autograd.grad(numerics.std_of(p, form).log().sum(), p)
-        torch.testing.assert_close(numerics.slope_of_log(p.detach(), form), 1 / by_p, rtol=1e-10, atol=0)
+        torch.testing.assert_close(numerics.slope_of_log(p.detach(), form) * torch.ones_like(p), 1 / by_p, rtol=1e-10, atol=0)
