@@ -4,7 +4,8 @@
 
 Convolutions and products of matrices count as two operations per multiplication and sum, as in torch.utils.flop_counter. Any other operator
 counts one for each element that it writes or reads, whichever are more: a sum those that it reads, a sum of two tensors those that it
-writes; a batch norm those of its parts. Views are free. The tensors have no content (FakeTensor), so the largest step takes seconds.
+writes; a batch norm those of its parts; a `foreach` as many operators as it is handed tensors, as it runs on a CPU. Views are free. The
+tensors have no content (FakeTensor), so the largest step takes seconds.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.runs = before + 1
             return result
         result = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name.startswith("_foreach_"):
+            self.runs += len(args[0])
+            self.counts[name] += sum(t.numel() for t in args[0])
+            return result
         self.runs += not (func.is_view or func.namespace in ("prim", "profiler") or func._overloadpacket in ALLOCATE)
         if func._overloadpacket in flop_registry:
             self.counts[func._overloadpacket.__name__] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)

@@ -393,7 +393,7 @@ class BatchlessNorm(nn.Module):
                 "Its gradient passes through that weight, of which there is only a part here while the norm runs",
                 hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
             )
-        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self.eps)
+        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self._eps)
 
     def anchor(self) -> tuple[Tensor, Tensor]:
         """What `stepping.follow` has to know of the producer before its weight is moved."""
@@ -402,7 +402,7 @@ class BatchlessNorm(nn.Module):
         return moving.detach(), size.detach()
 
     @property
-    def eps(self) -> float:
+    def _eps(self) -> float:
         """What the source adds to the variance."""
         return EPS if self.source is None else self.source.eps
 
@@ -462,7 +462,7 @@ class BatchlessNorm(nn.Module):
             self.run.factor = held.factor
         else:
             sums = numerics.sums(x.detach(), mean, mask)
-        d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self.eps)
+        d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self._eps)
         if self._steers:
             trend = cast(nn.Parameter, self.steering)
             looked["lean"] = feedback.lean(trend, d / std, r + 1, sums[2], std, self._options()["share"])
@@ -511,7 +511,7 @@ class BatchlessNorm(nn.Module):
             "stats": self.stats,
             "reduction": self.reduction,
             "rate": self.momentum,
-            "eps": self.eps,
+            "eps": self._eps,
             "share": share,
         }
 

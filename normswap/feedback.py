@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normswap import numerics
 from normswap.joined import joined, parted
 
 RATE, LENGTH = 0.1, 0.5
@@ -60,7 +61,7 @@ def lean(trend: Tensor, first: Tensor, second: Tensor, number: Tensor | int, std
         some: Tensor | float = (number > 0) * share
         number = number.clamp(min=1)
     else:
-        some, number = share * (number > 0), max(number, 1)
+        some, number = share * numerics.at_most_one(number), numerics.at_least_one(number)
     inverse = 1 / std
     own = own * inverse * (-share / number)
     return Lean(trend, known * some, torch.stack([own[0] * inverse, own[1]]))

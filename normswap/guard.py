@@ -51,7 +51,7 @@ def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: 
         size: Tensor | int = numerics.over(number, others).clamp(min=1)
         number = numerics.over(number, samples)
     else:
-        size = max(math.prod([x.shape[axis] for axis in others]), 1)
+        size = numerics.at_least_one(math.prod([x.shape[axis] for axis in others]))
         number = number * math.prod([x.shape[axis] for axis in samples])
     square = numerics.over(second / std.square(), others) / size
     large = square.clamp(min=LIMIT**2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -172,6 +172,16 @@ def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[
     return first, second, over(mask.expand(x.shape), axes).to(dtype)
 
 
+def at_least_one(number: int) -> int:
+    """Also of the size of a graph that is traced for any, without a decision about it."""
+    return cast(int, torch.sym_max(number, 1))  # type: ignore[no-untyped-call]
+
+
+def at_most_one(number: int) -> int:
+    """1, or 0 of nothing; likewise."""
+    return cast(int, torch.sym_min(number, 1))  # type: ignore[no-untyped-call]
+
+
 def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2).
 
@@ -183,11 +193,10 @@ def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tenso
     first, second, number = found
     inverse = std.to(first.dtype).square().reciprocal()
     if isinstance(number, Tensor):
-        some: Tensor | float = (number > 0).to(first.dtype)
+        some: Tensor | int = (number > 0).to(first.dtype)
         number = number.clamp(min=1)
     else:
-        some = float(number > 0)
-        number = max(number, 1)
+        some, number = at_most_one(number), at_least_one(number)
     return first / number, second * inverse / number - some, eps * some * inverse
 
 

@@ -168,7 +168,7 @@ class Layer(Protocol):
     @property
     def steering(self) -> nn.Parameter | None: ...  # the trend of the gradient, of a layer with feedback
     @property
-    def eps(self) -> float: ...  # what is added to the variance
+    def _eps(self) -> float: ...  # what is added to the variance
     @property
     def follows(self) -> nn.Module | None: ...  # that producer, if the statistics move with its weight now
     def anchor(self) -> Anchor: ...  # what is to be known of it before its weight is moved
@@ -180,7 +180,7 @@ class InGraph:
     aux: Any = "auto"
     stepped, training = False, True
     tracked = follows = steering = None
-    reduction, eps, calls, units = "mean", 0.0, 1, False  # which only these ask for
+    reduction, _eps, calls, units = "mean", 0.0, 1, False  # which only these ask for
     steps: Tensor | None = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
@@ -434,12 +434,12 @@ def _catch_up(followers: list[Layer], depth: int | None = None) -> None:
 @torch.no_grad()
 def follow(anchors: Iterable[tuple[Layer, Anchor]]) -> None:
     """Move the mean and std of each layer along with the weight of its producer, which has moved since the anchor."""
-    for bunch in bunched(anchors, lambda one: (one[0].std, one[0].units, one[0].eps, _kind(one[0].mean))):
+    for bunch in bunched(anchors, lambda one: (one[0].std, one[0].units, one[0]._eps, _kind(one[0].mean))):
         layers = [layer for layer, _ in bunch]
         first, means, parameters = layers[0], [layer.mean for layer in layers], [layer.std_parameter for layer in layers]
         before, after = _joined(anchor for _, anchor in bunch), _joined(layer.anchor() for layer in layers)
         parameter = joined(parameters)
-        options: dict[str, Any] = {"form": first.std, "units": first.units, "eps": first.eps}
+        options: dict[str, Any] = {"form": first.std, "units": first.units, "eps": first._eps}
         moved = coupling.moved(joined(means), parameter, numerics.std_of(parameter, first.std), before, after, **options)
         _copy(means, parted(moved[0], means))
         _copy(parameters, parted(moved[1], means))
@@ -451,7 +451,10 @@ def _joined(anchors: Iterable[Anchor]) -> Anchor:
 
 
 def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(parameters), list(values))
+    if len(parameters) == 1:  # which may be a part; DTensor knows no foreach of copies
+        parameters[0].copy_(values[0])
+    else:
+        torch._foreach_copy_(list(parameters), list(values))
 
 
 @torch.no_grad()
@@ -505,7 +508,7 @@ class _Taken(NamedTuple):
         """Those of one kind step together."""
         layer = self.layer
         raw = id(layer) if layer.stats == "raw" else None  # whose gradient depends on the number of channels
-        each = layer.std, layer.eps, layer.momentum, layer.run.pace, layer.steps is None, raw, self.factor, self.scaled
+        each = layer.std, layer._eps, layer.momentum, layer.run.pace, layer.steps is None, raw, self.factor, self.scaled
         return *each, *(t is None for t in self[3:]), _kind(layer.mean)
 
 
@@ -600,7 +603,7 @@ def _square(layer: Layer, parameter: Tensor, by_parameter: Tensor) -> Tensor:
     """<z^2> of the inputs for which the gradient by the std's parameter is this."""
     std = numerics.std_of(parameter, layer.std)
     modes: dict[str, Any] = {"stats": layer.stats, "reduction": layer.reduction}
-    _, r = numerics.misfit_of(std, by_parameter, layer.eps / std.square(), std, parameter, layer.std, **modes)
+    _, r = numerics.misfit_of(std, by_parameter, layer._eps / std.square(), std, parameter, layer.std, **modes)
     return 1 + (r / layer.calls if layer.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
 

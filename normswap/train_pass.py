@@ -85,8 +85,13 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         t, options, pairs = _Tensors(*inputs[:TENSORS]), _Options(*inputs[TENSORS:][:OPTIONS]), inputs[TENSORS + OPTIONS :]
-        # Without a weight to train nor anything else that is told what came along z, no gradient asks for x.
-        asked = t.weight is not None or t.factor is not None or t.trend is not None or options.coupled is not None
+        # Without a weight that is trained, or anything else that is told what came along z, no gradient asks for x.
+        asked = (
+            ctx.needs_input_grad[_Tensors._fields.index("weight")]
+            or t.factor is not None
+            or t.trend is not None
+            or options.coupled is not None
+        )
         # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
         ctx.save_for_backward(t.x if asked else None, *t[1:], *pairs[len(pairs) // 2 :])
         ctx.options = options

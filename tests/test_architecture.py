@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "joined": NOTHING,
     "stepping": frozenset({"errors", "numerics", "coupling", "feedback", "joined", "sharded"}),
     "coupling": frozenset({"numerics", "joined", "sharded"}),
-    "feedback": frozenset({"joined"}),
+    "feedback": frozenset({"joined", "numerics"}),
     "guard": frozenset({"numerics"}),
     "train_pass": frozenset({"autograd", "coupling", "feedback", "guard", "numerics"}),
     "batchless": frozenset(

@@ -43,7 +43,7 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     if layer.aux == "none" or mean.grad is None or parameter.grad is None:
         return None
     std = layer.statistics()[1]
-    f = layer.eps / std.square()
+    f = layer._eps / std.square()
     modes = {"stats": layer.stats, "reduction": layer.reduction}
     d, r = numerics.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already

@@ -56,7 +56,7 @@ def per_sample_gradients(layer: BatchlessNorm, x: Tensor, by_output: Tensor) -> 
     )
     options = layer._options()
     modes = {name: options[name] for name in ("stats", "reduction")}
-    d, r, f = numerics.misfit(numerics.sums(x, mean, kept=[0]), std, eps=layer.eps)
+    d, r, f = numerics.misfit(numerics.sums(x, mean, kept=[0]), std, eps=layer._eps)
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, layer.std, **modes)
     found = {layer.mean: by_mean * options["share"], layer.std_parameter: by_parameter * options["share"]}
     if layer.weight is not None and layer.bias is not None:
