@@ -39,6 +39,7 @@ ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback", "default")
 FAKE = FakeTensorMode()
 ATEN = torch.ops.aten
 ALLOCATE = (ATEN.empty, ATEN.empty_like, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided)
+FLOPS = {**flop_registry, ATEN.mv: lambda matrix, vector, out_val: 2 * matrix.numel()}  # which it does not have
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
 
 
@@ -65,11 +66,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.counts[name] += sum(t.numel() for t in args[0])
             return result
         self.runs += not (func.is_view or func.namespace in ("prim", "profiler") or func._overloadpacket in ALLOCATE)
-        if func._overloadpacket in flop_registry:
-            self.counts[func._overloadpacket.__name__] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        if func._overloadpacket in FLOPS:
+            self.counts[name] += FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         elif not func.is_view and func.namespace != "prim":  # what a tensor says of itself
             sizes = [t.numel() for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-            self.counts[func._overloadpacket.__name__] += max(sizes, default=0)
+            self.counts[name] += max(sizes, default=0)
         return result
 
 
