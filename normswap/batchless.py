@@ -442,7 +442,10 @@ class BatchlessNorm(nn.Module):
         guards = self.guarded and self.stepped and self._learns
         looked: dict[str, Any] = self._looked_at(input, mean, std, guards=guards) if guards or self._steers else {}
         trained, more = self._observed(input, std) if self._learns and self.aux != "none" else (None, ())
-        told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": self._coupled(), **looked}
+        coupled = self._coupled()
+        if coupled is not None:
+            _refuse_traces(input, "is coupled to its producer")
+        told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked}
         options = {**told, **self._options()}
         return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **options)
 

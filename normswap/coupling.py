@@ -155,33 +155,39 @@ def clip(producers: Sequence[Any], sizes: Sequence[Tensor], reach: float | Tenso
 # --- the statistics ---------------------------------------------------------------------------------------------------------------------
 
 
-class Coupled(NamedTuple):
-    """The producer as `gradients` asks for it: its weight as `filters`, its bias, the mean of its input, and what it is made of."""
+class How(NamedTuple):
+    """How mean and std depend on the producer, besides by its weight and bias."""
 
-    rows: Tensor
-    bias: Tensor | None
-    input_mean: Tensor
     groups: int
     units: bool
     eps: float
 
 
+class Coupled(NamedTuple):
+    """The producer: its weight as `filters`, its bias, and the mean of its input."""
+
+    rows: Tensor
+    bias: Tensor | None
+    input_mean: Tensor
+    how: How
+
+
 def coupled_to(producer: nn.Module, input_mean: Tensor, dtype: torch.dtype, *, units: bool, eps: float) -> Coupled:
     bias: Any = producer.bias
-    return Coupled(filters(producer, dtype), bias, input_mean.detach().to(dtype), getattr(producer, "groups", 1), units, eps)
+    return Coupled(filters(producer, dtype), bias, input_mean.detach().to(dtype), How(getattr(producer, "groups", 1), units, eps))
+
+
+def written_out(mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, how: How) -> tuple[Tensor, Tensor]:
+    """(mean, std), the values unchanged, as functions of W and b: for derivatives of `gradients`, which are those of this."""
+    moving, size = (t.view(mean.shape) for t in _place(rows, bias, input_mean, how.groups))
+    if not how.units:
+        return mean + (moving - moving.detach()), std
+    ratio = torch.where(_alive(std, size, how.eps), size / size.detach().clamp(min=TINY), 1.0)
+    return mean + (moving - moving.detach()) + (mean - moving.detach()) * (ratio - 1), std * ratio
 
 
 def gradients(
-    by_mean: Tensor,
-    by_std: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    input_mean: Tensor,
-    groups: int,
-    units: bool,
-    eps: float,
+    by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, how: How
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients by the rows of W and by b, of those by mean and std, one number per channel each.
 
@@ -191,13 +197,16 @@ def gradients(
     What the size of W costs is two products and two numbers per filter.
     """
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
-    by_rows = (by_mean.view(groups, -1, 1) * input_mean.reshape(groups, 1, -1)).view(rows.shape)
-    if units:
-        moving, size = (t.detach() for t in _place(rows, bias, input_mean, groups))
-        alive = (std.square() >= 2 * eps) & (size > TINY)
-        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * alive / size.clamp(min=TINY).square()
+    by_rows = (by_mean.view(how.groups, -1, 1) * input_mean.reshape(how.groups, 1, -1)).view(rows.shape)
+    if how.units:
+        moving, size = _place(rows, bias, input_mean, how.groups)
+        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * _alive(std, size, how.eps) / size.clamp(min=TINY).square()
         by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
+
+
+def _alive(std: Tensor, size: Tensor, eps: float) -> Tensor:
+    return (std.square() >= 2 * eps) & (size > TINY)
 
 
 def moved(
@@ -215,7 +224,7 @@ def moved(
     (old, old_size), (new, new_size) = before, after
     if not units:
         return mean + (new - old), parameter
-    alive = (std.square() >= 2 * eps) & (old_size > TINY) & (new_size > TINY)
+    alive = _alive(std, old_size, eps) & (new_size > TINY)
     ratio = torch.where(alive, new_size / old_size.clamp(min=TINY), 1.0)
     parameter = parameter + ratio.log() if form == "log" else parameter * ratio if form == "abs" else parameter / ratio
     return mean + (new - old) + (mean - old) * (ratio - 1), parameter

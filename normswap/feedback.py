@@ -58,7 +58,7 @@ def lean(trend: Tensor, first: Tensor, second: Tensor, number: Tensor | int, std
     slope, level = own
     known = torch.stack([torch.addcmul(level * first, slope, second), torch.addcmul(level, slope, first)])
     if isinstance(number, Tensor):
-        some: Tensor | float = (number > 0) * share
+        some: Tensor | float = (number > 0).to(std.dtype) * share
         number = number.clamp(min=1)
     else:
         some, number = share * numerics.at_most_one(number), numerics.at_least_one(number)

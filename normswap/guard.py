@@ -28,13 +28,13 @@ LIMIT = 1.2
 class Held(NamedTuple):
     """factor: f of each sample, with the sizes of the axes of samples and 1 elsewhere. pull: what df is along z dz, summed: 0 where f is 1.
 
-    first, second: the `numerics.sums` of each sample.
+    first, second: the `numerics.sums` of each sample, which the gradients by mean and std ask for.
     """
 
     factor: Tensor
     pull: Tensor
-    first: Tensor
-    second: Tensor
+    first: Tensor | None
+    second: Tensor | None
 
 
 def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: Tensor | None = None) -> tuple[Held, numerics.Sums]:
@@ -60,10 +60,14 @@ def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: 
     return Held(factor, pull, first, second), (numerics.over(first, samples), numerics.over(second, samples), number)
 
 
-def gradients(by_factor: Tensor, held: Held, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(by_factor: Tensor, held: Held, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(what x - mean is multiplied by in the gradient by x, the gradients by mean, by std) of a function of f.
 
-    by x     by_f df/dx = by_f pull (x - mean) / std^2          by mean     the sum of -that          by std     of -z of that
+        by x     by_f df/dx = by_f pull (x - mean) / std^2          by mean     the sum of -that          by std     of -z of that
+
+    None where the sums of the samples are not there.
     """
     bend = by_factor * held.pull / std.square()
+    if held.first is None or held.second is None:
+        return bend, None, None
     return bend, -numerics.over(bend * held.first, samples), -numerics.over(bend * held.second, samples) / std

@@ -1,11 +1,9 @@
-"""A gradient that reaches parameters without being in the loss: the auxiliary loss through the back door, and through the front.
+"""A gradient that reaches parameters without being in the loss: the auxiliary loss through the front, and in a graph that is exported.
 
-    injected(shift, parameters, by)     shift, unchanged. When a gradient comes back to it, the parameters get the given gradients.
-    in_graph(shift, mean, p, ...)       the same as an operator, for a graph that is exported.
-    valued(value, parameters, by)       value, of which the parameters have the given gradients.
+    valued(value, parameters, by)       value, of which the parameters have the given gradients: the explicit term.
+    in_graph(shift, mean, p, ...)       shift, unchanged, as an operator: when a gradient comes back to it, mean and p get the given ones.
 
-Both save what they give and no activation. The layer sends its shift, one number per channel, through `injected`: never its output, which
-an activation may overwrite, nor its input, which would then need a gradient of its own even when nothing before the layer is trained.
+Both save what they give and no activation. Elsewhere the term comes in the backward pass of the layer: `train_pass`.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ class _Valued(torch.autograd.Function):
 def _inject(
     shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, form: str, stats: str, rate: float
 ) -> Tensor:
-    """`injected` as an operator: torch.export traces through an autograd.Function and loses its backward; an operator stays."""
+    """shift. An operator: torch.export traces through an autograd.Function and loses its backward; an operator stays."""
     return shift.clone()
 
 
@@ -77,7 +75,7 @@ _inject.register_autograd(_backward, setup_context=_set_up)
 def in_graph(
     shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, *, form: str, stats: str, rate: float
 ) -> Tensor:
-    """`injected` in a graph that is being exported. form, stats, rate: what it says about the statistics, see `stepping`."""
+    """shift, with its gradients, in a graph that is being exported. form, stats, rate: what it says of the statistics, see `stepping`."""
     return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
 
 

@@ -119,6 +119,8 @@ class Run:
     micro-batches of unequal size are run. pace: what the momentum is multiplied by, see `pace_of`. mask: which positions of the
     input count.
 
+    number: of the run, in the order in which layers came to be.
+
     seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
     factor: what `guard` multiplied each sample with in the last forward pass.
 
@@ -139,6 +141,7 @@ class Run:
     read: bool = True
     passes: Passes | None = None
     owed: bool = False
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 Anchor = tuple[Tensor, Tensor]  # where the weight of a producer is: `coupling.place`
@@ -337,11 +340,13 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     followers = _in_order(groups, ((layer, [*p.parameters(False)]) for layer in _live if (p := layer.follows) is not None))
     if not layers and not followers:
         return None
-    if layers and recomputes():
-        raise UsageError(
-            "an optimizer steps the statistics of a BatchlessNorm in the middle of a backward pass. They step together, once it is over",
-            hint='let it have the groups of normswap.param_groups(model, lr=...) without the key "normswap", and step the others after it',
-        )
+    for layer in layers if recomputes() else ():
+        if layer.run.owed and any(p.requires_grad and id(p) not in groups for p in _statistics(layer)):
+            raise UsageError(
+                "an optimizer steps some of the statistics of a BatchlessNorm in the middle of a backward pass, and they step together",
+                hint="let optimizers that step there have the other groups of normswap.param_groups(model, lr=...), and step that of the "
+                'key "normswap" after it',
+            )
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     depth = _depth()
     _following[optimizer] = [step for step in _following.get(optimizer, []) if step[0] < depth] + [(depth, followers)]
@@ -373,7 +378,7 @@ def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Para
     """
     place = {key: number for number, key in enumerate(groups)}
     found = [(min((place[id(p)] for p in parameters if id(p) in place), default=None), layer) for layer, parameters in layers]
-    order = [((not layer.run.owed, not layer.training, at), layer) for at, layer in found if at is not None]
+    order = [((not layer.run.owed, not layer.training, at, layer.run.number), layer) for at, layer in found if at is not None]
     return [layer for _, layer in sorted(order, key=lambda one: one[0])]
 
 
@@ -386,20 +391,18 @@ def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], followers: li
     """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
     if not isinstance(optimizer, torch.optim.SGD):
         return
-    found: list[tuple[Layer, Any, float]] = []
+    found: dict[int, tuple[Layer, nn.Module, dict[str, Any]]] = {}  # one for each weight, which two norms may be coupled to
     for layer in followers:
-        weight = cast("nn.Parameter | None", getattr(layer.follows, "weight", None))  # a closure may have called eval()
-        if weight is not None and weight.grad is not None and id(weight) in groups:
-            group = groups[id(weight)]
-            found.append((layer, layer.follows, group["lr"] / (1 - min(group["momentum"], 0.99))))
+        producer = layer.follows
+        weight = cast("nn.Parameter | None", getattr(producer, "weight", None))  # a closure may have called eval()
+        if producer is not None and weight is not None and weight.grad is not None and id(weight) in groups:
+            found.setdefault(id(weight), (layer, producer, groups[id(weight)]))
     scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
-    for bunch in bunched(found, lambda one: (_kind(one[0].mean), float(one[2]))):
-        reach = bunch[0][2]
-        coupling.clip(
-            [producer for _, producer, _ in bunch],
-            [_anchors[layer][1][1] for layer, _, _ in bunch],
-            reach if scale is None else reach / scale.to(bunch[0][0].mean.device),
-        )
+    for bunch in bunched(found.values(), lambda one: (id(one[2]), _kind(one[0].mean))):
+        layer, _, group = bunch[0]
+        reach = group["lr"] / (1 - min(group["momentum"], 0.99))
+        reach = reach if scale is None else reach / scale.to(layer.mean.device)
+        coupling.clip([producer for _, producer, _ in bunch], [_anchors[layer][1][1] for layer, _, _ in bunch], reach)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:

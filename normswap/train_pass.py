@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from normswap import coupling, guard, numerics
 from normswap.autograd import signed
-from normswap.coupling import Coupled
+from normswap.coupling import Coupled, How
 from normswap.feedback import Lean
 from normswap.guard import Held
 
@@ -48,7 +48,7 @@ class _Tensors(NamedTuple):
     first: Any
     second: Any
     rows: Any  # these three: `coupling.Coupled`
-    produced: Tensor | None
+    producer_bias: Tensor | None
     input_mean: Any
     trend: Tensor | None  # these three: `feedback.Lean`
     known: Any
@@ -56,12 +56,12 @@ class _Tensors(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What else it takes. samples: the axes of x that there is a factor each for; coupled: what `coupling.gradients` takes besides."""
+    """What else it takes, see `passed`."""
 
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     samples: tuple[int, ...]
-    coupled: tuple[int, bool, float] | None
+    how: How | None  # of `coupling.Coupled`
 
 
 TENSORS, OPTIONS = len(_Tensors._fields), len(_Options._fields)
@@ -87,13 +87,12 @@ class _Pass(torch.autograd.Function):
         t, options, pairs = _Tensors(*inputs[:TENSORS]), _Options(*inputs[TENSORS:][:OPTIONS]), inputs[TENSORS + OPTIONS :]
         # Without a weight that is trained, or anything else that is told what came along z, no gradient asks for x.
         asked = (
-            ctx.needs_input_grad[_Tensors._fields.index("weight")]
-            or t.factor is not None
-            or t.trend is not None
-            or options.coupled is not None
+            ctx.needs_input_grad[_Tensors._fields.index("weight")] or t.factor is not None or t.trend is not None or options.how is not None
         )
         # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
-        ctx.save_for_backward(t.x if asked else None, *t[1:], *pairs[len(pairs) // 2 :])
+        t = t._replace(x=t.x if asked else None)
+        t = t if options.how is not None else t._replace(first=None, second=None)  # which may be as large as x
+        ctx.save_for_backward(*t, *pairs[len(pairs) // 2 :])
         ctx.options = options
 
     @staticmethod
@@ -108,7 +107,8 @@ class _Pass(torch.autograd.Function):
 
 def _backward(t: _Tensors, options: _Options, by_y: Tensor, *, by_x: bool) -> dict[str, Tensor | None]:
     """The gradients of y's inputs, for the gradient of y; by_x: whether that by x is asked for."""
-    x, mean, std, samples = t.x, t.mean, t.std, options.samples
+    x, samples = t.x, options.samples
+    mean, std, held = _differentiable(t, options) if _is_differentiated() else (t.mean, t.std, _held(t))
     g, inverse = by_y.to(numerics.wide(by_y, std)), 1 / std
     weight = None if t.weight is None else t.weight.view(options.shape)
     slope = inverse if weight is None else weight * inverse
@@ -118,12 +118,11 @@ def _backward(t: _Tensors, options: _Options, by_y: Tensor, *, by_x: bool) -> di
     if x is None:
         return {**by, "x": (g * slope).to(by_y.dtype)}
 
-    along = torch.addcmul(numerics.over(g * x, places), mean, level, value=-1) * inverse
+    # What does not count may be anything, NaN included; so where no gradient comes to it, none is to come of it.
+    product = g * x if t.mask is None else torch.where(g == 0, 0, g * x)
+    along = torch.addcmul(numerics.over(product, places), mean, level, value=-1) * inverse
     bend = by_mean = by_std = None
-    if t.factor is not None:
-        held = Held(t.factor, t.pull, t.first, t.second)
-        if _is_differentiated():
-            held, _ = guard.held(x, mean, std, samples, t.mask)
+    if held is not None:
         by_factor = numerics.over(along if weight is None else along * weight, options.axes)
         bend, by_mean, by_std = guard.gradients(by_factor, held, std, samples)
         slope = slope * held.factor
@@ -131,21 +130,37 @@ def _backward(t: _Tensors, options: _Options, by_y: Tensor, *, by_x: bool) -> di
     by["weight"] = None if t.weight is None else _like(t.weight, along)
 
     lean = t.lean if t.lean is None or t.scale is None else t.lean * t.scale
-    if t.trend is not None or options.coupled is not None:
+    if t.trend is not None or options.how is not None:
         left = torch.stack([along, level])
         left = (left if weight is None else left * weight).sum_to_size(2, *mean.shape)
         known = t.known if t.known is None or t.scale is None else t.known * t.scale
         left = -left if known is None else known - left
         by["trend"] = None if t.trend is None else left.view(t.trend.shape)
-        if options.coupled is not None:
+        if options.how is not None:
             left = left * inverse
             by_std = left[0] if by_std is None else left[0] + by_std
             by_mean = left[1] if by_mean is None else left[1] + by_mean
-            of = t.rows, t.produced, t.input_mean
-            by["rows"], by["produced"] = coupling.gradients(by_mean, by_std, mean, std, *of, *options.coupled)
+            by["rows"], by["producer_bias"] = coupling.gradients(by_mean, by_std, mean, std, *_coupled(t), options.how)
     if by_x:
         by["x"] = _by_x(g, slope, x, mean, bend, lean, t.mask)
     return by
+
+
+def _coupled(t: _Tensors) -> tuple[Tensor, Tensor | None, Tensor]:
+    return t.rows, t.producer_bias, t.input_mean
+
+
+def _held(t: _Tensors) -> Held | None:
+    return None if t.factor is None else Held(t.factor, t.pull, t.first, t.second)
+
+
+def _differentiable(t: _Tensors, options: _Options) -> tuple[Tensor, Tensor, Held | None]:
+    """(mean, std, what is held), the values unchanged, as functions of x, W and b: for a derivative of a derivative."""
+    mean, std = t.mean, t.std
+    if options.how is not None:
+        mean, std = coupling.written_out(mean, std, *_coupled(t), options.how)
+    held = None if t.factor is None else guard.held(t.x, mean, std, options.samples, t.mask)[0]
+    return mean, std, held
 
 
 def _like(parameter: Tensor, t: Tensor) -> Tensor:
@@ -181,17 +196,18 @@ class _PassForward(_Pass):
         if any(tangent is not None for tangent in (*by._replace(x=None, weight=None, bias=None), *tangents[TENSORS:])):
             raise NotImplementedError("no forward-mode derivative of a BatchlessNorm in train mode by its statistics or its producer")
         shape, samples = ctx.options.shape, ctx.options.samples
-        z = (t.x - t.mean) / t.std
+        mean, std, held = _differentiable(t, ctx.options)
+        z = (t.x - mean) / std
         change = torch.zeros_like(z)
         if by.x is not None:
-            change = by.x / t.std
-            if t.factor is not None:
+            change = by.x / std
+            if held is not None:
                 turned = change * z if t.mask is None else torch.where(t.mask, change * z, 0)
-                bent = t.pull * numerics.over(turned, [axis for axis in range(z.dim()) if axis not in samples])
-                change = change * t.factor + z * bent
+                bent = held.pull * numerics.over(turned, [axis for axis in range(z.dim()) if axis not in samples])
+                change = change * held.factor + z * bent
             change = change if t.weight is None else change * t.weight.view(shape)
         if by.weight is not None:
-            change = change + (z if t.factor is None else z * t.factor) * by.weight.view(shape)
+            change = change + (z if held is None else z * held.factor) * by.weight.view(shape)
         if by.bias is not None:
             change = change + by.bias.view(shape)
         return change.to(t.x.dtype)
@@ -226,8 +242,7 @@ def passed(
     read in backward, None for 1.
     """
     function = _Pass if torch.compiler.is_compiling() else _PassForward
-    tensors = _Tensors(
-        x, mean, std, weight, bias, mask, scale, *(held or (None,) * 4), *(coupled or (None,) * 6)[:3], *(lean or (None,) * 3)
-    )
-    options = _Options(tuple(axes), tuple(shape), tuple(samples), None if coupled is None else coupled[3:])
+    guards, couples, leans = held or (None,) * 4, coupled[:3] if coupled else (None,) * 3, lean or (None,) * 3
+    tensors = _Tensors(x, mean, std, weight, bias, mask, scale, *guards, *couples, *leans)
+    options = _Options(tuple(axes), tuple(shape), tuple(samples), coupled.how if coupled else None)
     return function.apply(*tensors, *options, *(t for t, _ in given), *(by for _, by in given))  # type: ignore[no-any-return, no-untyped-call]

@@ -472,6 +472,22 @@ def test_a_long_gradient_is_shortened_filter_by_filter(kind: str, reach: float) 
         assert a == pytest.approx(min(b, m), rel=1e-12)
 
 
+def test_a_weight_under_two_norms_is_shortened_once() -> None:
+    model, x = coupled("conv2d")
+    alone = copy.deepcopy(model)
+    model.add_module("other", BatchlessNorm(5, aux="auto").to(F64))
+    model.other.couple(model[0], model[1].input_mean.detach())
+    found = []
+    for each in (model, alone):
+        hidden = each[0](x)
+        (1e4 * each[1](hidden).square().mean()).backward()
+        before = each[0].weight.grad.clone()
+        torch.optim.SGD([*each[0].parameters(), *each[1].parameters()], lr=0.05).step()
+        found.append(float(each[0].weight.grad.norm() / before.norm()))
+    assert found[0] < 0.1
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_a_filter_of_nothing_can_grow() -> None:
     producer = nn.Linear(3, 2, dtype=F64)
     nn.init.zeros_(producer.weight)

@@ -783,8 +783,33 @@ def test_an_optimizer_that_steps_statistics_in_backward_is_refused() -> None:
     optimizers = {p: SGD([p], lr=0.1) for p in net.parameters()}
     for p in net.parameters():
         p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
-    with pytest.raises(UsageError, match="steps the statistics of a BatchlessNorm in the middle of a backward pass"):
+    with pytest.raises(UsageError, match="steps some of the statistics of a BatchlessNorm in the middle of a backward pass"):
         net.loss(ONE).backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_whole_model_may_step_in_the_backward_pass_of_another(training: bool) -> None:
+    """In a hook: all that the step takes is there."""
+    found = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        net = Net().train(training)
+        step = SGD(normswap.param_groups(net, lr=0.1))
+
+        def learn(net: Net = net, step: SGD = step) -> None:
+            with torch.enable_grad():
+                net.loss(ONE).backward()
+            step.step()
+
+        if inside:
+            other = torch.ones(3, requires_grad=True)
+            other.register_hook(lambda grad, learn=learn: learn())  # type: ignore[no-untyped-call]
+            other.sum().backward()
+        else:
+            learn()
+        found.append(net.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
 
 
 def test_an_optimizer_that_steps_weights_in_backward_is_not() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import normswap
+from normswap import stepping
 from normswap.batchless import BatchlessNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch
@@ -143,9 +146,11 @@ def net(kinds: list[str]) -> nn.Module:
         i, o = 3 + number, 4 + number
         layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o, eps=1e-3 if kind == "eps" else 1e-5), nn.SiLU()]
     source = nn.Sequential(*layers).to(F64)
-    for norm in source[1::3]:
+    for kind, norm in zip(kinds, source[1::3], strict=True):
         norm.running_mean.normal_()  # type: ignore[operator, union-attr]
         norm.running_var.uniform_(0.3, 2)  # type: ignore[operator, union-attr]
+        if kind == "eps":
+            norm.running_var.fill_(5e-4)  # type: ignore[operator, union-attr]  # less than half of its std, and far more than another's
     model = normswap.convert(source.eval(), torch.randn(2, 3, 6, 5, dtype=F64)).model.train()
     for kind, layer in zip(kinds, model[1::3], strict=True):  # type: ignore[index, call-overload]
         if kind == "plain":
@@ -166,9 +171,14 @@ def test_layers_that_step_together_step_as_alone(clipped: bool) -> None:
     kinds = ["", "", "plain", "slow", "eps", "coupled", "", "raw", "plain", "raw"]
     together, alone = net(kinds), net(kinds)
     rate = 3.0 if clipped else 0.01
-    pairs = [[p for m in alone[at : at + 2] for p in m.parameters()] for at in range(0, len(kinds) * 3, 3)]  # type: ignore[index, call-overload]
-    steps = {together: [torch.optim.SGD(together.parameters(), lr=rate, momentum=0.9)]}
-    steps[alone] = [torch.optim.SGD(pair, lr=rate, momentum=0.9) for pair in pairs]
+
+    def groups(model: Any) -> list[dict[str, Any]]:
+        """A conv and its norm each, every other one at another rate."""
+        pairs = [[p for m in model[at : at + 2] for p in m.parameters()] for at in range(0, 3 * len(kinds), 3)]
+        return [{"params": pair, "lr": rate / (1 if number % 2 else 50)} for number, pair in enumerate(pairs)]
+
+    steps = {together: [torch.optim.SGD(groups(together), momentum=0.9)]}
+    steps[alone] = [torch.optim.SGD([group], momentum=0.9) for group in groups(alone)]
     start = {name: value.clone() for name, value in together.state_dict().items()}
     for number in range(3):
         x = torch.randn(5, 3, 6, 5, dtype=F64, generator=torch.Generator().manual_seed(number))
@@ -181,3 +191,116 @@ def test_layers_that_step_together_step_as_alone(clipped: bool) -> None:
         torch.testing.assert_close(together.state_dict()[name], value, rtol=1e-9, atol=1e-11)
         if name.endswith(("mean", "std", "trend")) and "source" not in name:
             assert not torch.equal(value, start[name]), name
+
+
+# --- derivatives of derivatives, through a producer ---------------------------------------------------------------------------------------
+
+
+def coupled(units: bool = True, *, held: bool = False, kind: str = "grouped") -> tuple[Any, Tensor]:
+    torch.manual_seed(2)
+    producer = nn.Linear(6, 9) if kind == "linear" else nn.Conv2d(6, 9, 3, padding=1, groups=3)
+    norm: Any = nn.BatchNorm1d(9) if kind == "linear" else nn.BatchNorm2d(9)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.3, 2)
+    nn.init.normal_(norm.weight)
+    x = 2 * torch.randn(7, 6, *(() if kind == "linear" else (5, 4)), dtype=F64)
+    source = nn.Sequential(producer, norm, nn.SiLU()).to(F64).eval()
+    model: Any = normswap.convert(source, x[:3], calibration=[x]).model.train()
+    model[1].aux, model[1].units, model[1].stepped = "none", units, held
+    return model, x
+
+
+@pytest.mark.parametrize("kind", ["linear", "grouped"])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("by", ["input", "weights"])
+def test_a_gradient_penalty_reaches_the_producer(by: str, units: bool, held: bool, kind: str) -> None:
+    """Against differences, with the statistics moved along as the formulas say."""
+    model, x = coupled(units, held=held, kind=kind)
+    conv, norm = model[0], model[1]
+    direction = torch.randn(conv.weight.shape, dtype=F64)
+
+    def penalty() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        leaves = [inputs] if by == "input" else [conv.weight, norm.weight]
+        return torch.stack([g.square().sum() for g in torch.autograd.grad(model(inputs).pow(3).mean(), leaves, create_graph=True)]).sum()
+
+    penalty().backward()  # type: ignore[no-untyped-call]
+    found = float((conv.weight.grad * direction).sum())
+    around = []
+    for step in (1e-5, -1e-5):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            anchor = moved[1].anchor()
+            moved[0].weight.add_(step * direction)
+            stepping.follow([(moved[1], anchor)])
+        original, model = model, moved
+        conv, norm = model[0], model[1]
+        around.append(float(penalty().detach()))
+        model = original
+    assert found == pytest.approx((around[0] - around[1]) / 2e-5, rel=1e-5)
+    assert held == (norm.run.factor is not None and bool((norm.run.factor < 1).any()))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_gradient_of_a_derivative_in_forward_mode(held: bool) -> None:
+    model, x = coupled(held=held)
+    along = torch.randn_like(x)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: model(x).pow(2).mean(), (x,), (along,))[1]  # type: ignore[no-any-return]
+
+    found = torch.func.grad(function)(x)
+    direction = torch.randn_like(x)
+    expected = (function(x + 1e-6 * direction) - function(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((found * direction).sum(), expected, rtol=1e-6, atol=1e-9)
+
+
+# --- what does not count ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guards", [False, True])
+def test_what_is_masked_may_be_nan(guards: bool) -> None:
+    """No gradient but that of the masked places sees it, as no gradient comes to these."""
+    layer, _ = case("conv")
+    layer.stepped = guards
+    layer.steer()
+    x = torch.randn(4, 3, 6, dtype=F64) * torch.tensor([0.3, 0.3, 5, 5], dtype=F64).view(4, 1, 1)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[0, 4:] = mask[2, :2] = False
+    found = []
+    for value in (torch.nan, 0.7):
+        layer.zero_grad()
+        spoilt = torch.where(mask[:, None], x, value).requires_grad_()
+        with normswap.masked(layer, mask):
+            torch.where(mask[:, None], layer(spoilt), 0).pow(3).sum().backward()
+        assert spoilt.grad is not None
+        found.append([spoilt.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_under_a_mask_of_everything_no_digit_is_lost() -> None:
+    """With a share that float32 does not have: a third."""
+    layer, x = case("conv")
+    layer.steer()
+    with torch.no_grad():
+        layer.trend.normal_()
+    normswap.attach(layer, accumulate=3)
+    found = []
+    for mask in (None, torch.ones(5, 4, dtype=torch.bool)):
+        layer.zero_grad()
+        with normswap.masked(layer, mask) if mask is not None else contextlib.nullcontext():
+            layer(x.detach()).pow(2).sum().backward()
+        found.append({name: p.grad for name, p in layer.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-13, atol=1e-13)
+
+
+def test_the_sums_of_samples_are_saved_for_a_producer_alone() -> None:
+    """With channels last, where every place is a sample, they are as large as the input."""
+    saved: list[int] = []
+    layer, x = case("channels last")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        layer(x).sum().backward()
+    assert sum(size == x.numel() for size in saved) == 1
