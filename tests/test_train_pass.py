@@ -139,6 +139,21 @@ def test_what_is_saved(trained: bool) -> None:
     assert sum(size for size in saved if size > 3) == (6 * 3 * 40 if trained else 0)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("held", [False, True])
+def test_the_strides_of_the_input_stay(held: bool, batch: int) -> None:
+    """Also of one sample, where others are the same to `is_contiguous`: with these convolution_backward of torch 2.13 is wrong."""
+    layer = guarded(8)
+    layer.stepped = held
+    layer.steer()
+    x = torch.randn(batch, 8, 5, 6, dtype=F64).to(memory_format=torch.channels_last).requires_grad_()
+    hidden = nn.Conv2d(8, 8, 3, groups=4, dtype=F64).to(memory_format=torch.channels_last)(x)
+    y = layer(hidden)
+    (by,) = torch.autograd.grad(y.square().sum(), hidden)
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
+    assert y.stride() == by.stride() == hidden.stride()
+
+
 def net(kinds: list[str]) -> nn.Module:
     torch.manual_seed(1)
     layers: list[nn.Module] = []
