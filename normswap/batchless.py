@@ -80,10 +80,11 @@ def _gradients(
     """
     _shape(x, options["sizes"], options["axes"])
     shape = numerics.axes_shape(mean.shape, options["axes"], x.dim())
-    if mask is not None:
-        mask = _mask_of(x, mask, options["axes"])
     mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
-    d, r, f = found or numerics.misfit(numerics.sums(x.detach(), mean, mask), std, eps=options["eps"])
+    if found is None:
+        counted = None if mask is None else _mask_of(x, mask, options["axes"])
+        found = numerics.misfit(numerics.sums(x.detach(), mean, counted), std, eps=options["eps"])
+    d, r, f = found
     modes = {name: options[name] for name in ("stats", "reduction")}
     by_mean, by_parameter = numerics.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
     flat = [axis % x.dim() for axis in options["axes"]]
@@ -440,16 +441,16 @@ class BatchlessNorm(nn.Module):
             return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
         mean, std = (t.detach() for t in self.statistics())
         guards = self.guarded and self.stepped and self._learns
-        looked: dict[str, Any] = self._looked_at(input, mean, std, guards=guards) if guards or self._steers else {}
-        trained, more = self._observed(input, std) if self._learns and self.aux != "none" else (None, ())
+        options = self._options()
+        looked: dict[str, Any] = self._looked_at(input, mean, std, options["share"], guards=guards) if guards or self._steers else {}
+        trained, more = self._observed(input, std, options) if self._learns and self.aux != "none" else (None, ())
         coupled = self._coupled()
         if coupled is not None:
             _refuse_traces(input, "is coupled to its producer")
         told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked}
-        options = {**told, **self._options()}
-        return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **options)
+        return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **told, **options)
 
-    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, *, guards: bool) -> dict[str, Any]:
+    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, share: float, *, guards: bool) -> dict[str, Any]:
         """What guard and feedback see in x."""
         _refuse_traces(x, "is guarded" if guards else "has feedback")
         _shape(x, self.sizes, self.channel_axis)
@@ -468,16 +469,15 @@ class BatchlessNorm(nn.Module):
         d, r, _ = looked["found"] = numerics.misfit(sums, std, eps=self._eps)
         if self._steers:
             trend = cast(nn.Parameter, self.steering)
-            looked["lean"] = feedback.lean(trend, d / std, r + 1, sums[2], std, self._options()["share"])
+            looked["lean"] = feedback.lean(trend, d / std, r + 1, sums[2], std, share)
         return looked
 
-    def _observed(self, x: Tensor, std: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Given]:
+    def _observed(self, x: Tensor, std: Tensor, options: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor] | None, Given]:
         """((mean, the std's parameter), what else is given a gradient), if a backward pass is to train them, after note was taken of x."""
         if "mean" not in self._parameters:
             stepping.refuse_replicas()
         stepping.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
         mean, parameter, run = self.mean, self.std_parameter, self.run
-        options = self._options()
         more = self._input_seen(x, options["share"])
         if self.aux == "explicit":
             if stepping.counts(x):

@@ -180,10 +180,7 @@ def coupled_to(producer: nn.Module, input_mean: Tensor, dtype: torch.dtype, *, u
 def written_out(mean: Tensor, std: Tensor, rows: Tensor, bias: Tensor | None, input_mean: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """(mean, std), the values unchanged, as functions of W and b: for derivatives of `gradients`, which are those of this."""
     moving, size = (t.view(mean.shape) for t in _place(rows, bias, input_mean, how.groups))
-    if not how.units:
-        return mean + (moving - moving.detach()), std
-    ratio = torch.where(_alive(std, size, how.eps), size / size.detach().clamp(min=TINY), 1.0)
-    return mean + (moving - moving.detach()) + (mean - moving.detach()) * (ratio - 1), std * ratio
+    return moved(mean, std, std, (moving.detach(), size.detach()), (moving, size), "abs", units=how.units, eps=how.eps)
 
 
 def gradients(

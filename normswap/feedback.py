@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from normswap import numerics
-from normswap.joined import joined, parted
+from normswap.joined import joined, parted, spread
 
 RATE, LENGTH = 0.1, 0.5
 
@@ -57,14 +57,9 @@ def lean(trend: Tensor, first: Tensor, second: Tensor, number: Tensor | int, std
     own = trend.detach().view(2, *std.shape)
     slope, level = own
     known = torch.stack([torch.addcmul(level * first, slope, second), torch.addcmul(level, slope, first)])
-    if isinstance(number, Tensor):
-        some: Tensor | float = (number > 0).to(std.dtype) * share
-        number = number.clamp(min=1)
-    else:
-        some, number = share * numerics.at_most_one(number), numerics.at_least_one(number)
     inverse = 1 / std
-    own = own * inverse * (-share / number)
-    return Lean(trend, known * some, torch.stack([own[0] * inverse, own[1]]))
+    own = own * inverse * (-share / numerics.at_least_one(number))
+    return Lean(trend, known * (share * numerics.at_most_one(number)), torch.stack([own[0] * inverse, own[1]]))
 
 
 def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0, *, each: Sequence[Tensor] = ()) -> Tensor:
@@ -81,6 +76,4 @@ def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0, 
     along, length = over_channels(missed * trend), over_channels(trend * trend)
     # An outlier must not make it more than 2.5 times as long, nor turn it around.
     grown = (along / length.clamp(min=torch.finfo(trend.dtype).tiny)).clamp(-1, 3) * (LENGTH * pace)
-    if len(of) > 1:
-        grown = torch.cat([one[:, None].expand(2, t[0].numel()) for one, t in zip(grown.unbind(1), of, strict=True)], 1)
-    return trend + RATE * missed + grown * trend
+    return trend + RATE * missed + spread(grown, of, 1) * trend

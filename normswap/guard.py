@@ -47,12 +47,13 @@ def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: 
     """
     first, second, number = numerics.sums(x, mean, counted, kept=samples)
     others = [axis for axis in range(x.dim()) if axis not in samples]
-    if isinstance(number, Tensor):  # size: how many numbers a sample has
-        size: Tensor | int = numerics.over(number, others).clamp(min=1)
-        number = numerics.over(number, samples)
+    size: Tensor | int  # how many numbers a sample has
+    if isinstance(number, Tensor):
+        size, number = numerics.over(number, others), numerics.over(number, samples)
     else:
-        size = numerics.at_least_one(math.prod([x.shape[axis] for axis in others]))
+        size = math.prod([x.shape[axis] for axis in others])
         number = number * math.prod([x.shape[axis] for axis in samples])
+    size = numerics.at_least_one(size)
     square = numerics.over(second / std.square(), others) / size
     large = square.clamp(min=LIMIT**2)
     factor = LIMIT * large.rsqrt()

@@ -28,11 +28,12 @@ def parted(t: Tensor, like: Sequence[Tensor], kept: int = 0) -> list[Tensor]:
     return [part.view(each.shape) for part, each in zip(parts, like, strict=True)]
 
 
-def spread(numbers: Tensor, like: Sequence[Tensor]) -> Tensor:
-    """One number for each of `like`, in all places that its values have when these are `joined`."""
+def spread(numbers: Tensor, like: Sequence[Tensor], kept: int = 0) -> Tensor:
+    """One number for each of `like`, `joined`, in all places that its values have when these are."""
     if len(like) == 1:
         return numbers
-    return torch.cat([number.expand(t.numel()) for number, t in zip(numbers.unbind(), like, strict=True)])
+    each = zip(numbers.unbind(kept), like, strict=True)
+    return torch.cat([number[..., None].expand(*t.shape[:kept], math.prod(t.shape[kept:])) for number, t in each], kept)
 
 
 def bunched(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:

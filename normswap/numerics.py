@@ -172,14 +172,14 @@ def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[
     return first, second, over(mask.expand(x.shape), axes).to(dtype)
 
 
-def at_least_one(number: int) -> int:
-    """Also of the size of a graph that is traced for any, without a decision about it."""
-    return cast(int, torch.sym_max(number, 1))  # type: ignore[no-untyped-call]
+def at_least_one(number: Tensor | int) -> Tensor | int:
+    """Of an int without a decision about it, as it may be the size of a graph that is traced for any."""
+    return number.clamp(min=1) if isinstance(number, Tensor) else cast(int, torch.sym_max(number, 1))  # type: ignore[no-untyped-call]
 
 
-def at_most_one(number: int) -> int:
+def at_most_one(number: Tensor | int) -> Tensor | int:
     """1, or 0 of nothing; likewise."""
-    return cast(int, torch.sym_min(number, 1))  # type: ignore[no-untyped-call]
+    return number.clamp(max=1) if isinstance(number, Tensor) else cast(int, torch.sym_min(number, 1))  # type: ignore[no-untyped-call]
 
 
 def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,11 +192,7 @@ def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tenso
     """
     first, second, number = found
     inverse = std.to(first.dtype).square().reciprocal()
-    if isinstance(number, Tensor):
-        some: Tensor | int = (number > 0).to(first.dtype)
-        number = number.clamp(min=1)
-    else:
-        some, number = at_most_one(number), at_least_one(number)
+    some, number = at_most_one(number), at_least_one(number)
     return first / number, second * inverse / number - some, eps * some * inverse
 
 

@@ -113,11 +113,12 @@ def _backward(t: _Tensors, options: _Options, by_y: Tensor, *, by_x: bool) -> di
     weight = None if t.weight is None else t.weight.view(options.shape)
     slope = inverse if weight is None else weight * inverse
     places = [axis for axis in range(g.dim()) if axis not in options.axes and axis not in samples]
+    if x is None:  # nor is anything held then
+        by_bias = None if t.bias is None else _like(t.bias, numerics.over(g, places))
+        return {"x": (g * slope).to(by_y.dtype) if by_x else None, "bias": by_bias}
+
     level = numerics.over(g, places)
     by = {"bias": None if t.bias is None else _like(t.bias, numerics.over(level, samples))}
-    if x is None:
-        return {**by, "x": (g * slope).to(by_y.dtype)}
-
     # What does not count may be anything, NaN included; so where no gradient comes to it, none is to come of it.
     product = g * x if t.mask is None else torch.where(g == 0, 0, g * x)
     along = torch.addcmul(numerics.over(product, places), mean, level, value=-1) * inverse

@@ -35,12 +35,12 @@ def test_of_a_single_one_nothing_is_made() -> None:
     assert spread(number, [only]) is number
 
 
-@given(SHAPES.filter(lambda shapes: len(shapes) > 1))
-def test_a_number_is_spread_over_its_own_part(shapes: list[Shape]) -> None:
-    tensors = numbered(shapes)
-    numbers = torch.arange(len(tensors), dtype=torch.float64)
-    for number, part in zip(numbers, parted(spread(numbers, tensors), tensors), strict=True):
-        assert bool((part == number).all())
+@given(SHAPES.filter(lambda shapes: len(shapes) > 1), st.sampled_from([0, 1]))
+def test_a_number_is_spread_over_its_own_part(shapes: list[Shape], kept: int) -> None:
+    tensors = numbered([(2, *shape) if kept else shape for shape in shapes])
+    numbers = torch.arange(2.0 * len(tensors)).view(2, -1) if kept else torch.arange(float(len(tensors)))
+    for number, part in zip(numbers.unbind(kept), parted(spread(numbers, tensors, kept), tensors, kept), strict=True):
+        assert torch.equal(part, number.view((*number.shape, *(1,) * (part.dim() - kept))).expand_as(part))
 
 
 def test_bunches_keep_the_order() -> None:

@@ -809,7 +809,7 @@ def test_a_whole_model_may_step_in_the_backward_pass_of_another(training: bool) 
             learn()
         found.append(net.state_dict())
     for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name])
+        torch.testing.assert_close(value, found[1][name], rtol=0, atol=0)
 
 
 def test_an_optimizer_that_steps_weights_in_backward_is_not() -> None:
@@ -827,7 +827,7 @@ def test_an_optimizer_that_steps_weights_in_backward_is_not() -> None:
         for p in weights if each is other else ():
             optimizers[p].step()
     for name, value in other.state_dict().items():
-        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=0)
 
 
 # --- parameter groups --------------------------------------------------------------------------------------------------------------------
