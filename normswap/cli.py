@@ -84,6 +84,11 @@ ExternalData = Annotated[
 ]
 
 
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="Verify at every optimisation level of onnxruntime, and in onnx's own evaluator: slower.")
+]
+
+
 class Dynamic(str, Enum):
     """Which sizes of the inputs an ONNX file leaves free."""
 
@@ -169,6 +174,7 @@ def convert(
     dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -196,7 +202,7 @@ def convert(
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
-            export_options=_export_options(target, opset, dynamic, fp16, external_data),
+            export_options=_export_options(target, opset, dynamic, fp16, external_data, thorough),
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
             progress=progress,
@@ -252,6 +258,7 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(metavar="X", help="Largest max|difference| / max|reference| that passes; default: by precision.")
     ] = None,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -271,6 +278,7 @@ def verify(
             arch=arch,
             inputs=inputs or (),
             tolerance=tolerance,
+            thorough=thorough,
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
         )
@@ -293,6 +301,7 @@ def export(
     dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -313,7 +322,7 @@ def export(
             arch=arch,
             trust_packages=trust_package or (),
             trust_pickle=trust_pickle,
-            **_export_options(target, opset, dynamic, fp16, external_data),
+            **_export_options(target, opset, dynamic, fp16, external_data, thorough),
         )
     if as_json:
         _print_json(export_json(result))
@@ -506,9 +515,16 @@ def landscape(
         _print_table(landscape_table(found), landscape_summary(found), *(() if plot is None else (f"  drawn in {plot}",)))
 
 
-def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool) -> dict[str, Any]:
+def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool, thorough: bool) -> dict[str, Any]:
     """As `export_onnx` takes them."""
-    return {"target": target.value, "opset": opset, "dynamic": dynamic.value, "half": fp16, "external_data": external_data or None}
+    return {
+        "target": target.value,
+        "opset": opset,
+        "dynamic": dynamic.value,
+        "half": fp16,
+        "external_data": external_data or None,
+        "thorough": thorough,
+    }
 
 
 def main() -> None:

@@ -337,16 +337,17 @@ def check(
         what = parity.failure or "nothing was compared"
     elif bad.problem is not None:
         what = f"{bad.name} {bad.problem}"
+        if bad.unjudged is not None:
+            failed = "not judged"
+            hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
     else:
+        ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
         what = (
-            f"first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
+            f"{ran}first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
             f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
         )
-        if bad.noise > bad.tolerance:
-            hint = (
-                f"the original itself is {bad.noise:.3g} away from its float64 run there, as if it made a choice that rounding decides "
-                "(nms, top-k, argmax, an unstable recursion): convert and verify the part of the model before that choice"
-            )
+        if not bad.float64 and not bad.non_finite and math.isfinite(bad.noise):
+            what += f", as the original itself is {bad.noise:.3g} off there"
     raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)
 
 

@@ -238,11 +238,8 @@ def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, 
     if recorded_mean is None or recorded_var is None:
         var, eps = numerics.variance_of_std(std, source.eps)
         return mean, var, eps
-    stored = numerics.parameter_of(numerics.std_of_variance(recorded_var, source.eps), layer.std)
-    # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so recorded_var's dtype is no witness.
-    as_swapped = stored.to(torch.promote_types(source.buffers["running_var"], torch.float32)).to(layer.std_parameter.dtype)
     same_mean = recorded_mean.to(mean.dtype) == mean
-    same_std = as_swapped == layer.std_parameter
+    same_std = layer.as_recorded()
     # Only a channel that was trained can ask for eps = 0: a dead one (variance 0) may miss eps by a rounding.
     _, eps = numerics.variance_of_std(std[~same_std], source.eps)
     trained = std.double().square() - eps

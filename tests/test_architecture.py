@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {"errors", "numerics", "plan", "injection", "stepping", "coupling", "feedback", "guard", "sharded", "train_pass"}
     ),
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
-    "runners": DATA | {"precision", "onnx_file"},
+    "runners": DATA | {"kernels", "precision", "onnx_file"},
     "rules": STAGE | {"calls", "precision", "specs"},
     "load": STAGE | {"pickles", "specs"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},
@@ -59,8 +59,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "facts": STAGE | {"calls", "traps"},
     "swap": STAGE | {"calls", "graphs", "coupling"},
     "calibrate": STAGE | {"moments"},
-    "verify": STAGE | {"runners"},
-    "effort": frozenset({"onnx_file", "probes"}),
+    "verify": STAGE | {"runners", "second_look"},
+    "kernels": NOTHING,
+    "second_look": DATA | {"batchless", "runners"},
+    "locate": DATA | {"precision", "runners", "second_look"},
     "rollback": NOTHING,
     "onnx_file": frozenset({"errors"}),
     "cuda": NOTHING,
@@ -85,7 +87,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback"},
+    | {"graphs", "cuda", "half", "locate", "interrupts", "landscape", "rollback"},
     "cli": frozenset(
         {"errors", "commands", "interrupts", "report", "versions"}
     ),  # report: `verify` has a Parity to show and no Report around it

@@ -102,7 +102,8 @@ def convert_files(
                 _save(conversion, partial, form=form, source=source, factory=factory)
             if onnx:
                 # An approximate model is held against itself: how far it is from the original is what the drift says.
-                judgement = conversion.judgement if conversion.drift is None else None
+                judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
+                conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
                     exported, of_file = verified_export(
                         conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options

@@ -52,7 +52,7 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         result = fold(path, partial, undone=undone, shorten=shorten)
         if not result.changed:
             return Attempt((result, Legs()), True)
-        legs, _ = legs_of(judged(()), partial)
+        legs, _ = legs_of(judged(()), partial, baseline=path)
         return attempt_of((result, legs), result.sites, undone, result.taps, partial, lambda: judged(result.original_taps))
 
     with outputs.file(output) as partial:
