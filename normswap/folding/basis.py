@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding.affine import Affine, Array, Constants
+from normswap.folding.affine import Affine, Array, Constants, called
 
 SAME = 1e-12  # of its size: two ways to compute a basis in float64 agree this well
 ZERO = 1e-13  # of its terms: a sum of theirs that is smaller is 0
@@ -215,6 +215,3 @@ def sizes_of(slot: Slot) -> tuple[int | str | None, ...]:
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
 
 
-def called(node: ir.Node) -> str:
-    """A node as a person would find it: by the module that torch traced it in, by its weight, or by its own name."""
-    return f"{node.op_type} {node.name}" if node.name else node.op_type

@@ -33,6 +33,7 @@ class Fate:
     into    the layers whose weights or biases took it, by the names of their nodes
     left    the operators that remain of it
     reason  why anything remains, else ""
+    rewritten  whether what remains of it is computed by other nodes than before
     takes, gives   the values of the graph that hold what the affine takes and gives, and in which basis; for `taps`. None of what it took
             if that is not computed any more
     """
@@ -44,6 +45,7 @@ class Fate:
     reason: str = ""
     takes: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
     gives: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
+    rewritten: bool = field(default=False, repr=False, compare=False)
 
     @property
     def touched(self) -> bool:
@@ -129,7 +131,13 @@ def fold(
 
     by_value = {affine.y: affine for affine in affines}
     return [
-        replace(fates[a], takes=None if a in nowhere else held(_source(given[a], by_value, slots)), gives=held(slots[a])) for a in affines
+        replace(
+            fates[a],
+            takes=None if a in nowhere else held(_source(given[a], by_value, slots)),
+            gives=held(slots[a]),
+            rewritten=a.nodes[0].graph is None,
+        )
+        for a in affines
     ]
 
 
@@ -182,6 +190,8 @@ def _unfit(affine: Affine) -> str | None:
         return "something else reads a part of it"
     sizes = [size if isinstance(size, int) else None for size in x.shape]
     for array in (affine.scale, affine.shift):
+        if array.ndim == len(sizes) and any(a > 1 and size is None for a, size in zip(array.shape, sizes, strict=True)):
+            return "the size of an axis along which it varies is not known"
         if array.ndim != len(sizes) or any(a > 1 and a != size for a, size in zip(array.shape, sizes, strict=True)):
             return "it repeats its input along an axis"
         if not np.isfinite(array).all():
