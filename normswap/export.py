@@ -33,11 +33,12 @@ from normswap.errors import ExportError, UsageError
 from normswap.exporting import DEFAULT_OPSET, TORCH_OPSET
 from normswap.exporting.finish import at_opset, check, tidy
 from normswap.exporting.graph import Dynamic as Dynamic
-from normswap.exporting.graph import graph_of
+from normswap.exporting.graph import READ, graph_of
 from normswap.exporting.marks import Site, copied, mark
 from normswap.exporting.norms import alike, fold_norms, operators
 from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
+from normswap.half import check as check_half
 from normswap.parity import Legs, Parity
 from normswap.taps import Tap
 
@@ -187,9 +188,10 @@ def _make(
     from normswap.folding import taps
 
     graph, names, notes = graph_of(model, args, dict(kwargs), max(opset, TORCH_OPSET), dynamic)
-    del model
-    if precise is not None:
+    if precise is not None and isinstance(model, nn.Module):
+        check_half(graph.meta[READ], precise, model)
         remember(graph.graph, precise)
+    del model
     weights = list(graph.graph.initializers.values())
     found, skeleton = fold_norms(graph, sites, undone, blocked=target == "ort-cpu")
     del sites

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ class Folded:
     """An ONNX file that was folded, or copied because there was nothing to fold.
 
     before, nodes  how often each operator occurs in the file that came in, and in the one that was written
+    bytes_before, bytes  how large they are, with the files that their weights lie in
     sites          where each affine went, one `normswap.folding.Fate` each, and each norm that is none
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
@@ -53,6 +54,8 @@ class Folded:
     path: Path
     before: Mapping[str, int]
     nodes: Mapping[str, int]
+    bytes_before: int
+    bytes: int
     sites: tuple[Fate, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
@@ -70,6 +73,7 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
+    import onnx
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -78,7 +82,7 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     from normswap.folding.found import affines, others
 
     proto = read(source)
-    before = onnx_file.census(proto.graph)
+    before, size = onnx_file.census(proto.graph), _size(source, _external(proto))
     model = ir.load(str(source))
     open_to_callers, notes = _listed(model)
     constants = Constants(model.graph)
@@ -109,7 +113,9 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
     fates, places = taps(sites)
-    return Folded(target, before, nodes, (*fates, *kept), notes, taps=places, original_taps=_named(sites, originals))
+    beside = [f"{target.name}.data"] if _external(onnx.load(str(target), load_external_data=False)) else []
+    after = _size(target, beside)
+    return Folded(target, before, nodes, size, after, (*fates, *kept), notes, taps=places, original_taps=_named(sites, originals))
 
 
 def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
@@ -281,7 +287,12 @@ def _copied(
                 shutil.copyfile(source.parent / name, target.parent / name)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
-    return Folded(target, before, before, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
+    size = _size(target, _external(proto))
+    return Folded(target, before, before, size, size, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
+
+
+def _size(path: Path, beside: Iterable[str]) -> int:
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in dict.fromkeys(beside))))
 
 
 def _external(proto: onnx.ModelProto) -> list[str]:

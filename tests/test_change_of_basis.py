@@ -131,7 +131,7 @@ VANISH: dict[str, tuple] = {
         ["into_consumers"],
     ),
     "its scale into a transposed conv in groups": (
-        "n = Mul(x, a_s) r = Neg(n) n2 = Mul(r, b_s) z = ConvTranspose <strides=[2,3]> (n2, wt)",
+        "n = Mul(x, a_s) r = Tanh(n) n2 = Mul(r, b_s) z = ConvTranspose <strides=[2,3]> (n2, wt)",
         {"wt": normal(4, 5, 3, 2)} | norm("a", 4, 4) | norm("b", 4, 4),
         "double[2,4,5,6] x",
         [None, "into_consumers"],
@@ -320,7 +320,7 @@ STAY: dict[str, tuple] = {
         f"{affine('a', 'x', 'n')} p = Pad(n, around) z = Conv(p, wp)",
         P | N4 | {"around": np.array([0, 0, 1, 1, 0, 0, 1, 1])},
         "double[2,4,5,6] x",
-        "sees zeros around its input",
+        "Pad adds zeros around its input, which a shift would change",
     ),
     "mixed signs before a ReLU": (
         f"t = Tanh(x) {affine('a', 't', 'n')} r = Relu(n) z = Conv(r, wp)",
@@ -357,13 +357,13 @@ STAY: dict[str, tuple] = {
         f"{affine('a', 'x', 'n')} z = Conv(n, w)",
         N4,
         "double[2,4,5,6] x, double[5,4,1,1] w",
-        "depends on the input",
+        "the weight of Conv, w, is an input of the model",
     ),
     "a weight that the caller may replace": (
         f"{affine('a', 'x', 'n')} z = Conv(n, wp)",
         P | N4,
         "double[2,4,5,6] x, double[5,4,1,1] wp",
-        "depends on the input",
+        "the weight of Conv, wp, is an input that a caller may replace",
     ),
     "the product with another value, shifted": (
         f"{affine('a', 'x', 'n')} g = Sigmoid(y) m = Mul(n, g) z = Conv(m, wp)",
@@ -375,7 +375,7 @@ STAY: dict[str, tuple] = {
         "n = Mul(x, a_s) m = Mul(n, n) z = Conv(m, wp)",
         P | N4,
         "double[2,4,5,6] x",
-        "neither linear nor homogeneous",
+        "Mul takes it twice",
     ),
     "a sum with an input": (
         f"{affine('a', 'x', 'n')} s = Add(n, y) z = Conv(s, wp)",
