@@ -28,7 +28,7 @@ ELEMENTWISE = (
 REDUCES = ("ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare", "ReduceMean", "ReduceMax", "ReduceMin")
 OTHERS = ("ConstantOfShape", "Shape", "Size", "MatMul", "Gemm")
 KNOWN = frozenset((*MOVES, *ELEMENTWISE, *REDUCES, *OTHERS))
-_COMPUTED, _LARGE = "normswap.computed", "normswap.large"
+_COMPUTED, _WHY = "normswap.computed", "normswap.why"
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
@@ -52,10 +52,15 @@ def compute(value: ir.Value, of: Callable[[ir.Value], Array | None], opset: int)
     arrays = [None if given is None else of(given) for given in node.inputs]
     if any(array is None and given is not None for array, given in zip(arrays, node.inputs, strict=True)):
         return None
-    if _growth(node, arrays) > LIMIT:
-        value.meta[_LARGE] = _growth(node, arrays)
+    more = _growth(node, arrays)
+    if more > LIMIT:
+        value.meta[_WHY] = f"is computed in the file, and would make it {more / 2**20:.0f} MiB larger as a constant"
         return None
-    for output, array in zip(node.outputs, _evaluated(node, arrays, opset), strict=False):
+    results = _evaluated(node, arrays, opset)
+    if results is None:
+        value.meta[_WHY] = f"is computed by {node.op_type} in a form that onnx's evaluator does not know"
+        return None
+    for output, array in zip(node.outputs, results, strict=True):
         output.meta[_COMPUTED] = ir.tensor(array, name=output.name)
     found = value.meta[_COMPUTED]
     return found
@@ -66,8 +71,8 @@ def why_not(value: ir.Value) -> str | None:
     node = value.producer()
     if node is None:
         return None
-    if _LARGE in value.meta:
-        return f"is computed in the file, and would make it {value.meta[_LARGE] / 2**20:.0f} MiB larger as a constant"
+    if _WHY in value.meta:
+        return str(value.meta[_WHY])
     if node.domain == "" and node.op_type == "DequantizeLinear":
         return "is quantised, which stays as it is"
     if node.domain != "" or node.op_type not in KNOWN or any(a.is_ref() for a in node.attributes.values()):
@@ -94,18 +99,20 @@ def _growth(node: ir.Node, arrays: Sequence[Array | None]) -> int:
     return max(0, math.prod(sizes) * width - 4 * sum(array.nbytes for array in given))
 
 
-def _evaluated(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> Sequence[Array]:
-    """What onnx's evaluator gives; nothing where it cannot."""
+def _evaluated(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> Sequence[Array] | None:
+    """What onnx's evaluator gives; None where it cannot."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
     proto = ir.serde.serialize_node(node)
     feeds = {str(given.name): array for given, array in zip(node.inputs, arrays, strict=True) if given is not None}
-    inputs, outputs = ([onnx.ValueInfoProto(name=name) for name in names if name] for names in (feeds, proto.output))
+    for index, output in enumerate(proto.output):
+        proto.output[index] = output or f"unused_{index}"
+    inputs, outputs = ([onnx.ValueInfoProto(name=name) for name in names] for names in (feeds, proto.output))
     graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
         with np.errstate(all="ignore"):
             return [np.asarray(array) for array in ReferenceEvaluator(model).run(None, feeds)]
-    except Exception:  # a type, or a form of the operator, that the evaluator does not know: then it is no constant to us
-        return []
+    except Exception:  # a type, or a form of the operator, that the evaluator does not know
+        return None

@@ -158,6 +158,8 @@ def _around(layer: Linear, change: Change) -> tuple[Array, Array, Array, Array]:
 def _sum(node: ir.Node, change: Change) -> None:
     y = node.outputs[0]
     slots = [change.bases.slot(node, index) for index in range(len(node.inputs))]
+    if node.op_type == "Sum" and change.bases.constants.opset < 8 and any(isinstance(slot, Use) for slot in slots):
+        raise Conflict(f"{called(node)} adds constants of one size only in opset {change.bases.constants.opset}")
     signs = [1.0, -1.0] if node.op_type == "Sub" else [1.0] * len(slots)
     fixed = [slot for slot in (*slots, y) if change.fixed(slot)]
     rank = rank_of(y)
