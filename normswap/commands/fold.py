@@ -42,7 +42,13 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
             raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
         return judge(path, known.args, known.kwargs, taps=taps)
 
+    tried = 0
+
     def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        nonlocal tried
+        tried += 1
+        if tried > 1 and not (plain := measured(undone, shorten=False)).passed:
+            return plain  # a file that is wrong although the rest stays as it is is not measured twice
         try:
             shorter = measured(undone, shorten=True)
             if shorter.passed:

@@ -66,7 +66,7 @@ def _why(node: ir.Node, constants: Constants) -> str:
     """Why a norm is no affine, and what to do."""
     if node.op_type != "BatchNormalization" or node.domain != "":
         return PER_SAMPLE if node.domain in ("", "com.microsoft") else f"it is an operator of {node.domain} that folding does not know"
-    if _trains(node):
+    if _trains(node, constants.opset):
         return TRAINING
     for name, value in zip(PARAMETERS, node.inputs[1:], strict=False):
         array = constants.of(value)
@@ -87,9 +87,9 @@ def _why(node: ir.Node, constants: Constants) -> str:
     return "it has no axis of channels" if len(y.shape) < 2 else "its statistics do not have one number for each channel of its input"
 
 
-def _trains(node: ir.Node) -> bool:
-    used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-    return bool(node.attributes.get_int("training_mode", 0)) or len(used) > 1
+def _trains(node: ir.Node, opset: int) -> bool:
+    """Before opset 14 it did if it had a second output, read or not."""
+    return bool(node.attributes.get_int("training_mode", 0)) or (opset < 14 and any(value.name for value in node.outputs[1:]))
 
 
 def _chain(node: ir.Node, constants: Constants) -> Iterator[ir.Node]:
@@ -124,7 +124,7 @@ def _is_affine(node: ir.Node, constants: Constants) -> bool:
     if node.op_type == "BatchNormalization":
         shapes = {None if (array := constants.of(value)) is None else array.shape for value in node.inputs[1:]}
         channels = y.shape[1] if isinstance(y.shape[1], int) else None
-        return not _trains(node) and len(node.inputs) == 5 and len(shapes) == 1 and shapes <= {(channels,)}
+        return not _trains(node, constants.opset) and len(node.inputs) == 5 and len(shapes) == 1 and shapes <= {(channels,)}
     if node.op_type not in ELEMENTWISE or len(node.inputs) != 2:
         return False
     place = _place(node, constants)
