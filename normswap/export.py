@@ -32,8 +32,8 @@ from normswap.cuda import Cuda
 from normswap.errors import ExportError, UsageError
 from normswap.exporting import DEFAULT_OPSET, TORCH_OPSET
 from normswap.exporting.finish import at_opset, check, tidy
-from normswap.exporting.graph import Dynamic as Dynamic
 from normswap.exporting.graph import READ, graph_of
+from normswap.exporting.graph import Dynamic as Dynamic
 from normswap.exporting.marks import Site, copied, mark
 from normswap.exporting.norms import alike, fold_norms, operators
 from normswap.fused import fuse

@@ -119,7 +119,7 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
 
 
 def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
-    """(the weights that a caller may replace, notes). Before IR version 4 every weight was listed as an input, and none could be replaced."""
+    """(the weights that a caller may replace, notes). Before IR version 4 all weights were listed as inputs, and none could be replaced."""
     graph = model.graph
     names = [str(value.name) for value in graph.inputs if value.name in graph.initializers]
     if model.ir_version >= LISTED:
@@ -251,7 +251,7 @@ def shapes_asked(path: Path) -> dict[int, tuple[int, int]]:
 
 
 def _has_shape(value: onnx.ValueInfoProto) -> bool:
-    return value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.HasField("shape")
+    return bool(value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.HasField("shape"))
 
 
 def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:

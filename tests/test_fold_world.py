@@ -95,9 +95,14 @@ FORMS = {
     "Slice from its front": ("h = Conv(x, w, c) p = Slice <starts=[0,1], ends=[9,9]> (h) y = BatchNormalization(p, s, t, m, v)", 9, 3),
     "Pad": ("h = Conv(x, w, c) p = Pad <pads=[0,0,1,0,0,0,0,1]> (h) y = Mul(p, k)", 10, 4),
     "a crop": ("h = Conv(x, w, c) p = Pad <pads=[0,0,-1,0,0,0,0,-1]> (h) y = BatchNormalization(p, s, t, m, v)", 10, 4),
-    "Squeeze": ("h = Conv(x, w, c) p = ReduceMean <axes=[2,3]> (h) q = Squeeze <axes=[2,3]> (p) y0 = BatchNormalization(q, s, t, m, v) y = Unsqueeze <axes=[2,3]> (y0)", 11, 4),
-    "Upsample": ("h = Conv(x, w, c) p = Upsample <mode=\"nearest\"> (h, sizes) y = BatchNormalization(p, s, t, m, v)", 9, 4),
-    "Resize": ("h = Conv(x, w, c) p = Resize <mode=\"linear\"> (h, sizes) y = BatchNormalization(p, s, t, m, v)", 10, 4),
+    "Squeeze": (
+        "h = Conv(x, w, c) p = ReduceMean <axes=[2,3]> (h) q = Squeeze <axes=[2,3]> (p) y0 = BatchNormalization(q, s, t, m, v) "
+        "y = Unsqueeze <axes=[2,3]> (y0)",
+        11,
+        4,
+    ),
+    "Upsample": ('h = Conv(x, w, c) p = Upsample <mode="nearest"> (h, sizes) y = BatchNormalization(p, s, t, m, v)', 9, 4),
+    "Resize": ('h = Conv(x, w, c) p = Resize <mode="linear"> (h, sizes) y = BatchNormalization(p, s, t, m, v)', 10, 4),
     "Dropout": ("h = Conv(x, w, c) p = Dropout <ratio=0.3> (h) y = BatchNormalization(p, s, t, m, v)", 10, 4),
 }
 
@@ -107,7 +112,11 @@ def test_what_was_an_attribute_once(case: str, tmp_path: Path) -> None:
     body, opset, channels = FORMS[case]
     k = from_array(RNG.uniform(0.5, 1, (4, 1, 1)).astype(np.float32), "k")
     norm = [tensor(name, channels, low=0.5) for name in "stmv"]
-    arrays = [a for a in (*CONV, *norm, k, from_array(np.array([1, 1, 2, 2], np.float32), "sizes")) if f" {a.name}" in body.replace(",", " ,").replace("(", " ")]
+    arrays = [
+        a
+        for a in (*CONV, *norm, k, from_array(np.array([1, 1, 2, 2], np.float32), "sizes"))
+        if f" {a.name}" in body.replace(",", " ,").replace("(", " ")
+    ]
     result = folded(tmp_path, old(body, opset, *arrays))
     if case == "Slice from its front":
         assert "cuts along several axes" in only(result).reason
@@ -141,8 +150,8 @@ def test_what_is_older_is_listed_and_says_how(tmp_path: Path) -> None:
     result = fold(source, tmp_path / "out.onnx")
     assert only(result).left == ("BatchNormalization",)
     assert only(result).reason == (
-        "the file has opset 6, and what is older than 7 is left as it is: `onnx.version_converter.convert_version(model, 13)` makes a newer "
-        "file of it"
+        "the file has opset 6, and what is older than 7 is left as it is: `onnx.version_converter.convert_version(model, 13)` makes a "
+        "newer file of it"
     )
     assert (tmp_path / "out.onnx").read_bytes() == source.read_bytes()
 
@@ -190,7 +199,10 @@ def test_a_weight_that_is_computed_from_constants_folds(case: str, tmp_path: Pat
 
 
 def test_the_parameters_of_a_norm_may_be_computed(tmp_path: Path) -> None:
-    body = "s1 = Unsqueeze(s, a) s2 = Squeeze(s1, a) v2 = Mul(v, v) t2 = Identity(s2) h = Conv(x, w, c) y = BatchNormalization(h, s2, t2, m, v2)"
+    body = (
+        "s1 = Unsqueeze(s, a) s2 = Squeeze(s1, a) v2 = Mul(v, v) t2 = Identity(s2) h = Conv(x, w, c) "
+        "y = BatchNormalization(h, s2, t2, m, v2)"
+    )
     result = folded(tmp_path, model_of(body, *CONV, *(a for a in NORM if a.name != "t"), whole("a", 0)))
     assert result.nodes == {"Conv": 1}
 
@@ -270,9 +282,10 @@ SWITCHES = (from_array(np.float32(0.4), "ratio"), from_array(np.array(False), "o
 
 @pytest.mark.parametrize("case", NOTHING)
 def test_what_gives_what_it_takes_is_nothing(case: str, tmp_path: Path) -> None:
+    after = NOTHING[case].replace("(h", "(g").replace("d =", "y =").replace("d, mask", "y, mask")
     for body in (
         f"h = Conv(x, w, c) {NOTHING[case]} y = BatchNormalization(d, s, t, m, v)",
-        f"h = Conv(x, w, c) g = BatchNormalization(h, s, t, m, v) {NOTHING[case].replace('(h', '(g').replace('d =', 'y =').replace('d, mask', 'y, mask')}",
+        f"h = Conv(x, w, c) g = BatchNormalization(h, s, t, m, v) {after}",
     ):
         result = folded(tmp_path, model_of(body, *CONV, *NORM, *SWITCHES))
         assert result.nodes == {"Conv": 1}, body
@@ -316,7 +329,10 @@ UNKNOWN = {
 def test_a_convolution_knows_its_rank(case: str, tmp_path: Path) -> None:
     before, imports = UNKNOWN[case]
     arrays = [a for a in (*CONV, *NORM, whole("ones", 1, 1, 1, 1)) if a.name != "ones" or "ones" in before]
-    for body, shape in ((f"{before} {FOLDS_IN}", {"Conv": 1, "BatchNormalization": 0}), (f"{before} {FOLDS_IN}".replace("y =", "r =") + " y = Relu(r)", {})):
+    for body, shape in (
+        (f"{before} {FOLDS_IN}", {"Conv": 1, "BatchNormalization": 0}),
+        (f"{before} {FOLDS_IN}".replace("y =", "r =") + " y = Relu(r)", {}),
+    ):
         result = folded(tmp_path, model_of(body, *arrays, imports=imports))
         assert only(result).how == "into_producer", shape
     forward = model_of(f"{before} h = BatchNormalization(k, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3, *arrays[6:], imports=imports)
@@ -398,11 +414,20 @@ def test_an_input_that_is_a_shape_is_given_one(tmp_path: Path) -> None:
 # -- every norm is listed ----------------------------------------------------------------------------------------------------------------
 
 TRAINS = "it is in training mode, so it normalizes by the statistics of each batch: export the model again in eval mode (`model.eval()`)"
-EACH = "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with `normswap convert --approximate`"
+EACH = (
+    "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with "
+    "`normswap convert --approximate`"
+)
 PAIR = (tensor("a", 3), tensor("b", 3))
 LISTED = {
     "training mode": ("y, i, j = BatchNormalization <training_mode=1> (x, s, t, m, v)", NORM3, '"": 20', "BatchNormalization", TRAINS),
-    "statistics as outputs of an old one": ("y, i, j, k, l = BatchNormalization(x, s, t, m, v)", NORM3, '"": 11', "BatchNormalization", TRAINS),
+    "statistics as outputs of an old one": (
+        "y, i, j, k, l = BatchNormalization(x, s, t, m, v)",
+        NORM3,
+        '"": 11',
+        "BatchNormalization",
+        TRAINS,
+    ),
     "LayerNormalization": ("y = LayerNormalization <axis=1> (x, a)", (tensor("a", 3, 6, 5),), '"": 20', "LayerNormalization", EACH),
     "InstanceNormalization": ("y = InstanceNormalization(x, a, b)", PAIR, '"": 20', "InstanceNormalization", EACH),
     "GroupNormalization": ("y = GroupNormalization <num_groups=3> (x, a, b)", PAIR, '"": 21', "GroupNormalization", EACH),
@@ -466,7 +491,8 @@ def test_norms_inside_functions_and_branches(tmp_path: Path) -> None:
     text = (
         '<ir_version: 10, opset_import: ["": 20, "own": 1]> g (float[b,3,6,5] x) => (float[ob,oc,oh,ow] y) '
         "{ h = Conv(x, w, c) h1 = BatchNormalization(h, s, t, m, v) y = own.Block(h1, s, t, m, v) } "
-        '<opset_import: ["": 20], domain: "own"> Block (a, s, t, m, v) => (b) { u = BatchNormalization(a, s, t, m, v) b = LRN <size=3> (u) }'
+        '<opset_import: ["": 20], domain: "own"> Block (a, s, t, m, v) => (b) '
+        "{ u = BatchNormalization(a, s, t, m, v) b = LRN <size=3> (u) }"
     )
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.extend([*CONV, *NORM])
@@ -563,7 +589,7 @@ def test_a_real_file(
     source = real(package, name)
     result = fold(source, tmp_path / "out.onnx")
     assert result.before.get("BatchNormalization", 0) == norms
-    assert sum(not site.left for site in result.sites if "BatchNormalization" in site.name or "batch_norm" in site.name or not site.left) >= gone
+    assert sum(not site.left for site in result.sites) >= gone
     own = Counter(node.name for node in onnx.load(source).graph.node if node.op_type == "BatchNormalization")
     assert not [site.name for site in result.sites if site.name in own and site.left]
     assert all(bool(site.left) == bool(site.reason) for site in result.sites)

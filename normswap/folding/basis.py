@@ -213,5 +213,3 @@ def sizes_of(slot: Slot) -> tuple[int | str | None, ...]:
     if value is None or value.shape is None:
         raise Conflict("a value of unknown shape is next to it")
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
-
-

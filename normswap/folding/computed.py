@@ -62,8 +62,7 @@ def compute(value: ir.Value, of: Callable[[ir.Value], Array | None], opset: int)
         return None
     for output, array in zip(node.outputs, results, strict=True):
         output.meta[_COMPUTED] = ir.tensor(array, name=output.name)
-    found = value.meta[_COMPUTED]
-    return found
+    return compute(value, of, opset)
 
 
 def why_not(value: ir.Value) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
+from normswap.folding import einsum, into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
 from normswap.folding.affine import Affine, Constants, replacement
 from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
@@ -177,7 +177,9 @@ def _decide(affine: Affine, bases: Bases) -> Fate:
 
 def _accepted(affine: Affine, how: str, change: Change) -> Fate:
     change.accept()
-    layers = (node.name for node in change.nodes if node not in change.bases.affines and describe(node, change.bases.constants) is not None)
+    constants = change.bases.constants
+    takes = [node for node in change.nodes if node not in change.bases.affines]
+    layers = (node.name for node in takes if einsum.holds_a_constant(node, constants) or describe(node, constants) is not None)
     return Fate(affine.name, how, tuple(str(name) for name in layers))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding.affine import Array, called
+from normswap.folding.affine import Array, Constants, called
 from normswap.folding.basis import Basis, Change, Conflict, close, rank_of
 
 
@@ -30,11 +30,17 @@ def spread(node: ir.Node, change: Change) -> None:
     if len(terms) == 1:
         return _moved(node, terms[0], out, change)
     if len(terms) != 2 or (constants[0] is None) == (constants[1] is None):
-        raise Conflict(f"{called(node)} multiplies values that depend on the input")
+        several = "more than two values" if len(terms) > 2 else "values that depend on the input"
+        raise Conflict(f"{called(node)} multiplies {several}")
     place = 0 if constants[1] is None else 1
     array = constants[place]
     assert array is not None
     return _linear(node, change, terms[1 - place], terms[place], out, place, array)
+
+
+def holds_a_constant(node: ir.Node, constants: Constants) -> bool:
+    """Whether it is a layer, with a weight that a fold may go into."""
+    return node.op_type == "Einsum" and node.domain == "" and any(constants.of(value) is not None for value in node.inputs)
 
 
 def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str], str]:

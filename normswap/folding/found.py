@@ -55,7 +55,9 @@ def others(model: ir.Model, affines: Collection[Affine], constants: Constants, r
         if is_norm(node) and node not in part and node.op_identifier() not in calls:
             found.append((node, reason or _why(node, constants)))
     for function in model.functions.values():
-        where = f"it is inside the function {function.domain}::{function.name}, which stays as it is, as a runtime may know it by its name: "
+        where = (
+            f"it is inside the function {function.domain}::{function.name}, which stays as it is, as a runtime may know it by its name: "
+        )
         for node in function.all_nodes():
             if is_norm(node) and node.op_identifier() not in calls:
                 found.append((node, reason or f"{where}`onnx.inliner.inline_local_functions` makes an ordinary part of the graph of it"))

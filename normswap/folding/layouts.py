@@ -3,8 +3,9 @@ r"""Operators that move values without computing new ones: where the basis of a 
     y[i] = x[m(i)]        a_y[i] = a_x[m(i)],  c_y[i] = c_x[m(i)]
 
 Exact for any a and c. Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, DepthToSpace, SpaceToDepth and Identity have one input
-and one output, and `forward` and `backward` say what becomes of an array of size 1 along the axes that share it; Slice, Gather and Split take
-a part; Concat puts parts together. Where an array varies along an axis whose size is not known, or whose elements are no longer apart, there is a Conflict.
+and one output, and `forward` and `backward` say what becomes of an array of size 1 along the axes that share it; Slice, Gather and Split
+take a part; Concat puts parts together. Where an array varies along an axis whose size is not known, or whose elements are no longer apart,
+there is a Conflict.
 """
 
 from __future__ import annotations

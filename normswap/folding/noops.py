@@ -1,4 +1,4 @@
-"""Operators that give what they take: Identity, Dropout in inference, a Cast to the type that is there. A fold goes past them, so they go first."""
+"""Operators that give what they take (Identity, Dropout in inference, a Cast to the type that is there) go first, so that folds pass."""
 
 from __future__ import annotations
 

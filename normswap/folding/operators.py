@@ -40,7 +40,25 @@ from normswap.folding.linear import FLOATS, Linear, describe, why_not
 
 NONLINEAR = frozenset(
     (
-        *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh", "Erf", "Exp", "Log", "Pow", "Sqrt"),
+        *(
+            "Acos",
+            "Acosh",
+            "Asin",
+            "Asinh",
+            "Atan",
+            "Atanh",
+            "Cos",
+            "Cosh",
+            "Sin",
+            "Sinh",
+            "Tan",
+            "Tanh",
+            "Erf",
+            "Exp",
+            "Log",
+            "Pow",
+            "Sqrt",
+        ),
         *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Gelu", "Mish", "Elu", "Selu", "Celu", "ThresholdedRelu", "Shrink", "Clip"),
         *("Softmax", "LogSoftmax", "Softplus", "Softsign", "Hardmax", "Reciprocal", "Sign", "Floor", "Ceil", "Round", "Mod"),
         *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "LpNormalization", "LRN"),

@@ -20,13 +20,16 @@ from normswap.folding.computed import tensor_of
 
 Size = int | str | None
 UNARY = frozenset(
-    "Relu LeakyRelu PRelu Sigmoid Tanh Clip Elu Selu Celu Gelu Mish Softplus Softsign HardSigmoid HardSwish Erf Neg Abs Exp Sqrt Identity".split()
+    (
+        *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Mish", "Clip", "Sigmoid", "HardSigmoid", "HardSwish"),
+        *("Tanh", "Erf", "Exp", "Sqrt", "Abs", "Neg", "Softplus", "Softsign", "Identity"),
+    )
 )
 _ROUNDS = 8  # one for each unknown operator on a path; what is further in stays unknown
 
 
 def infer(model: ir.Model) -> None:
-    """Note shape and type at every value of which they can be told. Those of inputs and outputs change, too: they are the caller's to keep."""
+    """Note shape and type at every value of which they can be told; at inputs and outputs, too, whose own are the caller's to keep."""
     declared = {}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
@@ -51,7 +54,8 @@ def _rounds(model: ir.Model) -> None:
 
     for _ in range(_ROUNDS):
         common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        if not any([_by_layer(node) for node in model.graph.all_nodes() if node.domain == ""]):
+        new = [_by_layer(node) for node in model.graph.all_nodes() if node.domain == ""]
+        if not any(new):
             break
 
 
@@ -69,28 +73,29 @@ def _by_layer(node: ir.Node) -> bool:
     if x is None:
         return False
     if node.op_type in UNARY:
-        return _meet(x, _sizes(y)) | _meet(y, _sizes(x)) | _same_type(x, y)
+        return _alike(x, y)
     weight = node.inputs[1] if len(node.inputs) > 1 else None
-    shape = _sizes(weight) if weight is not None else None
+    shape = None if weight is None else _sizes(weight)
     if weight is None or shape is None:
         return False
     if node.op_type == "BatchNormalization":
-        found = _meet(x, _sizes(y)) | _meet(y, _sizes(x)) | _same_type(x, y)
-        for value in (x, y):
-            sizes = _sizes(value)
-            if sizes is not None and len(sizes) > 1 and len(shape) == 1:
-                found |= _meet(value, [None, shape[0], *[None] * (len(sizes) - 2)])
-        return found
-    group = node.attributes.get_int("group", 1) if node.op_type in ("Conv", "ConvTranspose") else 1
+        rank = len(_sizes(x) or _sizes(y) or ())
+        channels = [[None, shape[0], *[None] * (rank - 2)]] if len(shape) == 1 < rank else []
+        return _alike(x, y) | any([_meet(value, sizes) for value in (x, y) for sizes in channels])  # noqa: C419  each is to be met
     if node.op_type == "Gemm" and len(shape) == 2:
-        ins, outs = (shape[::-1] if node.attributes.get_int("transB", 0) else shape) if not node.attributes.get_int("transA", 0) else (None, None)
-    elif node.op_type in ("Conv", "ConvTranspose") and len(shape) > 2:
-        a, b = (size * group if isinstance(size, int) and by_group else size for size, by_group in zip(shape[:2], (False, True), strict=True))
-        ins, outs = (b, a) if node.op_type == "Conv" else (a, b)
-    else:
-        return False
-    rest = [None] * (len(shape) - 2)
-    return _meet(x, [None, ins, *rest]) | _meet(y, [None, outs, *rest]) | _same_type(weight, x, y)
+        ins, outs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
+        return _meet(x, [None, None if node.attributes.get_int("transA", 0) else ins]) | _meet(y, [None, outs]) | _same_type(weight, x, y)
+    if node.op_type in ("Conv", "ConvTranspose") and len(shape) > 2:
+        group, (first, second) = node.attributes.get_int("group", 1), shape[:2]
+        second = second * group if isinstance(second, int) else None
+        ins, outs = (second, first) if node.op_type == "Conv" else (first, second)
+        space = [None] * (len(shape) - 2)
+        return _meet(x, [None, ins, *space]) | _meet(y, [None, outs, *space]) | _same_type(weight, x, y)
+    return False
+
+
+def _alike(x: ir.Value, y: ir.Value) -> bool:
+    return _meet(x, _sizes(y)) | _meet(y, _sizes(x)) | _same_type(x, y)
 
 
 def _sizes(value: ir.Value) -> list[Size] | None:
