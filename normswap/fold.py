@@ -84,6 +84,8 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     proto = read(source)
     before, size = onnx_file.census(proto.graph), _size(source, _external(proto))
     model = ir.load(str(source))
+    if "ai.onnx" in model.opset_imports:  # the long form of the empty name
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     open_to_callers, notes = _listed(model)
     constants = Constants(model.graph)
     if constants.opset < OLDEST:
@@ -99,7 +101,10 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     sites = tuple(fold_affines(model.graph, found, constants, undone))
     kept = _kept(rest, [site.name for site in sites])
     if not any(site.touched or site.rewritten for site in sites):
-        note = f"{len(open_to_callers)} of its weights are inputs that a caller may replace"
+        note = (
+            f"{len(open_to_callers)} of its weights are inputs that a caller may replace: "
+            "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them"
+        )
         return _copied(source, target, proto, before, (*sites, *kept), (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
     constants.settle()
@@ -210,11 +215,12 @@ def read(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.graph.node and not proto.graph.output:
         raise LoadError(f"{path} is not an ONNX file: it has no graph", hint="give the path of an .onnx file")
+    shaped = all(_has_shape(value) for value in (*proto.graph.input, *proto.graph.output))
     try:
-        if all(_has_shape(value) for value in (*proto.graph.input, *proto.graph.output)):
+        if shaped and not any(_is_of_onnxruntime(node, proto) for node in proto.graph.node):
             onnx.checker.check_model(str(path))
         else:
-            onnx.checker.check_model(_with_shapes(proto))
+            onnx.checker.check_model(_checkable(proto))
     except Exception as error:
         raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
     _check_external(proto, path)
@@ -254,10 +260,19 @@ def _has_shape(value: onnx.ValueInfoProto) -> bool:
     return bool(value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.HasField("shape"))
 
 
-def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The file with a shape for every input and output: ONNX allows that there is none, runtimes run it, and its checker refuses it.
+# Norms that onnxruntime has in ONNX's own domain, in opsets in which ONNX has none of that name.
+OF_ONNXRUNTIME = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
 
-    It is for the checker alone, which reads no tensor that lies elsewhere from here.
+
+def _is_of_onnxruntime(node: onnx.NodeProto, proto: onnx.ModelProto) -> bool:
+    return node.domain in ("", "ai.onnx") and onnx_file.opset_of(proto) < OF_ONNXRUNTIME.get(node.op_type, 0)
+
+
+def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The file with a shape for every input and output, and its operators of onnxruntime's in a domain of their own.
+
+    Files without these shapes, or with such operators, are run by runtimes and refused by ONNX's checker. This is for the checker alone, which
+    reads no tensor that lies elsewhere from here.
     """
     import onnx
 
@@ -266,6 +281,10 @@ def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     for value in (*shaped.graph.input, *shaped.graph.output):
         if not _has_shape(value):
             value.type.tensor_type.shape.SetInParent()
+    for node in [node for node in shaped.graph.node if _is_of_onnxruntime(node, proto)]:
+        node.domain = "com.microsoft"
+        if node.domain not in [entry.domain for entry in shaped.opset_import]:
+            shaped.opset_import.append(onnx.helper.make_opsetid(node.domain, 1))
     outside = [tensor for tensor in shaped.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     listed = {value.name for value in shaped.graph.input}
     for tensor in outside:
@@ -341,6 +360,6 @@ def _check(proto: onnx.ModelProto) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(_with_shapes(proto))
+        onnx.checker.check_model(_checkable(proto))
     except Exception as error:
         raise ExportError(f"the folded graph is not valid: {first_line(error)}") from error

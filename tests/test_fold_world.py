@@ -140,6 +140,15 @@ def test_statistics_for_each_place_of_an_old_file(tmp_path: Path) -> None:
     assert only(fold(source, tmp_path / "out.onnx")).reason == "its scale has 3 dimensions, so it is not one number per channel"
 
 
+def test_the_long_name_of_onnxs_domain(tmp_path: Path) -> None:
+    proto = model_of("h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)", *CONV, *NORM)
+    proto.opset_import[0].domain = "ai.onnx"
+    source = saved(tmp_path / "in.onnx", proto)
+    result = fold(source, tmp_path / "out.onnx")
+    assert result.nodes == {"Conv": 1}
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", X), run(source, X), atol=1e-5)
+
+
 def test_what_is_older_is_listed_and_says_how(tmp_path: Path) -> None:
     proto = model_of("h = Conv(x, w, c) y = BatchNormalization <is_test=1> (h, s, t, m, v)", *CONV, *NORM)
     proto.opset_import[0].version = 6
@@ -441,6 +450,28 @@ LISTED = {
         '"": 20, "com.microsoft": 1',
         "com.microsoft::SkipLayerNormalization",
         EACH,
+    ),
+    "one of onnxruntime's in ONNX's domain": (
+        "y = SimplifiedLayerNormalization(x, a)",
+        (tensor("a", 5),),
+        '"": 20',
+        "SimplifiedLayerNormalization",
+        EACH,
+    ),
+    "one that ONNX did not have yet": ("y = LayerNormalization(x, a)", (tensor("a", 5),), '"": 13', "LayerNormalization", EACH),
+    "a quantised scale": (
+        "q = DequantizeLinear(i, a) y = BatchNormalization(x, q, t, m, v)",
+        (from_array(np.array([3, 4, 5], np.int8), "i"), from_array(np.float32(0.1), "a"), *NORM3[1:]),
+        '"": 20',
+        "BatchNormalization",
+        "its scale is not a constant: q is quantised, which stays as it is",
+    ),
+    "statistics of another number of channels": (
+        "y = BatchNormalization(x, s, t, m, v)",
+        NORM,
+        '"": 20',
+        "BatchNormalization",
+        "its statistics do not have one number for each channel of its input",
     ),
     "somebody's own": (
         "y = own.batch_norm(x, s)",

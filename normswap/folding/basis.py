@@ -106,6 +106,8 @@ def total(*terms: Array) -> Array:
 
 
 def close(a: Array, b: Array) -> bool:
+    if a is b or (a.shape == b.shape and bool((a == b).all())):  # most often, and soon seen
+        return True
     size = max(float(np.abs(a).max(initial=0)), float(np.abs(b).max(initial=0)))
     return bool(np.all(np.abs(a - b) <= SAME * np.maximum(np.maximum(np.abs(a), np.abs(b)), ZERO * size)))
 

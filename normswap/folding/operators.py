@@ -86,6 +86,8 @@ def spread(node: ir.Node, change: Change) -> None:
 def _what_it_is(node: ir.Node) -> str:
     if node.domain != "":
         return f"an operator of {node.domain} that folding does not know"
+    if node.op_type == "Dropout":
+        return "which drops values, or gives a mask that something reads"
     return "which is neither linear nor homogeneous" if node.op_type in NONLINEAR else "an operator that no fold is known through"
 
 
