@@ -345,13 +345,13 @@ def fold(
     """
     with _work(debug):
         from normswap.commands.fold import fold_file
-        from normswap.report.fold import fold_json, fold_summary, fold_table
+        from normswap.report.fold import fold_json, fold_summary, fold_table, operators_table
 
         result = fold_file(source, output, inputs=inputs or ())
     if as_json:
         _print_json(fold_json(source, result))
     else:
-        _print_table(fold_table(result), fold_summary(result))
+        _print_table(fold_table(result), fold_summary(result), second=operators_table(result))
 
 
 @app.command()

@@ -32,12 +32,13 @@ from normswap.cuda import Cuda
 from normswap.errors import ExportError, UsageError
 from normswap.exporting import DEFAULT_OPSET, TORCH_OPSET
 from normswap.exporting.finish import at_opset, check, tidy
+from normswap.exporting.graph import READ, graph_of
 from normswap.exporting.graph import Dynamic as Dynamic
-from normswap.exporting.graph import graph_of
 from normswap.exporting.marks import Site, copied, mark
 from normswap.exporting.norms import alike, fold_norms, operators, shorten
 from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
+from normswap.half import check as check_half
 from normswap.parity import Legs, Parity
 from normswap.taps import Tap
 
@@ -230,7 +231,8 @@ def _graph(
 ) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
     """(the graph before anything is folded in it, the names of its inputs and outputs, notes)."""
     graph, names, notes = graph_of(model, args, kwargs, opset, dynamic)
-    if precise is not None:
+    if precise is not None and isinstance(model, nn.Module):
+        check_half(graph.meta[READ], precise, model)
         remember(graph.graph, precise)
     shorten(graph, marked=bool(sites))
     return graph, names, notes

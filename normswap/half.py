@@ -2,17 +2,21 @@
 
 The graph is that of the model as `model.half()` would run it, so what its code computes in float32 on purpose stays in float32. A constant
 of that graph which is a parameter, or the transpose of one, rounded to float16 is known by its bytes.
+
+Only what the graph reads has to fit in float16: a buffer that nobody reads may hold anything, and so may what a norm is folded from. A
+variance need not fit, either: (x - mean) / sqrt(var + eps) * w = (x - mean) / sqrt((var + eps) / 4^k) * w / 2^k, without rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError
@@ -37,19 +41,44 @@ def arguments(given: A) -> A:
 
 
 def halved(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with parameters and buffers in float16. Raises ExportError if one of them is too large for it."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel():
-            finite = tensor.detach()[tensor.detach().isfinite()]
-            largest = float(finite.abs().max()) if finite.numel() else 0.0
-            if largest > LARGEST:
-                raise ExportError(
-                    f"{name} holds {largest:.3g}, and the largest number of float16 is {LARGEST:.0f}",
-                    hint="write this model in float32, without --fp16",
-                )
+    """A copy in eval mode with parameters and buffers in float16; what is too large for it is infinite there, see `check`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(to_half(p.detach()), requires_grad=False) for p in model.parameters()}
     memo.update((id(b), to_half(b.detach())) for b in model.buffers())
-    return set_eval(copy_with(model, memo))
+    copy = set_eval(copy_with(model, memo))
+    originals = dict(model.named_modules())
+    for name, module in copy.named_modules():
+        if isinstance(module, _BatchNorm) and isinstance(originals[name], _BatchNorm):
+            _rescale(module, originals[name])
+    return copy
+
+
+def _rescale(module: nn.Module, original: nn.Module) -> None:
+    """Give a BatchNorm in float16 a variance that float16 holds, and a weight to match, in the channels where it has none."""
+    var, weight, bias = (getattr(original, name) for name in ("running_var", "weight", "bias"))
+    if var is None or not bool((var.isfinite() & (var > LARGEST)).any()) or not {"weight", "bias"} <= module._parameters.keys():
+        return
+    wide, eps = var.detach().double(), float(original.eps)  # type: ignore[arg-type]
+    steps = torch.where(wide > LARGEST, ((wide + eps) / LARGEST).log2().div(2).ceil().clamp(min=0), 0.0)
+    factor = torch.ones_like(wide) if weight is None else weight.detach().double()
+    shift = torch.zeros_like(wide) if bias is None else bias.detach()
+    module.running_var = to_half(torch.where(steps > 0, (wide + eps) / 4**steps - eps, wide))
+    module.weight, module.bias = (nn.Parameter(to_half(t), requires_grad=False) for t in (factor / 2**steps, shift))
+
+
+def check(used: Iterable[str], precise: nn.Module, model: nn.Module) -> None:
+    """Raise ExportError if a tensor that the graph reads, by its name in `precise`, is too large for float16. model: the halved one."""
+    originals, halves = (
+        dict((*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False))) for m in (precise, model)
+    )
+    for name in sorted(used):
+        tensor, half = originals.get(name), halves.get(name)
+        if tensor is None or half is None or not half.is_floating_point() or not bool((half.isinf() & tensor.isfinite()).any()):
+            continue
+        largest = float(tensor.detach()[tensor.detach().isfinite()].abs().max())
+        raise ExportError(
+            f"{name} holds {largest:.3g}, and the largest number of float16 is {LARGEST:.0f}",
+            hint="write this model in float32, without --fp16",
+        )
 
 
 def remember(graph: ir.Graph, precise: nn.Module) -> None:

@@ -202,6 +202,70 @@ def test_a_weight_that_overflows_is_an_error(path: Path) -> None:
     assert not path.exists()
 
 
+class Scaled(nn.Module):
+    """With buffers that its forward reads, and one that it does not."""
+
+    def __init__(self, read: float, unread: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.register_buffer("read", torch.tensor([read]))
+        self.register_buffer("unread", torch.tensor([unread]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.read
+
+
+def test_only_what_the_file_reads_has_to_fit(path: Path) -> None:
+    x = torch.randn(2, 3, 9, 8)
+    assert export(Scaled(0.5, 1e6).eval(), (x,), {}, path, half=True).nodes == {"Conv": 1, "Mul": 1}
+    with pytest.raises(ExportError, match=r"^read holds 1e\+06, and the largest number of float16 is 65504"):
+        export(Scaled(1e6, 0.5).eval(), (x,), {}, path, half=True)
+
+
+def wide_batch_norm(affine: bool) -> nn.Sequential:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=affine), nn.ReLU(), nn.Conv2d(5, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(300)
+        model[1].running_var.copy_(torch.tensor([1.4e5, 2.0, 3e5, 65504.0, 6e4]))
+        model[1].running_mean.uniform_(-100, 100)
+        if affine:
+            model[1].weight.uniform_(0.5, 1.5)
+            model[1].bias.uniform_(-1, 1)
+    return model
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_variance_need_not_fit(affine: bool, converted: bool, path: Path) -> None:
+    """It is 1.4e5, its root is 374, and the folded weights are ordinary numbers; `source_var` is a copy that is not in the file."""
+    model, x = wide_batch_norm(affine), torch.randn(2, 3, 9, 8)
+    result = normswap.export_onnx(normswap.convert(model, x) if converted else model, x, path, half=True)
+    assert result.nodes == {"Conv": 2, "Relu": 1}
+    assert result.parity is not None
+    assert result.parity.max_rel <= CAP
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_in_half_precision_is_the_same_function(affine: bool) -> None:
+    model = wide_batch_norm(affine)[1]
+    x = 300 * torch.randn(4, 5, 6, 7)
+    small = halved(nn.Sequential(model))[0]
+    assert bool(small.running_var.isfinite().all())
+    assert small.running_var[1] == 2.0  # what fits is rounded, and no more
+    with torch.no_grad():
+        want, got = model.double()(x.double()), small.double()(x.double())
+    assert float((want - got).abs().max()) <= 2e-3 * float(want.abs().max())
+
+
+def test_a_mean_that_overflows_is_an_error_where_it_is_read(path: Path) -> None:
+    model, x = wide_batch_norm(True), torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        model[1].running_mean[2] = 7e4
+    with pytest.raises(ExportError, match=r"^1\.running_mean holds 7e\+04, and the largest number of float16 is 65504"):
+        export(model, (x,), {}, path, half=True)
+
+
 def test_an_infinite_mask_is_no_overflow() -> None:
     model = nn.Linear(3, 2)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))

@@ -155,13 +155,6 @@ NOTHING: dict[str, Callable[[Path], onnx.ModelProto]] = {
         target_weights=[1.0, 2.0],
     ),
     "opset 9": lambda path: text("h = MatMul(x, w) y = Relu(h)", tensor("w", 4, 3), imports='"": 9'),
-    "opset 11, with a norm": lambda path: text(
-        "h = Conv(x, w) y = BatchNormalization(h, s, s, s, s)",
-        tensor("w", 4, 4, 1, 1),
-        from_array(np.ones(4, np.float32), "s"),
-        head="float[b,4,3,2] x) => (float[p,q,r,t] y",
-        imports='"": 11',
-    ),
     "opset 13": lambda path: text("h = MatMul(x, w) y = Softmax(h)", tensor("w", 4, 3), imports='"": 13'),
     "an If": lambda path: text(IF, from_array(np.float32(0), "zero"), tensor("k", 4)),
     "a Loop": lambda path: text(LOOP, from_array(np.array(3), "n"), from_array(np.array(True), "t")),

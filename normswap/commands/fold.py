@@ -7,16 +7,27 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from normswap import outputs
 from normswap.commands.onnx_legs import attempt_of, check_legs, clear, last_word, legs_of
 from normswap.errors import ExportError, UsageError
-from normswap.fold import Folded, fold
+from normswap.fold import Folded, fold, shapes_asked, sizes_known
 from normswap.inputs import Inputs, parse
 from normswap.parity import Legs
 from normswap.rollback import Attempt, settle
 from normswap.runners import onnx_inputs
 from normswap.taps import Tap
 from normswap.verify import Judgement, judge
+
+
+def _declared(path: Path) -> Inputs | None:
+    """Random inputs of the sizes that the file declares, None if it does not."""
+    found = onnx_inputs(path) if sizes_known(path) else None
+    if found is None:
+        return None
+    asked = shapes_asked(path)
+    return Inputs(tuple(torch.full(asked[i][:1], asked[i][1]).to(x) if i in asked else x for i, x in enumerate(found)))
 
 
 def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
@@ -26,13 +37,18 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
 
     @functools.cache
     def judged(taps: tuple[Tap, ...]) -> Judgement:
-        declared = None if given is not None else onnx_inputs(path)
-        known = given or (None if declared is None else Inputs(declared))
+        known = given or _declared(path)
         if known is None:
             raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
         return judge(path, known.args, known.kwargs, taps=taps)
 
+    tried = 0
+
     def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+        nonlocal tried
+        tried += 1
+        if tried > 1 and not (plain := measured(undone, shorten=False)).passed:
+            return plain  # a file that is wrong although the rest stays as it is is not measured twice
         try:
             shorter = measured(undone, shorten=True)
             if shorter.passed:
@@ -53,7 +69,8 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         if not result.changed:
             return Attempt((result, Legs()), True)
         legs, _ = legs_of(judged(()), partial, baseline=path)
-        return attempt_of((result, legs), result.sites, undone, result.taps, partial, lambda: judged(result.original_taps))
+        moved = [site for site in result.sites if site.touched or site.rewritten]
+        return attempt_of((result, legs), moved, undone, result.taps, partial, lambda: judged(result.original_taps))
 
     with outputs.file(output) as partial:
         result, legs = settle(attempt).result

@@ -61,7 +61,17 @@ def graph_of(
         notes.append(f"the batch size is fixed, as torch refuses a free one: {_reason(failures[sum(c.spatial for c in choices)])}")
     signature = program.exported_program.graph_signature
     inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+    program.model.meta[READ] = _read(program.exported_program)
     return program.model, (inputs, _output_names(program.exported_program)), tuple(notes)
+
+
+READ = "normswap.read"  # the names of the model's tensors that its graph reads
+
+
+def _read(program: ExportedProgram) -> frozenset[str]:
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    specs = [s for s in program.graph_signature.input_specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)]
+    return frozenset(str(s.target) for s in specs if users.get(s.arg.name))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from normswap.folding.computed import compute, tensor_of, why_not
+
 Array = npt.NDArray[Any]
 
 
@@ -98,8 +100,35 @@ class Constants:
         """The array that `value` always is, or None if it depends on the input."""
         if value is None or value.is_graph_input():
             return None
-        tensor = ir.convenience.get_const_tensor(value)
+        tensor = tensor_of(value)
+        if tensor is None:
+            tensor = compute(value, self.of, self.opset)
         return None if tensor is None else tensor.numpy()
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators in the graph."""
+        return self._graph.opset_imports.get("", 0)
+
+    def why_not(self, value: ir.Value) -> str:
+        """Why `of` says None, as a clause about the value."""
+        pending, seen = [value], set[ir.Value]()
+        depends = ""
+        while pending:
+            current = pending.pop(0)
+            seen.add(current)
+            if current.is_graph_input():
+                default = current.name in self._graph.initializers or current.const_value is not None
+                what = "is an input that a caller may replace" if default else "is an input of the model"
+                if current is value:
+                    return what
+                depends = depends or (f"depends on {current.name}, which {what}")
+                continue
+            if (reason := why_not(current)) is not None and self.of(current) is None:
+                return reason if current is value else f"is computed from {current.name}, which {reason}"
+            node = current.producer()
+            pending += [given for given in (() if node is None else node.inputs) if given is not None and given not in seen]
+        return depends or "is not known before the model runs"
 
     def exact(self, value: ir.Value | None) -> Array | None:
         """What `value` was rounded from, if that is known; else as `of`."""
@@ -147,7 +176,7 @@ class Constants:
 
     @staticmethod
     def _dtype_of(value: ir.Value) -> np.dtype[Any]:
-        tensor = ir.convenience.get_const_tensor(value)
+        tensor = tensor_of(value)
         assert tensor is not None
         return tensor.dtype.numpy()
 
@@ -205,7 +234,7 @@ def _names(graph: ir.Graph) -> Iterator[str | None]:
 
 
 def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> Array | None:
-    tensor = ir.convenience.get_const_tensor(weight)
+    tensor = tensor_of(weight)
     assert tensor is not None
     array = tensor.numpy().reshape(view)
     if not fits_product(array, *factors):
@@ -253,6 +282,11 @@ def fits(largest: Array, dtype: np.dtype[Any], *, zero_below: bool = False) -> b
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     precise = (largest == 0) | (largest >= float(info.tiny)) | zero_below
     return bool(np.all(precise & (largest <= float(info.max))))
+
+
+def called(node: ir.Node) -> str:
+    """A node as a person would find it: by its own name."""
+    return f"{node.op_type} {node.name}" if node.name else node.op_type
 
 
 def only_use(value: ir.Value) -> bool:

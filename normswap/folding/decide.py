@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
+from normswap.folding import (
+    einsum,
+    into_consumers,
+    into_producer,
+    into_producers,
+    operators,
+    remainder,
+    scale_alone,
+    stream_shift,
+    threshold,
+)
 from normswap.folding.affine import Affine, Constants, replacement
 from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
@@ -33,6 +43,7 @@ class Fate:
     into    the layers whose weights or biases took it, by the names of their nodes
     left    the operators that remain of it
     reason  why anything remains, else ""
+    rewritten  whether what remains of it is computed by other nodes than before
     takes, gives   the values of the graph that hold what the affine takes and gives, and in which basis; for `taps`. None of what it took
             if that is not computed any more
     """
@@ -44,6 +55,7 @@ class Fate:
     reason: str = ""
     takes: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
     gives: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
+    rewritten: bool = field(default=False, repr=False, compare=False)
 
     @property
     def touched(self) -> bool:
@@ -129,7 +141,13 @@ def fold(
 
     by_value = {affine.y: affine for affine in affines}
     return [
-        replace(fates[a], takes=None if a in nowhere else held(_source(given[a], by_value, slots)), gives=held(slots[a])) for a in affines
+        replace(
+            fates[a],
+            takes=None if a in nowhere else held(_source(given[a], by_value, slots)),
+            gives=held(slots[a]),
+            rewritten=a.nodes[0].graph is None,
+        )
+        for a in affines
     ]
 
 
@@ -169,7 +187,9 @@ def _decide(affine: Affine, bases: Bases) -> Fate:
 
 def _accepted(affine: Affine, how: str, change: Change) -> Fate:
     change.accept()
-    layers = (node.name for node in change.nodes if node not in change.bases.affines and describe(node, change.bases.constants) is not None)
+    constants = change.bases.constants
+    takes = [node for node in change.nodes if node not in change.bases.affines]
+    layers = (node.name for node in takes if einsum.holds_a_constant(node, constants) or describe(node, constants) is not None)
     return Fate(affine.name, how, tuple(str(name) for name in layers))
 
 
@@ -182,6 +202,8 @@ def _unfit(affine: Affine) -> str | None:
         return "something else reads a part of it"
     sizes = [size if isinstance(size, int) else None for size in x.shape]
     for array in (affine.scale, affine.shift):
+        if array.ndim == len(sizes) and any(a > 1 and size is None for a, size in zip(array.shape, sizes, strict=True)):
+            return "the size of an axis along which it varies is not known"
         if array.ndim != len(sizes) or any(a > 1 and a != size for a, size in zip(array.shape, sizes, strict=True)):
             return "it repeats its input along an axis"
         if not np.isfinite(array).all():

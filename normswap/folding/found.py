@@ -1,4 +1,5 @@
-r"""The affines of any ONNX graph: BatchNormalization in inference mode, and chains of Mul, Div, Add, Sub with constants.
+r"""The affines of any ONNX graph: BatchNormalization in inference mode, and chains of Mul, Div, Add, Sub with constants; and what other
+norms there are, with the reason why they are none.
 
     BatchNormalization    s = scale / sqrt(var + epsilon),  t = B - mean * s
     a chain               s <- s * k, t <- t * k for a Mul; t <- t + k for an Add; likewise Div and Sub
@@ -8,7 +9,8 @@ The bias that a MatMul gets by an Add is part of that layer, and so is no affine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +19,13 @@ from normswap.folding.affine import Affine, Array, Constants, only_use
 from normswap.folding.linear import FLOATS
 
 ELEMENTWISE = ("Mul", "Div", "Add", "Sub")
+PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of a BatchNormalization
+NORM = re.compile(r"norm(?!al(?!iz))|^lrn$", re.IGNORECASE)  # LayerNormalization, SkipLayerNorm, LRN; not RandomNormal
+PER_SAMPLE = (
+    "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with "
+    "`normswap convert --approximate`"
+)
+TRAINING = "it is in training mode, so it normalizes by the statistics of each batch: export the model again in eval mode (`model.eval()`)"
 
 
 def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
@@ -31,6 +40,58 @@ def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
             done.update(chain)
             result.append(_affine(chain, constants))
     return result
+
+
+def is_norm(node: ir.Node) -> bool:
+    return NORM.search(node.op_type) is not None
+
+
+def others(model: ir.Model, affines: Collection[Affine], constants: Constants, reason: str | None = None) -> list[tuple[ir.Node, str]]:
+    """Each norm of the model that is part of no affine, in its graph or in a function, and why. reason: why, if it is one for all."""
+    part = {node for affine in affines for node in affine.nodes}
+    calls = set(model.functions)
+    found = []
+    for node in model.graph.all_nodes():
+        if is_norm(node) and node not in part and node.op_identifier() not in calls:
+            found.append((node, reason or _why(node, constants)))
+    for function in model.functions.values():
+        where = (
+            f"it is inside the function {function.domain}::{function.name}, which stays as it is, as a runtime may know it by its name: "
+        )
+        for node in function.all_nodes():
+            if is_norm(node) and node.op_identifier() not in calls:
+                found.append((node, reason or f"{where}`onnx.inliner.inline_local_functions` makes an ordinary part of the graph of it"))
+    return found
+
+
+def _why(node: ir.Node, constants: Constants) -> str:
+    """Why a norm is no affine, and what to do."""
+    if node.op_type != "BatchNormalization" or node.domain != "":
+        return PER_SAMPLE if node.domain in ("", "com.microsoft") else f"it is an operator of {node.domain} that folding does not know"
+    if _trains(node, constants.opset):
+        return TRAINING
+    for name, value in zip(PARAMETERS, node.inputs[1:], strict=False):
+        array = constants.of(value)
+        if value is None or array is None:
+            what = "is missing" if value is None else constants.why_not(value)
+            ending = ": leave it out of the inputs of the file" if "caller may replace" in what else ""
+            return f"its {name} is not a constant: {'it' if value is None else value.name} {what}{ending}"
+        if array.ndim != 1:
+            return f"its {name} has {array.ndim} dimensions, so it is not one number per channel"
+    x, y = node.inputs[0], node.outputs[0]
+    if y.shape is None:
+        return (
+            "its rank is not known, as nothing around it tells the shape of its input: give the inputs of the file their sizes "
+            "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
+        )
+    if x is None or y.dtype is None or y.dtype.numpy().name not in FLOATS:
+        return "the type of what it gives is not known, or no floating-point type"
+    return "it has no axis of channels" if len(y.shape) < 2 else "its statistics do not have one number for each channel of its input"
+
+
+def _trains(node: ir.Node, opset: int) -> bool:
+    """Before opset 14 it did if it had a second output, read or not."""
+    return bool(node.attributes.get_int("training_mode", 0)) or (opset < 14 and any(value.name for value in node.outputs[1:]))
 
 
 def _chain(node: ir.Node, constants: Constants) -> Iterator[ir.Node]:
@@ -63,9 +124,9 @@ def _is_affine(node: ir.Node, constants: Constants) -> bool:
     if node.domain != "" or y.dtype is None or y.dtype.numpy().name not in FLOATS or y.shape is None or len(y.shape) < 2:
         return False  # one number, or one vector, has no channels: the scale of a quantised layer, say
     if node.op_type == "BatchNormalization":
-        used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        inference = not node.attributes.get_int("training_mode", 0) and len(used) <= 1
-        return inference and len(node.inputs) == 5 and all(constants.of(value) is not None for value in node.inputs[1:])
+        shapes = {None if (array := constants.of(value)) is None else array.shape for value in node.inputs[1:]}
+        channels = y.shape[1] if isinstance(y.shape[1], int) else None
+        return not _trains(node, constants.opset) and len(node.inputs) == 5 and len(shapes) == 1 and shapes <= {(channels,)}
     if node.op_type not in ELEMENTWISE or len(node.inputs) != 2:
         return False
     place = _place(node, constants)

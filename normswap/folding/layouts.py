@@ -2,9 +2,10 @@ r"""Operators that move values without computing new ones: where the basis of a 
 
     y[i] = x[m(i)]        a_y[i] = a_x[m(i)],  c_y[i] = c_x[m(i)]
 
-Exact for any a and c. Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Expand and Identity have one input and one output, and `forward` and
-`backward` say what becomes of an array of size 1 along the axes that share it; Slice, Gather and Split take a part; Concat puts parts
-together. Where an array varies along an axis whose size is not known, or whose elements are no longer apart, there is a Conflict.
+Exact for any a and c. Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, DepthToSpace, SpaceToDepth and Identity have one input
+and one output, and `forward` and `backward` say what becomes of an array of size 1 along the axes that share it; Slice, Gather and Split
+take a part; Concat puts parts together. Where an array varies along an axis whose size is not known, or whose elements are no longer apart,
+there is a Conflict.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding.affine import Array
-from normswap.folding.basis import Basis, Change, Conflict, Slot, called, rank_of, sizes_of
+from normswap.folding.affine import Array, called
+from normswap.folding.basis import Basis, Change, Conflict, Slot, rank_of, sizes_of
 
 Sizes = Sequence[int | str | None]
 
@@ -46,6 +47,10 @@ def _moved(node: ir.Node, array: Array, *, back: bool) -> Array:
     if node.op_type == "Transpose":
         order = list(node.attributes.get_ints("perm", ())) or list(range(len(source)))[::-1]
         return np.transpose(array, np.argsort(order) if back else order)
+    if node.op_type in ("DepthToSpace", "SpaceToDepth"):
+        return _blocks(node, array, into_space=(node.op_type == "DepthToSpace") != back)
+    if node.op_type == "Tile":
+        return _tiled(node, array, source, target, back=back)
     if node.op_type == "Expand":
         return _narrowed(node, array, source) if back else array.reshape((1,) * (len(target) - len(source)) + array.shape)
     return reshaped(array, target, source) if back else reshaped(array, source, target)
@@ -58,7 +63,38 @@ def _narrowed(node: ir.Node, array: Array, source: Sizes) -> Array:
     return array.reshape(array.shape[lead:])
 
 
-_MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Expand"}
+def _blocks(node: ir.Node, array: Array, *, into_space: bool) -> Array:
+    """Channels that become a block of b x b values in space, or the converse: those of one block are stored alike."""
+    if any(size > 1 for axis, size in enumerate(array.shape) if axis != 1):
+        raise Conflict(f"{called(node)} moves values that would have to differ in space")
+    block = node.attributes.get_int("blocksize") ** 2
+    outside = node.op_type == "SpaceToDepth" or node.attributes.get_string("mode", "DCR") == "DCR"  # the block before the channels
+    if array.size == 1:
+        return array
+    if not into_space:
+        return np.asarray(np.tile(array, (1, block, 1, 1)) if outside else np.repeat(array, block, 1))
+    parts = array.reshape((block, -1) if outside else (-1, block))
+    first = parts[:1] if outside else parts[:, :1]
+    if (parts != first).any():
+        raise Conflict(f"{called(node)} puts channels side by side that would have to be scaled or shifted differently")
+    return first.reshape(1, -1, 1, 1)
+
+
+def _tiled(node: ir.Node, array: Array, source: Sizes, target: Sizes, *, back: bool) -> Array:
+    """Several times the same along each axis."""
+    for axis, (size, whole) in enumerate(zip(source, target, strict=True)):
+        if array.shape[axis] == 1 or (size == whole and size is not None):
+            continue
+        if not (isinstance(size, int) and isinstance(whole, int)):
+            raise Conflict(f"{called(node)} repeats an axis of unknown size")
+        parts = array.reshape((*array.shape[:axis], -1, size, *array.shape[axis + 1 :]))
+        if back and (parts != parts.take([0], axis)).any():
+            raise Conflict(f"{called(node)} repeats what would have to differ")
+        array = parts.take(0, axis) if back else np.concatenate([array] * (whole // size), axis)
+    return array
+
+
+_MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"}
 
 
 def reshaped(array: Array, source: Sizes, target: Sizes) -> Array:
@@ -147,9 +183,12 @@ def _parts(node: ir.Node, change: Change) -> list[Part]:
     rank, sizes = rank_of(x), sizes_of(x)
     y = node.outputs[0]
     if node.op_type == "Slice":
-        given = (*node.inputs[1:], None, None)[:4]
+        given = (*node.inputs[1:], None, None, None, None)[:4]
         starts, ends, axes, steps = (None if v is None else constant(v) for v in given)
         computed = any(v is not None and array is None for v, array in zip(given, (starts, ends, axes, steps), strict=True))
+        if "starts" in node.attributes:  # before opset 10
+            starts, ends = (np.asarray(node.attributes.get_ints(name)) for name in ("starts", "ends"))
+            axes = np.asarray(node.attributes.get_ints("axes")) if "axes" in node.attributes else None
         if starts is None or ends is None or computed:
             raise Conflict(f"{called(node)} depends on the input")
         where = range(len(starts)) if axes is None else [int(a) % rank for a in axes]

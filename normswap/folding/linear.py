@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding.affine import Array, Constants, factor_of, fits, fits_product, only_use, precise, slices
+from normswap.folding.affine import Array, Constants, called, factor_of, fits, fits_product, only_use, precise, slices
+from normswap.folding.computed import tensor_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -96,8 +97,29 @@ def describe(node: ir.Node | None, constants: Constants) -> Linear | None:
     return makers[node.op_type](node, weight, constants) if weight is not None and weight.dtype.name in FLOATS else None
 
 
+def why_not(node: ir.Node, constants: Constants) -> str:
+    """Why one of those operators is no Linear, as a clause."""
+    weight, bias = ((*node.inputs, None)[index] for index in (1, 2))
+    name = called(node)
+    if weight is None:
+        return f"{name} has no weight"
+    array = constants.of(weight)
+    if array is None and node.op_type in ("MatMul", "Gemm"):
+        return f"{name} multiplies by {weight.name}, which {constants.why_not(weight)}"
+    if array is None:
+        return f"the weight of {name}, {weight.name}, {constants.why_not(weight)}"
+    if array.dtype.name not in FLOATS:
+        return f"the weight of {name} is of type {array.dtype.name}"
+    if node.op_type == "MatMul":
+        unknown = node.outputs[0].shape is None
+        return f"{name} gives a value of unknown rank" if unknown else f"{name} multiplies by a constant of {array.ndim} dimensions"
+    if bias is not None and constants.of(bias) is None:
+        return f"the bias of {name}, {bias.name}, {constants.why_not(bias)}"
+    return f"the bias of {name} varies along more than the channels"
+
+
 def _array(value: ir.Value) -> Array:
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = tensor_of(value)
     assert tensor is not None
     return tensor.numpy()
 

@@ -4,17 +4,20 @@ r"""What every operator asks of the bases of its inputs and its output, v = a v'
     linear (linear.py)          any; none 0 at the output   any; 0 at the input if some     W a_x / a_y,  (b + W c_x - c_y) / a_y
                                                             outputs see a border of zeros
     MatMul without a bias       the same                    c_y = W c_x                     W a_x / a_y
+    Einsum with a constant      the same (einsum.py)        c_y = W c_x                     W a_x / a_y
+    Neg                         a_y = a_x                   c_y = -c_x                      itself
     Add, Sub, Sum               all equal                   c_y = c_1 + c_2 (minus)         itself; a constant k to (k - c_k) / a_k
     Mul, Div by a constant k    a_y = a_x a_k               c_y = k c_x                     itself; k to k / a_k
     Mul of two values           a_y = a_1 a_2               all 0                           itself
     Relu                        a_y = a_x >= 0              c_y = c_x                       max(x', -c / a), itself if c = 0
-    LeakyRelu, PRelu            a_y = a_x >= 0              all 0                           itself
-    max over space              a_y = a_x >= 0              c_y = c_x                       itself
+    LeakyRelu, PRelu, Abs       a_y = a_x >= 0              all 0                           itself
+    max or min over space       a_y = a_x >= 0              c_y = c_x                       itself
     mean over space             a_y = a_x                   c_y = c_x; 0 if it counts a     itself
                                                             border of zeros
-    sum over space              a_y = a_x                   all 0                           itself
+    sum over space, CumSum      a_y = a_x                   all 0                           itself
     Resize (nearest, linear)    a_y = a_x                   c_y = c_x                       itself
-    Pad by zeros                a_y = a_x                   all 0                           itself
+    Pad                         a_y = a_x                   c_y = c_x; 0 where zeros are    itself
+                                                            added
     moving values (layouts.py)  moved likewise              moved likewise                  itself
     the affine y = s x + t      any; none 0 at y            any                             s a_x / a_y,  (s c_x + t - c_y) / a_y
       if it is gone             a_y = s a_x                 c_y = s c_x + t                 nothing
@@ -30,11 +33,38 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import layouts
-from normswap.folding.affine import Affine, Array, Constants, fits, only_use
-from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise, Slot, Use, called, close, rank_of, sizes_of, total
-from normswap.folding.linear import FLOATS, Linear, describe
+from normswap.folding import einsum, layouts
+from normswap.folding.affine import Affine, Array, Constants, called, fits, only_use
+from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise, Slot, Use, close, rank_of, sizes_of, total
+from normswap.folding.linear import FLOATS, Linear, describe, why_not
 
+NONLINEAR = frozenset(
+    (
+        *(
+            "Acos",
+            "Acosh",
+            "Asin",
+            "Asinh",
+            "Atan",
+            "Atanh",
+            "Cos",
+            "Cosh",
+            "Sin",
+            "Sinh",
+            "Tan",
+            "Tanh",
+            "Erf",
+            "Exp",
+            "Log",
+            "Pow",
+            "Sqrt",
+        ),
+        *("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Gelu", "Mish", "Elu", "Selu", "Celu", "ThresholdedRelu", "Shrink", "Clip"),
+        *("Softmax", "LogSoftmax", "Softplus", "Softsign", "Hardmax", "Reciprocal", "Sign", "Floor", "Ceil", "Round", "Mod"),
+        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "LpNormalization", "LRN"),
+        *("QuantizeLinear", "DynamicQuantizeLinear", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "ReduceSumSquare", "Attention"),
+    )
+)
 LIMIT = 64.0  # how much larger than a value its shift may be
 SHARED = 1 << 20  # bytes from which on a constant with other uses is not stored a second time
 REACH = {"float16": 2.0**6, "bfloat16": 2.0**40, "float32": 2.0**40, "float64": 2.0**200}  # how far a stored value may be scaled
@@ -49,8 +79,16 @@ def spread(node: ir.Node, change: Change) -> None:
         raise Conflict(f"{change.bases.undone[node].name} is next to it, which was rolled back")
     rule = SPREAD.get(node.op_type) if node.domain == "" else None
     if rule is None:
-        raise Conflict(f"{called(node)} is next to it, which is neither linear nor homogeneous")
+        raise Conflict(f"{called(node)} is next to it, {_what_it_is(node)}")
     return rule(node, change)
+
+
+def _what_it_is(node: ir.Node) -> str:
+    if node.domain != "":
+        return f"an operator of {node.domain} that folding does not know"
+    if node.op_type == "Dropout":
+        return "which drops values, or gives a mask that something reads"
+    return "which is neither linear nor homogeneous" if node.op_type in NONLINEAR else "an operator that no fold is known through"
 
 
 def check(node: ir.Node, change: Change) -> None:
@@ -110,7 +148,7 @@ def _extreme(scale: Array) -> float:
 def _linear(node: ir.Node, change: Change) -> None:
     layer = describe(node, change.bases.constants)
     if layer is None:
-        raise Conflict(f"{called(node)} is next to it, whose weight or bias depends on the input or on more than the channel")
+        raise Conflict(why_not(node, change.bases.constants))
     _, shift, out_scale, _ = _around(layer, change)
     if layer.border and shift.any():
         raise Conflict(f"{called(node)} sees zeros around its input, which a shift would change")
@@ -140,6 +178,8 @@ def _around(layer: Linear, change: Change) -> tuple[Array, Array, Array, Array]:
 def _sum(node: ir.Node, change: Change) -> None:
     y = node.outputs[0]
     slots = [change.bases.slot(node, index) for index in range(len(node.inputs))]
+    if node.op_type == "Sum" and change.bases.constants.opset < 8 and any(isinstance(slot, Use) for slot in slots):
+        raise Conflict(f"{called(node)} adds constants of one size only in opset {change.bases.constants.opset}")
     signs = [1.0, -1.0] if node.op_type == "Sub" else [1.0] * len(slots)
     fixed = [slot for slot in (*slots, y) if change.fixed(slot)]
     rank = rank_of(y)
@@ -215,7 +255,7 @@ def _mul(node: ir.Node, change: Change) -> None:
     y, rank = node.outputs[0], rank_of(node.outputs[0])
     values = [change.bases.constants.of(v) for v in node.inputs]
     if values[0] is not None and node.op_type == "Div":
-        raise Conflict(f"{called(node)} divides by it")
+        raise Conflict(f"{called(node)} divides a constant by it")
     where = next((i for i, value in enumerate(values) if value is not None), None)
     if where is None:
         return _product(node, slots, change)
@@ -253,8 +293,10 @@ def _trimmed(shift: Array) -> Array:
 
 def _product(node: ir.Node, slots: Sequence[Slot], change: Change) -> None:
     y, rank = node.outputs[0], rank_of(node.outputs[0])
-    if node.op_type == "Div" or slots[0] is slots[1]:
-        raise Conflict(f"{called(node)} is next to it, which is neither linear nor homogeneous")
+    if slots[0] is slots[1]:
+        raise Conflict(f"{called(node)} takes it twice")
+    if node.op_type == "Div":
+        raise Conflict(f"{called(node)} divides two values that depend on the input")
     if any(change.of(slot).shift.any() for slot in (*slots, y)):
         raise Conflict(f"{called(node)} multiplies two values, of which none may be shifted")
     scales = [_raised(change.of(slot).scale, rank) for slot in slots]
@@ -288,6 +330,8 @@ def _relu(node: ir.Node, change: Change) -> None:
     _positive(basis.scale, node)
     if basis.shift.any() and not change.thresholds:
         raise Conflict(f"{called(node)} is next to it, which a shift would move")
+    if basis.shift.any() and change.bases.constants.opset < 8:
+        raise Conflict(f"{called(node)} would become a maximum with a number per channel, which opset {change.bases.constants.opset} lacks")
     if basis.shift.any() and change.bases.blocked and basis.rank == 4:
         raise Conflict(f"{called(node)} would become a maximum, which takes longer in onnxruntime on a CPU than the norm does")
     if change.fixed(x):
@@ -311,8 +355,15 @@ def _leaky(node: ir.Node, change: Change) -> None:
     change.set(x, basis)
 
 
+def _neg(node: ir.Node, change: Change) -> None:
+    x, y = change.bases.slot(node, 0), node.outputs[0]
+    basis = change.of(x) if change.fixed(x) else change.of(y)
+    opposite = basis.shifted(-basis.shift)
+    change.set(y if change.fixed(x) else x, opposite)
+
+
 def _spatial(node: ir.Node, change: Change) -> None:
-    """Pooling, Resize, Pad: along axes 2 and up, or whatever axes of which nothing varies."""
+    """Pooling, Resize: along axes 2 and up."""
     x, y = change.bases.slot(node, 0), node.outputs[0]
     basis = change.of(x) if change.fixed(x) else change.of(y)
     if any(size > 1 for array in (basis.scale, basis.shift) for size in array.shape[2:]):
@@ -331,20 +382,43 @@ def _sees_zeros(node: ir.Node, constants: Constants) -> bool:
     if node.op_type == "AveragePool":
         padded = any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
         return bool(node.attributes.get_int("count_include_pad", 0)) and bool(padded or node.attributes.get_int("ceil_mode", 0))
-    return node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant"
+    return False
 
 
 def _pad(node: ir.Node, change: Change) -> None:
-    pads, constants = change.bases.constants.of(node.inputs[1]), change.bases.constants
-    rank = rank_of(node.outputs[0])
-    filler = constants.of(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    given = len(node.inputs) > 2 and node.inputs[2] is not None
-    axes = node.inputs[3] if len(node.inputs) > 3 else None
-    if pads is None or axes is not None or len(pads) != 2 * rank or any(pads[axis] for axis in (0, 1, rank, rank + 1)):
-        raise Conflict(f"{called(node)} works along the axis of the channels")
-    if given and (filler is None or filler.any()):
+    """Pads of less than 0 cut off; along an axis on which something varies, neither can be."""
+    constants, x, y = change.bases.constants, change.bases.slot(node, 0), node.outputs[0]
+    rank, (_, amounts, filler, where) = rank_of(y), (*node.inputs, None, None, None)[:4]
+    pads = constants.of(amounts) if amounts is not None else np.asarray(node.attributes.get_ints("pads", ()))  # opset 10 has an attribute
+    axes = list(range(rank)) if where is None else constants.of(where)
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
+        raise Conflict(f"{called(node)} depends on the input")
+    adds = bool((pads > 0).any()) and node.attributes.get_string("mode", "constant") == "constant"
+    zero = node.attributes.get_float("value", 0.0) == 0
+    if filler is not None:
+        value = constants.of(filler)
+        zero = value is not None and not value.any()
+    if adds and not zero:
         raise Conflict(f"{called(node)} fills with something else than zeros")
-    _spatial(node, change)
+    basis = change.of(x) if change.fixed(x) else change.of(y)
+    padded = {int(axis) % rank for axis, pair in zip(axes, pads.reshape(2, -1).T, strict=True) if pair.any()}
+    if any(array.shape[axis] > 1 for array in (basis.scale, basis.shift) for axis in padded):
+        raise Conflict(f"{called(node)} works along the axis of the channels")
+    if adds and basis.shift.any():
+        raise Conflict(f"{called(node)} adds zeros around its input, which a shift would change")
+    change.set(y, basis)
+    change.set(x, basis)
+
+
+def _cumsum(node: ir.Node, change: Change) -> None:
+    x, y = change.bases.slot(node, 0), node.outputs[0]
+    basis, axis = change.of(x) if change.fixed(x) else change.of(y), change.bases.constants.of(node.inputs[1])
+    if axis is None or basis.scale.shape[int(axis.reshape(()))] > 1:
+        raise Conflict(f"{called(node)} works along the axis of the channels, or one that is not known before")
+    if basis.shift.any():
+        raise Conflict(f"{called(node)} adds up a shift as often as there are values")
+    change.set(y, basis)
+    change.set(x, basis)
 
 
 def _resize(node: ir.Node, change: Change) -> None:
@@ -357,7 +431,7 @@ def _resize(node: ir.Node, change: Change) -> None:
 
 
 def _reduce(node: ir.Node, change: Change) -> None:
-    """ReduceMean, ReduceSum, ReduceMax over axes of which nothing varies."""
+    """ReduceMean, ReduceSum, ReduceMax, ReduceMin over axes of which nothing varies."""
     x, y = change.bases.slot(node, 0), node.outputs[0]
     rank = rank_of(x)
     given = change.bases.constants.of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
@@ -374,7 +448,7 @@ def _reduce(node: ir.Node, change: Change) -> None:
     else:
         inside = Basis(*(a if kept else np.expand_dims(a, tuple(axes)) for a in (change.of(y).scale, change.of(y).shift)))
         other, moved = x, inside  # type: ignore[assignment]
-    if node.op_type == "ReduceMax":
+    if node.op_type in ("ReduceMax", "ReduceMin"):
         _positive(inside.scale, node)
     if node.op_type == "ReduceSum" and inside.shift.any():
         raise Conflict(f"{called(node)} adds up a shift as often as there are values")
@@ -402,12 +476,15 @@ SPREAD: dict[str, Spread] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _linear),
     **dict.fromkeys(("Add", "Sub", "Sum"), _sum),
     **dict.fromkeys(("Mul", "Div"), _mul),
+    "Einsum": einsum.spread,
+    "Neg": _neg,
     "Relu": _relu,
-    **dict.fromkeys(("LeakyRelu", "PRelu"), _leaky),
+    **dict.fromkeys(("LeakyRelu", "PRelu", "Abs"), _leaky),
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _spatial),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax"), _reduce),
-    "Resize": _resize,
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"), _reduce),
+    **dict.fromkeys(("Resize", "Upsample"), _resize),
     "Pad": _pad,
+    "CumSum": _cumsum,
 }
 
 

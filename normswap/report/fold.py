@@ -33,6 +33,8 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
         "path": str(result.path),
         "nodes_before": dict(result.before),
         "nodes": dict(result.nodes),
+        "bytes_before": result.bytes_before,
+        "bytes": result.bytes,
         "sites": fates_json(result.sites),
         "notes": list(result.notes),
         "parity": None if result.parity is None else parity_json(result.parity),
@@ -53,6 +55,27 @@ def fold_table(result: Folded) -> Table:
     for site in result.sites:
         table.add_row(*map(Text, (site.name, WAYS[site.how], ", ".join(site.left), site.reason)))
     return table
+
+
+def operators_table(result: Folded) -> Table:
+    """How often each operator occurs before and after, as onnxslim shows it. Also where nothing was changed."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("operator", box=box.SIMPLE_HEAD)
+    for title in ("before", "after"):
+        table.add_column(title, justify="right")
+    for name in dict.fromkeys((*result.before, *result.nodes)):
+        table.add_row(*map(Text, (name, str(result.before.get(name, 0)), str(result.nodes.get(name, 0)))))
+    table.add_section()
+    table.add_row("all operators", *(str(sum(nodes.values())) for nodes in (result.before, result.nodes)))
+    table.add_row("file", *(_kilobytes(size) for size in (result.bytes_before, result.bytes)))
+    return table
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1000:,.1f} kB"
 
 
 def fold_summary(result: Folded) -> str:

@@ -1,0 +1,130 @@
+r"""The shapes of the values of a graph, as far as anything in the file tells them.
+
+ONNX's own inference comes first, and counts for more than what the file notes: notes grow old when somebody edits a graph. It ends at an
+operator of somebody else's, and at a shape that is computed at run time. There the layers know more:
+
+    Conv, ConvTranspose     have the rank of their weight, and its channels
+    Gemm                    has rank 2
+    BatchNormalization      gives what it takes, with its channels on axis 1
+    ReLU and the like       give what they take
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from normswap.folding.computed import tensor_of
+
+Size = int | str | None
+UNARY = frozenset(
+    (
+        *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Mish", "Clip", "Sigmoid", "HardSigmoid", "HardSwish"),
+        *("Tanh", "Erf", "Exp", "Sqrt", "Abs", "Neg", "Softplus", "Softsign", "Identity"),
+    )
+)
+_ROUNDS = 8  # one for each unknown operator on a path; what is further in stays unknown
+
+
+def infer(model: ir.Model) -> None:
+    """Note shape and type at every value of which they can be told; at inputs and outputs, too, whose own are the caller's to keep."""
+    declared = {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([_known(size) for size in value.shape])
+    for node in model.graph.all_nodes():
+        for value in node.outputs if node.domain == "" else ():
+            declared[value] = value.shape, value.type
+            value.shape = None
+            if not value.is_graph_output():
+                value.type = None
+    _rounds(model)
+    for value, (shape, kind) in declared.items():
+        if value.shape is None and shape is not None:
+            value.shape = ir.Shape([_known(size) for size in shape])
+        if value.type is None:
+            value.type = kind
+    _rounds(model)
+
+
+def _rounds(model: ir.Model) -> None:
+    from onnx_ir.passes import common
+
+    for _ in range(_ROUNDS):
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        new = [_by_layer(node) for node in model.graph.all_nodes() if node.domain == ""]
+        if not any(new):
+            break
+
+
+def _known(size: int | ir.SymbolicDim) -> int | str | None:
+    """A size that says something: -1 does not, nor does a name that some tools give to every free axis."""
+    if isinstance(size, int):
+        return size if size >= 0 else None
+    name = size.value
+    return name if name is not None and re.search(r"[A-Za-z0-9]", name) and name not in ("None", "none", "-1") else None
+
+
+def _by_layer(node: ir.Node) -> bool:
+    """Note what the node itself tells of the values around it. Whether anything was new."""
+    x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
+    if x is None:
+        return False
+    if node.op_type in UNARY:
+        return _alike(x, y)
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    shape = None if weight is None else _sizes(weight)
+    if weight is None or shape is None:
+        return False
+    if node.op_type == "BatchNormalization":
+        rank = len(_sizes(x) or _sizes(y) or ())
+        channels = [[None, shape[0], *[None] * (rank - 2)]] if len(shape) == 1 < rank else []
+        return _alike(x, y) | any([_meet(value, sizes) for value in (x, y) for sizes in channels])  # noqa: C419  each is to be met
+    if node.op_type == "Gemm" and len(shape) == 2:
+        ins, outs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
+        return _meet(x, [None, None if node.attributes.get_int("transA", 0) else ins]) | _meet(y, [None, outs]) | _same_type(weight, x, y)
+    if node.op_type in ("Conv", "ConvTranspose") and len(shape) > 2:
+        group, (first, second) = node.attributes.get_int("group", 1), shape[:2]
+        second = second * group if isinstance(second, int) else None
+        ins, outs = (second, first) if node.op_type == "Conv" else (first, second)
+        space = [None] * (len(shape) - 2)
+        return _meet(x, [None, ins, *space]) | _meet(y, [None, outs, *space]) | _same_type(weight, x, y)
+    return False
+
+
+def _alike(x: ir.Value, y: ir.Value) -> bool:
+    return _meet(x, _sizes(y)) | _meet(y, _sizes(x)) | _same_type(x, y)
+
+
+def _sizes(value: ir.Value) -> list[Size] | None:
+    tensor = tensor_of(value) if value.shape is None else None
+    shape = value.shape if tensor is None else ir.Shape(tensor.shape.numpy())
+    return None if shape is None else [size if isinstance(size, int) else size.value for size in shape]
+
+
+def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
+    """Note of the value what is not known of it yet."""
+    if sizes is None:
+        return False
+    own = _sizes(value)
+    if own is None:
+        value.shape = ir.Shape(sizes)
+        return True
+    if len(own) != len(sizes):
+        return False
+    merged = [known if isinstance(known, int) or not isinstance(told, int) else told for known, told in zip(own, sizes, strict=True)]
+    if merged == own:
+        return False
+    value.shape = ir.Shape(merged)
+    return True
+
+
+def _same_type(*values: ir.Value) -> bool:
+    """Let those of unknown type have that of the others."""
+    kind = next((value.type for value in values if value.type is not None and value.dtype is not None), None)
+    left = [value for value in values if value.type is None or value.dtype is None]
+    for value in left if kind is not None else ():
+        value.type = kind
+    return bool(left) and kind is not None
