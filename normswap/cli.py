@@ -115,8 +115,13 @@ TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
 ]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let a pickle run any code it wants. Only for files you would run as a program.")
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        "--trust-pickle",
+        help="Let SRC run any code it wants, as a .pt2 must; for files that you would run as a program. --trust-pickle is the old name.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -170,7 +175,7 @@ def convert(
     fp16: Fp16 = False,
     external_data: ExternalData = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -198,7 +203,7 @@ def convert(
             onnx=onnx,
             export_options=_export_options(target, opset, dynamic, fp16, external_data),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -216,7 +221,7 @@ def inspect(
     exclude: Exclude = None,
     rules: Rules = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -235,7 +240,7 @@ def inspect(
             exclude=exclude or (),
             rules=rules or (),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
         )
     if as_json:
         _print_json(report.json())
@@ -253,7 +258,7 @@ def verify(
         float | None, typer.Option(metavar="X", help="Largest max|difference| / max|reference| that passes; default: by precision.")
     ] = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -272,7 +277,7 @@ def verify(
             inputs=inputs or (),
             tolerance=tolerance,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust_pickle=trust,
         )
     if as_json:
         _print_json(parity_json(parity))
@@ -294,7 +299,7 @@ def export(
     fp16: Fp16 = False,
     external_data: ExternalData = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -312,7 +317,7 @@ def export(
             inputs=inputs or (),
             arch=arch,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             **_export_options(target, opset, dynamic, fp16, external_data),
         )
     if as_json:
@@ -352,7 +357,7 @@ def revert(
     skip: Annotated[bool, typer.Option("--skip", help="Leave layers as they are whose originals were not recorded.")] = False,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Give a converted model its BatchNorm back.
@@ -362,7 +367,7 @@ def revert(
     with _work(debug):
         from normswap.commands.revert import revert_files
 
-        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
+        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust=trust)
     typer.echo(f"wrote {path}")
 
 
@@ -397,7 +402,7 @@ def sensitivity(
         Path | None, typer.Option(metavar="FILE", help="Keep what was measured in FILE, and measure nothing again that is in it.")
     ] = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -423,7 +428,7 @@ def sensitivity(
             rules=rules or (),
             resume=resume,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -473,7 +478,7 @@ def landscape(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg, .png or .pdf file. Needs matplotlib.")] = None,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -497,7 +502,7 @@ def landscape(
             plot=plot,
             arch=arch,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:

@@ -215,9 +215,9 @@ WRONG = Parity((Difference("output", "example", 1.0, 0.5, 0.5, 0, 1e-7, 1e-6),))
         (UsageError("no input", hint="give --input"), 2, "error: no input\nhint: give --input\n"),
         (LoadError("model.pt is empty"), 1, "error: model.pt is empty\n"),
         (
-            UnsafePickleError("it wants to run os.system", hint="--trust-pickle"),
+            UnsafePickleError("it wants to run os.system", hint="--trust"),
             1,
-            "error: it wants to run os.system\nhint: --trust-pickle\n",
+            "error: it wants to run os.system\nhint: --trust\n",
         ),
         (ParityError("not the same function", parity=WRONG), 3, "error: not the same function\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.pt"), 1, "error: out/model.pt: No space left on device\n"),

@@ -43,6 +43,7 @@ def load(
     *,
     rules: Sequence[Rule] | None = None,
     trust_packages: Sequence[str] = (),
+    trust: bool = False,
     trust_pickle: bool = False,
 ) -> nn.Module | ExportedProgram:
     """The converted model in `directory`.
@@ -56,14 +57,14 @@ def load(
     recipe = read_recipe(directory)
     if factory is None and recipe.module is not None:
         try:
-            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust=trust).model
         except UnsafePickleError as error:
             if f"{graphs.__name__}.{graphs._rebuild.__name__}" not in error.wanted:
                 raise
             raise UnsafePickleError(
                 f"{directory / recipe.module} carries code, as a norm was replaced in the code of one of its modules",
                 hint="--arch package.module:factory (factory=... in Python) with what builds the original model reads the weights instead; "
-                "or --trust-pickle, if you trust whoever made this file with everything on this account",
+                "or --trust, if you trust whoever made this file with everything on this account",
                 wanted=error.wanted,
             ) from error
     if factory is None and recipe.factory is None:

@@ -29,7 +29,7 @@ def landscape_files(
     plot: Path | None = None,
     arch: str | None = None,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Landscape:
     """`landscape` for the command line, before and after a swap.
@@ -42,7 +42,7 @@ def landscape_files(
     if data is None:
         raise UsageError("a landscape is measured on data, and none were given", hint="--data: batches (x, y)")
     batches = batches_of(data)
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
     found = landscape(
         dict(_forms(model, forms, batches)),  # type: ignore[arg-type]  # a program: that is refused there
         batches,

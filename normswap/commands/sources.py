@@ -23,11 +23,14 @@ def factory_of(arch: str | None) -> Callable[[], nn.Module] | None:
     return None if arch is None else lambda: build(arch)
 
 
-def load_any(source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False) -> Model:
-    """The model of a converted directory, or of anything that `load.py` reads."""
+def load_any(
+    source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust: bool = False, trust_pickle: bool = False
+) -> Model:
+    """The model of a converted directory, or of anything that `load.py` reads. trust_pickle: the old name of trust."""
+    trust = trust or trust_pickle
     if Path(source).is_dir():
-        return load(source, factory_of(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
-    return load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        return load(source, factory_of(arch), trust_packages=trust_packages, trust=trust)
+    return load_source(source, arch=arch, trust_packages=trust_packages, trust=trust).model
 
 
 def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:
