@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import nn
 
-from normswap import pickles
+from normswap import pickles, wellformed
 from normswap.errors import LoadError, UsageError, described, first_line
 from normswap.specs import SPEC, make_working_directory_importable
 
@@ -305,7 +305,11 @@ def _read(path: Path, trust_packages: Sequence[str], trust: bool) -> Any:
         if trust_packages or trust:
             make_working_directory_importable()
         found = _trusted(file, path.name) if trust else pickles.read(file, path.name, trust_packages=trust_packages)
-    return found if isinstance(found, nn.Module) else _state_dict(found, path.name)
+    if not isinstance(found, nn.Module):
+        found = _state_dict(found, path.name)
+    if isinstance(found, nn.Module) and (problem := wellformed.problem_of_file(found)) is not None:
+        raise LoadError(f"{path.name} {problem[0]}", hint=problem[1] or "save the model again with torch.save(model, path)")
+    return found
 
 
 def _zip_names(file: IO[bytes]) -> list[str]:

@@ -30,9 +30,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "calls": frozenset({"functional", "graphs"}),
     "call_sites": frozenset({"calls", "errors", "graphs", "plan", "sharing"}),
     "interrupts": NOTHING,
-    "outputs": frozenset({"errors", "interrupts"}),
+    "wellformed": NOTHING,
+    "external_data": frozenset({"errors"}),
+    "outputs": frozenset({"errors", "interrupts", "external_data"}),
     "specs": frozenset({"errors"}),
-    "exported": frozenset({"errors", "inputs"}),
+    "exported": frozenset({"errors", "inputs", "wellformed"}),
     "sharing": frozenset({"errors"}),
     "inputs": frozenset({"errors"}),
     "pickles": frozenset({"errors"}),
@@ -52,7 +54,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"precision", "onnx_file"},
     "rules": STAGE | {"calls", "precision", "specs"},
-    "load": STAGE | {"pickles", "specs"},
+    "load": STAGE | {"pickles", "specs", "wellformed"},
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
     "traps": frozenset({"functional", "graphs"}),
@@ -85,7 +87,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback"},
+    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback", "external_data"},
     "cli": frozenset(
         {"errors", "commands", "interrupts", "report", "versions"}
     ),  # report: `verify` has a Parity to show and no Report around it

@@ -66,6 +66,7 @@ def tensor(*, size: int = 3, stride: int = 1, numel: int = 3, key: str = "0", ho
 def module(path: str = "torch.nn.modules.activation.ReLU", **extra: bytes) -> bytes:
     """A whole module, so that what is refused is the extra."""
     state = {"training": b"\x88", "_parameters": b"}", "_buffers": b"}", "_modules": b"}", "inplace": b"\x89"}
+    state |= {hooks: ordered() for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")}
     return new(path, **(state | extra))
 
 
