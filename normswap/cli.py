@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap import interrupts
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, shown
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PARITY_FAILED = 3
@@ -267,9 +268,12 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
+        from normswap.commands.sources import check_onnx
         from normswap.commands.verify import verify_files
         from normswap.report.parity import parity_json, parity_summary, parity_table
 
+        for side in (reference, candidate):
+            check_onnx(side)
         parity = verify_files(
             reference,
             candidate,
@@ -323,7 +327,7 @@ def export(
     if as_json:
         _print_json(export_json(result))
     else:
-        typer.echo(export_summary(result))
+        _say(export_summary(result))
 
 
 @app.command()
@@ -368,7 +372,7 @@ def revert(
         from normswap.commands.revert import revert_files
 
         path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust=trust)
-    typer.echo(f"wrote {path}")
+    _say(f"wrote {path}")
 
 
 class By(str, Enum):
@@ -552,9 +556,9 @@ def _work(debug: bool) -> Iterator[Progress]:
 
 def _fail(*lines: str, code: int, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        _say(traceback.format_exc(), err=True)
     for line in filter(None, lines):
-        typer.echo(line, err=True)
+        _say(line, err=True)
     raise typer.Exit(code) from None
 
 
@@ -574,26 +578,23 @@ def _stage(console: Console, stage: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def bar() -> Bar:
-        return Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    with contextlib.ExitStack() as shown:  # one at a time: the spinner, or the bar
-        shown.enter_context(console.status(f"{stage} ..."))
+    with contextlib.ExitStack() as visible:  # one at a time: the spinner, or the bar
+        visible.enter_context(console.status(f"{stage} ..."))
         running: list[Bar] = []
 
         def advance(done: int, total: int) -> None:
             if not running:
-                shown.close()
-                running.append(bar())
+                visible.close()
+                running.append(Bar(*columns, console=console, transient=True))
                 running[0].add_task(f"{stage}: calibration", total=total)
-                shown.enter_context(running[0])
+                visible.enter_context(running[0])
             running[0].update(running[0].task_ids[0], completed=done, total=total)
             if done >= total:
                 running.clear()
-                shown.close()
-                shown.enter_context(console.status(f"{stage} ..."))
+                visible.close()
+                visible.enter_context(console.status(f"{stage} ..."))
 
         yield advance
 
@@ -608,7 +609,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
-    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, progress.TaskID] = {}
 
@@ -616,7 +622,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             for other in [name for name in tasks if name != stage]:
                 bar.remove_task(tasks.pop(other))
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
+                tasks[stage] = bar.add_task(shown(stage, line=True))
             bar.update(tasks[stage], completed=done, total=total)
 
         yield show
@@ -628,11 +634,25 @@ def _print_json(result: dict[str, Any]) -> None:
 
 def _print_table(table: Table, *lines: str, second: Table | None = None) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
     for each in (table, second):
         if each is not None and each.row_count:
+            for column in each.columns:
+                column._cells = [Text(shown(cell.plain, line=True), style=cell.style) for cell in map(_text, column._cells)]
             console.print(each)
-    typer.echo("\n".join(lines))
+    _say("\n".join(lines))
+
+
+def _text(cell: RenderableType) -> Text:
+    """A str is not read as markup: it may hold the name of a layer."""
+    from rich.text import Text
+
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    typer.echo(shown(text), err=err)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from normswap import pickles, wellformed
-from normswap.errors import LoadError, UsageError, described, first_line
+from normswap.errors import LoadError, UsageError, described, first_line, shown
 from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
@@ -446,7 +446,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _few(items: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(items[:limit]) + (f" ... and {len(items) - limit} more" if len(items) > limit else "")
+    return ", ".join(shown(item, line=True) for item in items[:limit]) + (
+        f" ... and {len(items) - limit} more" if len(items) > limit else ""
+    )
 
 
 def _a(thing: Any) -> str:

@@ -141,10 +141,10 @@ def _scratch(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(path)
         made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-        lock = _lock(made)
-        partial = made.with_suffix(".partial")
-        made.rename(partial)  # from here on another run would remove it, if it were not locked
+    partial, lock = made.with_suffix(".partial"), _lock(made)
     try:
+        with writing(str(path)):
+            made.rename(partial)  # from here on another run would remove it, if it were not locked
         yield partial
     except OSError as error:
         if error.filename is None or partial not in Path(os.fsdecode(error.filename)).parents:
@@ -152,7 +152,8 @@ def _scratch(path: Path) -> Iterator[Path]:
         with writing(Path(os.fsdecode(error.filename)).name):
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for directory in (made, partial):
+            shutil.rmtree(directory, ignore_errors=True)
         _unlock(lock)
 
 

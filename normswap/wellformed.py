@@ -29,9 +29,9 @@ def problem(model: nn.Module) -> tuple[str, str | None] | None:
     for where, module in model.named_modules():
         tensors = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
         for kind, names in (
-            ("layer", module._modules),
-            ("parameter", module._parameters),
-            ("buffer", module._buffers),
+            ("layer", module._modules.keys()),  # those of torch.jit have little else of a dict
+            ("parameter", module._parameters.keys()),
+            ("buffer", module._buffers.keys()),
             ("tensor", tensors),
         ):
             for name in names:
@@ -117,7 +117,7 @@ def _nesting(model: nn.Module) -> str | None:
     while stack:
         module, done = stack.pop()
         key = id(module)
-        children = [child for child in module._modules.values() if child is not None]
+        children = [child for _, child in module._modules.items() if child is not None]
         if done:
             open_.discard(key)
             depths[key] = 1 + max((depths[id(child)] for child in children), default=0)

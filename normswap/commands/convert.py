@@ -155,8 +155,10 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
     model, name = conversion.model, None
     if isinstance(model, ExportedProgram):
         name = "model.pt2"
-        torch.export.save(model, directory / name)
+        with outputs.writing(name):
+            torch.export.save(model, directory / name)
     elif form == "module":
         name = "model.pt"
-        torch.save(model, directory / name)
+        with outputs.writing(name):
+            torch.save(model, directory / name)
     save(as_module(model), directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))

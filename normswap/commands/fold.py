@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from normswap import outputs
+from normswap import external_data, outputs
 from normswap.commands.onnx_legs import attempt_of, check_legs, clear, last_word, legs_of
 from normswap.errors import ExportError, UsageError
 from normswap.fold import Folded, fold
@@ -23,6 +23,8 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
     """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
     given = parse(inputs) if inputs else None
     path = Path(source)
+    if path.is_file():
+        external_data.check(path)
 
     @functools.cache
     def judged(taps: tuple[Tap, ...]) -> Judgement:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normswap import pipeline
+from normswap import outputs, pipeline
 from normswap.commands.options import batches_of, function_of
 from normswap.commands.sources import Model, load_any
 from normswap.errors import UsageError
@@ -53,7 +53,8 @@ def landscape_files(
         progress=progress,
     )
     if plot is not None:
-        found.plot(plot)
+        with outputs.file(plot) as partial, outputs.writing(str(plot)):
+            found.plot(partial)
     return found
 
 

@@ -38,7 +38,7 @@ def revert_files(
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
     pipeline.check(verify(converted, model, inputs_of(source, converted)))
-    with outputs.file(output) as partial:
+    with outputs.file(output) as partial, outputs.writing(str(output)):
         if output.suffix == ".safetensors":
             from safetensors.torch import save_model
 
