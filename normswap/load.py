@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import nn
 
-from normswap import pickles, wellformed
+from normswap import archives, pickles, saved_transformers, wellformed
 from normswap.errors import LoadError, UsageError, described, first_line, shown
 from normswap.specs import SPEC, make_working_directory_importable
 
@@ -138,6 +138,15 @@ def _transformers(directory: str) -> nn.Module:
             f"{directory} is not a directory that transformers saved: it has no config.json",
             hint="hf: takes a local directory, as model.save_pretrained(DIRECTORY) writes it; nothing is fetched from the hub",
         )
+    try:
+        asks = saved_transformers.problem(path)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{directory} cannot be read: {first_line(error)}", hint="copy it, or save it again") from error
+    asks = asks or next(
+        (f"is not read: in {file.name}, {why}" for file in sorted(path.glob("*.bin")) if (why := archives.problem(file))), None
+    )
+    if asks is not None:
+        raise LoadError(f"{directory} {asks}", hint="save the model alone: model.save_pretrained(DIRECTORY)")
     transformers = _import("transformers", "hf:")
     bars = transformers.utils.logging.is_progress_bar_enabled()
     try:
@@ -146,10 +155,10 @@ def _transformers(directory: str) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             # The class that was saved, not the bare AutoModel: that one would silently lose the head
             name = (config.architectures or ["AutoModel"])[0]
-            cls = getattr(transformers, name, None)
-            if not (isinstance(cls, type) and hasattr(cls, "from_pretrained")):
+            cls: Any = getattr(transformers, name, None)
+            if not (isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or cls is transformers.AutoModel)):
                 raise LoadError(f"{directory} holds a {name}, which the installed transformers {transformers.__version__} does not have")
-            model, report = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
+            model, report = cls.from_pretrained(path, local_files_only=True, output_loading_info=True, trust_remote_code=False)
     except LoadError:
         raise
     except Exception as error:
