@@ -156,7 +156,8 @@ def _transformers(directory: str) -> nn.Module:
             # The class that was saved, not the bare AutoModel: that one would silently lose the head
             name = (config.architectures or ["AutoModel"])[0]
             cls: Any = getattr(transformers, name, None)
-            if not (isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or cls is transformers.AutoModel)):
+            is_model = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or cls is transformers.AutoModel)
+            if not is_model:
                 raise LoadError(f"{directory} holds a {name}, which the installed transformers {transformers.__version__} does not have")
             model, report = cls.from_pretrained(path, local_files_only=True, output_loading_info=True, trust_remote_code=False)
     except LoadError:

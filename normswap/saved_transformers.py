@@ -14,7 +14,7 @@ _WEIGHTS = "transformers_weights"  # the key under which the name of a file stan
 
 
 def problem(directory: Path) -> str | None:
-    """What it asks for, going on from the name of the directory; None if that is nothing. Raises OSError, ValueError for a broken config."""
+    """What it asks for, going on from the name of the directory; None if that is nothing. Raises as `read_json` does."""
     config = read_json(directory / "config.json")
     if not isinstance(config, Mapping):
         return "has a config.json that is no JSON object"
