@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 def check(path: Path) -> None:
     """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor anywhere but in a file beside it or below."""
-    for location in dict.fromkeys(_locations(_read(path))):
+    proto = _read(path)
+    for tensor in _tensors(proto):
+        wrong = [f"{e.key} {e.value!a:.60}" for e in tensor.external_data if e.key in ("offset", "length") and not e.value.isdecimal()]
+        if tensor.data_type not in type(tensor).DataType.values():
+            wrong.append(f"type {tensor.data_type}")
+        if wrong:
+            raise LoadError(f"{path.name} has a tensor {tensor.name!a:.60} with {wrong[0]}", hint="write it again from its source")
+    for location in dict.fromkeys(_locations(proto)):
         why = _why_not(path.parent, location)
         if why is not None:
             raise LoadError(

@@ -187,6 +187,8 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    if not (directory / WEIGHTS).is_file():  # a pipe would be waited for
+        raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
     _take_modes(model, recipe)
     found = {site["name"]: site for site in sites_of(model)}
     for site in recipe.sites:

@@ -156,7 +156,7 @@ def _of_norm(module: nn.Module) -> str | None:
         if value is None and (name == "momentum" or (name == "eps" and isinstance(module, nn.RMSNorm))):
             continue
         fits = isinstance(value, kind) or (kind is float and type(value) is int)
-        if not fits or (kind is float and not _finite(value)):
+        if not fits or (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
             return f"without {name}" if value is _Missing else f"with {name} {shown(value)}"
     for name in (*parameters, *buffers):
         if name not in (module._parameters if name in parameters else module._buffers):
@@ -173,10 +173,3 @@ def _of_norm(module: nn.Module) -> str | None:
 
 class _Missing:
     pass
-
-
-def _finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
