@@ -10,7 +10,6 @@ Each file of `fixtures/hostile.py` gets the commands that a user might run on it
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import random
@@ -18,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,9 +35,11 @@ from normswap import outputs
 from normswap.commands.convert import convert_files
 from normswap.commands.fold import fold_file
 from normswap.commands.revert import revert_files
+from normswap.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW = ROOT / "docs/hostile.json"
+RAW, PAGE = ROOT / "docs/hostile.json", ROOT / "docs/limits.md"
+BEGIN, END = "<!-- begin: python -m benchmarks.hostile -->", "<!-- end: python -m benchmarks.hostile -->"
 
 
 def prepared(workspace: Path) -> Path:
@@ -81,8 +83,9 @@ def files(workspace: Path, canary: Path, word: str = "") -> list[dict[str, Any]]
     return rows
 
 
-# -- kills ---------------------------------------------------------------------------------------------------------------------------------
+# -- kills --------------------------------------------------------------------------------------------------------------------------------
 
+OLD, NEW = 3, 4  # seeds
 AT_RANDOM = 12  # kills at random times, for each command
 SEED = 7
 
@@ -124,6 +127,7 @@ def export(path: Path, seed: int) -> None:
 
 
 def net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     return randomise(nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 64, 3)), seed).eval()
 
 
@@ -160,57 +164,140 @@ WRITERS = (
 )
 
 
+@dataclass
+class Trial:
+    """One command over one result, killed as often as there are steps, and some times more."""
+
+    writer: Writer
+    finished: Path | None  # a directory with what it replaces
+    place: Path
+    old: object
+    new: object
+
+    def __post_init__(self) -> None:
+        self.row: dict[str, Any] = {"command": self.writer.command, "over": "nothing" if self.finished is None else "an old result"}
+        self.row |= {"kills": 0, "old": 0, "new": 0, "partial": 0, "lost": 0, "left": 0}
+
+    def kill(self, kill: Callable[[Callable[[], object]], bool]) -> bool:
+        """Whether it was killed before it ended; if so, what is there is counted."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        if self.finished is None:
+            self.place.mkdir()
+        else:
+            shutil.copytree(self.finished, self.place)
+        path = self.place / self.writer.name
+        if not kill(lambda: self.writer.make(path, NEW)):
+            return False
+        self.row["kills"] += 1
+        self.row[self._found(path)] += 1
+        with outputs._scratch(path):  # what the next run does first
+            pass
+        self.row["left"] += sum(entry.name.startswith(".") for entry in self.place.iterdir())
+        return True
+
+    def _found(self, path: Path) -> str:
+        try:
+            state = self.writer.state(path)
+        except Exception:  # whatever a half-written file makes its reader raise
+            return "partial"
+        if state == self.new:
+            return "new"
+        if state == self.old:
+            return "old"
+        return "lost" if state is None else "partial"
+
+    def steps(self) -> None:
+        step = 1
+        while self.kill(lambda action: sandbox.killed_at(step, action, self.place)):  # noqa: B023  called at once
+            step += 1
+
+    def at_random(self, dice: random.Random, seconds: float) -> None:
+        for _ in range(AT_RANDOM):
+            self.kill(lambda action: sandbox.killed_after(dice.uniform(0, seconds), action))
+
+
 def kills(workspace: Path) -> list[dict[str, Any]]:
     """One row for each command, over an old result and where there is none."""
     dice = random.Random(SEED)
-    for seed in (3, 4):
+    for seed in (OLD, NEW):
         torch.save(net(seed), workspace / f"net{seed}.pt")
         convert_files(str(workspace / f"net{seed}.pt"), workspace / f"converted{seed}", inputs=[hostile.INPUT], onnx=False)
-        torch.onnx.export(
-            net(seed), (torch.randn(2, 3, 7, 6),), workspace / f"net{seed}.onnx", dynamo=True, verbose=False, external_data=False
-        )
+        exported = workspace / f"net{seed}.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(net(seed), (torch.randn(2, 3, 7, 6),), exported, dynamo=True, verbose=False, external_data=False)
     rows = []
     for writer in WRITERS:
-        finished: dict[int, Path] = {}
-        for seed in (3, 4):
-            finished[seed] = workspace / f"{writer.command}{seed}"
-            finished[seed].mkdir()
+        finished = {seed: workspace / f"{writer.command}{seed}" for seed in (OLD, NEW)}
+        for seed, directory in finished.items():
+            directory.mkdir()
             started = time.perf_counter()
-            writer.make(finished[seed] / writer.name, seed)
+            writer.make(directory / writer.name, seed)
             seconds = time.perf_counter() - started
-        old, new = (writer.state(finished[seed] / writer.name) for seed in (3, 4))
+        old, new = (writer.state(directory / writer.name) for directory in finished.values())
         assert old != new
-        for existing in (True, False):
-            row: dict[str, Any] = {"command": writer.command, "over": "an old result" if existing else "nothing"}
-            row |= {"kills": 0, "old": 0, "new": 0, "partial": 0, "lost": 0, "left": 0}
-
-            def attempt(kill: Callable[[Callable[[], object], Path], bool], writer: Writer = writer, existing: bool = existing) -> bool:
-                place = workspace / "place"
-                shutil.rmtree(place, ignore_errors=True)
-                shutil.copytree(finished[3], place) if existing else place.mkdir()
-                path = place / writer.name
-                killed = kill(lambda: writer.make(path, 4), place)
-                try:
-                    state = writer.state(path)
-                except Exception:
-                    state = "partial"
-                word = "new" if state == new else "old" if state == (old if existing else None) else "lost" if state is None else "partial"
-                if killed:
-                    row["kills"] += 1
-                    row[word] += 1
-                    with contextlib.suppress(Exception), outputs._scratch(path):  # what the next run does first
-                        pass
-                    row["left"] += sum(entry.name.startswith(".") for entry in place.iterdir())
-                return killed
-
-            step = 1
-            while attempt(lambda action, place, step=step: sandbox.killed_at(step, action, place)):
-                step += 1
-            for _ in range(AT_RANDOM):
-                attempt(lambda action, place: sandbox.killed_after(dice.uniform(0, 1.1 * seconds), action))
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+        for trial in (
+            Trial(writer, finished[OLD], workspace / "place", old, new),
+            Trial(writer, None, workspace / "place", None, new),
+        ):
+            trial.steps()
+            trial.at_random(dice, 1.1 * seconds)
+            rows.append(trial.row)
+            print(json.dumps(trial.row), file=sys.stderr, flush=True)
     return rows
+
+
+# -- what is committed --------------------------------------------------------------------------------------------------------------------
+
+COUNTS = ("ran", "imported", "wrote", "leaked", "tracebacks", "unexpected", "obeyed", "died")
+
+
+def summary(rows: list[dict[str, Any]], killed: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = [row for row in rows if not row["innocent"]]
+    return {
+        "files": len(bad),
+        "kinds": len({row["kind"] for row in bad}),
+        "commands": sum(len(row["codes"]) for row in bad),
+        **{name: sum(name in row["bad"] for row in bad) for name in COUNTS},
+        "largest memory, MiB": max(row["memory"] for row in bad) >> 20,
+        "innocent files": len(rows) - len(bad),
+        "innocent files refused": sum(bool(row["bad"]) for row in rows if row["innocent"]),
+        **{name: sum(row[name] for row in killed) for name in ("kills", "old", "new", "partial", "lost", "left")},
+    }
+
+
+def table(rows: list[dict[str, Any]], killed: list[dict[str, Any]]) -> str:
+    found = summary(rows, killed)
+    areas = Counter(row["kind"].partition(":")[0] for row in rows if not row["innocent"])
+    kinds = {area: len({row["kind"] for row in rows if row["kind"].partition(":")[0] == area and not row["innocent"]}) for area in areas}
+    lines = ["| what | files | kinds |", "|---|---|---|", *(f"| {area} | {count} | {kinds[area]} |" for area, count in areas.items())]
+    lines += [f"| **all** | {found['files']} | {found['kinds']} |", ""]
+    lines += ["| of these | |", "|---|---|"]
+    words = {
+        "ran": "ran something, or reached for the network",
+        "imported": "had something imported that is no part of torch, torchvision, timm, transformers",
+        "wrote": "wrote outside the output",
+        "leaked": "put another file's bytes into the output",
+        "tracebacks": "ended in a traceback",
+        "unexpected": "ended in an error that normswap did not expect",
+        "obeyed": "printed what a terminal obeys",
+        "died": "crashed, or ran for more than 2 minutes",
+        "largest memory, MiB": "took more memory than innocent ones: at most, in MiB",
+    }
+    lines += [f"| {text} | {found[name]} |" for name, text in words.items()]
+    lines += [
+        f"| innocent files that look like them | {found['innocent files']} |",
+        f"| ... refused | {found['innocent files refused']} |",
+        "",
+    ]
+    lines += [
+        "| killed | over | kills | the old one is there | the new one | a part | nothing that was there |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        "| " + " | ".join(str(row[key]) for key in ("command", "over", "kills", "old", "new", "partial", "lost")) + " |" for row in killed
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -220,9 +307,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         workspace = Path(directory)
         canary = prepared(workspace)
-        killed = kills(workspace)
         rows = files(workspace, canary, asked.only)
-    print(Counter(key for row in rows for key in row["bad"]), len(rows), max(row["memory"] for row in rows) >> 20)
+        if asked.only:
+            return
+        killed = kills(workspace)
+    print(table(rows, killed))
+    told = [{key: row[key] for key in ("kind", "name", "innocent", "codes", "bad")} for row in rows]
+    content = {"summary": summary(rows, killed), "files": told, "kills": killed, "versions": versions()}
+    RAW.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows, killed)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -139,12 +139,11 @@ def _scratch(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path`. What earlier runs for the same name left, as they were killed, is removed."""
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(path)
-        made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-    partial, lock = made.with_suffix(".partial"), _lock(made)
+        with _alone_in(path.parent):  # so that no other run takes this one for dead before it is locked
+            _remove_left_over(path)
+            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+            lock = _lock(partial)
     try:
-        with writing(str(path)):
-            made.rename(partial)  # from here on another run would remove it, if it were not locked
         yield partial
     except OSError as error:
         if error.filename is None or partial not in Path(os.fsdecode(error.filename)).parents:
@@ -152,13 +151,13 @@ def _scratch(path: Path) -> Iterator[Path]:
         with writing(Path(os.fsdecode(error.filename)).name):
             raise
     finally:
-        for directory in (made, partial):
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         _unlock(lock)
 
 
 def _remove_left_over(path: Path) -> None:
-    for entry in _left_over(path, "partial"):
+    aside = _left_over(path, "old") if os.path.lexists(path) else []
+    for entry in (*_left_over(path, "partial"), *aside):
         if (lock := _lock(entry)) is not None:
             shutil.rmtree(entry, ignore_errors=True)
             _unlock(lock)
