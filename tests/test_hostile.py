@@ -1,4 +1,4 @@
-"""A sample of the files that were made to do harm, and the innocent ones that look like them. `python -m benchmarks.hostile` runs them all."""
+"""A sample of the files that were made to do harm, and innocent ones like them. `python -m benchmarks.hostile` runs them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE = {
     "pickle: a name of a layer": "a carriage return",
     "pickle: a name of a parameter": "a quotation mark",
     "pickle: inside itself": "through another",
-    "pickle: too deep": "5,000 layers",
+    "pickle: too deep": "1,000 layers",
     "pickle: too many names": "2^40",
     "pickle: a bomb of tuples": "as an attribute",
     "pickle: values inside values": "tuples",
@@ -29,7 +29,6 @@ SAMPLE = {
     "safetensors: names": "lines",
     "onnx: weights elsewhere": "..",
     "onnx: weights through a link": "a directory",
-    "onnx: names": "escapes",
     "onnx: types": "of no number",
     "input: pickled objects": ".npy",
     "recipe: a factory": f"{hostile.CANARY}:build",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import shutil
 import sys
@@ -208,6 +209,68 @@ def test_transformers_directory_keeps_its_head(tmp_path: Path, capfd: pytest.Cap
     weights.pop("classifier.1.weight")
     safetensors.torch.save_file(weights, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
     assert "lacks weights of ResNetForImageClassification: classifier.1.weight" in fails(f"hf:{tmp_path / 'saved'}")
+
+
+CONFIG = '{"architectures": ["ResNetModel"], "model_type": "resnet"}'
+ASKS: dict[str, tuple[str, str, str]] = {
+    "a kernel": (
+        "config.json",
+        '{"_attn_implementation": "evil/kernel"}',
+        "a kernel from the hub: _attn_implementation is 'evil/kernel'",
+    ),
+    "a kernel of a part": (
+        "config.json",
+        '{"text_config": {"attn_implementation": {"a": "x:y"}}}',
+        "asks for a kernel from the hub: attn_implementation is {'a': 'x:y'}",
+    ),
+    "another model": (
+        "config.json",
+        '{"backbone": "hf-hub:evil/repo"}',
+        "another model, to be fetched: backbone is 'hf-hub:evil/repo'",
+    ),
+    "weights elsewhere": (
+        "config.json",
+        '{"transformers_weights": "../w.bin"}',
+        "weights in '../w.bin', which is not a file in it",
+    ),
+    "no names": ("config.json", '{"architectures": [7]}', "has a config.json whose architectures are not names of classes"),
+    "a path": ("config.json", '{"architectures": ["utils.hub"]}', "has a config.json whose architectures are not names of classes"),
+    "a list": ("config.json", "[]", "has a config.json that is no JSON object"),
+    "nothing": ("config.json", "[" * 200_000, "cannot be read: it is nested too deeply"),
+    "an adapter": ("adapter_config.json", "{}", "holds an adapter (adapter_config.json)"),
+    "shards elsewhere": (
+        "model.safetensors.index.json",
+        '{"weight_map": {"a": "m-1.safetensors", "b": "/etc/x"}}',
+        "keeps weights in '/etc/x', which is not a file in it",
+    ),
+    "an index of nothing": ("pytorch_model.bin.index.json", "[]", "has an pytorch_model.bin.index.json without a weight_map"),
+}
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_a_directory_that_asks_for_more_than_is_in_it(what: str, tmp_path: Path) -> None:
+    name, content, text = ASKS[what]
+    (tmp_path / "config.json").write_text(CONFIG)
+    (tmp_path / name).write_text(content)
+    assert text in fails(f"hf:{tmp_path}")
+
+
+def test_a_directory_with_code_gives_the_model_of_transformers(tmp_path: Path) -> None:
+    """Never the code: neither where transformers knows the class, nor where it does not, nor where only the code does."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    code = {"AutoConfig": "modeling_evil.Config", "AutoModel": "modeling_evil.Evil"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": code, "attn_implementation": "eager"}))
+    assert type(load(f"hf:{tmp_path}").model) is transformers.ResNetModel
+    for change in ({"architectures": ["Evil"]}, {"architectures": ["AutoModelForCausalLM"]}, {"architectures": ["AutoTokenizer"]}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": code} | change))
+        assert f"holds a {change['architectures'][0]}, which the installed transformers" in fails(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": "evil", "architectures": None}))
+    assert "transformers cannot load" in fails(f"hf:{tmp_path}")
+    assert not (tmp_path / "ran").exists()
 
 
 # --- state dicts --------------------------------------------------------------------------------------------------------------------
