@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap import interrupts
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, shown
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PARITY_FAILED = 3
@@ -120,8 +121,13 @@ TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
 ]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let a pickle run any code it wants. Only for files you would run as a program.")
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        "--trust-pickle",
+        help="Let SRC run any code it wants, as a .pt2 must; for files that you would run as a program. --trust-pickle is the old name.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -176,7 +182,7 @@ def convert(
     external_data: ExternalData = False,
     thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -204,7 +210,7 @@ def convert(
             onnx=onnx,
             export_options=_export_options(target, opset, dynamic, fp16, external_data, thorough),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -222,7 +228,7 @@ def inspect(
     exclude: Exclude = None,
     rules: Rules = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -241,7 +247,7 @@ def inspect(
             exclude=exclude or (),
             rules=rules or (),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
         )
     if as_json:
         _print_json(report.json())
@@ -260,7 +266,7 @@ def verify(
     ] = None,
     thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -269,9 +275,12 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
+        from normswap.commands.sources import check_onnx
         from normswap.commands.verify import verify_files
         from normswap.report.parity import parity_json, parity_summary, parity_table
 
+        for side in (reference, candidate):
+            check_onnx(side)
         parity = verify_files(
             reference,
             candidate,
@@ -280,7 +289,7 @@ def verify(
             tolerance=tolerance,
             thorough=thorough,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust_pickle=trust,
         )
     if as_json:
         _print_json(parity_json(parity))
@@ -303,7 +312,7 @@ def export(
     external_data: ExternalData = False,
     thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -321,13 +330,18 @@ def export(
             inputs=inputs or (),
             arch=arch,
             trust_packages=trust_package or (),
+<<<<<<< HEAD
             trust_pickle=trust_pickle,
             **_export_options(target, opset, dynamic, fp16, external_data, thorough),
+=======
+            trust=trust,
+            **_export_options(target, opset, dynamic, fp16, external_data),
+>>>>>>> safety
         )
     if as_json:
         _print_json(export_json(result))
     else:
-        typer.echo(export_summary(result))
+        _say(export_summary(result))
 
 
 @app.command()
@@ -361,7 +375,7 @@ def revert(
     skip: Annotated[bool, typer.Option("--skip", help="Leave layers as they are whose originals were not recorded.")] = False,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Give a converted model its BatchNorm back.
@@ -371,8 +385,8 @@ def revert(
     with _work(debug):
         from normswap.commands.revert import revert_files
 
-        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
-    typer.echo(f"wrote {path}")
+        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust=trust)
+    _say(f"wrote {path}")
 
 
 class By(str, Enum):
@@ -406,7 +420,7 @@ def sensitivity(
         Path | None, typer.Option(metavar="FILE", help="Keep what was measured in FILE, and measure nothing again that is in it.")
     ] = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -432,7 +446,7 @@ def sensitivity(
             rules=rules or (),
             resume=resume,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -482,7 +496,7 @@ def landscape(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg, .png or .pdf file. Needs matplotlib.")] = None,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -506,7 +520,7 @@ def landscape(
             plot=plot,
             arch=arch,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -563,9 +577,9 @@ def _work(debug: bool) -> Iterator[Progress]:
 
 def _fail(*lines: str, code: int, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        _say(traceback.format_exc(), err=True)
     for line in filter(None, lines):
-        typer.echo(line, err=True)
+        _say(line, err=True)
     raise typer.Exit(code) from None
 
 
@@ -585,26 +599,23 @@ def _stage(console: Console, stage: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def bar() -> Bar:
-        return Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    with contextlib.ExitStack() as shown:  # one at a time: the spinner, or the bar
-        shown.enter_context(console.status(f"{stage} ..."))
+    with contextlib.ExitStack() as visible:  # one at a time: the spinner, or the bar
+        visible.enter_context(console.status(f"{stage} ..."))
         running: list[Bar] = []
 
         def advance(done: int, total: int) -> None:
             if not running:
-                shown.close()
-                running.append(bar())
+                visible.close()
+                running.append(Bar(*columns, console=console, transient=True))
                 running[0].add_task(f"{stage}: calibration", total=total)
-                shown.enter_context(running[0])
+                visible.enter_context(running[0])
             running[0].update(running[0].task_ids[0], completed=done, total=total)
             if done >= total:
                 running.clear()
-                shown.close()
-                shown.enter_context(console.status(f"{stage} ..."))
+                visible.close()
+                visible.enter_context(console.status(f"{stage} ..."))
 
         yield advance
 
@@ -619,7 +630,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
-    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, progress.TaskID] = {}
 
@@ -627,7 +643,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             for other in [name for name in tasks if name != stage]:
                 bar.remove_task(tasks.pop(other))
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
+                tasks[stage] = bar.add_task(shown(stage, line=True))
             bar.update(tasks[stage], completed=done, total=total)
 
         yield show
@@ -639,11 +655,25 @@ def _print_json(result: dict[str, Any]) -> None:
 
 def _print_table(table: Table, *lines: str, second: Table | None = None) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
     for each in (table, second):
         if each is not None and each.row_count:
+            for column in each.columns:
+                column._cells = [Text(shown(cell.plain, line=True), style=cell.style) for cell in map(_text, column._cells)]
             console.print(each)
-    typer.echo("\n".join(lines))
+    _say("\n".join(lines))
+
+
+def _text(cell: RenderableType) -> Text:
+    """A str is not read as markup: it may hold the name of a layer."""
+    from rich.text import Text
+
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    typer.echo(shown(text), err=err)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normswap import archives
 from normswap.errors import UsageError, first_line
 
 SEED = 0
@@ -187,6 +188,8 @@ def _from_spec(spec: str, seed: int) -> Tensor:
 def _from_file(path: Path) -> Inputs:
     if not path.is_file():
         raise UsageError(f"--input {path}: there is no such file", hint=_EXPECTED)
+    if (problem := archives.problem(path)) is not None:
+        raise UsageError(f"--input {path} is not read: {problem}", hint="save it without compression: numpy.savez or torch.save")
     try:
         numpy = path.suffix in (".npz", ".npy")
         found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)

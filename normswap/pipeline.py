@@ -178,7 +178,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
     batches: Sequence[Any] = () if calibration is None else list(calibration)
     if batches and example_inputs is None:
         resolve = functools.partial(_first_batch, batches, model)
-    layers = [module for module in model.modules() if isinstance(module, BatchlessNorm)]
+    layers = [module for module in as_module(model).modules() if isinstance(module, BatchlessNorm)]
     if not layers:
         raise UsageError(f"{type(model).__name__} has no BatchlessNorm to couple", hint="normswap.convert makes them, and couples them")
     sites = trace(model, _forward(resolve), lambda site: True if isinstance(site.module, BatchlessNorm) else None).sites

@@ -30,11 +30,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "calls": frozenset({"functional", "graphs"}),
     "call_sites": frozenset({"calls", "errors", "graphs", "plan", "sharing"}),
     "interrupts": NOTHING,
-    "outputs": frozenset({"errors", "interrupts"}),
+    "wellformed": NOTHING,
+    "external_data": frozenset({"errors"}),
+    "outputs": frozenset({"errors", "interrupts", "external_data"}),
     "specs": frozenset({"errors"}),
-    "exported": frozenset({"errors", "inputs"}),
+    "exported": frozenset({"errors", "inputs", "wellformed"}),
     "sharing": frozenset({"errors"}),
-    "inputs": frozenset({"errors"}),
+    "archives": NOTHING,
+    "inputs": frozenset({"errors", "archives"}),
     "pickles": frozenset({"errors"}),
     "plan": frozenset({"errors", "numerics"}),
     "autograd": frozenset(),
@@ -52,7 +55,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "probes": frozenset({"errors", "inputs", "parity", "sharing"}),
     "runners": DATA | {"kernels", "precision", "onnx_file"},
     "rules": STAGE | {"calls", "precision", "specs"},
-    "load": STAGE | {"pickles", "specs"},
+    "load": STAGE | {"pickles", "specs", "wellformed", "archives", "saved_transformers"},
+    "saved_transformers": frozenset({"outputs"}),
     "trace": STAGE | {"call_sites", "calls", "graphs"},
     "match": STAGE,
     "traps": frozenset({"functional", "graphs"}),
@@ -77,7 +81,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "export": STAGE | {"exporting", "folding", "onnx_file", "cuda", "attention", "half", "fused"},
     "fold": STAGE | {"folding", "versions", "onnx_file", "lean"},
     "folding": frozenset({"errors", "numerics", "taps"}),
-    "save": STAGE | {"versions"},
+    "recipe_checks": frozenset({"batchless", "numerics"}),
+    "save": STAGE | {"versions", "recipe_checks"},
     "report": frozenset({"parity", "plan", "versions"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
     "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
@@ -87,7 +92,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "half", "locate", "interrupts", "landscape", "rollback"},
+    | {"graphs", "cuda", "half", "locate", "interrupts", "landscape", "rollback", "external_data", "recipe_checks"},
     "cli": frozenset(
         {"errors", "commands", "interrupts", "report", "versions"}
     ),  # report: `verify` has a Parity to show and no Report around it

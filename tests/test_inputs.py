@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,3 +267,26 @@ def test_files_of_inputs_run_nothing(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"garbage")
     with pytest.raises(UsageError, match=r"cannot be read"):
         parse([str(path)])
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pt"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA], ids=["deflate", "lzma"])
+def test_a_bomb_is_not_unpacked(tmp_path: Path, name: str, method: int) -> None:
+    """What the archive says that it holds is what would be unpacked: nothing reads on beyond that."""
+    with zipfile.ZipFile(tmp_path / name, "w", method) as out, out.open("a.npy", "w") as part:
+        for _ in range(5):
+            part.write(bytes(1 << 24))
+    data = bytearray((tmp_path / name).read_bytes())
+    for at in (data.index(b"PK\x01\x02") + 24,):  # the size in the directory at the end
+        data[at : at + 4] = (0xFFFFFFF0).to_bytes(4, "little")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=rf"{re.escape(name)} is not read: it unpacks to 4,294,967,280 bytes, [\d,]+ times its own size"):
+        parse([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_arrays_that_are_compressed_are_read(tmp_path: Path, zeros: bool) -> None:
+    made = np.zeros((2, 3, 700, 600), np.float32) if zeros else np.random.default_rng(3).standard_normal((2, 3, 7, 6)).astype(np.float32)
+    np.savez_compressed(tmp_path / "x.npz", made)
+    (found,) = parse([str(tmp_path / "x.npz")]).args
+    assert np.array_equal(found.numpy(), made)

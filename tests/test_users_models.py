@@ -495,7 +495,7 @@ def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, m
     assert raised.value.hint is not None
     assert raised.value.hint.startswith("--arch package.module:factory (factory=... in Python) with what builds the original model")
     x = batches(4, 5)[0]
-    built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust_pickle=True))
+    built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust=True))
     assert torch.equal(built(x), run(x))
     (out / "model.pt").write_bytes((tmp_path / "net.pt").read_bytes())  # whatever else it wants to run is listed as ever
     with pytest.raises(UnsafePickleError, match=r"wants to run code that nobody vouched for:\n  users_nets.Net"):

@@ -56,7 +56,7 @@ def convert_files(
     onnx: bool = True,
     export_options: Mapping[str, Any] = MappingProxyType({}),
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     progress: Progress = _silent,
 ) -> tuple[Report, Path]:
     """Convert SRC into a directory. export_options: those of `export_onnx`, for its model.onnx.
@@ -70,7 +70,7 @@ def convert_files(
     batches = None if data is None else batches_of(data)
     clock = _Clock(progress)
     with clock("load"):
-        loaded = load(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+        loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
         with clock("convert and verify") as advance:
@@ -156,8 +156,10 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
     model, name = conversion.model, None
     if isinstance(model, ExportedProgram):
         name = "model.pt2"
-        torch.export.save(model, directory / name)
+        with outputs.writing(name):
+            torch.export.save(model, directory / name)
     elif form == "module":
         name = "model.pt"
-        torch.save(model, directory / name)
+        with outputs.writing(name):
+            torch.save(model, directory / name)
     save(as_module(model), directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))

@@ -83,11 +83,11 @@ def export_files(
     arch: str | None = None,
     inputs: Sequence[str] = (),
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     **options: Any,
 ) -> Export:
     """`export_onnx` for the command line: SRC is a converted directory, or any model. options: as of `export_onnx`."""
     given = parse(inputs) if inputs else None
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
     known = given or inputs_of(source, as_module(model))
     return export_onnx(model, known, output, **options)
