@@ -6,6 +6,7 @@ is found there (`calls.py`) is counted against what was seen.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch import fx, nn
 
 from normswap.calls import HAND_WRITTEN, Found, Shapes, find
 from normswap.errors import SwapError
-from normswap.graphs import NotTraceableError, graphs_of, place_of
+from normswap.graphs import NotTraceableError, base_forward, base_of, graphs_of, place_of
 from normswap.plan import Call, Forward, Site
 from normswap.sharing import shadow
+from normswap.super_calls import under_super
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,25 @@ def writes_its_own(module: nn.Module) -> bool:
 
 
 def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
-    """What the code of a module calls in eval mode, if it calls the same in train mode."""
+    """What the code of a module calls in eval mode, if it calls the same in train mode.
+
+    Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
+    """
+    try:
+        return _in_graphs(module, shapes)
+    except NotTraceableError as error:
+        if base_of(module) is None or type(module).forward.__module__.startswith("torch."):
+            raise
+        answer = under_super(module)
+        if answer.why_not is not None:
+            raise NotTraceableError(f"{answer.why_not}, and {error}") from error
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.create_node("call_function", base_forward, (x, ""), name="norm"))
+    return [dataclasses.replace(found, under=True) for found in find(graph, module)]
+
+
+def _in_graphs(module: nn.Module, shapes: Shapes) -> list[Found]:
     each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module).items()]
     for other in each[1:]:
         same = [f.function for f in other] == [f.function for f in each[0]]
@@ -127,7 +147,7 @@ def _sites(
             calls=0 if idle else len(executed) or None,
             producer=executed[0][1].producer if len(executed) == 1 else None,
             function=call.function,
-            call=Call(name, tuple(numbers)) if call.layer is not None else None,
+            call=Call(name, tuple(numbers), call.under) if call.layer is not None else None,
             obstacle=call.obstacle,
         )
         sites.append((first, site))

@@ -20,7 +20,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from normswap import functional
-from normswap.graphs import BASES, base_forward, rewrite
+from normswap.graphs import base_forward, base_of, rewrite
+from normswap.super_calls import as_base
 
 HAND_WRITTEN = "hand-written"
 Shapes = Mapping[str, tuple[Any, ...]]  # node name -> shape of its value
@@ -37,6 +38,7 @@ class Found:
     layer        computes the same; None, with `obstacle`, a clause about the call, if no layer does
     key          equal for two calls with the same tensors and settings
     needs_shape  with the shape of its input known there would be a layer, or a better one
+    under        whether the code around it stays, and calls the layer by `super().forward` (`super_calls.py`)
     """
 
     name: str
@@ -48,6 +50,7 @@ class Found:
     obstacle: str | None
     key: Hashable
     needs_shape: bool = False
+    under: bool = False
 
     @property
     def tensors(self) -> frozenset[int]:
@@ -126,7 +129,7 @@ def _is_norm(target: Any) -> bool:
 def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
     function = cast("Callable[..., Any]", node.target)
     if function is base_forward:
-        base = _as_base(root, next(base for base in BASES if isinstance(root, base)))
+        base = as_base(root, cast("type[nn.Module]", base_of(root)))
         start = cast(fx.Node, node.args[0])
         return Found(node.name, f"torch.nn.{type(base).__name__}.forward", start, node, frozenset({node}), base, None, ("base", id(root)))
     name = cast(str, functional.name_of(function))
@@ -157,21 +160,6 @@ def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
     return Found(
         node.name, name, start, end, frozenset({node, end}), layer, obstacle, (name, tensors) if own else (name, id(node)), needs_shape
     )
-
-
-def _as_base(module: nn.Module, base: type[nn.Module]) -> nn.Module:
-    """The norm that a class derived from it extends, with the same tensors and settings, without what it adds."""
-    cls = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.") and issubclass(c, base)), base)
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
-    layer.__dict__.update({name: module.__dict__[name] for name in ("momentum", "eps") if name in module.__dict__})
-    for name in ("weight", "bias"):
-        layer.register_parameter(name, getattr(module, name, None))
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        if name in module._buffers:
-            layer.register_buffer(name, module._buffers[name])
-    return layer.eval()
 
 
 def _value(argument: Any, root: nn.Module) -> Any:

@@ -23,10 +23,14 @@ Forward = tuple[tuple[Any, ...], Mapping[str, Any]]  # the arguments of one forw
 
 @dataclass(frozen=True)
 class Call:
-    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there."""
+    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there.
+
+    under: the code stays as it is, and its `super().forward` comes to call the layer.
+    """
 
     owner: str
     numbers: tuple[int, ...]
+    under: bool = False
 
 
 @dataclass(frozen=True)
