@@ -53,13 +53,15 @@ def call_sites(
     for owner in owners:
         module = model.get_submodule(owner)
         try:
-            found[owner] = _agreed(module, {})
+            found[owner] = _agreed(module, None)
         except NotTraceableError as error:
             why_not[owner] = str(error)
     vague = [owner for owner, calls in found.items() if any(call.needs_shape for call in calls)]
     if vague:
-        shapes = _observe(model, vague, forward())
-        found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, {})) for owner in vague})
+        arguments = forward()
+        shapes = {} if arguments is None else _observe(model, vague, arguments)
+        unseen = None if arguments is None else {}
+        found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, unseen)) for owner in vague})
     sites: list[tuple[int, Site]] = []
     for owner in owners:
         mine = [(i, hit) for i, hit in enumerate(hits) if hit.owner == owner]
@@ -88,12 +90,12 @@ def writes_its_own(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
         return False
     try:
-        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), {}))
+        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), None))
     except (NotTraceableError, SwapError):
         return False
 
 
-def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
+def _agreed(module: nn.Module, shapes: Shapes | None) -> list[Found]:
     """What the code of a module calls in eval mode, if it calls the same in train mode.
 
     Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
@@ -112,7 +114,7 @@ def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
     return [dataclasses.replace(found, under=True) for found in find(graph, module)]
 
 
-def _in_graphs(module: nn.Module, shapes: Shapes) -> list[Found]:
+def _in_graphs(module: nn.Module, shapes: Shapes | None) -> list[Found]:
     each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module).items()]
     for other in each[1:]:
         same = [f.function for f in other] == [f.function for f in each[0]]
@@ -189,11 +191,9 @@ def _holds(owner: nn.Module, path: str) -> bool:
         return False
 
 
-def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward | None) -> dict[str, Shapes]:
+def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward) -> dict[str, Shapes]:
     """owner -> node name -> shape, from one forward pass: each owner's graph is run beside its code, on what the code is given."""
     shapes: dict[str, Shapes] = {}
-    if arguments is None:
-        return shapes
 
     def watch(owner: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

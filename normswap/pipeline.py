@@ -240,7 +240,7 @@ def attempt(
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
     _check_lazy(module)
-    decided = _plan(module, resolve, include, exclude, rules, approximate)
+    decided = _plan(module, resolve, include, exclude, rules, approximate, calibration is not None)
     inputs = _needed(resolve())
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
@@ -357,9 +357,11 @@ def _plan(
     exclude: Sequence[str],
     rules: Sequence[Rule],
     approximate: bool,
+    calibrated: bool = False,
 ) -> Plan:
     rules = all_checked(rules, DEFAULT_RULES)
-    return match(_trace(module, resolve, rules), rules, include=include, exclude=exclude, approximate=approximate)
+    found = _trace(module, resolve, rules)
+    return match(found, rules, include=include, exclude=exclude, approximate=approximate, calibrated=calibrated)
 
 
 def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:

@@ -94,11 +94,15 @@ def under_super(module: nn.Module) -> Answer:
         names |= _named_in(function.__code__)
     reads = sorted(names & (_STATISTICS | _EVERYTHING | (frozenset() if keeps else _AFFINE)))
     if reads:
-        return Answer(f"its code reads {' and '.join(reads)} itself")
+        return Answer(f"its code reads {_listed(reads)} itself")
     calls = sorted(names & (_FUNCTIONS | (frozenset() if keeps else {base.__name__})))
     if calls:
-        return Answer(f"its code calls {' and '.join(calls)} itself")
+        return Answer(f"its code calls {_listed(calls)} itself")
     return _tried(module, base)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _functions(cls: type, base: type) -> Iterator[Any]:

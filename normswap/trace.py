@@ -172,12 +172,16 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
             return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, shadow(model), forward)
     arguments = forward()
     if arguments is None:
-        notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
+        notes.append(
+            "no example inputs are known, so no forward pass was watched: calls and functional norms are unknown; give example inputs"
+        )
         return _result(names, None, "names", notes, model, forward)
     copied = shadow(model)  # a new one: the tracer may have left proxies in the other
     seen, failed = _Watch(copied, _Names(copied, decided)).run(*arguments)
     if failed is not None:
-        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}")
+        notes.append(
+            f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}; give inputs that it takes"
+        )
     return _result(names, seen, "walk", notes, shadow(model), forward)
 
 
