@@ -60,7 +60,7 @@ def call_sites(
     if vague:
         arguments = forward()
         shapes = {} if arguments is None else _observe(model, vague, arguments)
-        unseen = None if arguments is None else {}
+        unseen: Shapes | None = None if arguments is None else {}
         found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, unseen)) for owner in vague})
     sites: list[tuple[int, Site]] = []
     for owner in owners:

@@ -218,7 +218,8 @@ def _channels(shape: tuple[Any, ...] | None, name: str, observed: bool) -> Calla
         if shape is None:
             which = " that reach it" if observed else ""
             raise _Obstacle(
-                f"is a call of {name} without weight and bias, so only its input says how many channels there are; give example inputs{which}",
+                f"is a call of {name} without weight and bias, so only its input says how many channels there are; "
+                f"give example inputs{which}",
                 needs_shape=True,
             )
         if len(shape) < 2 or not isinstance(shape[1], int):

@@ -148,7 +148,8 @@ def convert(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Calibration data: a .pt or .npz file, a directory of them (a batch each) or package.module:factory."
+            metavar="DATA",
+            help="Calibration data: a .pt file (a batch or a list of them), an .npz file, a directory of them or package.module:factory.",
         ),
     ] = None,
     approximate: Annotated[

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -243,8 +243,12 @@ def _class_over(cls: type[nn.Module], name: str) -> type[nn.Module]:
         return getattr(self, name)(input)
 
     between = type(base.__name__, (base,), {"forward": forward, "__module__": __name__})
-    tensors = {tensor: property(lambda self, tensor=tensor: getattr(getattr(self, name), tensor)) for tensor in ("weight", "bias")}
+    tensors = {tensor: property(_of_child(name, tensor)) for tensor in ("weight", "bias")}
     return type(cls.__name__, (Rewritten, cls, between), {**tensors, **_names(cls, name)})
+
+
+def _of_child(name: str, attribute: str) -> Callable[[nn.Module], Any]:
+    return lambda module: getattr(getattr(module, name), attribute)
 
 
 def _names(cls: type[nn.Module], sources: Sources | str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
 from normswap.graphs import BASES
-from normswap.inputs import Inputs, as_inputs, infer
+from normswap.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS, Stats
 from normswap.parity import Parity
@@ -372,6 +372,15 @@ def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Seque
     return trace(module, _forward(resolve), is_norm)
 
 
+def given_to(model: nn.Module | ExportedProgram, example_inputs: Any) -> Inputs:
+    """What was given as example inputs; of a list in a file the first batch, as far as the model takes it."""
+    given = as_inputs(example_inputs)
+    if not given.listed:
+        return given
+    module = as_module(model)
+    return Inputs(*arguments_of(as_batches(given.listed, module, "--input")[0], module))
+
+
 def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()
@@ -389,7 +398,7 @@ def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callab
     @functools.cache
     def resolve() -> Inputs | None:
         if example_inputs is not None:
-            return as_inputs(example_inputs)
+            return given_to(model, example_inputs)
         if isinstance(model, ExportedProgram):
             example = model.example_inputs
             return Inputs(tuple(example[0]), dict(example[1]), "program") if example else None

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import described
 from normswap.functional import FUNCTIONS
-from normswap.graphs import BASES, TENSORS, base_of, over_layer
+from normswap.graphs import TENSORS, base_of, over_layer
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _AFFINE = frozenset({"weight", "bias"})
@@ -117,7 +117,7 @@ def _functions(cls: type, base: type) -> Iterator[Any]:
         for holder in own:
             held = vars(holder).get(name)
             held = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
-            if name == "forward" and held is not None or isinstance(held, types.FunctionType):
+            if (name == "forward" and held is not None) or isinstance(held, types.FunctionType):
                 function = inspect.unwrap(held)
                 yield function
                 queue += sorted(_named_in(function.__code__)) if isinstance(function, types.FunctionType) else []

@@ -348,6 +348,26 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         lambda: set_to(nn.BatchNorm2d(C), running_var=-1.0),
         "has 1 of 5 channels whose running_var + eps is not positive",
     ),
+    "variance -eps": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=-1e-5),  # which float32 adds up to 0, and float64 to 3e-13
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=1e-05): no std to divide by; repair running_var",
+    ),
+    "variance -eps, in bfloat16": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C, eps=2**-20, dtype=torch.bfloat16), running_var=-(2**-20)),
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=9.53674e-07): no std to divide by",
+    ),
+    "variance -eps, but for a rounding": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=-1e-5 + 1e-12),
+        "has 1 of 5 channels whose running_var cancels eps up to rounding (eps=1e-05): no std that a wider precision agrees with",
+    ),
+    "variance 0 and an eps that the precision has not": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C, eps=1e-60), running_var=0.0),
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=1e-60): no std to divide by",
+    ),
     "subclass": (
         "batch_norm",
         lambda: ShiftedBatchNorm(C),
@@ -624,7 +644,8 @@ OTHER_REASONS = [
     "give example inputs of fixed sizes that reach it",
     "is a call of torch.instance_norm without weight and bias, so only its input says how many channels there are; give example inputs",
     "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()",
-    "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; write it as F.group_norm or F.instance_norm",
+    "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; write it as F.group_norm or "
+    "F.instance_norm",
     "shares a parameter: left.weight and right.weight are one, and calibration would change all; leave them, or untie them",
     "returns batch statistics that the graph reads; leave it, or change the code that reads them",
     "has an input of shape (3, s0), which leaves the number of channels open; export it with a fixed number",

@@ -1,6 +1,6 @@
 """Classes derived from a norm whose code guards `super().forward(x)`: the code stays, and the call goes to a layer. Or why not.
 
-What the conversion must keep is the code: so every class here is compared with itself, at several batch sizes and at inputs of every branch.
+What a conversion must keep is the code, so every class is compared with itself, at several batch sizes and at inputs of every branch.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def test_a_guarded_layer_norm_is_swapped_when_asked_for() -> None:
         assert under_super(norm).why_not == why
 
 
-# -- kept ------------------------------------------------------------------------------------------------------------------------------------
+# -- kept ---------------------------------------------------------------------------------------------------------------------------------
 
 
 class OwnStatistics(nn.BatchNorm2d):

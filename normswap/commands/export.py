@@ -14,7 +14,7 @@ from normswap.commands.verified_export import verified_export
 from normswap.errors import ParityError, UsageError
 from normswap.export import Dynamic, Export, Target
 from normswap.exported import as_module
-from normswap.inputs import Inputs, as_inputs, parse
+from normswap.inputs import Inputs, parse
 
 
 def export_onnx(
@@ -43,7 +43,7 @@ def export_onnx(
     source: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
     if example_inputs is not None:
-        inputs = as_inputs(example_inputs)
+        inputs = pipeline.given_to(source, example_inputs)
     else:
         inputs = conversion.inputs if conversion else inputs_of(source, as_module(source))
     if inputs is None:

@@ -71,7 +71,8 @@ RULES: tuple[Rule, ...] = (
     _named(
         "response_norm",
         r"GRN(\dd)?$|GlobalResponseNorm",
-        "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std; leave it",
+        "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std; "
+        "leave it",
     ),
     _named(
         "local_response_norm",
