@@ -89,7 +89,7 @@ class Rule:
     recognises(site) -> bool           is this the kind of norm this rule speaks for?
     check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
     build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
-    inexact(site) -> str               why the replacement only approximates the source, and starts from data; None for an exact rule
+    inexact(site) -> str               why the replacement only approximates the source, without what to do next; None for an exact rule
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
     spec                               of a rule that is not normswap's: the "package.module:NAME" under which `load` finds it again
 
