@@ -159,7 +159,8 @@ def convert(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Calibration data: a .pt or .npz file, a directory of them (a batch each) or package.module:factory."
+            metavar="DATA",
+            help="Calibration data: a .pt file (a batch or a list of them), an .npz file, a directory of them or package.module:factory.",
         ),
     ] = None,
     approximate: Annotated[
@@ -289,7 +290,7 @@ def verify(
             tolerance=tolerance,
             thorough=thorough,
             trust_packages=trust_package or (),
-            trust_pickle=trust,
+            trust=trust,
         )
     if as_json:
         _print_json(parity_json(parity))
@@ -330,13 +331,8 @@ def export(
             inputs=inputs or (),
             arch=arch,
             trust_packages=trust_package or (),
-<<<<<<< HEAD
-            trust_pickle=trust_pickle,
-            **_export_options(target, opset, dynamic, fp16, external_data, thorough),
-=======
             trust=trust,
-            **_export_options(target, opset, dynamic, fp16, external_data),
->>>>>>> safety
+            **_export_options(target, opset, dynamic, fp16, external_data, thorough),
         )
     if as_json:
         _print_json(export_json(result))

@@ -271,8 +271,8 @@ def _is_of_onnxruntime(node: onnx.NodeProto, proto: onnx.ModelProto) -> bool:
 def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The file with a shape for every input and output, and its operators of onnxruntime's in a domain of their own.
 
-    Files without these shapes, or with such operators, are run by runtimes and refused by ONNX's checker. This is for the checker alone, which
-    reads no tensor that lies elsewhere from here.
+    Files without these shapes, or with such operators, are run by runtimes and refused by ONNX's checker. This is for the checker alone,
+    which reads no tensor that lies elsewhere from here.
     """
     import onnx
 

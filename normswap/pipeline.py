@@ -27,7 +27,7 @@ from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
 from normswap.graphs import BASES
-from normswap.inputs import Inputs, as_inputs, infer
+from normswap.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS, Stats
 from normswap.parity import Parity
@@ -240,7 +240,7 @@ def attempt(
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
     _check_lazy(module)
-    decided = _plan(module, resolve, include, exclude, rules, approximate)
+    decided = _plan(module, resolve, include, exclude, rules, approximate, calibration is not None)
     inputs = _needed(resolve())
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
@@ -358,9 +358,11 @@ def _plan(
     exclude: Sequence[str],
     rules: Sequence[Rule],
     approximate: bool,
+    calibrated: bool = False,
 ) -> Plan:
     rules = all_checked(rules, DEFAULT_RULES)
-    return match(_trace(module, resolve, rules), rules, include=include, exclude=exclude, approximate=approximate)
+    found = _trace(module, resolve, rules)
+    return match(found, rules, include=include, exclude=exclude, approximate=approximate, calibrated=calibrated)
 
 
 def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:
@@ -369,6 +371,15 @@ def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Seque
         return None if rule is None else rule.check(site) is None
 
     return trace(module, _forward(resolve), is_norm)
+
+
+def given_to(model: nn.Module | ExportedProgram, example_inputs: Any) -> Inputs:
+    """What was given as example inputs; of a list in a file the first batch, as far as the model takes it."""
+    given = as_inputs(example_inputs)
+    if not given.listed:
+        return given
+    module = as_module(model)
+    return Inputs(*arguments_of(as_batches(given.listed, module, "--input")[0], module))
 
 
 def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
@@ -388,7 +399,7 @@ def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callab
     @functools.cache
     def resolve() -> Inputs | None:
         if example_inputs is not None:
-            return as_inputs(example_inputs)
+            return given_to(model, example_inputs)
         if isinstance(model, ExportedProgram):
             example = model.example_inputs
             return Inputs(tuple(example[0]), dict(example[1]), "program") if example else None

@@ -142,8 +142,8 @@ def test_include_and_exclude_match_kinds(mynorms: ModuleType, options: list[str]
     plan = json.loads(result.stdout)["plan"]
     assert [s["name"] for s in plan["swaps"]] == swaps
     assert {s["reason"] for s in plan["skips"] if s["name"] in {"1", "4"} - set(swaps)} <= {
-        "was excluded by name or kind",
-        "is not among those that were asked for",
+        "was excluded by name or kind; take it out of exclude to swap it",
+        "is not among those that were asked for; add it to include to swap it",
     }
 
 

@@ -125,8 +125,9 @@ def test_status(plan: Plan, parities: dict[str, Parity], status: str, verdict: s
         (Parity(()), "FAILED; nothing was compared"),
         (
             parity(difference(error=0.25), located=Located("stem", "module.stem", 0.25, "example", "place")),
-            "FAILED; max error 2.5e-01, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem, module.stem "
-            "of the candidate, 2.5e-01 off in float64 at the probe 'example' (paired by place); the outputs would pass at tolerance 2.5e-01",
+            "FAILED; max error 2.5e-01, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem, "
+            "module.stem of the candidate, 2.5e-01 off in float64 at the probe 'example' (paired by place); "
+            "the outputs would pass at tolerance 2.5e-01",
         ),
         (Parity((), failure="the candidate raised KeyError"), "FAILED; the candidate raised KeyError"),
         (parity(difference(problem="is missing")), None),

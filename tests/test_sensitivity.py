@@ -657,7 +657,7 @@ def test_the_table_has_a_row_for_every_norm() -> None:
     table = sensitivity_table(found)
     assert [str(cell) for cell in table.columns[1].cells] == ["4", *(x.name for x in found.layers[1:]), "7"]
     assert [str(cell) for cell in table.columns[-1].cells] == ["yes", "", "", ""]
-    assert "  kept 7: was excluded by name or kind" in sensitivity_summary(found).splitlines()
+    assert "  kept 7: was excluded by name or kind; take it out of exclude to swap it" in sensitivity_summary(found).splitlines()
 
 
 def run(*arguments: object) -> Result:

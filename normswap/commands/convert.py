@@ -67,10 +67,10 @@ def convert_files(
         outputs.check(output)
     given = parse(inputs) if inputs else None
     known = all_rules(rules)
-    batches = None if data is None else batches_of(data)
     clock = _Clock(progress)
     with clock("load"):
         loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
+    batches = None if data is None else batches_of(data, loaded.model)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
         with clock("convert and verify") as advance:

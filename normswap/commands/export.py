@@ -14,7 +14,7 @@ from normswap.commands.verified_export import verified_export
 from normswap.errors import ParityError, UsageError
 from normswap.export import Dynamic, Export, Target
 from normswap.exported import as_module
-from normswap.inputs import Inputs, as_inputs, parse
+from normswap.inputs import Inputs, parse
 
 
 def export_onnx(
@@ -46,7 +46,7 @@ def export_onnx(
     inputs: Inputs | None
     judgement = None
     if example_inputs is not None:
-        inputs = as_inputs(example_inputs)
+        inputs = pipeline.given_to(source, example_inputs)
     else:
         if conversion is not None and conversion.drift is None:  # an approximate model is held against itself
             judgement = conversion.judgement

@@ -41,8 +41,8 @@ def landscape_files(
         check_plot(plot)
     if data is None:
         raise UsageError("a landscape is measured on data, and none were given", hint="--data: batches (x, y)")
-    batches = batches_of(data)
     model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
+    batches = batches_of(data, model)
     found = landscape(
         dict(_forms(model, forms, batches)),  # type: ignore[arg-type]  # a program: that is refused there
         batches,

@@ -33,7 +33,7 @@ def sensitivity_files(
     loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
     return sensitivity(
         loaded.model,
-        None if data is None else batches_of(data),
+        None if data is None else batches_of(data, loaded.model),
         given,
         metric=None if metric is None else function_of(metric, "--metric", "a function that takes the model and returns a number"),
         by=by,

@@ -69,7 +69,7 @@ def verify_files(
     tolerance: float | None = None,
     thorough: bool = False,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
 ) -> Parity:
     """`verify` for the command line."""
     given = parse(inputs) if inputs else None
@@ -81,7 +81,7 @@ def verify_files(
         thorough=thorough,
         arch=arch,
         trust_packages=trust_packages,
-        trust_pickle=trust_pickle,
+        trust=trust,
     )
 
 
