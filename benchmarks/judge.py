@@ -1,13 +1,13 @@
 """The judge, judged: does it catch what is wrong, and does it let pass what is right?
 
-    python -m benchmarks.judge                              measures what is missing of all slices, then writes docs/judge.json and judge.md
-    python -m benchmarks.judge --only faults timm           these slices
-    python -m benchmarks.judge --only torchvision --shard 0/2      every second of them: two machines can share the work
+    python -m benchmarks.judge                            measures what is missing, then writes docs/judge.json and docs/judge.md
+    python -m benchmarks.judge --only faults timm         these slices
+    python -m benchmarks.judge --only torchvision --shard 0/2     every second of them: two machines can share the work
     python -m benchmarks.judge --only timm --match 'mixnet*' --redo
-    python -m benchmarks.judge report                       only writes docs/judge.json and docs/judge.md from what was measured
+    python -m benchmarks.judge report                     only writes docs/judge.json and docs/judge.md from what was measured
 
-faults      30 small nets, each with every kind of planted fault (fixtures/faults.py), in the converted model and in the exported file. What a
-            fault does is measured by code that the judge has no part in (judge_faults.py); one of more than 20 x the noise must be caught.
+faults      small nets, each with every kind of planted fault (fixtures/faults.py), in the converted model and in the exported file. What a
+            fault does is measured by code that the judge has no part in (judge_faults.py); one of more than 20 x the noise must be caught
 torchvision, timm, transformers, random, real
             conversions that are right: every refusal is listed with its reason
 
@@ -39,6 +39,7 @@ from benchmarks.judge_nets import SLICES, real_files
 from benchmarks.libraries import Case, Record, isolated
 from fixtures.faults import KINDS
 from normswap.commands.fold import fold_file
+from normswap.errors import ExportError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RAW, PAGE = ROOT / "build/judge.jsonl", ROOT / "docs/judge.json", ROOT / "docs/judge.md"
@@ -47,37 +48,27 @@ WITH_FILES = ("random", "real")  # the slices in which a file is made of each mo
 MUST = 20  # times the noise: from here on a fault must be caught
 SECONDS = 900
 
-# -- right conversions -------------------------------------------------------------------------------------------------------------------------
+# -- right conversions ---------------------------------------------------------------------------------------------------------------------
 
 
 def converted(case: Case, *, files: bool) -> Record:
-    """Convert a model, and export it; or fold a file. refused: by what, and why."""
+    """Convert a model, and export it. refused: at which step, and why; cannot: why no file can be made of it, which judges nothing."""
     started = time.process_time()
     refused: dict[str, str] = {}
-    seconds: dict[str, float] = {}
+    cannot: dict[str, str] = {}
     model, arguments = case.make()
-    seconds["to build"] = round(time.process_time() - started, 1)
+    made = time.process_time()
+    step = "convert"
     with tempfile.TemporaryDirectory() as directory:
-        target = Path(directory) / "model.onnx"
-        step = "convert"
         try:
-            before = time.process_time()
             conversion = normswap.convert(model, arguments)
-            seconds[step] = round(time.process_time() - before, 1)
             if files:
-                before, step = time.process_time(), "export"
-                normswap.export_onnx(conversion, path=target)
-                seconds[step] = round(time.process_time() - before, 1)
+                step = "export"
+                normswap.export_onnx(conversion, path=Path(directory) / "model.onnx")
         except Exception as error:  # whatever it is, the conversion is right and did not come through
-            refused[step] = reason(error)
-            seconds[step] = round(time.process_time() - before, 1)
-    return {
-        "family": case.family,
-        "name": case.name,
-        "refused": refused,
-        "seconds": round(time.process_time() - started, 1),
-        "steps": seconds,
-    }
+            (cannot if isinstance(error, ExportError) else refused)[step] = reason(error)
+    record = {"family": case.family, "name": case.name, "refused": refused, "cannot": cannot, "files": files}
+    return record | {"to build": round(made - started, 1), "seconds": round(time.process_time() - started, 1)}
 
 
 def folded(case: Case) -> Record:
@@ -107,15 +98,16 @@ def _no_module() -> tuple[nn.Module, Any]:
 
 
 def measure(case: Case, *, files: bool = False) -> Record:
-    warnings.simplefilter("ignore")
-    if case.family == "faults":
-        return planted(case)
-    if case.build is _no_module:
-        return folded(case)
-    return converted(case, files=files or case.family in WITH_FILES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own
+        if case.family == "faults":
+            return planted(case)
+        if case.build is _no_module:
+            return folded(case)
+        return converted(case, files=files or case.family in WITH_FILES)
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------------------------------
+# -- all of them ---------------------------------------------------------------------------------------------------------------------------
 
 
 def recorded() -> dict[tuple[str, str], Record]:
@@ -146,6 +138,7 @@ def sweep(todo: Sequence[Case], *, files: bool, seconds: int) -> None:
 
 def state(record: Record) -> str:
     told = [f"{step} refused: {text[:160]}" for step, text in record["refused"].items()]
+    told += [f"no file: {text[:160]}" for text in record.get("cannot", {}).values()]
     if "rows" in record:
         told.append(f"{sum(row['caught'] for row in record['rows'])} of {len(record['rows'])} faults caught")
         told += [f"MISSED {row['kind']} in {row['path']}, {row['times']} x the noise at {row['probe']}" for row in missed(record["rows"])]
@@ -160,12 +153,13 @@ def missed(rows: Sequence[Record]) -> list[Record]:
     return [row for row in rows if must(row) and not row["caught"]]
 
 
-# -- what came of it ---------------------------------------------------------------------------------------------------------------------------
+# -- what came of it -----------------------------------------------------------------------------------------------------------------------
 
 
 def summary(records: Sequence[Record]) -> Record:
     """docs/judge.json: counts by kind, everything that was missed or refused, and how long it took."""
     rows = [row | {"net": record["name"]} for record in records for row in record.get("rows", ())]
+    by_path = {path: [row for row in rows if row["path"] == path] for path in ("torch", "onnx")}
     slices = {name: [r for r in records if r["family"] == name] for name in SLICES}
     return {
         "environment": environment(),
@@ -175,11 +169,12 @@ def summary(records: Sequence[Record]) -> Record:
             **{path: _kinds([row for row in rows if row["path"] == path]) for path in ("torch", "onnx")},
         },
         "missed": missed(rows),
-        "smallest caught": {path: _smallest([row for row in rows if row["path"] == path]) for path in ("torch", "onnx")},
+        "smallest caught": {path: _smallest(found) for path, found in by_path.items()},
         "slices": {
             name: {
                 "models": len(found),
                 "refused": sum(bool(r["refused"]) for r in found),
+                "no file": sum(bool(r.get("cannot")) for r in found),
                 "seconds": round(sum(r["seconds"] for r in found)),
                 "slowest": [f"{r['name']} {r['seconds']:.0f} s" for r in sorted(found, key=lambda r: -float(r["seconds"]))[:3]],
             }
@@ -206,27 +201,29 @@ def _counts(rows: Sequence[Record]) -> Record:
 
 
 def _smallest(rows: Sequence[Record]) -> Record | None:
-    """Of the faults that were caught, the one that moved an output least."""
-    return min((row for row in rows if row["caught"] and row["moved"]), key=lambda row: float(row["moved"]), default=None)
+    """Of the faults that were caught and are more than noise at an output, the one that moved an output least."""
+    told = (row for row in rows if row["caught"] and row["moved"] and row["times"] > 1)
+    return min(told, key=lambda row: float(row["moved"]), default=None)
 
 
 def table(found: Record) -> str:
     where = ", ".join(f"{key} {value}" if key != "machine" else value for key, value in found["environment"].items())
     both = [counts for path in ("torch", "onnx") for counts in found["faults"][path].values()]
     total = {key: sum(counts[key] for counts in both) for key in ("planted", "caught", "above", "missed")}
+    keys = ("models", "refused", "no file", "seconds")
     models, refused = (sum(s[key] for name, s in found["slices"].items() if name != "faults") for key in ("models", "refused"))
     lines = [
         f"{total['planted']} faults of {len(KINDS)} kinds were planted in {found['faults']['nets']} nets: {total['caught']} were caught.",
         f"{total['above']} move an output by more than {MUST} x the noise; {total['missed']} of these were missed.",
         f"{refused} of {models} right conversions were refused. Measured at {', '.join(found['commits'])} on {where}.",
         "",
-        "| planted fault | torch: planted | above | caught | missed | smallest caught | ONNX: planted | above | caught | missed | smallest caught |",
+        f"| planted fault |{' | '.join(f' {path}: planted | above | caught | missed | smallest caught' for path in ('torch', 'ONNX'))} |",
         "|---|" + "--:|" * 10,
         *(f"| {kind} | {' | '.join(_cells(found['faults'][path].get(kind)) for path in ('torch', 'onnx'))} |" for kind in KINDS),
         "",
-        "| slice | models | refused | processor time, s | slowest |",
-        "|---|--:|--:|--:|---|",
-        *(f"| {n} | {s['models']} | {s['refused']} | {s['seconds']} | {', '.join(s['slowest'])} |" for n, s in found["slices"].items()),
+        "| slice | models | refused | no ONNX file can be made | processor time, s | slowest |",
+        "|---|--:|--:|--:|--:|---|",
+        *(f"| {name} | {' | '.join(str(s[key]) for key in keys)} | {', '.join(s['slowest'])} |" for name, s in found["slices"].items()),
         "",
     ]
     if found["missed"]:

@@ -1,8 +1,9 @@
 """What planted faults do to a net, measured by code that the judge has no part in, and whether `normswap.verify` catches them.
 
 At the inputs that `verify` makes, the truth is the original in float64. A fault moves an output by max|faulty - truth| / scale, where the
-faulty model runs in float64, a faulty file in onnxruntime. The noise is the same of what is right, in float32 or in onnxruntime, and at least
-the spacing of float32. Scale is max|truth| at that input, and at least 1e-3 of what that output reaches at the inputs that are not scaled.
+faulty model runs in float64, a faulty file in onnxruntime. The noise is the same of what is right, in float32 or in onnxruntime, and at
+least the spacing of float32. Scale is max|truth| at that input, and at least 1e-3 of what that output reaches at the inputs that are not
+scaled.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Truth:
         return {p.name: [max(pair) for pair in zip(noise[p.name], self.moved(p.name, run(p)), strict=True)] for p in self.probes}
 
     def worst(self, run: Run, noise: Noise, *, flat: bool) -> tuple[float, float, str]:
-        """(times the noise, moved, the probe), where something is furthest from the truth. flat: whether to look at the flat probes, too."""
+        """(times the noise, moved, the probe), where something is furthest from the truth. flat: look at the flat probes, too."""
         found = [(0.0, 0.0, "")]
         for probe in (p for p in self.probes if flat or not p.flat):
             rows = zip(self.moved(probe.name, run(probe)), noise[probe.name], strict=True)
@@ -204,15 +205,8 @@ def seed_of(case: Case, kind: str) -> int:
 def _row(kind: str, path: str, worst: tuple[float, float, str], parity: Parity) -> Record:
     times, moved, probe = worst
     numbers = {key: float(f"{value:.3g}") if value < math.inf else None for key, value in (("times", times), ("moved", moved))}
-    return {
-        "kind": kind,
-        "path": path,
-        **numbers,
-        "probe": probe,
-        "caught": not parity,
-        "at": parity.first_bad,
-        "judged": probe in parity.probes,
-    }
+    told = {"caught": not parity, "at": parity.first_bad, "judged": probe in parity.probes}
+    return {"kind": kind, "path": path, **numbers, "probe": probe, **told}
 
 
 def reason(error: BaseException) -> str:
@@ -221,8 +215,6 @@ def reason(error: BaseException) -> str:
 
 def why(parity: Parity) -> str:
     bad = next((d for d in (*parity.outputs, *parity.sites) if not d.passed), None)
-    return (
-        parity.failure or f"{bad.name} at {bad.probe}: {bad.problem or f'{bad.max_rel:.1e} off, {bad.tolerance:.1e} passes'}"
-        if bad
-        else "?"
-    )
+    if parity.failure or bad is None:
+        return str(parity.failure)
+    return f"{bad.name} at {bad.probe}: {bad.problem or f'{bad.max_rel:.1e} off, where {bad.tolerance:.1e} passes'}"

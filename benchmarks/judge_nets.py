@@ -1,6 +1,4 @@
-"""The nets that `benchmarks.judge` measures the judge on: thirty for planted faults, small random ones, and real ones with their weights."""
-
-# ruff: noqa: E402  torchvision can only be imported after the shim
+"""The nets that `benchmarks.judge` measures the judge on: some for planted faults, small random ones, and real ones with their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import coverage  # imports torchvision after the shim
-from benchmarks.libraries import Case, fill_constants
+from benchmarks.libraries import Case, call, fill_constants
 from fixtures import nets, train_digits_cnn
 from fixtures.architectures import architecture
 from fixtures.nets import randomise
@@ -27,9 +25,9 @@ from fixtures.nets import randomise
 Built = tuple[nn.Module, Any]
 SLICES = ("faults", "torchvision", "timm", "transformers", "random", "real")
 GRAPHS, SMALL = 200, 100  # of random networks
-BY_DEFAULTS = ("levit_192", "mixnet_m", "mixnet_s", "regnetz_c16", "efficientnet_b0")  # of timm, beside its families
+BY_DEFAULTS = ("levit_192", "mixnet_m", "mixnet_s", "regnetz_c16", "efficientnet_b0")  # of timm
 
-# -- real ones, from packages ----------------------------------------------------------------------------------------------------------------
+# -- real ones, from packages --------------------------------------------------------------------------------------------------------------
 
 
 def package(name: str) -> Path:
@@ -100,7 +98,7 @@ def real_files() -> dict[str, Path]:
     return {path.name: path for path in files}
 
 
-# -- small ones --------------------------------------------------------------------------------------------------------------------------------
+# -- small ones ----------------------------------------------------------------------------------------------------------------------------
 
 
 class FromUser(nn.Sequential):
@@ -140,7 +138,7 @@ def small(seed: int) -> Built:
     return randomise(nn.Sequential(*layers, *head, *([nn.Softmax(-1)] if r.random() < 0.2 else [])), seed), (torch.randn(shape),)
 
 
-# -- for planted faults ------------------------------------------------------------------------------------------------------------------------
+# -- for planted faults --------------------------------------------------------------------------------------------------------------------
 
 
 class Dead(nn.Sequential):
@@ -183,7 +181,7 @@ def deep(layers: int, *, residual: bool) -> nn.Module:
             self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(self.conv(torch.relu(x)))
+            y: Tensor = self.norm(self.conv(torch.relu(x)))
             return x + y if residual else y
 
     return nn.Sequential(nn.Conv2d(3, 6, 3), *(Block() for _ in range(layers)), nn.Flatten(), nn.LazyLinear(4))
@@ -210,14 +208,31 @@ def _architecture(name: str) -> Callable[[], Built]:
     return lambda: (found.make(), tuple(x[:2] for x in found.inputs()))
 
 
-def _made(make: Callable[[], nn.Module], *shape: int, drawn: bool = True) -> Callable[[], Built]:
+def _made(make: Callable[[], nn.Module], *shape: int) -> Callable[[], Built]:
     def build() -> Built:
-        model = make()
-        with torch.no_grad():
-            model.eval()(torch.randn(2, *shape))  # lazy layers get their sizes
-        return fill_constants(randomise(model, 7), 7) if drawn else model, (torch.randn(2, *shape),)
+        return trained(make(), (torch.randn(8, *shape),)), (torch.randn(2, *shape),)
 
     return build
+
+
+@torch.no_grad()
+def trained(model: nn.Module, arguments: Any) -> nn.Module:
+    """A model with the statistics of what its norms see, weights of both signs, and some dead channels.
+
+    With statistics drawn at random a deep net gives a constant, whatever it is given, and no fault could be seen.
+    """
+    norms = [module for module in model.train().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # of all batches the mean: here there is one
+    call(model, arguments)  # lazy layers get their sizes, too
+    for number, (norm, momentum) in enumerate(zip(norms, momenta, strict=True)):
+        norm.momentum = momentum
+        norm.weight.copy_((0.5 + torch.rand(norm.num_features)) * torch.randn(norm.num_features).sign())
+        norm.bias.copy_(torch.randn(norm.num_features) * 0.3)
+        if number % 3 == 1:
+            norm.weight[norm.num_features // 2] = 0
+    return fill_constants(model.eval(), 7)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -225,7 +240,12 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _transformers(name: str) -> Callable[[], Built]:
-    return lambda: next(case for case in importlib.import_module("benchmarks.transformers_models").cases() if case.family == name).make()
+    def build() -> Built:
+        cases = importlib.import_module("benchmarks.transformers_models").cases()
+        model, arguments = next(case for case in cases if case.family == name).make()
+        return trained(model, arguments), arguments
+
+    return build
 
 
 def planted() -> list[Case]:
@@ -233,13 +253,17 @@ def planted() -> list[Case]:
     vision: Any = importlib.import_module("torchvision.models")
     resnet = vision.resnet
     builders: dict[str, Callable[[], Built]] = {
-        **{name: _own(name) for name in ("batch_norm_1d", "batch_norm_1d_sequence", "batch_norm_3d", "aliased_two_parents")},
+        **{
+            name: _own(name)
+            for name in ("batch_norm_1d", "batch_norm_1d_sequence", "batch_norm_3d", "aliased_two_parents", "aliased_block")
+        },
         **{name: _own(name) for name in ("conv_and_norm_twice", "pre_activation", "transposed_conv_groups", "linear_on_sequence")},
         **{name: _architecture(name) for name in ("alpha_zero", "vit", "two_places", "convnext")},
         "a user's": _made(FromUser, 3, 24, 20),
         "dead channels": lambda: (Dead().randomised(3), (torch.randn(2, 3, 9, 7),)),
         "groups and products": _made(Grouped, 3, 9, 7),
         "20 layers": _made(functools.partial(deep, 20, residual=False), 3, 10, 9),
+        "50 layers": _made(functools.partial(deep, 50, residual=False), 3, 10, 9),
         "40 residual layers": _made(functools.partial(deep, 40, residual=True), 3, 10, 9),
         "variances of 1e-7 to 1": lambda: (spread(-7, 0), (torch.randn(2, 3, 12, 10),)),
         "variances of 1e-3 to 1e6": lambda: (spread(-3, 6), (torch.randn(2, 3, 12, 10),)),
@@ -249,6 +273,7 @@ def planted() -> list[Case]:
         "torchvision shufflenet": _made(lambda: vision.shufflenet_v2_x0_5(num_classes=7), 3, 32, 32),
         "timm ghostnet": _made(_timm("ghostnet_050"), 3, 32, 32),
         "timm vit": _made(_timm("vit_tiny_patch16_224", img_size=32, depth=2), 3, 32, 32),
+        "transformers Albert": _transformers("Albert"),
         "transformers Bert": _transformers("Bert"),
         "transformers Levit": _transformers("Levit"),
         "efficientnet-lite0": functools.partial(lite0, 64),
