@@ -12,7 +12,8 @@ torchvision, timm, transformers, random, real
             conversions that are right: every refusal is listed with its reason
 
 Each model runs in a process of its own. A result is appended to build/judge.jsonl as soon as it is there; interrupted with Ctrl-C, the next
-run goes on where this one stopped. A conversion that takes more than --seconds of processor time counts as refused.
+run goes on where this one stopped. To put together what two machines have measured, append one's file to the other's. A conversion that takes
+more than --seconds of processor time counts as refused.
 """
 
 from __future__ import annotations
@@ -246,6 +247,11 @@ def _cells(counts: Mapping[str, Any] | None) -> str:
     return " | ".join([*numbers, "-" if smallest is None else f"{smallest:.1e}"])
 
 
+def _miss(row: Record) -> str:
+    left_out = "" if row["judged"] else ", which the judge leaves out"
+    return f"* {row['kind']} in {row['net']}, {row['path']}: {row['times']} x the noise at {row['probe']}{left_out}"
+
+
 def _text(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "\\<")[:300]
 
@@ -265,15 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=SLICES, default=SLICES, help="the slices to measure")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="measure each N-th model, from the I-th on")
     parser.add_argument("--match", default="*", metavar="GLOB", help="the models to measure, by name")
-    parser.add_argument("--redo", action="store_true", help="measure again what was measured")
+    parser.add_argument("--redo", action="store_true", help="measure again what was measured at another commit")
     parser.add_argument("--onnx", action="store_true", help="make a file of every model, not only in the small slices")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of processor time, for one model")
     asked = parser.parse_args(arguments)
     if asked.what == "measure":
         index, count = map(int, asked.shard.split("/"))
-        known = {} if asked.redo else recorded()
+        known, now = recorded(), commit()
+        done = {key for key, record in known.items() if not asked.redo or (record.get("commit") == now and not now.endswith("+"))}
         named = [case for case in cases_of(asked.only)[index::count] if fnmatch.fnmatchcase(case.name, asked.match)]
-        todo = [case for case in named if (case.family, case.name) not in known]
+        todo = [case for case in named if (case.family, case.name) not in done]
         say(f"{len(todo)} of {len(named)} models to measure")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:

@@ -303,7 +303,9 @@ def right(slices: Sequence[str]) -> list[Case]:
     if "timm" in slices:
         timm_families: Any = importlib.import_module("benchmarks.timm_families")
         found += [Case("timm", case.name, case.build) for case in timm_families.cases()]
-        found += [Planted("timm", f"{name}, by defaults", functools.partial(by_defaults, name)) for name in BY_DEFAULTS]
+        for name in BY_DEFAULTS:
+            found += [Planted("timm", f"{name}, as drawn", functools.partial(by_defaults, name))]
+            found += [Case("timm", f"{name}, randomised", functools.partial(by_defaults, name))]
     if "transformers" in slices:
         cases = importlib.import_module("benchmarks.transformers_models").cases()
         found += [Case("transformers", case.family, case.build) for case in cases]
