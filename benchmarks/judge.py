@@ -12,8 +12,8 @@ torchvision, timm, transformers, random, real
             conversions that are right: every refusal is listed with its reason
 
 Each model runs in a process of its own. A result is appended to build/judge.jsonl as soon as it is there; interrupted with Ctrl-C, the next
-run goes on where this one stopped. To put together what two machines have measured, append one's file to the other's. A conversion that takes
-more than --seconds of processor time counts as refused.
+run goes on where this one stopped. To put together what two machines have measured, append one's file to the other's. A conversion that
+takes more than --seconds of processor time counts as refused.
 """
 
 from __future__ import annotations
@@ -214,13 +214,13 @@ def table(found: Record) -> str:
     keys = ("models", "refused", "no file", "seconds")
     models, refused = (sum(s[key] for name, s in found["slices"].items() if name != "faults") for key in ("models", "refused"))
     lines = [
-        f"{total['planted']} faults of {len(KINDS)} kinds were planted in {found['faults']['nets']} nets: {total['caught']} were caught.",
+        f"{total['planted']} faults of {len(found['kinds'])} kinds were planted in {found['faults']['nets']} nets: {total['caught']} were caught.",
         f"{total['above']} move an output by more than {MUST} x the noise; {total['missed']} of these were missed.",
         f"{refused} of {models} right conversions were refused. Measured at {', '.join(found['commits'])} on {where}.",
         "",
         f"| planted fault |{' | '.join(f' {path}: planted | above | caught | missed | smallest caught' for path in ('torch', 'ONNX'))} |",
         "|---|" + "--:|" * 10,
-        *(f"| {kind} | {' | '.join(_cells(found['faults'][path].get(kind)) for path in ('torch', 'onnx'))} |" for kind in KINDS),
+        *(f"| {kind} | {' | '.join(_cells(found['faults'][path].get(kind)) for path in ('torch', 'onnx'))} |" for kind in found["kinds"]),
         "",
         "| slice | models | refused | no ONNX file can be made | processor time, s | slowest |",
         "|---|--:|--:|--:|--:|---|",

@@ -1,9 +1,9 @@
 """What planted faults do to a net, measured by code that the judge has no part in, and whether `normswap.verify` catches them.
 
 At the inputs that `verify` makes, the truth is the original in float64. A fault moves an output by max|faulty - truth| / scale, where the
-faulty model runs in float64, a faulty file in onnxruntime. The noise is the same of what is right, in float32 or in onnxruntime, and at
-least the spacing of float32. Scale is max|truth| at that input, and at least 1e-3 of what that output reaches at the inputs that are not
-scaled.
+faulty model runs in float64 and in its own dtype, a faulty file in onnxruntime. The noise is the same of what is right, in float32 or in
+onnxruntime, and at least the spacing of float32. Scale is max|truth| at that input, and at least 1e-3 of what that output reaches at the
+inputs that are not scaled.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from normswap.parity import Parity
 from normswap.probes import Probe, probes
 
 SPACING = float(torch.finfo(torch.float32).eps)
+UNLIKE = (math.inf, math.inf, "example")  # outputs of another dtype
 Values = list[Tensor]
 Run = Callable[[Probe], Values]
 Noise = Mapping[str, list[float]]
@@ -43,8 +44,8 @@ class Truth:
     def __init__(self, model: nn.Module, arguments: Any) -> None:
         given = as_inputs(arguments)
         self.probes = [p for p in probes(given.args, given.kwargs) if _runs(model, p)]
-        wide = copy.deepcopy(model).double()
-        self.values = {p.name: outputs_of(wide, widened(p)) for p in self.probes}
+        run = wide(model)
+        self.values = {p.name: run(p) for p in self.probes}
         self.dtypes = [t.dtype for t in outputs_of(model, self.probes[0])]
         plain = [p.name for p in self.probes if not p.flat and " x " not in p.name]
         reach = [max(map(_largest, outputs)) for outputs in zip(*(self.values[name] for name in plain), strict=True)]
@@ -162,14 +163,15 @@ def _in_torch(case: Case, truth: Truth, model: nn.Module, right: nn.Module, argu
         faulty = in_torch(kind, right, lambda m: outputs_of(m, truth.probes[0]), seed_of(case, kind))
         if faulty is None:
             continue
-        own = [t.dtype for t in outputs_of(copy.deepcopy(faulty), truth.probes[0])]
-        run = functools.partial(_wide, copy.deepcopy(faulty).double())
-        worst = truth.worst(run, truth.noise, flat=False) if own == truth.dtypes else (math.inf, math.inf, "example")
+        runs: tuple[Run, ...] = (functools.partial(outputs_of, copy.deepcopy(faulty)), wide(faulty))
+        same = [t.dtype for t in outputs_of(copy.deepcopy(faulty), truth.probes[0])] == truth.dtypes
+        worst = max(truth.worst(run, truth.noise, flat=False) for run in runs) if same else UNLIKE
         yield _row(kind, "torch", worst, normswap.verify(model, faulty, arguments))
 
 
-def _wide(model: nn.Module, probe: Probe) -> Values:
-    return outputs_of(model, widened(probe))
+def wide(model: nn.Module) -> Run:
+    doubled = copy.deepcopy(model).double()
+    return lambda probe: outputs_of(doubled, widened(probe))
 
 
 def _in_files(case: Case, truth: Truth, model: nn.Module, arguments: Any, home: Path, refused: dict[str, str]) -> Iterator[Record]:
@@ -191,8 +193,8 @@ def _in_files(case: Case, truth: Truth, model: nn.Module, arguments: Any, home: 
                 continue
             try:
                 run = in_runtime(faulty, home / "faulty.onnx")
-                own = [t.dtype for t in run(truth.probes[0])]
-                worst = truth.worst(run, noise, flat=True) if own == truth.dtypes else (math.inf, math.inf, "example")
+                same = [t.dtype for t in run(truth.probes[0])] == truth.dtypes
+                worst = truth.worst(run, noise, flat=True) if same else UNLIKE
             except Exception:  # no valid file: swapped inputs that do not fit, say
                 continue
             yield _row(kind, "onnx", worst, normswap.verify(model, home / "faulty.onnx", arguments))
