@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,23 +158,22 @@ def missed(rows: Sequence[Record]) -> list[Record]:
 # -- what came of it -----------------------------------------------------------------------------------------------------------------------
 
 
-def summary(records: Sequence[Record]) -> Record:
-    """docs/judge.json: counts by kind, everything that was missed or refused, and how long it took."""
+def summary(records: Sequence[Record], sizes: Mapping[str, int]) -> Record:
+    """docs/judge.json: counts by kind, everything that was missed or refused, and how long it took. sizes: of the slices, when whole."""
     rows = [row | {"net": record["name"]} for record in records for row in record.get("rows", ())]
     by_path = {path: [row for row in rows if row["path"] == path] for path in ("torch", "onnx")}
     slices = {name: [r for r in records if r["family"] == name] for name in SLICES}
     return {
         "environment": environment(),
         "commits": sorted({r.get("commit", "?") for r in records}),
-        "faults": {
-            "nets": len(slices["faults"]),
-            **{path: _kinds([row for row in rows if row["path"] == path]) for path in ("torch", "onnx")},
-        },
+        "kinds": list(KINDS),
+        "faults": {"nets": len(slices["faults"]), **{path: _kinds(found) for path, found in by_path.items()}},
         "missed": missed(rows),
         "smallest caught": {path: _smallest(found) for path, found in by_path.items()},
         "slices": {
             name: {
                 "models": len(found),
+                "of": sizes[name],
                 "refused": sum(bool(r["refused"]) for r in found),
                 "no file": sum(bool(r.get("cannot")) for r in found),
                 "seconds": round(sum(r["seconds"] for r in found)),
@@ -211,10 +211,11 @@ def table(found: Record) -> str:
     where = ", ".join(f"{key} {value}" if key != "machine" else value for key, value in found["environment"].items())
     both = [counts for path in ("torch", "onnx") for counts in found["faults"][path].values()]
     total = {key: sum(counts[key] for counts in both) for key in ("planted", "caught", "above", "missed")}
-    keys = ("models", "refused", "no file", "seconds")
+    keys = ("models", "of", "refused", "no file", "seconds")
     models, refused = (sum(s[key] for name, s in found["slices"].items() if name != "faults") for key in ("models", "refused"))
+    kinds, nets = len(found["kinds"]), found["faults"]["nets"]
     lines = [
-        f"{total['planted']} faults of {len(found['kinds'])} kinds were planted in {found['faults']['nets']} nets: {total['caught']} were caught.",
+        f"{total['planted']} faults of {kinds} kinds were planted in {nets} nets: {total['caught']} were caught.",
         f"{total['above']} move an output by more than {MUST} x the noise; {total['missed']} of these were missed.",
         f"{refused} of {models} right conversions were refused. Measured at {', '.join(found['commits'])} on {where}.",
         "",
@@ -222,8 +223,8 @@ def table(found: Record) -> str:
         "|---|" + "--:|" * 10,
         *(f"| {kind} | {' | '.join(_cells(found['faults'][path].get(kind)) for path in ('torch', 'onnx'))} |" for kind in found["kinds"]),
         "",
-        "| slice | models | refused | no ONNX file can be made | processor time, s | slowest |",
-        "|---|--:|--:|--:|--:|---|",
+        "| slice | models measured | of | refused | no ONNX file can be made | processor time, s | slowest |",
+        "|---|--:|--:|--:|--:|--:|---|",
         *(f"| {name} | {' | '.join(str(s[key]) for key in keys)} | {', '.join(s['slowest'])} |" for name, s in found["slices"].items()),
         "",
     ]
@@ -257,8 +258,9 @@ def _text(words: str) -> str:
 
 
 def report() -> Record:
-    known = recorded()
-    found = summary(list(known.values()))
+    cases = {(case.family, case.name): case for case in cases_of(SLICES)}
+    known = [record for key, record in recorded().items() if key in cases]  # what is no case any more is left out
+    found = summary(known, Counter(family for family, _ in cases))
     RAW.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -225,6 +225,7 @@ ROW = {
     "at": None,
     "judged": True,
 }
+SIZES = dict.fromkeys(judge.SLICES, 40)
 RECORD = {"family": "faults", "name": "a net", "rows": [ROW], "refused": {}, "seconds": 2.0, "commit": "abc"}
 
 
@@ -239,7 +240,7 @@ RECORD = {"family": "faults", "name": "a net", "rows": [ROW], "refused": {}, "se
     ],
 )
 def test_what_must_be_caught(change: dict[str, Any], count: int) -> None:
-    found = judge.summary([{**RECORD, "rows": [ROW | change]}])
+    found = judge.summary([{**RECORD, "rows": [ROW | change]}], SIZES)
     assert len(found["missed"]) == count
     assert f"{count} of these were missed" in judge.table(found)
     assert ("* eps left out in a net, onnx: " in judge.table(found)) == bool(count)
@@ -248,14 +249,14 @@ def test_what_must_be_caught(change: dict[str, Any], count: int) -> None:
 
 def test_the_smallest_that_was_caught_is_more_than_noise() -> None:
     rows = [ROW | {"caught": True}, ROW | {"caught": True, "moved": 1e-9, "times": 0.1}, ROW | {"moved": 1e-8}]
-    found = judge.summary([{**RECORD, "rows": rows}])
+    found = judge.summary([{**RECORD, "rows": rows}], SIZES)
     assert found["smallest caught"]["onnx"]["moved"] == 3e-6
     assert found["smallest caught"]["torch"] is None
 
 
 def test_refusals_are_listed() -> None:
     record = {"family": "timm", "name": "a|b", "refused": {"convert": "ParityError: max|x| <y>"}, "seconds": 1.0}
-    text = judge.table(judge.summary([RECORD, record]))
+    text = judge.table(judge.summary([RECORD, record], SIZES))
     assert "1 of 1 right conversions were refused" in text
     assert "* timm, a|b, convert: ParityError: max\\|x\\| \\<y>" in text
 
