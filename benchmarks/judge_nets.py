@@ -271,6 +271,7 @@ def planted() -> list[Case]:
         "torchvision mobilenet": _made(lambda: vision.mobilenet_v2(width_mult=0.25, num_classes=7), 3, 32, 32),
         "torchvision densenet": _made(lambda: vision.DenseNet(8, (2, 2, 2), 16, num_classes=7), 3, 32, 32),
         "torchvision shufflenet": _made(lambda: vision.shufflenet_v2_x0_5(num_classes=7), 3, 32, 32),
+        "timm mixnet": _made(_timm("mixnet_s"), 3, 32, 32),
         "timm ghostnet": _made(_timm("ghostnet_050"), 3, 32, 32),
         "timm vit": _made(_timm("vit_tiny_patch16_224", img_size=32, depth=2), 3, 32, 32),
         "transformers Albert": _transformers("Albert"),

@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib.util
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,10 @@ def made(name: str) -> tuple[nn.Module, Any, Truth, nn.Module]:
 @functools.cache
 def plain_file(name: str) -> bytes:
     model, _, truth, _ = made(name)
-    path = Path(judge.RESULTS.parent) / "test_judge.onnx"
-    path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own
-        plain_export(model, truth.probes[0], path)
-    found = path.read_bytes()
-    path.unlink()
-    return found
+        plain_export(model, truth.probes[0], Path(directory) / "plain.onnx")
+        return (Path(directory) / "plain.onnx").read_bytes()
 
 
 # -- the faults ----------------------------------------------------------------------------------------------------------------------------
@@ -252,6 +249,21 @@ def test_the_smallest_that_was_caught_is_more_than_noise() -> None:
     found = judge.summary([{**RECORD, "rows": rows}], SIZES)
     assert found["smallest caught"]["onnx"]["moved"] == 3e-6
     assert found["smallest caught"]["torch"] is None
+
+
+def test_what_was_converted_only_is_measured_again_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RESULTS", "RAW", "PAGE"):
+        monkeypatch.setattr(judge, name, tmp_path / name)
+    judge.PAGE.write_text(f"{judge.BEGIN}\n{judge.END}\n")
+    record = {"family": "transformers", "name": "Albert", "refused": {}, "files": False, "seconds": 1.0, "commit": judge.commit()}
+    judge.RESULTS.write_text(json.dumps(record) + "\n")
+    asked = ["--only", "transformers", "--match", "Albert"]
+    for options in ([], ["--onnx"], ["--onnx"]):
+        assert judge.main([*asked, *options]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("to measure")]
+    assert [line.split()[0] for line in lines] == ["0", "1", "0"]
 
 
 def test_refusals_are_listed() -> None:
