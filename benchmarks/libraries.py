@@ -442,24 +442,24 @@ class Suite:
         _replace(page, re.sub(pattern, lambda _: f"{self.begin}\n{body}{self.end}", page.read_text(), flags=re.DOTALL))
 
 
-def isolated(case: Case, threads: int, seconds: int) -> Record:
-    """`measure` in a process of its own: whatever happens in there costs one row."""
+def isolated(case: Case, threads: int, seconds: int, work: Callable[[Case], Record] = measure) -> Record:
+    """`measure`, or other work, in a process of its own: whatever happens in there costs one row."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
-    def work() -> None:
+    def run() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # then SIGXCPU
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore")
         try:
-            sender.send(measure(case))
+            sender.send(work(case))
         except Exception as error:
             sender.send(failed(f"{type(error).__name__}: {error}"))
 
     def failed(why: str) -> Record:
         return {"family": case.family, "name": case.name, "findings": [why], "clean": False}
 
-    child = context.Process(target=work)
+    child = context.Process(target=run)
     child.start()
     sender.close()
     try:
