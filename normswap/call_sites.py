@@ -100,22 +100,22 @@ def _agreed(module: nn.Module, shapes: Shapes | None) -> list[Found]:
 
     Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
     """
+    derived = base_of(module) is not None and not type(module).forward.__module__.startswith("torch.")
     try:
-        return _in_graphs(module, shapes)
-    except NotTraceableError as error:
-        if base_of(module) is None or type(module).forward.__module__.startswith("torch."):
+        return _in_graphs(module, shapes, at_ranks=not derived)
+    except NotTraceableError:
+        if not derived:
             raise
-        answer = under_super(module)
-        if answer.why_not is not None:
-            raise NotTraceableError(f"{answer.why_not}, and {error}") from error
+        if under_super(module).why_not is not None:
+            return _in_graphs(module, shapes)
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.create_node("call_function", base_forward, (x, ""), name="norm"))
     return [dataclasses.replace(found, under=True) for found in find(graph, module)]
 
 
-def _in_graphs(module: nn.Module, shapes: Shapes | None) -> list[Found]:
-    each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module).items()]
+def _in_graphs(module: nn.Module, shapes: Shapes | None, *, at_ranks: bool = True) -> list[Found]:
+    each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module, at_ranks=at_ranks).items()]
     for other in each[1:]:
         same = [f.function for f in other] == [f.function for f in each[0]]
         if not same or any(a.tensors != b.tensors for a, b in zip(*each, strict=True) if a.layer is not None and b.layer is not None):

@@ -19,12 +19,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.package.importer import sys_importer
 
 BASES: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of one of the bases
+_RANKS = (2, 3, 4, 5)
 _ASSERTIONS = frozenset({"_assert", "_assert_is_none", "eq"})
 
 
@@ -52,8 +54,10 @@ def place_of(node: fx.Node) -> str:
     return stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
 
 
-def graphs_of(module: nn.Module) -> Mapping[bool, fx.Graph]:
+def graphs_of(module: nn.Module, *, at_ranks: bool = True) -> Mapping[bool, fx.Graph]:
     """training -> the graph of `module.forward`, with the children as leaves. Raises NotTraceableError.
+
+    at_ranks: a norm whose code asks for the rank of its input is traced at those ranks that it takes, if that gives one graph.
 
     `module` is traced as it stands, so it should be a copy that nobody else uses: constants are hung onto it. Its mode is put back.
     """
@@ -66,17 +70,17 @@ def graphs_of(module: nn.Module) -> Mapping[bool, fx.Graph]:
         graphs = {}
         for mode in (False, True):
             module.training = mode
-            graphs[mode] = _trace(module)
+            graphs[mode] = _trace(module, at_ranks)
     finally:
         module.training = training
     return graphs
 
 
-def _trace(module: nn.Module) -> fx.Graph:
+def _trace(module: nn.Module, at_ranks: bool) -> fx.Graph:
     before = {name: id(value) for name, value in _state(module)}
-    graph = _own(module, {})
+    graph = _own(module, {}, at_ranks)
     with _other_region():
-        _own(module, {})
+        _own(module, {}, at_ranks)
     after = {name: id(value) for name, value in _state(module)}
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
@@ -84,7 +88,7 @@ def _trace(module: nn.Module) -> fx.Graph:
     defaults = {
         p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not inspect.Parameter.empty
     }
-    if defaults and _nodes(_own(module, defaults), defaults) != _nodes(graph, defaults):
+    if defaults and _nodes(_own(module, defaults, at_ranks), defaults) != _nodes(graph, defaults):
         are = "is" if len(defaults) == 1 else "are"
         raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} {are} given")
     return graph
@@ -110,8 +114,30 @@ def _nodes(graph: fx.Graph, defaults: Mapping[str, Any]) -> list[tuple[Any, ...]
     return [(n.op, n.target, known(n.args), known(n.kwargs)) for n in computed]
 
 
-def _own(module: nn.Module, concrete: Mapping[str, Any]) -> fx.Graph:
-    tracer = _OwnCode()
+def _own(module: nn.Module, concrete: Mapping[str, Any], at_ranks: bool) -> fx.Graph:
+    try:
+        return _own_at(module, concrete, None)
+    except NotTraceableError as error:
+        if not at_ranks or not isinstance(module, BASES) or not isinstance(error.__cause__, TraceError):
+            raise
+        graphs = list(_at_each_rank(module, concrete, error))
+        if not graphs or any(_nodes(graph, {}) != _nodes(graphs[0], {}) for graph in graphs[1:]):
+            raise
+        return graphs[0]
+
+
+def _at_each_rank(module: nn.Module, concrete: Mapping[str, Any], unranked: NotTraceableError) -> Iterator[fx.Graph]:
+    """A norm may ask for the rank of its input, as torch's own do: the graphs at those ranks at which its code raises nothing."""
+    for rank in _RANKS:
+        try:
+            yield _own_at(module, concrete, rank)
+        except NotTraceableError as error:
+            if isinstance(error.__cause__, TraceError) or not isinstance(error.__cause__, (ValueError, AssertionError)):
+                raise unranked from error
+
+
+def _own_at(module: nn.Module, concrete: Mapping[str, Any], rank: int | None) -> fx.Graph:
+    tracer = _OwnCode(rank)
     try:
         with _bases_as_calls(module, tracer), torch.random.fork_rng(devices=[]):
             graph = tracer.trace(module, dict(concrete))
@@ -128,11 +154,15 @@ def _own(module: nn.Module, concrete: Mapping[str, Any]) -> fx.Graph:
 
 
 class _OwnCode(fx.Tracer):
-    """The children are calls; regions that a graph cannot keep are refused."""
+    """The children are calls; regions that a graph cannot keep are refused. rank: of the first input, if it is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int | None = None) -> None:
         super().__init__()
-        self.region = _region()
+        self.region, self.rank = _region(), rank
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        first = self.rank is not None and node.op == "placeholder" and node.prev.op != "placeholder"
+        return _OfRank(node, self) if first else super().proxy(node)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -141,6 +171,19 @@ class _OwnCode(fx.Tracer):
         if _region() != self.region:
             raise NotTraceableError("it has a region of its own of no_grad or autocast")
         return super().create_node(kind, *args, **kwargs)
+
+
+class _OfRank(fx.Proxy):
+    """A tensor of which the rank alone is known."""
+
+    tracer: _OwnCode
+
+    def dim(self) -> int | None:
+        return self.tracer.rank
+
+    @property
+    def ndim(self) -> int | None:
+        return self.tracer.rank
 
 
 @contextmanager
@@ -221,8 +264,9 @@ def over_layer(module: nn.Module, name: str) -> None:
 
 def is_emptied(module: nn.Module) -> bool:
     """Whether it is of a class derived from a norm of torch whose norm has become a layer of its own: no norm any more, but code."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return isinstance(module, Rewritten) and isinstance(module, BASES) and all(tensor is None for tensor in tensors)
+    tensors = {**module._parameters, **module._buffers}
+    held = [tensor for name, tensor in tensors.items() if name != "num_batches_tracked" and tensor is not None]
+    return isinstance(module, Rewritten) and isinstance(module, BASES) and not held
 
 
 def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:

@@ -265,6 +265,57 @@ def test_a_guarded_layer_norm_is_swapped_when_asked_for() -> None:
         assert under_super(norm).why_not == why
 
 
+# -- a copy of torch's forward -----------------------------------------------------------------------------------------------------------
+
+
+class Copied(nn.BatchNorm2d):
+    """Torch's own forward, copied and changed: it asks for the rank, counts and reads the statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, momentum, self.eps)
+        return F.leaky_relu(y, 0.1)
+
+
+class CopiedAnyRank(Copied):
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 3:
+            raise ValueError(f"expected 3 axes or more, got {input.dim()}")
+
+
+class CopiedByRank(Copied):
+    """Another function at another rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else F.batch_norm(x, self.running_mean, self.running_var)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("norm", [Copied, CopiedAnyRank])
+def test_a_copy_of_torchs_forward_is_rewritten(norm: type[nn.BatchNorm2d]) -> None:
+    model = net(norm(C))
+    conversion = normswap.convert(model, images(2))
+    (swap,) = conversion.plan.swaps
+    assert (conversion.plan.skips, swap.name, swap.site.function) == ((), "1.batch_norm", "torch.nn.functional.batch_norm")
+    converted = conversion.model
+    for batch in (1, 3):
+        torch.testing.assert_close(converted(images(batch)), model(images(batch)), rtol=1e-5, atol=2e-6)
+    converted.train()(images(1)).square().mean().backward()
+    assert normswap.plan(converted.eval(), images(2)).skips == ()
+    converted.load_state_dict(dict(converted.state_dict()))
+
+
+def test_another_function_at_another_rank_stays() -> None:
+    (skip,) = normswap.plan(net(CopiedByRank(C)), images(2)).skips
+    assert "its code reads num_batches_tracked, running_mean and running_var itself" in skip.reason
+
+
 # -- kept ---------------------------------------------------------------------------------------------------------------------------------
 
 
