@@ -324,7 +324,7 @@ VANISH: dict[str, tuple] = {
         ["into_consumers"],
     ),
     "back from blocks in space, as CRD": (
-        f"c = Conv(x, w, b) q = DepthToSpace <blocksize=2, mode=\"CRD\"> (c) {affine('a', 'q', 'n')} z = Tanh(n)",
+        f'c = Conv(x, w, b) q = DepthToSpace <blocksize=2, mode="CRD"> (c) {affine("a", "q", "n")} z = Tanh(n)',
         {"w": normal(12, 3, 1, 1), "b": normal(12)} | norm("a", 3, 4, mixed(3)),
         "double[2,3,4,6] x",
         ["into_producer"],

@@ -88,7 +88,9 @@ def test_random_graphs_that_move_values_keep_their_function(r: random.Random) ->
 def older(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto | None:
     """The same graph as opset 7 to 12 writes it, with attributes where there are inputs now; None if it has an operator that is newer."""
     new = {"Einsum": 12, "CumSum": 11, "DepthToSpace": 11, "Sum": 8}
-    if any(opset < new.get(node.op_type, 0) or (node.op_type == "Gemm" and opset < 11 and len(node.input) < 3) for node in proto.graph.node):
+    if any(
+        opset < new.get(node.op_type, 0) or (node.op_type == "Gemm" and opset < 11 and len(node.input) < 3) for node in proto.graph.node
+    ):
         return None
     found = onnx.ModelProto()
     found.CopyFrom(proto)
@@ -96,9 +98,9 @@ def older(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto | None:
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in found.graph.initializer}
     for node in found.graph.node:
         names = {"Split": ["split"], "Slice": ["starts", "ends", "axes"] * (opset < 10), "Pad": ["pads"] * (opset < 11)}
-        names |= dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"), ["axes"])
-        for name, given in zip(names.get(node.op_type, ()), node.input[1:], strict=False):
-            node.attribute.append(onnx.helper.make_attribute(name, [int(number) for number in arrays[given].reshape(-1)]))
+        names |= {reduce: ["axes"] for reduce in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2")}
+        for name, value in zip(names.get(node.op_type, ()), node.input[1:], strict=False):
+            node.attribute.append(onnx.helper.make_attribute(name, [int(number) for number in arrays[value].reshape(-1)]))
         if names.get(node.op_type):
             del node.input[1:]
     return found

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import einsum, into_consumers, into_producer, into_producers, operators, remainder, scale_alone, stream_shift, threshold
+from normswap.folding import (
+    einsum,
+    into_consumers,
+    into_producer,
+    into_producers,
+    operators,
+    remainder,
+    scale_alone,
+    stream_shift,
+    threshold,
+)
 from normswap.folding.affine import Affine, Constants, replacement
 from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
