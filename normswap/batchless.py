@@ -281,6 +281,29 @@ class BatchlessNorm(nn.Module):
         """The parameter that stores the standard deviation: `log_std`, `abs_std` or `inv_std`."""
         return cast(nn.Parameter, getattr(self, PARAMETER_OF_FORM[self.std]))
 
+    @torch.no_grad()
+    def as_recorded(self) -> Tensor:
+        """For each channel, whether the std is still that of the recorded variance: its rounding is what is stored."""
+        exact, source = self._recorded(), cast(Source, self.source)
+        # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so their dtypes are no witness.
+        stored = exact.to(torch.promote_types(source.buffers["running_var"], torch.float32))
+        return stored.to(self.std_parameter.dtype) == self.std_parameter
+
+    @torch.no_grad()
+    def unrounded(self) -> Tensor | None:
+        """The std's parameter in float64, as it was before it was rounded to what is stored; None if no source is recorded.
+
+        A channel that was trained since has what is stored.
+        """
+        if self.source is None or self.source_var is None:
+            return None
+        return torch.where(self.as_recorded(), self._recorded(), self.std_parameter.double())
+
+    def _recorded(self) -> Tensor:
+        """The parameter, in float64, of the std that was recorded."""
+        std = numerics.std_of_variance(cast(Tensor, self.source_var), cast(Source, self.source).eps)
+        return numerics.parameter_of(std, self.std)
+
     @property
     def producer(self) -> nn.Module | None:
         """The conv or linear to whose weight the statistics are coupled."""

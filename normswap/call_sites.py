@@ -6,6 +6,7 @@ is found there (`calls.py`) is counted against what was seen.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch import fx, nn
 
 from normswap.calls import HAND_WRITTEN, Found, Shapes, find
 from normswap.errors import SwapError
-from normswap.graphs import NotTraceableError, graphs_of, place_of
+from normswap.graphs import NotTraceableError, base_forward, base_of, graphs_of, place_of
 from normswap.plan import Call, Forward, Site
 from normswap.sharing import shadow
+from normswap.super_calls import under_super
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ def call_sites(
     for owner in owners:
         module = model.get_submodule(owner)
         try:
-            found[owner] = _agreed(module, {})
+            found[owner] = _agreed(module, None)
         except NotTraceableError as error:
             why_not[owner] = str(error)
     vague = [owner for owner, calls in found.items() if any(call.needs_shape for call in calls)]
     if vague:
-        shapes = _observe(model, vague, forward())
-        found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, {})) for owner in vague})
+        arguments = forward()
+        shapes = {} if arguments is None else _observe(model, vague, arguments)
+        unseen: Shapes | None = None if arguments is None else {}
+        found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, unseen)) for owner in vague})
     sites: list[tuple[int, Site]] = []
     for owner in owners:
         mine = [(i, hit) for i, hit in enumerate(hits) if hit.owner == owner]
@@ -86,13 +90,31 @@ def writes_its_own(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
         return False
     try:
-        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), {}))
+        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), None))
     except (NotTraceableError, SwapError):
         return False
 
 
-def _agreed(module: nn.Module, shapes: Shapes) -> list[Found]:
-    """What the code of a module calls in eval mode, if it calls the same in train mode."""
+def _agreed(module: nn.Module, shapes: Shapes | None) -> list[Found]:
+    """What the code of a module calls in eval mode, if it calls the same in train mode.
+
+    Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
+    """
+    try:
+        return _in_graphs(module, shapes)
+    except NotTraceableError as error:
+        if base_of(module) is None or type(module).forward.__module__.startswith("torch."):
+            raise
+        answer = under_super(module)
+        if answer.why_not is not None:
+            raise NotTraceableError(f"{answer.why_not}, and {error}") from error
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.create_node("call_function", base_forward, (x, ""), name="norm"))
+    return [dataclasses.replace(found, under=True) for found in find(graph, module)]
+
+
+def _in_graphs(module: nn.Module, shapes: Shapes | None) -> list[Found]:
     each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module).items()]
     for other in each[1:]:
         same = [f.function for f in other] == [f.function for f in each[0]]
@@ -127,7 +149,7 @@ def _sites(
             calls=0 if idle else len(executed) or None,
             producer=executed[0][1].producer if len(executed) == 1 else None,
             function=call.function,
-            call=Call(name, tuple(numbers)) if call.layer is not None else None,
+            call=Call(name, tuple(numbers), call.under) if call.layer is not None else None,
             obstacle=call.obstacle,
         )
         sites.append((first, site))
@@ -169,11 +191,9 @@ def _holds(owner: nn.Module, path: str) -> bool:
         return False
 
 
-def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward | None) -> dict[str, Shapes]:
+def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward) -> dict[str, Shapes]:
     """owner -> node name -> shape, from one forward pass: each owner's graph is run beside its code, on what the code is given."""
     shapes: dict[str, Shapes] = {}
-    if arguments is None:
-        return shapes
 
     def watch(owner: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

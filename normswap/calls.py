@@ -20,7 +20,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from normswap import functional
-from normswap.graphs import BASES, base_forward, rewrite
+from normswap.graphs import base_forward, base_of, rewrite
+from normswap.super_calls import as_base
 
 HAND_WRITTEN = "hand-written"
 Shapes = Mapping[str, tuple[Any, ...]]  # node name -> shape of its value
@@ -37,6 +38,7 @@ class Found:
     layer        computes the same; None, with `obstacle`, a clause about the call, if no layer does
     key          equal for two calls with the same tensors and settings
     needs_shape  with the shape of its input known there would be a layer, or a better one
+    under        whether the code around it stays, and calls the layer by `super().forward` (`super_calls.py`)
     """
 
     name: str
@@ -48,6 +50,7 @@ class Found:
     obstacle: str | None
     key: Hashable
     needs_shape: bool = False
+    under: bool = False
 
     @property
     def tensors(self) -> frozenset[int]:
@@ -87,10 +90,12 @@ class _Obstacle(Exception):
 def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list[Found]:
     """Every functional and hand-written normalization in `graph`, whose targets are names in `root`, in execution order.
 
-    shapes: of the values of nodes, where they are known; for calls without a weight nothing else says how many channels there are.
+    shapes: of the values of nodes, where they are known; for calls without a weight nothing else says how many channels there are. None
+    if no forward pass was watched.
     """
+    observed = shapes is not None
     shapes = {**{n.name: shape for n in graph.nodes if (shape := _recorded_shape(n)) is not None}, **(shapes or {})}
-    calls = [_functional(node, root, shapes) for node in graph.nodes if node.op == "call_function" and _is_norm(node.target)]
+    calls = [_functional(node, root, shapes, observed) for node in graph.nodes if node.op == "call_function" and _is_norm(node.target)]
     constants = _constants(graph)  # a weight that is standardised is no activation, by whichever function
     found = [*(call for call in calls if call.start not in constants), *_hand_written(graph, root, shapes, constants)]
     place = {node: i for i, node in enumerate(graph.nodes)}
@@ -123,10 +128,10 @@ def _is_norm(target: Any) -> bool:
 # --- functional calls -------------------------------------------------------------------------------------------------------------------
 
 
-def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
+def _functional(node: fx.Node, root: nn.Module, shapes: Shapes, observed: bool) -> Found:
     function = cast("Callable[..., Any]", node.target)
     if function is base_forward:
-        base = _as_base(root, next(base for base in BASES if isinstance(root, base)))
+        base = as_base(root, cast("type[nn.Module]", base_of(root)))
         start = cast(fx.Node, node.args[0])
         return Found(node.name, f"torch.nn.{type(base).__name__}.forward", start, node, frozenset({node}), base, None, ("base", id(root)))
     name = cast(str, functional.name_of(function))
@@ -148,7 +153,7 @@ def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
                 "write it as F.group_norm or F.instance_norm"
             )
         _constant(arguments)
-        layer = _LAYERS[kind](arguments, _channels(shapes.get(start.name), name))
+        layer = _LAYERS[kind](arguments, _channels(shapes.get(start.name), name, observed))
         layer.eval()
     except _Obstacle as error:
         obstacle, needs_shape = str(error), error.needs_shape
@@ -157,21 +162,6 @@ def _functional(node: fx.Node, root: nn.Module, shapes: Shapes) -> Found:
     return Found(
         node.name, name, start, end, frozenset({node, end}), layer, obstacle, (name, tensors) if own else (name, id(node)), needs_shape
     )
-
-
-def _as_base(module: nn.Module, base: type[nn.Module]) -> nn.Module:
-    """The norm that a class derived from it extends, with the same tensors and settings, without what it adds."""
-    cls = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.") and issubclass(c, base)), base)
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
-    layer.__dict__.update({name: module.__dict__[name] for name in ("momentum", "eps") if name in module.__dict__})
-    for name in ("weight", "bias"):
-        layer.register_parameter(name, getattr(module, name, None))
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        if name in module._buffers:
-            layer.register_buffer(name, module._buffers[name])
-    return layer.eval()
 
 
 def _value(argument: Any, root: nn.Module) -> Any:
@@ -197,9 +187,9 @@ def _output(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
     items = [user for user in node.users if user.target is operator.getitem]
     outputs = [user for user in items if user.args[1] == 0]
     if len(items) != len(node.users) or len(outputs) != 1:
-        raise _Obstacle("returns a tuple that the graph uses as a whole")
+        raise _Obstacle("returns a tuple that the graph uses as a whole; take its output alone, [0]")
     if any(user.users for user in items if user.args[1] != 0):
-        raise _Obstacle("returns batch statistics that the graph reads; expected only its output to be read")
+        raise _Obstacle("returns batch statistics that the graph reads; leave it, or change the code that reads them")
     return outputs[0]
 
 
@@ -218,18 +208,24 @@ def _constant(arguments: Mapping[str, Any]) -> None:
         node = next((v for v in tree_leaves(value) if isinstance(v, fx.Node)), None)
         if node is not None and key not in ("momentum", "N", "HxW"):
             what = f"{'an' if key[0] in 'aeiou' else 'a'} {key.replace('training', 'training flag')}"
-            raise _Obstacle(f"takes {what} that the graph computes ({node}), so it is not a constant")
+            raise _Obstacle(
+                f"takes {what} that the graph computes ({node}), so it is not a constant; leave it, or make that a parameter or a number"
+            )
 
 
-def _channels(shape: tuple[Any, ...] | None, name: str) -> Callable[[], int]:
+def _channels(shape: tuple[Any, ...] | None, name: str, observed: bool) -> Callable[[], int]:
     def channels() -> int:
         if shape is None:
+            which = " that reach it" if observed else ""
             raise _Obstacle(
-                f"is a call of {name} without weight and bias, so only its input says how many channels there are; give example inputs",
+                f"is a call of {name} without weight and bias, so only its input says how many channels there are; "
+                f"give example inputs{which}",
                 needs_shape=True,
             )
         if len(shape) < 2 or not isinstance(shape[1], int):
-            raise _Obstacle(f"has an input of shape {tuple(shape)}, which leaves the number of channels open")
+            raise _Obstacle(
+                f"has an input of shape {tuple(shape)}, which leaves the number of channels open; export it with a fixed number"
+            )
         return shape[1]
 
     return channels

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap import interrupts
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, shown
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PARITY_FAILED = 3
@@ -84,6 +85,11 @@ ExternalData = Annotated[
 ]
 
 
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="Verify at every optimisation level of onnxruntime, and in onnx's own evaluator: slower.")
+]
+
+
 class Dynamic(str, Enum):
     """Which sizes of the inputs an ONNX file leaves free."""
 
@@ -115,8 +121,13 @@ TrustPackage = Annotated[
     list[str] | None,
     typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this installed package. Repeatable."),
 ]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let a pickle run any code it wants. Only for files you would run as a program.")
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        "--trust-pickle",
+        help="Let SRC run any code it wants, as a .pt2 must; for files that you would run as a program. --trust-pickle is the old name.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -148,7 +159,8 @@ def convert(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Calibration data: a .pt or .npz file, a directory of them (a batch each) or package.module:factory."
+            metavar="DATA",
+            help="Calibration data: a .pt file (a batch or a list of them), an .npz file, a directory of them or package.module:factory.",
         ),
     ] = None,
     approximate: Annotated[
@@ -169,8 +181,9 @@ def convert(
     dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -196,9 +209,9 @@ def convert(
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
             onnx=onnx,
-            export_options=_export_options(target, opset, dynamic, fp16, external_data),
+            export_options=_export_options(target, opset, dynamic, fp16, external_data, thorough),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -216,7 +229,7 @@ def inspect(
     exclude: Exclude = None,
     rules: Rules = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -235,7 +248,7 @@ def inspect(
             exclude=exclude or (),
             rules=rules or (),
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
         )
     if as_json:
         _print_json(report.json())
@@ -252,8 +265,9 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(metavar="X", help="Largest max|difference| / max|reference| that passes; default: by precision.")
     ] = None,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -262,17 +276,21 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
+        from normswap.commands.sources import check_onnx
         from normswap.commands.verify import verify_files
         from normswap.report.parity import parity_json, parity_summary, parity_table
 
+        for side in (reference, candidate):
+            check_onnx(side)
         parity = verify_files(
             reference,
             candidate,
             arch=arch,
             inputs=inputs or (),
             tolerance=tolerance,
+            thorough=thorough,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
         )
     if as_json:
         _print_json(parity_json(parity))
@@ -293,8 +311,9 @@ def export(
     dynamic: Free = Dynamic.batch,
     fp16: Fp16 = False,
     external_data: ExternalData = False,
+    thorough: Thorough = False,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -312,13 +331,13 @@ def export(
             inputs=inputs or (),
             arch=arch,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
-            **_export_options(target, opset, dynamic, fp16, external_data),
+            trust=trust,
+            **_export_options(target, opset, dynamic, fp16, external_data, thorough),
         )
     if as_json:
         _print_json(export_json(result))
     else:
-        typer.echo(export_summary(result))
+        _say(export_summary(result))
 
 
 @app.command()
@@ -352,7 +371,7 @@ def revert(
     skip: Annotated[bool, typer.Option("--skip", help="Leave layers as they are whose originals were not recorded.")] = False,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Give a converted model its BatchNorm back.
@@ -362,8 +381,8 @@ def revert(
     with _work(debug):
         from normswap.commands.revert import revert_files
 
-        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust_pickle=trust_pickle)
-    typer.echo(f"wrote {path}")
+        path = revert_files(source, output, skip=skip, arch=arch, trust_packages=trust_package or (), trust=trust)
+    _say(f"wrote {path}")
 
 
 class By(str, Enum):
@@ -397,7 +416,7 @@ def sensitivity(
         Path | None, typer.Option(metavar="FILE", help="Keep what was measured in FILE, and measure nothing again that is in it.")
     ] = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -423,7 +442,7 @@ def sensitivity(
             rules=rules or (),
             resume=resume,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -473,7 +492,7 @@ def landscape(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg, .png or .pdf file. Needs matplotlib.")] = None,
     arch: Arch = None,
     trust_package: TrustPackage = None,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -497,7 +516,7 @@ def landscape(
             plot=plot,
             arch=arch,
             trust_packages=trust_package or (),
-            trust_pickle=trust_pickle,
+            trust=trust,
             progress=progress,
         )
     if as_json:
@@ -506,9 +525,16 @@ def landscape(
         _print_table(landscape_table(found), landscape_summary(found), *(() if plot is None else (f"  drawn in {plot}",)))
 
 
-def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool) -> dict[str, Any]:
+def _export_options(target: Target, opset: int | None, dynamic: Dynamic, fp16: bool, external_data: bool, thorough: bool) -> dict[str, Any]:
     """As `export_onnx` takes them."""
-    return {"target": target.value, "opset": opset, "dynamic": dynamic.value, "half": fp16, "external_data": external_data or None}
+    return {
+        "target": target.value,
+        "opset": opset,
+        "dynamic": dynamic.value,
+        "half": fp16,
+        "external_data": external_data or None,
+        "thorough": thorough,
+    }
 
 
 def main() -> None:
@@ -547,9 +573,9 @@ def _work(debug: bool) -> Iterator[Progress]:
 
 def _fail(*lines: str, code: int, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        _say(traceback.format_exc(), err=True)
     for line in filter(None, lines):
-        typer.echo(line, err=True)
+        _say(line, err=True)
     raise typer.Exit(code) from None
 
 
@@ -569,26 +595,23 @@ def _stage(console: Console, stage: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def bar() -> Bar:
-        return Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    with contextlib.ExitStack() as shown:  # one at a time: the spinner, or the bar
-        shown.enter_context(console.status(f"{stage} ..."))
+    with contextlib.ExitStack() as visible:  # one at a time: the spinner, or the bar
+        visible.enter_context(console.status(f"{stage} ..."))
         running: list[Bar] = []
 
         def advance(done: int, total: int) -> None:
             if not running:
-                shown.close()
-                running.append(bar())
+                visible.close()
+                running.append(Bar(*columns, console=console, transient=True))
                 running[0].add_task(f"{stage}: calibration", total=total)
-                shown.enter_context(running[0])
+                visible.enter_context(running[0])
             running[0].update(running[0].task_ids[0], completed=done, total=total)
             if done >= total:
                 running.clear()
-                shown.close()
-                shown.enter_context(console.status(f"{stage} ..."))
+                visible.close()
+                visible.enter_context(console.status(f"{stage} ..."))
 
         yield advance
 
@@ -603,7 +626,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
-    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, progress.TaskID] = {}
 
@@ -611,7 +639,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             for other in [name for name in tasks if name != stage]:
                 bar.remove_task(tasks.pop(other))
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
+                tasks[stage] = bar.add_task(shown(stage, line=True))
             bar.update(tasks[stage], completed=done, total=total)
 
         yield show
@@ -623,11 +651,25 @@ def _print_json(result: dict[str, Any]) -> None:
 
 def _print_table(table: Table, *lines: str, second: Table | None = None) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
     for each in (table, second):
         if each is not None and each.row_count:
+            for column in each.columns:
+                column._cells = [Text(shown(cell.plain, line=True), style=cell.style) for cell in map(_text, column._cells)]
             console.print(each)
-    typer.echo("\n".join(lines))
+    _say("\n".join(lines))
+
+
+def _text(cell: RenderableType) -> Text:
+    """A str is not read as markup: it may hold the name of a layer."""
+    from rich.text import Text
+
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    typer.echo(shown(text), err=err)

@@ -51,6 +51,15 @@ def first_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"
 
 
+def shown(text: str, *, line: bool = False) -> str:
+    """Text for a terminal: what a terminal would obey, or cannot show, is written as an escape. line: also the ends of lines.
+
+    Names of layers, of tensors in an ONNX file and of files come from others, and may hold sequences that move the cursor, rewrite what is
+    on the screen or turn the direction of writing.
+    """
+    return "".join(c if c.isprintable() or (c == "\n" and not line) else c.encode("unicode_escape").decode() for c in text)
+
+
 class UsageError(NormswapError):
     """What was asked for cannot be understood, or an input is missing."""
 

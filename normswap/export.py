@@ -35,7 +35,7 @@ from normswap.exporting.finish import at_opset, check, tidy
 from normswap.exporting.graph import READ, graph_of
 from normswap.exporting.graph import Dynamic as Dynamic
 from normswap.exporting.marks import Site, copied, mark
-from normswap.exporting.norms import alike, fold_norms, operators
+from normswap.exporting.norms import alike, fold_norms, operators, shorten
 from normswap.fused import fuse
 from normswap.half import arguments, halved, remember
 from normswap.half import check as check_half
@@ -101,17 +101,18 @@ def export(
     kwargs: Mapping[str, Any],
     path: Path,
     *,
-    target: Target = "portable",
-    opset: int | None = None,
-    dynamic: bool | Dynamic = True,
-    half: bool = False,
-    external_data: bool | None = None,
-    metadata: Mapping[str, str] = MappingProxyType({}),
     undone: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Export:
-    """Write `model`, in eval mode, to `path`. The model is not touched, nor is torch's random state.
+    """Write `model`, in eval mode, to `path`. undone: norms that are not to be folded, by name, and why. options: those of `Program`."""
+    return Program(model, args, kwargs, **options).write(path, undone)
+
+
+class Program:
+    """What torch.onnx.export makes of a model, from which any number of files can be written. The model is not touched.
 
     Args:
+        model: in eval mode here, whatever it is.
         args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
         target: "portable", operators of ai.onnx alone, as few as there can be; "ort-cpu", the same in the form that is fastest in
             onnxruntime on a CPU: a BatchNormalization and a ReLU between convolutions instead of a maximum; "ort-fused", also those of
@@ -122,10 +123,79 @@ def export(
         metadata: what else to write into the file, by key.
         dynamic: what to leave free. "batch" (True): dimension 0 of every input tensor that agrees there with the first one. "spatial": also
             the dimensions after the channels, or the length of a sequence. "none" (False).
-        undone: norms that are not to be folded, by name, and why.
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in `opset`.
     """
+
+    def __init__(
+        self,
+        model: nn.Module | ExportedProgram,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        target: Target = "portable",
+        opset: int | None = None,
+        dynamic: bool | Dynamic = True,
+        half: bool = False,
+        external_data: bool | None = None,
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        freedom = _checked(target, opset, dynamic)
+        self.sites: tuple[Site, ...] = ()
+        precise: nn.Module | None = None
+        if half and isinstance(model, ExportedProgram):
+            raise UsageError(
+                "an ExportedProgram computes in the dtypes that it was exported with", hint="convert the module it came from to float16"
+            )
+        attention = opset is None and isinstance(model, ExportedProgram) and attends(model, args, kwargs)
+        if isinstance(model, nn.Module):
+            model = copied(model)
+            if half:
+                precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
+            attention = opset is None and attends(model, args, kwargs)
+            self.sites = mark(model)
+        if precise is not None:
+            norms = dict(precise.named_modules())
+            self.sites = tuple(Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in self.sites)
+        self.target, self.external, self.metadata = target, external_data, metadata
+        self.opset: int | None = None if attention else DEFAULT_OPSET if opset is None else opset
+        self._note: str | None = None
+        self._graph = functools.cache(functools.partial(_graph, model, self.sites, args, dict(kwargs), freedom, precise))
+
+    def write(self, path: Path, undone: Mapping[str, str] | None = None) -> Export:
+        """Fold what can be and write the file. undone: norms that are not to be folded, by name, and why."""
+        if self.opset is None:
+            made, self.opset, self._note = _with_attention(lambda opset: self._made(opset, undone))
+        else:
+            made = self._made(self.opset, undone)
+        if self._note is not None:
+            made.export = dataclasses.replace(made.export, notes=(*made.export.notes, self._note))
+        self._write(made, path)
+        return dataclasses.replace(made.export, path=Path(path), target=self.target)
+
+    def write_baseline(self, path: Path) -> bool:
+        """Write the file with every norm as it is, if there is any: what a folded file is as precise as. After `write`."""
+        assert self.opset is not None
+        made = self._made(self.opset, None, folded=False)
+        if made.export.sites:
+            self._write(made, path)
+        return bool(made.export.sites)
+
+    def _made(self, opset: int, undone: Mapping[str, str] | None, *, folded: bool = True) -> _Made:
+        graph, names, notes = self._graph(max(opset, TORCH_OPSET))
+        return _make(graph.clone(), names, notes, self.sites, self.target, undone, opset, folded=folded)
+
+    def _write(self, made: _Made, path: Path) -> None:
+        import onnx
+
+        made.proto.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in self.metadata.items())
+        onnx_file.write(made.proto, made.tensors, Path(path), external=self.external)
+        made.tensors.clear()
+        gc.collect()  # a graph refers to itself all over; with it go the folded weights
+
+
+def _checked(target: str, opset: int | None, dynamic: bool | str) -> Dynamic:
+    """What to leave free, if all of these are known words."""
     import onnx
 
     if target not in get_args(Target):
@@ -138,31 +208,7 @@ def export(
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 7 <= opset <= newest:
         raise UsageError(f"there is no opset {opset} to export to; expected one from 7 to {newest}")
-    sites: tuple[Site, ...] = ()
-    precise: nn.Module | None = None
-    if half and isinstance(model, ExportedProgram):
-        raise UsageError(
-            "an ExportedProgram computes in the dtypes that it was exported with", hint="convert the module it came from to float16"
-        )
-    attention = opset is None and isinstance(model, ExportedProgram) and attends(model, args, kwargs)
-    if isinstance(model, nn.Module):
-        model = copied(model)
-        if half:
-            precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
-        attention = opset is None and attends(model, args, kwargs)
-        sites = mark(model)
-    if precise is not None:
-        norms = dict(precise.named_modules())
-        sites = tuple(Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in sites)
-    make = functools.partial(_make, model, sites, args, kwargs, freedom, precise, target, undone)
-    del model, sites
-    made = _with_attention(make) if attention else make(DEFAULT_OPSET if opset is None else opset)
-    del make
-    made.proto.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in metadata.items())
-    onnx_file.write(made.proto, made.tensors, Path(path), external=external_data)
-    made.tensors.clear()
-    gc.collect()  # a graph refers to itself all over; with it go the folded weights
-    return dataclasses.replace(made.export, path=Path(path), target=target)
+    return cast(Dynamic, freedom)
 
 
 @dataclass
@@ -174,32 +220,45 @@ class _Made:
     export: Export
 
 
-def _make(
+def _graph(
     model: nn.Module | ExportedProgram,
     sites: Sequence[Site],
     args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    kwargs: dict[str, Any],
     dynamic: Dynamic,
     precise: nn.Module | None,
-    target: Target,
-    undone: Mapping[str, str] | None,
     opset: int,
-) -> _Made:
-    from normswap.folding import taps
-
-    graph, names, notes = graph_of(model, args, dict(kwargs), max(opset, TORCH_OPSET), dynamic)
+) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
+    """(the graph before anything is folded in it, the names of its inputs and outputs, notes)."""
+    graph, names, notes = graph_of(model, args, kwargs, opset, dynamic)
     if precise is not None and isinstance(model, nn.Module):
         check_half(graph.meta[READ], precise, model)
         remember(graph.graph, precise)
-    del model
+    shorten(graph, marked=bool(sites))
+    return graph, names, notes
+
+
+def _make(
+    graph: ir.Model,
+    names: tuple[list[str], list[str]],
+    notes: tuple[str, ...],
+    sites: Sequence[Site],
+    target: Target,
+    undone: Mapping[str, str] | None,
+    opset: int,
+    *,
+    folded: bool,
+) -> _Made:
+    from normswap.folding import taps
+
     weights = list(graph.graph.initializers.values())
-    found, skeleton = fold_norms(graph, sites, undone, blocked=target == "ort-cpu")
+    found, skeleton = fold_norms(graph, sites, undone, blocked=target == "ort-cpu", folded=folded)
     del sites
     tidy(graph, *names)
     fates, places = taps(found)
     del found
     extra = alike(operators(graph.graph)) - alike(skeleton)
-    if target == "ort-fused" and not fuse(graph):
+    if target == "ort-fused" and folded and not fuse(graph):
         notes = (*notes, "nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads")
     inputs, outputs = (tuple(str(value.name) for value in values) for values in (graph.graph.inputs, graph.graph.outputs))
     free = tuple(
@@ -230,8 +289,11 @@ def _make(
     return _Made(proto, tensors, export)
 
 
-def _with_attention(make: Callable[[int], _Made]) -> _Made:
-    """In the opset that has an operator for attention, unless torch cannot, or more of the rest would be without a CUDA kernel there."""
+def _with_attention(make: Callable[[int], _Made]) -> tuple[_Made, int, str | None]:
+    """In the opset that has an operator for attention, unless torch cannot, or more of the rest would be without a CUDA kernel there.
+
+    (the file, its opset, why it is not that with attention, if so).
+    """
     try:
         made = make(ATTENTION_OPSET)
     except ExportError as error:
@@ -239,13 +301,13 @@ def _with_attention(make: Callable[[int], _Made]) -> _Made:
     else:
         missing = _without_kernel(made)
         if not missing:
-            return made
+            return made, ATTENTION_OPSET, None
         other = make(DEFAULT_OPSET)
         if len(_without_kernel(other)) >= len(missing):
-            return made
+            return made, ATTENTION_OPSET, None
         lost = Counter(node.op for node in missing) - Counter(node.op for node in _without_kernel(other))
         why, made = f"in opset {ATTENTION_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
-    return dataclasses.replace(made, export=dataclasses.replace(made.export, notes=(*made.export.notes, f"opset {DEFAULT_OPSET}: {why}")))
+    return made, DEFAULT_OPSET, f"opset {DEFAULT_OPSET}: {why}"
 
 
 def _without_kernel(made: _Made) -> tuple[cuda.Missing, ...]:

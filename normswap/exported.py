@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, TypeVar, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from normswap import wellformed
 from normswap.errors import SwapError, UsageError
 from normswap.inputs import Inputs
 
@@ -16,11 +18,16 @@ M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The model itself, or the graph module of an ExportedProgram."""
+    """The model itself, or the graph module of an ExportedProgram. Raises SwapError for names and nesting that nothing can work on."""
     if isinstance(model, ExportedProgram):
+        names = itertools.chain(model.state_dict, model.constants)
+        if (problem := wellformed.problem_of_names(names)) is not None:
+            raise SwapError(f"the program {problem[0]}", hint=problem[1])
         return model.module()
     if not isinstance(model, nn.Module):
         raise UsageError(f"a model is a torch.nn.Module or an ExportedProgram, not {type(model).__name__}: {str(model)[:60]!r}")
+    if (problem := wellformed.problem(model)) is not None:
+        raise SwapError(f"the model {problem[0]}", hint=problem[1])
     return model
 
 

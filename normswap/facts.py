@@ -248,7 +248,7 @@ class _Watch(TorchFunctionMode):
             return [key]
         owner, _, function = key.removeprefix(_CODE).partition(" ")
         graph = self.model.graph if isinstance(self.model, fx.GraphModule) else None
-        mine = [s.name for s in self.sites if s.function == function and (graph or s.name.rpartition(".")[0] == owner)]
+        mine = [s.name for s in self.sites if _is_call(s, function) and (graph or s.name.rpartition(".")[0] == owner)]
         if graph is not None:
             order = {node.name: index for index, node in enumerate(graph.nodes)}
             mine.sort(key=lambda name: order.get(name.rpartition(".")[2], len(order)))
@@ -312,6 +312,12 @@ class _Watch(TorchFunctionMode):
             seen.written_by[name] = type(innermost).__name__
         else:
             seen.written_by[f"{name}.{what}" if name else what] = what
+
+
+def _is_call(site: Site, function: str) -> bool:
+    """Whether a call of `function` may be one of the site: of what it names, or of what the `super().forward` that it names calls."""
+    endings = tuple(f"{functional.KINDS.get(function, '?').replace('_', '')}{space}.forward" for space in ("", "1d", "2d", "3d"))
+    return site.function is not None and (site.function == function or site.function.lower().endswith(endings))
 
 
 _CODE = "\0"  # no module is called so

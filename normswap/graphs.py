@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,11 +24,21 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.package.importer import sys_importer
 
 BASES: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of one of the bases
 _ASSERTIONS = frozenset({"_assert", "_assert_is_none", "eq"})
 
 
 class NotTraceableError(Exception):
     """Why the code of a module cannot be had as a graph; a clause that goes on from "because"."""
+
+
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The norm of torch that `module` is, or that its class is derived from; None if it is no norm."""
+    return _base(type(module)) if isinstance(module, BASES) else None
+
+
+def _base(cls: type[nn.Module]) -> type[nn.Module]:
+    return next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.") and issubclass(c, BASES))
 
 
 def base_forward(x: Tensor, module: str) -> Tensor:
@@ -172,19 +182,24 @@ def _bases_as_calls(module: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
         base.forward = original
 
 
-# --- a module whose forward is a graph --------------------------------------------------------------------------------------------------
+# --- a module whose code is another ---------------------------------------------------------------------------------------------------
 
 Sources = Mapping[bool, tuple[str, str]]  # training -> what the code imports, the code
 
 
 class Rewritten:
-    """A mixin that marks a class made by `rewrite`, and makes its objects copy and pickle."""
+    """A mixin that marks a class made by `rewrite` or `over_layer`, and makes its objects copy and pickle."""
 
     _original_class: type[nn.Module]
-    _sources: Sources
+    _sources: Sources | str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original_class, self._sources), self.__dict__
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # That of a BatchNorm asks for its counter of batches, which an emptied one has no more.
+        own: Any = nn.Module if is_emptied(cast(nn.Module, self)) else super()
+        own._load_from_state_dict(*((self, *args) if own is nn.Module else args))
 
 
 def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
@@ -199,6 +214,17 @@ def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
     module.__class__ = _class(module._original_class if isinstance(module, Rewritten) else type(module), sources)
 
 
+def over_layer(module: nn.Module, name: str) -> None:
+    """Let `super().forward(x)`, `weight` and `bias` in the code of a class derived from a norm of torch be those of the child `name`."""
+    module.__class__ = _class_over(type(module), name)
+
+
+def is_emptied(module: nn.Module) -> bool:
+    """Whether it is of a class derived from a norm of torch whose norm has become a layer of its own: no norm any more, but code."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return isinstance(module, Rewritten) and isinstance(module, BASES) and all(tensor is None for tensor in tensors)
+
+
 def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
     forwards = {training: _forward_from_src(f"{imports}\n{src}", {}) for training, (imports, src) in sources.items()}
 
@@ -206,16 +232,29 @@ def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forwards[self.training](self, *args, **kwargs)
 
-    names = {
-        "forward": forward,
-        "_original_class": cls,
-        "_sources": sources,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-    }
-    return type(cls.__name__, (Rewritten, cls), names)
+    return type(cls.__name__, (Rewritten, cls), {"forward": forward, **_names(cls, sources)})
 
 
-def _rebuild(cls: type[nn.Module], sources: Sources) -> nn.Module:
-    made = _class(cls, sources)
+def _class_over(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    """Between `cls` and the norm of torch, in the order in which methods are looked up, comes a class whose forward calls the child."""
+    base = _base(cls)
+
+    def forward(self: nn.Module, input: Tensor) -> Any:
+        return getattr(self, name)(input)
+
+    between = type(base.__name__, (base,), {"forward": forward, "__module__": __name__})
+    tensors = {tensor: property(_of_child(name, tensor)) for tensor in ("weight", "bias")}
+    return type(cls.__name__, (Rewritten, cls, between), {**tensors, **_names(cls, name)})
+
+
+def _of_child(name: str, attribute: str) -> Callable[[nn.Module], Any]:
+    return lambda module: getattr(getattr(module, name), attribute)
+
+
+def _names(cls: type[nn.Module], sources: Sources | str) -> dict[str, Any]:
+    return {"_original_class": cls, "_sources": sources, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+
+
+def _rebuild(cls: type[nn.Module], sources: Sources | str) -> nn.Module:
+    made = _class_over(cls, sources) if isinstance(sources, str) else _class(cls, sources)
     return made.__new__(made)

@@ -3,11 +3,14 @@
 as_inputs(x)     a tensor, a tuple, or a dict of keyword arguments
 infer(model)     the first shape that the model accepts, or None
 parse(specs)     --input 1x3x224x224[:dtype], or a .pt or .npz file
+as_batches(...)  a list in such a file, for a model: batches, or the arguments of one
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import math
 import random
 import re
@@ -20,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from normswap import archives
 from normswap.errors import UsageError, first_line
 
 SEED = 0
@@ -46,6 +51,7 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given"  # 'given', 'inferred', or 'program': the example inputs that an ExportedProgram carries
+    listed: tuple[Any, ...] = ()  # what a list in a file held, of which args or kwargs are a first guess; see `as_batches`
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -159,15 +165,15 @@ def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = 10, seed: int 
 # --- from the command line ------------------------------------------------------------------------------------------------------------
 
 
-def parse(specs: Sequence[str]) -> Inputs:
-    """Each spec is one positional argument; a file holds all of them."""
+def parse(specs: Sequence[str], option: str = "--input") -> Inputs:
+    """Each spec is one positional argument; a file holds all of them. option: what the message of an error calls them."""
     files = [spec for spec in specs if Path(spec).suffix in (".pt", ".pth", ".npz", ".npy")]
     if files and len(specs) > 1:
         raise UsageError(
             f"--input {files[0]} is a file, which holds all inputs, but there are {len(specs)} --input", hint="give one file or only shapes"
         )
     if files:
-        return _from_file(Path(files[0]))
+        return _from_file(Path(files[0]), option)
     return Inputs(tuple(_from_spec(spec, SEED + index) for index, spec in enumerate(specs)))
 
 
@@ -184,20 +190,61 @@ def _from_spec(spec: str, seed: int) -> Tensor:
     return make(shape, _DTYPES[name], seed=seed)
 
 
-def _from_file(path: Path) -> Inputs:
+def _from_file(path: Path, option: str) -> Inputs:
     if not path.is_file():
-        raise UsageError(f"--input {path}: there is no such file", hint=_EXPECTED)
+        raise UsageError(f"{option} {path}: there is no such file", hint=_EXPECTED)
+    if (problem := archives.problem(path)) is not None:
+        raise UsageError(f"{option} {path} is not read: {problem}", hint="save it without compression: numpy.savez or torch.save")
     try:
         numpy = path.suffix in (".npz", ".npy")
         found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen types, for a damaged file
         raise UsageError(
-            f"--input {path} cannot be read: {first_line(error)}",
-            hint="torch.save tensors, or a tuple or dict of tensors, or numpy.savez arrays",
+            f"{option} {path} cannot be read: {first_line(error)}",
+            hint="torch.save tensors, a tuple or dict of them, or a list of batches; or numpy.savez arrays",
         ) from error
+    if isinstance(found, list) and not found:
+        hint = "a list holds batches: tensors, tuples of arguments or dicts of keyword arguments"
+        raise UsageError(f"{option} {path} holds an empty list", hint=hint)
     if isinstance(found, list):
-        found = tuple(found)
+        first = tuple(found) if isinstance(found[0], Tensor) else tuple(found[0]) if isinstance(found[0], list) else found[0]
+        return dataclasses.replace(as_inputs(first), listed=tuple(found))
     return as_inputs(found)
+
+
+SAMPLES = 32  # in a batch that is made of single samples
+
+
+def as_batches(found: Sequence[Any], model: nn.Module, where: str) -> list[Any]:
+    """What a list in a file holds, for this model: batches, as in Python. where: the file, for messages.
+
+    Samples of a data set, whose labels are single numbers, are put together to batches. Tensors alone that cannot be batches, as one is
+    not like the other, are the arguments of one; raises UsageError if they may be either.
+    """
+    if all(map(_is_sample, found)):
+        return [default_collate(list(found[i : i + SAMPLES])) for i in range(0, len(found), SAMPLES)]
+    if len(found) == 1 or not all(isinstance(value, Tensor) for value in found):
+        return list(found)
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+    if least > 1 or len({(value.dtype, value.shape[1:]) for value in found}) > 1:
+        return [tuple(found)]
+    if len(found) <= most:
+        raise UsageError(
+            f"{where} holds a list of {len(found)} tensors of one kind, which {type(model).__name__} may take as {len(found)} batches or "
+            f"as the {len(found)} arguments of one",
+            hint="save a list of tuples, [(a,), (b,)], for batches; a tuple, (a, b), or a dict of keyword arguments for one",
+        )
+    return list(found)
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether it is one sample of a data set and no batch: a tuple, list or dict with a number beside tensors."""
+    parts = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (tuple, list)) else []
+    numbers = [type(part) in (int, float) or (isinstance(part, Tensor) and part.dim() == 0) for part in parts]
+    return any(numbers) and all(number or isinstance(part, Tensor) for number, part in zip(numbers, parts, strict=True))
 
 
 def _from_numpy(path: Path) -> Any:

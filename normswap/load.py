@@ -3,18 +3,15 @@
     load(source)   a .pt, .pth, .pt2 or .safetensors file, or a spec
     build(spec)    torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY, package.module:factory
 
-What a file is, its bytes say, not its name. Nothing is downloaded unless the spec has an `@`, and nothing in a file runs: see
-`pickles` for files of torch.save, and the part on programs below for files of torch.export.
+What a file is, its bytes say, not its name. Nothing is downloaded unless the spec has an `@`, and nothing in a file runs: see `pickles` for
+files of torch.save. A file of torch.export (.pt2) is a program, and is read only if the user trusts it.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import inspect
-import io
-import json
 import logging
 import os
 import re
@@ -29,8 +26,8 @@ from typing import IO, Any, Literal
 import torch
 from torch import nn
 
-from normswap import pickles
-from normswap.errors import LoadError, UsageError, described, first_line
+from normswap import archives, pickles, saved_transformers, wellformed
+from normswap.errors import LoadError, UsageError, described, first_line, shown
 from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
@@ -47,12 +44,15 @@ class Loaded:
     factory: str | None  # the spec that builds the architecture again, where there is one
 
 
-def load(source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False) -> Loaded:
+def load(
+    source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust: bool = False, trust_pickle: bool = False
+) -> Loaded:
     """The model that `source` names.
 
     `arch` is the spec that builds the architecture, for a file that holds only a state dict. `trust_packages` are packages whose
-    nn.Module classes a pickle may use; `trust_pickle` runs whatever a pickle says.
+    nn.Module classes a pickle may use; `trust` runs whatever the file says, and is what a .pt2 needs. `trust_pickle` is its old name.
     """
+    trust = trust or trust_pickle
     for package in trust_packages:
         _check_package(package)
     if _is_spec(source) and not Path(source).exists():
@@ -61,7 +61,7 @@ def load(source: str, *, arch: str | None = None, trust_packages: Sequence[str] 
         return Loaded(build(source), source, _stem_of_spec(source), "factory", source)
 
     path = _existing_file(source)
-    found = _read(path, trust_packages, trust_pickle)
+    found = _read(path, trust_packages, trust)
     model: nn.Module | torch.export.ExportedProgram
     form: Literal["module", "state_dict", "exported_program"]
     if isinstance(found, torch.export.ExportedProgram):
@@ -138,6 +138,15 @@ def _transformers(directory: str) -> nn.Module:
             f"{directory} is not a directory that transformers saved: it has no config.json",
             hint="hf: takes a local directory, as model.save_pretrained(DIRECTORY) writes it; nothing is fetched from the hub",
         )
+    try:
+        asks = saved_transformers.problem(path)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{directory} cannot be read: {first_line(error)}", hint="copy it, or save it again") from error
+    asks = asks or next(
+        (f"is not read: in {file.name}, {why}" for file in sorted(path.glob("*.bin")) if (why := archives.problem(file))), None
+    )
+    if asks is not None:
+        raise LoadError(f"{directory} {asks}", hint="save the model alone: model.save_pretrained(DIRECTORY)")
     transformers = _import("transformers", "hf:")
     bars = transformers.utils.logging.is_progress_bar_enabled()
     try:
@@ -146,10 +155,11 @@ def _transformers(directory: str) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             # The class that was saved, not the bare AutoModel: that one would silently lose the head
             name = (config.architectures or ["AutoModel"])[0]
-            cls = getattr(transformers, name, None)
-            if not (isinstance(cls, type) and hasattr(cls, "from_pretrained")):
+            cls: Any = getattr(transformers, name, None)
+            is_model = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or cls is transformers.AutoModel)
+            if not is_model:
                 raise LoadError(f"{directory} holds a {name}, which the installed transformers {transformers.__version__} does not have")
-            model, report = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
+            model, report = cls.from_pretrained(path, local_files_only=True, output_loading_info=True, trust_remote_code=False)
     except LoadError:
         raise
     except Exception as error:
@@ -268,7 +278,7 @@ def _existing_file(source: str) -> Path:
     return path
 
 
-def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
+def _read(path: Path, trust_packages: Sequence[str], trust: bool) -> Any:
     """An ExportedProgram, an nn.Module, or a state dict."""
     if path.suffix == ".onnx":
         raise LoadError(f"{path.name} is an ONNX file; a PyTorch model is needed", hint="give the PyTorch model that it was exported from")
@@ -291,23 +301,25 @@ def _read(path: Path, trust_packages: Sequence[str], trust_pickle: bool) -> Any:
             return _safetensors(path)
         if start[:4] == b"PK\x03\x04":
             names = _zip_names(file)
-            if "serialized_exported_program.json" in names:
-                raise LoadError(
-                    f"{path.name} is in the format of torch.export before torch 2.8, which cannot be read safely",
-                    hint="load it with the torch that wrote it, and save it with a newer one",
-                )
+            if "serialized_exported_program.json" in names:  # the form before torch 2.8
+                return _program(file, path.name, trust)
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):  # compressed in parts, unlike other models
                 raise LoadError(
                     f"{path.name} is TorchScript: a compiled program, in which layers can no longer be replaced",
-                    hint="load what it was compiled from: the nn.Module, its state dict with --arch, or a .pt2 from torch.export.save",
+                    hint="load what it was compiled from: the nn.Module, its state dict with --arch, "
+                    "or a .pt2 from torch.export.save (with --trust)",
                 )
             records = set(pickles.open_archive(file, path.name).get_all_records())
             if "archive_format" in records or "models/model.json" in records:
-                return _program(file, path.name, trust_pickle)
-        if trust_packages or trust_pickle:
+                return _program(file, path.name, trust)
+        if trust_packages or trust:
             make_working_directory_importable()
-        found = _trusted(file, path.name) if trust_pickle else pickles.read(file, path.name, trust_packages=trust_packages)
-    return found if isinstance(found, nn.Module) else _state_dict(found, path.name)
+        found = _trusted(file, path.name) if trust else pickles.read(file, path.name, trust_packages=trust_packages)
+    if not isinstance(found, nn.Module):
+        found = _state_dict(found, path.name)
+    if isinstance(found, nn.Module) and (problem := wellformed.problem_of_file(found)) is not None:
+        raise LoadError(f"{path.name} {problem[0]}", hint=problem[1] or "save the model again with torch.save(model, path)")
+    return found
 
 
 def _zip_names(file: IO[bytes]) -> list[str]:
@@ -342,86 +354,17 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 # --- programs of torch.export -----------------------------------------------------------------------------------------------------------
-#
-# A .pt2 is a zip of JSON and raw tensors, but torch.export.load does more than read: it evaluates the symbolic sizes and the guards
-# as Python, pastes names into the source of a forward, looks up operators by any dotted path under `torch`, and unpickles the example
-# inputs, without limits where the limited way fails. So everything is looked at first: names must be names, expressions must be
-# arithmetic, operators must be tensor operators, and pickled parts must pass the review of `pickles`.
-
-_NAME = re.compile(r"[\w.]*")
-_EXPRESSIONS = frozenset({"expr_str", "guards_code"})
-_FREE_TEXT = frozenset({"metadata", "as_string", "as_strings"})  # stack traces, kept and not run; arguments, pasted by repr
-_SPECS = frozenset({"in_spec", "out_spec"})
-_OPERATORS = frozenset({"target", "as_operator"})
-_SYMBOLIC_OPERATORS = re.compile(
-    r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|and_|or_|not_|eq|ne|lt|le|gt|ge|getitem|lshift|rshift)"
-    r"|math\.(ceil|floor|trunc|sqrt)|torch\.(_sym_sqrt|sym_(int|float|max|min|not|ite|sum|sqrt))"
-    r"|torch\.ops\.higher_order\.(cond|while_loop|wrap_with_set_grad_enabled|wrap_with_autocast)"
-)
-# What srepr of sympy writes, and torch's own symbolic functions
-_ARITHMETIC = frozenset(
-    [
-        "Add",
-        "Mul",
-        "Pow",
-        "Integer",
-        "Rational",
-        "Float",
-        "Symbol",
-        "Max",
-        "Min",
-        "And",
-        "Or",
-        "Not",
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "StrictGreaterThan",
-        "LessThan",
-        "GreaterThan",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Gt",
-        "Le",
-        "Ge",
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "Mod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "LShift",
-        "RShift",
-        "PowByNatural",
-        "FloatPow",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-        "TruncToFloat",
-        "TruncToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "ToFloat",
-        "Identity",
-    ]
-)
-_GUARD_METHODS = frozenset({"size", "stride", "storage_offset"})
 
 
-def _program(file: IO[bytes], name: str, trust_pickle: bool) -> torch.export.ExportedProgram:
-    if not trust_pickle:
-        try:
-            problems = sorted(set(_program_problems(file, name)))
-        except (AttributeError, KeyError, LookupError, RecursionError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise LoadError(f"{name} is damaged: its program makes no sense", hint="copy or save it again") from error
-        if problems:
-            raise LoadError(
-                f"{name} is a torch.export program that cannot be loaded safely: {_few(problems)}",
-                hint="--trust-pickle loads it all the same, if you trust whoever made it with your account",
-            )
+def _program(file: IO[bytes], name: str, trust: bool) -> torch.export.ExportedProgram:
+    """To read one is to run it: torch evaluates its symbolic sizes and guards as Python, pastes its names into the source of a forward, and
+    imports the classes that its signature names. No check from outside can follow all of that, so only the user's word counts."""
+    if not trust:
+        raise LoadError(
+            f"{name} is a torch.export program (.pt2), and torch runs text from such a file to read it",
+            hint="--trust (trust=True in Python) reads it, if you trust whoever made it with everything on this account; "
+            "or give the nn.Module that it was exported from",
+        )
     file.seek(0)
     try:
         with _quiet():
@@ -430,119 +373,6 @@ def _program(file: IO[bytes], name: str, trust_pickle: bool) -> torch.export.Exp
         raise LoadError(
             f"{name} cannot be loaded as a torch.export program: {first_line(error)}", hint="save it again with this version of torch"
         ) from error
-
-
-def _program_problems(file: IO[bytes], name: str) -> Iterator[str]:
-    archive = pickles.open_archive(file, name)
-    records = set(archive.get_all_records())
-    if "models/model.json" not in records or "version" in zipfile.ZipFile(file).namelist():
-        yield "it has no models/model.json, or a second version"  # torch would fall back to an older reader, which unpickles everything
-        return
-    known = re.compile(
-        r"models/model\.json|(archive_format|archive_version|byteorder|\.data/\w+|\.?version)|extra/.*|data/(weights|constants|sample_inputs)/\w+(\.pt|\.json)?"
-    )
-    yield from (f"the part {record!a}" for record in records if not known.fullmatch(record))
-    if len({record.casefold() for record in records}) != len(records):
-        yield "two parts of one name"
-    yield from _json_problems(json.loads(archive.get_record("models/model.json")))
-    pickled = [record for record in records if record.endswith(".pt")]
-    for part in ("weights", "constants"):
-        record = f"data/{part}/model_{part}_config.json"
-        if record not in records:
-            continue
-        config = json.loads(archive.get_record(record))
-        yield from _json_problems(config)
-        for payload in config["config"].values():
-            if not str(payload["path_name"]).startswith(("weight_", "tensor_")):
-                yield f"the object {payload['path_name']!a} in the constants"
-            elif payload.get("use_pickle"):
-                pickled.append(f"data/{part}/{payload['path_name']}")
-    for record in pickled:
-        content = archive.get_record(record)
-        if content:
-            inner = io.BytesIO(content)
-            if content[:4] == b"PK\x03\x04" and "constants.pkl" in pickles.open_archive(inner, record).get_all_records():
-                yield f"TorchScript in {record}"
-            else:
-                pickles.review(inner, f"{name}: {record}")
-
-
-def _json_problems(node: Any, key: str = "") -> Iterator[str]:
-    """Everything in the JSON that torch would evaluate, paste into source or look up, and that is not what torch writes there."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if not _NAME.fullmatch(name):
-                yield f"the name {name!a}"
-            if name == "as_custom_obj" or (name == "custom_obj_values" and value):
-                yield "custom objects"
-            if name not in _FREE_TEXT:
-                yield from _json_problems(value, name)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _json_problems(value, key)
-    elif isinstance(node, str):
-        if key in _OPERATORS:
-            if not _is_tensor_operator(node):
-                yield f"the operator {node[:80]!a}"
-        elif key in _EXPRESSIONS:
-            if not _is_arithmetic(node):
-                yield f"the expression {node[:80]!a}"
-        elif (key in _SPECS and node) or key == "context":
-            yield from _json_problems(json.loads(node), "spec")
-        elif key == "torch_version":
-            if not re.fullmatch(r"[\w.+]*", node):
-                yield f"the version {node[:80]!a}"
-        elif not _NAME.fullmatch(node):
-            yield f"the name {node[:80]!a}"
-
-
-def _is_tensor_operator(target: str) -> bool:
-    if _SYMBOLIC_OPERATORS.fullmatch(target):
-        return True
-    match = re.fullmatch(r"torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.(\w+)\.(\w+)", target)
-    if match is None or match[2].startswith("__"):
-        return False
-    packet = getattr(getattr(torch.ops, match[1]), match[2], None)
-    operator = getattr(packet, match[3], None)
-    if not isinstance(operator, torch._ops.OpOverload):
-        return False
-    schema = operator._schema
-    touches_tensors = any("Tensor" in str(thing.type) for thing in [*schema.arguments, *schema.returns])
-    return touches_tensors and not any(argument.name == "filename" for argument in schema.arguments)  # aten::save, aten::from_file
-
-
-def _is_arithmetic(expression: str) -> bool:
-    """Symbols, numbers, operators, and calls of known functions; in guards also L['args'][0].size()[1]."""
-    try:
-        tree = ast.parse(expression, mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    harmless = (
-        ast.Expression | ast.BinOp | ast.UnaryOp | ast.BoolOp | ast.Compare | ast.operator | ast.unaryop | ast.boolop | ast.cmpop | ast.Load
-    )
-    for node in ast.walk(tree):
-        match node:
-            case ast.Constant(value=str(text)):
-                ok = re.fullmatch(r"[\w.+-]*", text) is not None
-            case ast.Constant(value=value):
-                ok = value is None or isinstance(value, bool | int | float)
-            case ast.Name(id=name):
-                ok = name in _ARITHMETIC or name == "L" or re.fullmatch(r"z?u?[sufz]+\d+", name) is not None
-            case ast.Call(func=ast.Name(id=name), keywords=keywords):
-                ok = name in _ARITHMETIC and all(
-                    word.arg in ("positive", "nonnegative", "integer", "real", "precision", "evaluate") for word in keywords
-                )
-            case ast.Call(func=ast.Attribute(), args=args, keywords=[]):
-                ok = not args
-            case ast.Attribute(attr=name):
-                ok = name in _GUARD_METHODS
-            case ast.keyword() | ast.Subscript():
-                ok = True
-            case _:
-                ok = isinstance(node, harmless) and not isinstance(node, ast.Pow)  # 9**9**9 would not end
-        if not ok:
-            return False
-    return True
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------------------------
@@ -626,7 +456,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _few(items: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(items[:limit]) + (f" ... and {len(items) - limit} more" if len(items) > limit else "")
+    return ", ".join(shown(item, line=True) for item in items[:limit]) + (
+        f" ... and {len(items) - limit} more" if len(items) > limit else ""
+    )
 
 
 def _a(thing: Any) -> str:

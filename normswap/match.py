@@ -8,17 +8,27 @@ from collections.abc import Iterable, Sequence
 from normswap.errors import UsageError
 from normswap.plan import Plan, Rule, Site, Skip, Swap, Trace
 
+_APPROXIMATE = "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
+_FORGOTTEN = "ask for an approximate one, from the calibration data that you gave, with approximate=True (--approximate)"
+
 
 def match(
-    trace: Trace, rules: Sequence[Rule], *, include: Sequence[str] = (), exclude: Sequence[str] = (), approximate: bool = False
+    trace: Trace,
+    rules: Sequence[Rule],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    approximate: bool = False,
+    calibrated: bool = False,
 ) -> Plan:
     """Every site as a Swap or a Skip.
 
-    `include` and `exclude` are globs on a site's names and its kind; exclude wins. Raises UsageError for a pattern to which nothing
+    `include` and `exclude` are globs on a site's names and its kind; exclude wins. calibrated: whether
+    calibration data were given, so that no reason asks for them. Raises UsageError for a pattern to which nothing
     answers: it is a typing error more often than not.
     """
     include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings too
-    decided = [_decide(site, rules, include, exclude, approximate) for site in trace.sites]
+    decided = [_decide(site, rules, include, exclude, approximate, calibrated) for site in trace.sites]
     for pattern in (*include, *exclude):
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
             raise UsageError(
@@ -33,21 +43,27 @@ def match(
     )
 
 
-def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str], approximate: bool) -> Swap | Skip:
+def _decide(
+    site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str], approximate: bool, calibrated: bool
+) -> Swap | Skip:
     rule = next((rule for rule in rules if rule.recognises(site)), None)
     if rule is None:
-        return Skip(site, "unknown", f"no rule speaks for {site.function or type(site.module).__qualname__}")
+        return Skip(
+            site,
+            "unknown",
+            f"no rule speaks for {site.function or type(site.module).__qualname__}; add *normswap.DEFAULT_RULES to your rules",
+        )
     if _answers(site, rule.kind, exclude):
-        return Skip(site, rule.kind, "was excluded by name or kind")
+        return Skip(site, rule.kind, "was excluded by name or kind; take it out of exclude to swap it")
     if include and not _answers(site, rule.kind, include):
-        return Skip(site, rule.kind, "is not among those that were asked for")
+        return Skip(site, rule.kind, "is not among those that were asked for; add it to include to swap it")
     reason = rule.check(site)
     if reason is None and rule.inexact is not None and not approximate:
-        reason = rule.inexact(site)
+        reason = f"{rule.inexact(site)}; {_FORGOTTEN if calibrated else _APPROXIMATE}"
     if reason is None and rule.inexact is not None and site.calls == 0:
-        reason = "is never called, so no data can reach it"
+        reason = "is never called, so no data can reach it; leave it, or give calibration data that do"
     if reason is None and rule.inexact is not None and site.tied:
-        reason = f"shares a parameter: {' and '.join(site.tied)} are one, and calibration would change all"
+        reason = f"shares a parameter: {' and '.join(site.tied)} are one, and calibration would change all; leave them, or untie them"
     return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
 
 

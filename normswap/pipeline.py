@@ -27,7 +27,7 @@ from normswap.errors import ParityError, UsageError
 from normswap.exported import as_module, like
 from normswap.facts import Facts, facts
 from normswap.graphs import BASES
-from normswap.inputs import Inputs, as_inputs, infer
+from normswap.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.match import match
 from normswap.numerics import STD_FORMS, Stats
 from normswap.parity import Parity
@@ -178,7 +178,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
     batches: Sequence[Any] = () if calibration is None else list(calibration)
     if batches and example_inputs is None:
         resolve = functools.partial(_first_batch, batches, model)
-    layers = [module for module in model.modules() if isinstance(module, BatchlessNorm)]
+    layers = [module for module in as_module(model).modules() if isinstance(module, BatchlessNorm)]
     if not layers:
         raise UsageError(f"{type(model).__name__} has no BatchlessNorm to couple", hint="normswap.convert makes them, and couples them")
     sites = trace(model, _forward(resolve), lambda site: True if isinstance(site.module, BatchlessNorm) else None).sites
@@ -240,7 +240,7 @@ def attempt(
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
     _check_lazy(module)
-    decided = _plan(module, resolve, include, exclude, rules, approximate)
+    decided = _plan(module, resolve, include, exclude, rules, approximate, calibration is not None)
     inputs = _needed(resolve())
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
     exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
@@ -337,16 +337,17 @@ def check(
         what = parity.failure or "nothing was compared"
     elif bad.problem is not None:
         what = f"{bad.name} {bad.problem}"
+        if bad.unjudged is not None:
+            failed = "not judged"
+            hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
     else:
+        ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
         what = (
-            f"first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
+            f"{ran}first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
             f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
         )
-        if bad.noise > bad.tolerance:
-            hint = (
-                f"the original itself is {bad.noise:.3g} away from its float64 run there, as if it made a choice that rounding decides "
-                "(nms, top-k, argmax, an unstable recursion): convert and verify the part of the model before that choice"
-            )
+        if not bad.float64 and not bad.non_finite and math.isfinite(bad.noise):
+            what += f", as the original itself is {bad.noise:.3g} off there"
     raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)
 
 
@@ -357,9 +358,11 @@ def _plan(
     exclude: Sequence[str],
     rules: Sequence[Rule],
     approximate: bool,
+    calibrated: bool = False,
 ) -> Plan:
     rules = all_checked(rules, DEFAULT_RULES)
-    return match(_trace(module, resolve, rules), rules, include=include, exclude=exclude, approximate=approximate)
+    found = _trace(module, resolve, rules)
+    return match(found, rules, include=include, exclude=exclude, approximate=approximate, calibrated=calibrated)
 
 
 def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:
@@ -368,6 +371,15 @@ def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Seque
         return None if rule is None else rule.check(site) is None
 
     return trace(module, _forward(resolve), is_norm)
+
+
+def given_to(model: nn.Module | ExportedProgram, example_inputs: Any) -> Inputs:
+    """What was given as example inputs; of a list in a file the first batch, as far as the model takes it."""
+    given = as_inputs(example_inputs)
+    if not given.listed:
+        return given
+    module = as_module(model)
+    return Inputs(*arguments_of(as_batches(given.listed, module, "--input")[0], module))
 
 
 def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
@@ -387,7 +399,7 @@ def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callab
     @functools.cache
     def resolve() -> Inputs | None:
         if example_inputs is not None:
-            return as_inputs(example_inputs)
+            return given_to(model, example_inputs)
         if isinstance(model, ExportedProgram):
             example = model.example_inputs
             return Inputs(tuple(example[0]), dict(example[1]), "program") if example else None

@@ -23,10 +23,14 @@ Forward = tuple[tuple[Any, ...], Mapping[str, Any]]  # the arguments of one forw
 
 @dataclass(frozen=True)
 class Call:
-    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there."""
+    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there.
+
+    under: the code stays as it is, and its `super().forward` comes to call the layer.
+    """
 
     owner: str
     numbers: tuple[int, ...]
+    under: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Rule:
     recognises(site) -> bool           is this the kind of norm this rule speaks for?
     check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
     build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
-    inexact(site) -> str               why the replacement only approximates the source, and starts from data; None for an exact rule
+    inexact(site) -> str               why the replacement only approximates the source, without what to do next; None for an exact rule
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
     spec                               of a rule that is not normswap's: the "package.module:NAME" under which `load` finds it again
 

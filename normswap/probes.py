@@ -1,6 +1,7 @@
 """The inputs at which a model is judged: a fixed number, made from one set of example inputs.
 
-    the example inputs; a seeded batch of 1; a seeded batch of 3; the batch of 1 with its floats x 1e-3, and x 1e3
+    the example inputs; a seeded batch of 1, unless the example is one; a seeded batch of 3
+    the batch of 1 with its floats x 1e-3, and x 1e3
     for ONNX files also: the batch of 1 with its floats all 0, and all 3
 
 Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. If
@@ -30,14 +31,16 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 class Probe:
     """One set of arguments for a forward pass.
 
-    like_example: it has the example's shapes. flat: its floats are all the same, so that sums cancel and borders show; a candidate that has
-    its weights elsewhere than the reference (an ONNX file) is held to it, if it is one that the reference itself computes well.
+    like_example: it has the example's shapes. scaled: its floats are larger or smaller than the example's. flat: its floats are all the
+    same, so that sums cancel and borders show; a candidate that has its weights elsewhere than the reference (an ONNX file) is held to it,
+    if it is one that the reference itself computes well.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     like_example: bool = True
+    scaled: bool = False
     flat: bool = False
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Arguments:
@@ -55,15 +58,16 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
     yield Probe("example", args, kwargs)
     single = _seeded(args, kwargs, batch, 1, seed=1)
     one, three = (f"batch {n}" if batch is not None else f"seed {n}" for n in (1, 3))
-    yield Probe(one, *single, like_example=batch in (None, 1))
+    if batch != 1:  # a batch of 1 is what the example is
+        yield Probe(one, *single, like_example=batch is None)
     yield Probe(three, *_seeded(args, kwargs, batch, 3, seed=2), like_example=batch in (None, 3))
     for factor in (1e-3, 1e3):
         scaled = _mapped(single, functools.partial(_scaled, factor=factor))
-        yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1))
+        yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1), scaled=True)
     for value in FLAT:
         same = _mapped(single, functools.partial(_filled, value=value))
         if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-            yield Probe(f"{one}, all {value:g}", *same, like_example=batch in (None, 1), flat=True)
+            yield Probe(f"{one}, all {value:g}", *same, like_example=batch in (None, 1), scaled=True, flat=True)
 
 
 def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Mapping[int, str]]) -> Iterator[tuple[str, Probe]]:

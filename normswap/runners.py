@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap import onnx_file, precision
 from normswap.errors import SwapError, UsageError
+from normswap.kernels import kernels
 from normswap.probes import Probe
 from normswap.sharing import uncompiled
 from normswap.taps import Tap, key
@@ -98,8 +99,8 @@ def module_runner(
             if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
                 if inputs and args:
-                    taps[key(name, calls[name], input=True)] = _sampled(args[0])
-                taps[key(name, calls[name])] = _sampled(output)
+                    taps[key(name, calls[name], input=True)] = sampled(args[0])
+                taps[key(name, calls[name])] = sampled(output)
 
         return record
 
@@ -120,7 +121,7 @@ def module_runner(
     return run
 
 
-def _sampled(tensor: Tensor) -> Tensor:
+def sampled(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     return flat[:: _step(flat.numel())].clone()
 
@@ -182,12 +183,15 @@ def onnx_runner(path: Path, level: str, taps: Sequence[Tap] = ()) -> Runner:
     return lambda probe: _told(session.run(None, _feeds(names, probe)), outputs, asked, taps)
 
 
-def onnx_float64_runner(path: Path, taps: Sequence[Tap] = ()) -> Runner:
-    """The file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv. Slow."""
+def onnx_float64_runner(path: Path, taps: Sequence[Tap] = (), *, nudge: float = 0.0) -> Runner:
+    """The file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv.
+
+    nudge: by how much of its size each constant is moved at most, at random.
+    """
     import onnx
 
     model = onnx.load(path)
-    _widen(model)
+    _widen(model, nudge)
     return _evaluator(model, taps)
 
 
@@ -196,7 +200,7 @@ def _evaluator(model: Any, taps: Sequence[Tap]) -> Runner:
     from onnx.reference import ReferenceEvaluator
 
     asked = _add_outputs(model.graph, taps)
-    evaluator = ReferenceEvaluator(model, new_ops=_corrected(model))
+    evaluator = ReferenceEvaluator(model, new_ops=[*kernels(), *_corrected(model)])
     names, outputs = list(evaluator.input_names), list(evaluator.output_names)
 
     def run(probe: Probe) -> tuple[Values, Values]:
@@ -263,7 +267,7 @@ def _told(found: Any, names: Sequence[str], asked: int | None, taps: Sequence[Ta
     tapped = {}
     for tap in taps:
         if tap.value in values:
-            tapped[tap.key] = _sampled(torch.as_tensor(tap.original(values[tap.value])))
+            tapped[tap.key] = sampled(torch.as_tensor(tap.original(values[tap.value])))
     return _by_position(found[:asked]), tapped
 
 
@@ -345,17 +349,21 @@ def _by_position(found: Any) -> Values:
     return {f"{BY_POSITION}{i}": torch.as_tensor(value) for i, value in enumerate(found)}
 
 
-def _widen(model: Any) -> None:
+def _widen(model: Any, nudge: float = 0.0) -> None:
     """Turn float32, float16 and bfloat16 into float64 everywhere in an ONNX model: tensors, declared types, casts."""
     import numpy as np
     import onnx
     from onnx import numpy_helper
 
     narrow = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    generator = np.random.default_rng(0)
 
     def widen_tensor(tensor: Any) -> None:
         if tensor.data_type in narrow:
             values = numpy_helper.to_array(tensor).astype("float64")
+            if nudge and values.size:
+                size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
+                values = values + nudge * np.maximum(size, size.mean()) * generator.uniform(-1, 1, values.shape)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     def widen_graph(graph: Any) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap import recipe_checks
 from normswap.batchless import BatchlessNorm
 from normswap.errors import LoadError
+from normswap.outputs import read_json, recover, writing
 from normswap.sharing import shadow
 from normswap.versions import version_of
 
@@ -63,7 +65,8 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
         "rules": rules_of(model),
     }
     (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    save_model(_uncoupled(model), str(directory / WEIGHTS), metadata={"format": "pt"})
+    with writing(WEIGHTS):
+        save_model(_uncoupled(model), str(directory / WEIGHTS), metadata={"format": "pt"})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -130,19 +133,16 @@ def recipe_hash(model: nn.Module) -> str:
 def read_recipe(directory: Path) -> Recipe:
     """The recipe of a converted directory. Raises LoadError if it is not one, or of a version that this normswap does not know."""
     path = directory / RECIPE
+    recover(directory)
     if directory.exists() and not directory.is_dir():
         raise LoadError(f"{directory} is not a directory", hint="give the directory that `normswap convert SRC -o DIR` wrote")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_json(path)
+        if (problem := recipe_checks.problem(content)) is not None:
+            raise ValueError(problem)
         version = content["version"]
         known = {name: content[name] for name in ("sites", "source", "factory", "module", "inputs")}
-        recipe = Recipe(**known, rules=content.get("rules", ()))  # not in recipes that normswap wrote before it had them
-        if not all({"name", "class", "std"} <= site.keys() for site in recipe.sites):
-            raise ValueError("a site lacks its name, class or std")
-        if not all({"name", "shape", "dtype"} <= entry.keys() for entry in recipe.inputs):
-            raise ValueError("an input lacks its name, shape or dtype")
-        if not all({"kind", "rule", "sites"} <= entry.keys() for entry in recipe.rules):
-            raise ValueError("a rule lacks its kind, rule or sites")
+        recipe = Recipe(**known, rules=content.get("rules") or ())  # not in recipes that normswap wrote before it had them
     except FileNotFoundError as error:
         raise LoadError(
             f"{directory} is not a converted directory: it has no {RECIPE}", hint="`normswap convert SRC -o DIR` writes one"
@@ -187,6 +187,8 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    if not (directory / WEIGHTS).is_file():  # a pipe would be waited for
+        raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
     _take_modes(model, recipe)
     found = {site["name"]: site for site in sites_of(model)}
     for site in recipe.sites:

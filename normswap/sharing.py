@@ -76,12 +76,16 @@ def _restore_attributes(source: fx.GraphModule, target: fx.GraphModule, memo: di
             target.__dict__[name] = copy.deepcopy(value, memo)
 
 
-def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
+def shadow(
+    model: M,
+    of_buffers: Callable[[Tensor], Tensor] = torch.clone,
+    of_parameters: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+) -> M:
     """A copy in eval mode that shares the parameters and has buffers of its own: safe to trace and run, cheap in memory.
 
-    Lazy parameters are not shared: a forward pass gives them a shape.
+    of_buffers, of_parameters: what stands for each in the copy. Lazy parameters are not shared: a forward pass gives them a shape.
     """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not is_lazy(p)}
+    memo: dict[int, Any] = {id(p): of_parameters(p) for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     return set_eval(copy_with(model, memo))
 

@@ -18,12 +18,12 @@ from normswap import coupling, numerics
 from normswap.batchless import BatchlessNorm, Source
 from normswap.calls import Found, find
 from normswap.errors import SwapError
-from normswap.graphs import BASES, base_forward, graphs_of, rewrite
-from normswap.plan import Plan, Swap
+from normswap.graphs import BASES, TENSORS, base_forward, base_of, graphs_of, rewrite
+from normswap.plan import Plan, Site, Swap
 from normswap.sharing import carry, copy_with
+from normswap.super_calls import put_under_super
 
 M = TypeVar("M", bound=nn.Module)
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") -> nn.Module:
@@ -102,6 +102,9 @@ def _place(model: nn.Module, layers: Mapping[Swap, nn.Module]) -> None:
     for name in owners:
         owner = model.get_submodule(name)
         mine = {s.site: layer for s, layer in layers.items() if s.site.call is not None and s.site.call.owner == name}
+        if any(site.call is not None and site.call.under for site in mine):
+            _put_under(owner, name, mine)
+            continue
         graphs = graphs_of(owner)
         read_before = {target for graph in graphs.values() for target in _reads(graph)}
         for graph in graphs.values():
@@ -123,6 +126,16 @@ def _place(model: nn.Module, layers: Mapping[Swap, nn.Module]) -> None:
         for target in read_before - {target for graph in graphs.values() for target in _reads(graph)}:
             _drop_unread(owner, target, graphs.values())
         rewrite(owner, graphs)
+
+
+def _put_under(owner: nn.Module, name: str, mine: Mapping[Site, nn.Module]) -> None:
+    ((site, layer),) = mine.items()
+    if f"torch.nn.{getattr(base_of(owner), '__name__', None)}.forward" != site.function:
+        raise SwapError(
+            f"{site.name} is the {site.function} that the code of a layer calls, but {type(owner).__name__} is not derived from that",
+            hint="the plan must be one of the same model",
+        )
+    put_under_super(owner, site.name[len(name) + 1 :] if name else site.name, layer.train(owner.training))
 
 
 def _reads(graph: fx.Graph) -> set[str]:
@@ -238,11 +251,8 @@ def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, 
     if recorded_mean is None or recorded_var is None:
         var, eps = numerics.variance_of_std(std, source.eps)
         return mean, var, eps
-    stored = numerics.parameter_of(numerics.std_of_variance(recorded_var, source.eps), layer.std)
-    # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so recorded_var's dtype is no witness.
-    as_swapped = stored.to(torch.promote_types(source.buffers["running_var"], torch.float32)).to(layer.std_parameter.dtype)
     same_mean = recorded_mean.to(mean.dtype) == mean
-    same_std = as_swapped == layer.std_parameter
+    same_std = layer.as_recorded()
     # Only a channel that was trained can ask for eps = 0: a dead one (variance 0) may miss eps by a rounding.
     _, eps = numerics.variance_of_std(std[~same_std], source.eps)
     trained = std.double().square() - eps

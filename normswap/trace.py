@@ -33,9 +33,10 @@ from normswap import functional
 from normswap.call_sites import Hit, call_sites, writes_its_own
 from normswap.calls import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALES, attribute, find, scalings
 from normswap.errors import SwapError, described
-from normswap.graphs import BASES, place_of
+from normswap.graphs import BASES, is_emptied, place_of
 from normswap.plan import Forward, Site, Trace
 from normswap.sharing import shadow, uncompiled
+from normswap.super_calls import under_super
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -130,7 +131,7 @@ def _decided(model: nn.Module, is_norm: IsNorm) -> dict[str, bool]:
 
     Asked once, of the model: its copies have the same names.
     """
-    answers = ((name, module, is_norm(Site(name, (), module, None))) for name, module in model.named_modules())
+    answers = ((name, module, is_norm(Site(name, (), module, None))) for name, module in model.named_modules() if not is_emptied(module))
     return {name: answer or not writes_its_own(module) for name, module, answer in answers if answer is not None}
 
 
@@ -171,12 +172,16 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
             return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, shadow(model), forward)
     arguments = forward()
     if arguments is None:
-        notes.append("no example inputs are known, so no forward pass was watched: calls and functional norms are unknown")
+        notes.append(
+            "no example inputs are known, so no forward pass was watched: calls and functional norms are unknown; give example inputs"
+        )
         return _result(names, None, "names", notes, model, forward)
     copied = shadow(model)  # a new one: the tracer may have left proxies in the other
     seen, failed = _Watch(copied, _Names(copied, decided)).run(*arguments)
     if failed is not None:
-        notes.append(f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}")
+        notes.append(
+            f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}; give inputs that it takes"
+        )
     return _result(names, seen, "walk", notes, shadow(model), forward)
 
 
@@ -235,7 +240,7 @@ class _Tracer(fx.Tracer):
         self.model, self.names, self.seen = model, names, _Seen()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.names.norms or self.names.may_produce(m) or isinstance(m, BASES):
+        if id(m) in self.names.norms or self.names.may_produce(m) or (isinstance(m, BASES) and not is_emptied(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not self.names.inside(m)
 
@@ -271,7 +276,10 @@ def _see_graph(root: nn.Module, graph: fx.Graph, names: _Names, seen: _Seen | No
                 producer = None if module._forward_pre_hooks else _producer_of(source, {node}, root, names, called)
                 seen.call(names.first(module), producer)
             elif isinstance(module, BASES):  # a class that extends one of torch's norms: what it calls is in its own code
-                seen.hit(names.first(module), f"{type(module).__name__}.forward")
+                source = node.args[0] if node.args else node.kwargs.get("input")
+                passes_on = not module._forward_pre_hooks and under_super(module).passes_on
+                producer = _producer_of(source, {node}, root, names, called) if passes_on else None
+                seen.hit(names.first(module), f"{type(module).__name__}.forward", producer)
             else:
                 seen.unclear.update(names.first(norm) for norm in names.inside(module))
         elif node.op == "get_attr":

@@ -1,55 +1,85 @@
-"""The only judge of numbers: does a candidate compute the reference's function?
+"""The only judge of numbers: does a candidate compute the reference's function, and as precisely as the reference does?
 
-The judge is the reference in float64. A tensor passes if its error, max|candidate - judge| / max|judge|, is at most
+The truth is what the reference gives in float64. The error of a tensor is
 
-    min(max(10 x noise, FLOOR), CAP)        noise: the error of the reference in its own dtype; FLOOR and CAP by that dtype
+    max|candidate - truth| / scale        scale = max|truth| there, but at least REACH x what that tensor reaches at unscaled probes
 
-so the limit follows what rounding alone does to this model at this input. FLOOR goes by the coarsest dtype of weights, outputs and layers,
-CAP by the coarsest that anything is computed in. It fails closed: NaN, a missing output, another shape or dtype, or nothing to compare all
-fail, and one failing output or layer fails all.
+1. The same function: a candidate module runs in float64 too, where hardly anything is rounded. Its error may be SAME at most, or 10 times
+   what rounding its own tensors to their dtype does (`second_look.py`), if that is more.
+2. As precise: a candidate in its own dtype, or an ONNX file in a runtime, may have an error of
 
-Forward passes: 7 probes (`probes.py`) x (judge, reference), and then 5 for every candidate, 7 for an ONNX file. A probe that the reference
-itself refuses (a fixed batch size, say) is dropped and named; one of the two flat ones also where the reference by itself is further from
-its float64 run than CAP, or all that it gives is 0, so that nothing can be learnt there.
+       max(10 x noise, FLOOR)             noise: the error of the reference itself there
 
-Memory: the judge shares the reference's weights and widens each where an operation reads it. Of a swapped layer's output, at most TAP_SIZE
-evenly spread values per probe and call are kept; the model's outputs are kept whole.
+   For a module, noise is that of the reference in its own dtype. For an ONNX file it is that of its baseline (the same graph before
+   anything was folded) in the same runtime at the same level; the baseline itself is held against the reference.
+
+Where noise is above CAP, the second says nothing, and that row is left to the others; it is named in `Parity.unjudged`. What is judged
+nowhere fails. It fails closed: NaN, a missing output, another shape or dtype, or nothing to compare all fail, and one failing output or
+layer fails all. FLOOR goes by the coarsest dtype of weights, outputs and layers, CAP by the coarsest that anything is computed in.
+
+Forward passes: 7 probes (`probes.py`) in float64 and 7 in the reference's own dtype; then 5 and 5 for a module, 7 for an ONNX file at each
+level and 7 for its baseline. What fails is looked at again (`second_look.py`) before it is called a failure. A probe that the reference
+itself refuses (a fixed batch size, say) is dropped and named; one of the two flat ones also where the reference itself is further from its
+float64 run than CAP, or all that it gives is 0.
+
+Memory: the float64 run shares the weights and widens each where an operation reads it. Of a swapped layer's output, at most TAP_SIZE evenly
+spread values per probe and call are kept; the model's outputs are kept whole.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap import second_look
 from normswap.errors import UsageError, described
 from normswap.parity import Difference, Parity
 from normswap.probes import Probe, probes
-from normswap.runners import BY_POSITION, REFERENCE, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
+from normswap.runners import (
+    BY_POSITION,
+    REFERENCE,
+    Runner,
+    Values,
+    module_runner,
+    onnx_dtypes,
+    onnx_float64_runner,
+    onnx_runner,
+)
+from normswap.second_look import Key, Rerun
 from normswap.sharing import shadow, to_float64
 from normswap.taps import Tap
 
+SAME = 1e-9
+REACH = 1e-3
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NOISE_FACTOR = 10
 NOTHING_FINITE = "has no finite value to compare"
-LEVELS = ("disabled", "basic", "extended", "all")  # of onnxruntime's graph optimisation
+LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
+MORE_LEVELS = ("disabled", "basic", "extended", "all")
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """The judge's value of one tensor at one probe, and how the reference in its own dtype compares."""
+    """What the reference gives of one tensor at one probe in float64, and how the reference in its own dtype compares.
+
+    least: the smallest scale that an error may be relative to. unusable: where the reference overflows, or is NaN, in its own dtype only.
+    untold: why its own dtype cannot be compared with float64, if so.
+    """
 
     value: Tensor
     dtype: torch.dtype
     noise: float
-    unusable: Tensor | None  # where the reference overflows, or is NaN, in its own dtype only
+    least: float = 0.0
+    unusable: Tensor | None = None
+    untold: str | None = None
 
 
 @dataclass
@@ -57,6 +87,7 @@ class Judgement:
     """What the reference computes, in float64, at every probe: made once, held against any number of candidates.
 
     dtype: the coarsest of its weights, outputs and layers; computed_in: the coarsest that any of its operations returns.
+    float64: whether the truth is that of float64; else that of the reference's own dtype, as it cannot be run in float64.
     """
 
     probes: list[Probe]
@@ -67,19 +98,23 @@ class Judgement:
     computed_in: torch.dtype
     passes: int = 0
     flat: frozenset[str] = frozenset()  # the names of the probes that are for ONNX files only
+    float64: bool = True
+    rerun: Rerun | None = field(default=None, repr=False)
+    tensors: Sequence[Tensor] = field(default=(), repr=False)  # the reference's own: what a candidate shares with it was not rounded
+    baselines: dict[tuple[Path, str], _Baseline] = field(default_factory=dict, repr=False)
+
+    def passed_on(self, candidate: nn.Module) -> Judgement:
+        """The same, which lets go of the reference: where it would be run again, a candidate is that was found to be the same function."""
+        return replace(self, rerun=_rerun(candidate, (), self), tensors=(), baselines={})
 
 
-def verify(
-    reference: nn.Module | Path,
-    candidate: nn.Module | Path,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    sites: Sequence[str] = (),
-    tolerance: float | None = None,
-) -> Parity:
-    """Judge `reference`, then hold `candidate` against it. Each is a module, or an ONNX file."""
-    return compare(judge(reference, args, kwargs, sites=sites), candidate, sites=sites, tolerance=tolerance)
+@dataclass(frozen=True)
+class _Baseline:
+    """What one runtime makes of a file before anything was folded in it: its errors, and what is wrong with the file itself, if so."""
+
+    noise: Mapping[Key, float]
+    wrong: str | None
+    passes: int
 
 
 def judge(
@@ -110,15 +145,15 @@ def judge(
                 onnx_float64_runner(reference, taps)
                 if isinstance(reference, Path)
                 else module_runner(
-                    shadow(wide or reference, to_float64), sites, in_float64=_own_dtype(wide or reference, asked), inputs=inputs
+                    shadow(wide or reference, to_float64), sites, in_float64=second_look.own_dtype(wide or reference, asked), inputs=inputs
                 )
             ),
-            [Probe(p.name, *p.mapped(to_float64), p.like_example) for p in asked],
+            [widened(probe) for probe in asked],
             dropped,
             " in float64",
         )
     except UsageError as error:
-        # Int8 kernels, say. Then the reference in its own dtype is the judge: it has no noise, so the limit is the tightest there is.
+        # Int8 kernels, say. Then the reference in its own dtype is the truth.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
     usable = [p for p in asked if judged is None or p.name in judged]
     computed_in: set[torch.dtype] = set()
@@ -126,36 +161,72 @@ def judge(
         path = reference
         own = _run_all(lambda: onnx_runner(path, "disabled", taps), usable, dropped, "")
         seen = onnx_dtypes(reference)
+        tensors: Sequence[Tensor] = ()
     else:
         run = module_runner(shadow(reference), sites, dtypes=computed_in, inputs=inputs)
         own = _run_all(lambda: run, usable, dropped, "")
-        seen = {t.dtype for t in (*reference.parameters(), *reference.buffers())}
+        tensors = second_look.tensors(reference)
+        seen = {t.dtype for t in tensors}
+    in_float64 = judged is not None
     judged = own if judged is None else judged
     seen |= {t.dtype for values in own.values() for part in values for t in part.values()}
-    outputs, tapped = {}, {}
-    for probe in (p for p in usable if p.name in own):
-        try:
-            truths = [_truths(*pair) for pair in zip(judged[probe.name], own[probe.name], strict=True)]
-        except ValueError as error:  # shapes that depend on values may come out differently in float64
-            _refuse(probe, error, dropped, " in float64 as in its own dtype")
-        else:
-            outputs[probe.name], tapped[probe.name] = truths
-    computed = _coarsest(seen | computed_in)
-    for probe in [p for p in usable if p.flat and p.name in outputs]:
+    usable = [p for p in usable if p.name in own]
+    outputs, tapped = (
+        {p.name: _truths(judged[p.name][part], own[p.name][part], reach) for p in usable}
+        for part in (0, 1)
+        for reach in [_reach(judged[p.name][part] for p in usable if not p.scaled)]
+    )
+    computed = coarsest(seen | computed_in)
+    for probe in [p for p in usable if p.flat]:
         useless = next(filter(None, (_useless(truth, CAP[computed]) for truth in outputs[probe.name].values())), None)
         if useless is not None:
             dropped.append(f"{probe.name}: {useless}")
             del outputs[probe.name], tapped[probe.name]
-    return Judgement(
+    made = Judgement(
         probes=[p for p in usable if p.name in outputs],
         outputs=outputs,
         sites=tapped,
         dropped=dropped,
-        dtype=_coarsest(seen),
+        dtype=coarsest(seen),
         computed_in=computed,
         passes=len(judged) + len(own),
         flat=frozenset(p.name for p in asked if p.flat),
+        float64=in_float64,
+        tensors=tensors,
     )
+    made.rerun = _rerun(reference, sites, made, wide=wide, taps=taps, inputs=inputs)
+    return made
+
+
+def _rerun(
+    reference: nn.Module | Path,
+    sites: Sequence[str],
+    judgement: Judgement,
+    *,
+    wide: nn.Module | None = None,
+    taps: Sequence[Tap] = (),
+    inputs: bool = False,
+) -> Rerun:
+    eps = torch.finfo(judgement.dtype).eps
+    if isinstance(reference, Path):
+        path = reference
+        return Rerun(
+            wide=lambda shared: onnx_float64_runner(path, taps, nudge=0.0 if shared is None else eps / 2),
+            own=lambda: onnx_runner(path, "disabled", taps),
+        )
+    module, judged = reference, wide or reference
+    dtype = second_look.own_dtype(judged, judgement.probes)
+
+    def in_float64(shared: Sequence[Tensor] | None) -> Runner:
+        amount = None if shared is None else second_look.rounded_by(judged, shared, eps, second_look.CHOICE)
+        return module_runner(second_look.nudged(judged, amount), sites, in_float64=dtype, inputs=inputs)
+
+    return Rerun(in_float64, lambda: module_runner(shadow(module), sites, inputs=inputs))
+
+
+def widened(probe: Probe) -> Probe:
+    args, kwargs = probe.mapped(to_float64)
+    return replace(probe, args=args, kwargs=kwargs)
 
 
 def _useless(truth: _Truth, cap: float) -> str | None:
@@ -167,13 +238,7 @@ def _useless(truth: _Truth, cap: float) -> str | None:
     return None if truth.noise <= cap else f"the original itself is {truth.noise:.1e} away from its float64 run there"
 
 
-def _own_dtype(model: nn.Module, asked: Sequence[Probe]) -> torch.dtype:
-    """The coarsest of its weights, or, if it has none, of what it is given."""
-    tensors = [*model.parameters(), *model.buffers()] or [t for probe in asked for t in probe.tensors()]
-    return _coarsest({t.dtype for t in tensors})
-
-
-def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
+def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
     return max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -215,43 +280,71 @@ def compare(
     only: Collection[str] | None = None,
     original: nn.Module | None = None,
     taps: Sequence[Tap] = (),
+    baseline: Path | None = None,
+    again: bool = True,
 ) -> Parity:
     """Hold a candidate against a judgement: a module, or an ONNX file in onnxruntime at one optimisation level.
 
     level: "disabled", "basic", "extended", "all", REFERENCE for onnx's own evaluator, or the name of an execution provider.
-    only_like_example: the candidate takes no other batch size. only: the names of the probes to compare at. taps: where an ONNX file has
-    the outputs of the `sites`. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a
-    failure.
+    tolerance: the largest error that passes, in place of all limits. only_like_example: the candidate takes no other batch size. only: the
+    names of the probes to compare at. taps: where an ONNX file has the outputs of the `sites`. original: a model of which the candidate
+    claims to be an independent copy; reading one of its tensors is a failure. baseline: the file before anything was folded in it.
+    again: whether what fails is measured again before it is called a failure.
     """
     name = runtime(level) if isinstance(candidate, Path) else str(judgement.dtype)
     foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
     held = held_at(judgement, candidate, only_like_example=only_like_example)
     held = held if only is None else [p for p in held if p.name in only]
-    outputs: list[dict[str, Difference]] = []
-    tapped_at: list[dict[str, Difference]] = []
-    passes = 0
+    found: dict[Key, Difference] = {}
+    passes, notes = 0, list[str]()
     failure: str | None = None
-    try:
-        run = (
-            onnx_runner(candidate, level, taps) if isinstance(candidate, Path) else module_runner(shadow(candidate), sites, foreign=foreign)
-        )
-        for probe in held:
-            values, tapped = run(probe)
-            passes += 1
-            outputs.append(_differences(judgement, judgement.outputs[probe.name], values, probe, tolerance))
-            if sites:
-                tapped_at.append(_differences(judgement, judgement.sites[probe.name], tapped, probe, tolerance, tapped=True))
-    except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
-        failure = f"the candidate raised {described(error)}"
-    truths = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
-    if failure is None and not any(outputs):
+    make: Callable[[], Runner]
+    noise: Mapping[Key, float] = {}
+    noisy: Callable[[], Runner] | None = None if judgement.rerun is None else judgement.rerun.own  # whose noise is the candidate's limit
+    if isinstance(candidate, Path):
+        file = candidate
+        make = functools.partial(onnx_runner, file, level, taps)
+        noisy = None
+        if baseline is not None and tolerance is None:
+            known = _baseline(judgement, baseline, level, held)
+            noise, failure, passes = known.noise, known.wrong, known.passes
+            noisy = functools.partial(onnx_runner, baseline, level)
+    else:
+        module = candidate
+        make = functools.partial(module_runner, shadow(module), sites, foreign=foreign)
+        if judgement.float64 and tolerance is None:
+            try:
+                rows, runs = _in_float64(judgement, module, held, sites)
+                found |= rows
+                passes += runs
+            except Exception as error:  # whether it can be run at all is for its own dtype to say
+                notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
+    if failure is None:
+        try:
+            run = make()
+            for probe in held:
+                values = run(probe)
+                passes += 1
+                for part, tapped in ((0, False), (1, True)):
+                    if sites or not tapped:
+                        truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
+                        limits = _own_limits(judgement, probe, truths, noise, tolerance)
+                        found |= _differences(truths, values[part], probe, limits, tapped=tapped)
+        except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
+            failure = f"the candidate raised {described(error)}"
+    if failure is None and tolerance is None and again:
+        found, runs = _second_look(judgement, candidate, held, found, noisy, taps)
+        passes += runs
+    outputs, tapped_rows = ([d for key, d in found.items() if key.tapped is tapped] for tapped in (False, True))
+    truths_held = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
+    if failure is None and not outputs:
         failure = "nothing was compared: the model returns no tensor"
-    elif failure is None and not any(truth.value.numel() for truth in truths):
+    elif failure is None and not any(truth.value.numel() for truth in truths_held):
         failure = "nothing was compared: every tensor that the model returns is empty"
-    by_output, by_call = _telling(outputs), _telling(tapped_at)
+    by_output, by_call = (_telling({k: d for k, d in found.items() if k.tapped is tapped}, keep=not tapped) for tapped in (False, True))
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
-    for found in by_call.values():
-        by_site.setdefault(found[0].name, []).extend(found)
+    for rows_of_call in by_call.values():
+        by_site.setdefault(rows_of_call[0].name, []).extend(rows_of_call)
     order = {site: i for i, site in enumerate(sites)}
     return Parity(
         outputs=tuple(map(_worst, by_output.values())),
@@ -259,10 +352,161 @@ def compare(
         failure=failure,
         candidate=name,
         probes=tuple(p.name for p in held),
-        dropped=tuple(text for text in judgement.dropped if isinstance(candidate, Path) or text.partition(": ")[0] not in judgement.flat),
+        dropped=(
+            *(text for text in judgement.dropped if isinstance(candidate, Path) or text.partition(": ")[0] not in judgement.flat),
+            *notes,
+        ),
+        unjudged=_unjudged((*outputs, *tapped_rows)),
         forward_passes=judgement.passes + passes,
-        all_outputs=tuple(itertools.chain.from_iterable(by_output.values())),
+        all_outputs=tuple(outputs),
     )
+
+
+def _in_float64(
+    judgement: Judgement, candidate: nn.Module, held: Sequence[Probe], sites: Sequence[str]
+) -> tuple[dict[Key, Difference], int]:
+    """(the rows of a candidate in float64, the forward passes). What differs is measured against what rounding its tensors does."""
+    dtype = second_look.own_dtype(candidate, held)
+
+    def make(amount: second_look.Amount | None) -> Runner:
+        return module_runner(second_look.nudged(candidate, amount), sites, in_float64=dtype)
+
+    values = _run_wide(judgement, make(None), held)
+    found: dict[Key, Difference] = {}
+    for probe in held:
+        for part, tapped in ((0, False), (1, True)):
+            if sites or not tapped:
+                truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
+                limits = {k: (0.0, 0.0 if _is_exact(t) else SAME, None) for k, t in truths.items()}
+                found |= _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
+    failing = {key for key, d in found.items() if not d.passed and d.problem is None}
+    if not failing or judgement.rerun is None:
+        return found, len(held)
+    eps = torch.finfo(judgement.dtype).eps
+    rounded = second_look.rounded_by(candidate, judgement.tensors, eps)
+    scales = _scales(judgement, held)
+    moved = second_look.movement(_run_wide(judgement, make(rounded), held), values, scales)
+    truths_of = {p.name: (_values(judgement.outputs[p.name]), _values(judgement.sites[p.name])) for p in held}
+    chosen = second_look.movement(_run_wide(judgement, judgement.rerun.wide(second_look.tensors(candidate)), held), truths_of, scales)
+    for key in failing:
+        found[key] = _excused(found[key], moved.get(key, 0.0), chosen.get(key, 0.0), CAP[judgement.computed_in])
+    return found, 3 * len(held)
+
+
+def _excused(row: Difference, rounding: float, choice: float, cap: float) -> Difference:
+    """A row of float64 that is above its limit, with the limit that rounding gives it, or with why it decides nothing."""
+    if choice > cap:
+        why = f"a choice that rounding decides: the original moves by {choice:.1e} of its output when its weights are rounded otherwise"
+        return row if row.non_finite and not math.isinf(choice) else replace(row, unjudged=why, non_finite=0)
+    allowed = NOISE_FACTOR * max(rounding if rounding <= cap else 0.0, choice)
+    return replace(row, tolerance=max(row.tolerance, allowed))
+
+
+def _run_wide(judgement: Judgement, run: Runner, held: Sequence[Probe]) -> dict[str, tuple[Values, Values]]:
+    """By probe, (outputs, tapped values) of what is run in float64, under the reference's names."""
+    found = {}
+    for probe in held:
+        outputs, tapped = run(widened(probe))
+        found[probe.name] = _paired(judgement.outputs[probe.name], outputs), tapped
+    return found
+
+
+def _values(truths: Mapping[str, _Truth]) -> Values:
+    return {name: truth.value for name, truth in truths.items()}
+
+
+def _scales(judgement: Judgement, held: Sequence[Probe]) -> Mapping[Key, float]:
+    """By row, the least scale of an error."""
+    return {
+        Key(p.name, name, tapped, True): truth.least
+        for p in held
+        for tapped, at in ((False, judgement.outputs), (True, judgement.sites))
+        for name, truth in at[p.name].items()
+    }
+
+
+def _second_look(
+    judgement: Judgement,
+    candidate: nn.Module | Path,
+    held: Sequence[Probe],
+    found: dict[Key, Difference],
+    noisy: Callable[[], Runner] | None,
+    taps: Sequence[Tap],
+) -> tuple[dict[Key, Difference], int]:
+    """What is less precise than it may be, measured again: one sample of noise may be a small one by chance."""
+    failing = {k: d for k, d in found.items() if not k.float64 and not d.passed and d.problem is None and not d.non_finite}
+    if not failing or any(not d.passed and k not in failing for k, d in found.items()):
+        return found, 0
+    looked = [p for p in held if any(key.probe == p.name for key in failing)]
+    if noisy is not None and judgement.rerun is not None:
+        wide = judgement.rerun.wide(None) if judgement.float64 else None
+        noise = second_look.noise_again(wide, noisy(), looked, _by_name(judgement, looked))
+        for key in failing:
+            more = max(found[key].noise, noise.get(key, 0.0))
+            limit, untold = _limit(more, judgement)
+            found[key] = replace(found[key], noise=more, tolerance=max(limit, found[key].tolerance), unjudged=untold)
+        return found, 2 * second_look.SAMPLES * len(looked)
+    if isinstance(candidate, Path) and judgement.float64:
+        same = same_file(judgement, candidate, looked, taps)
+        cap = CAP[judgement.computed_in]
+        for key in failing:
+            if same.get(key.wide()) is True:
+                found[key] = replace(found[key], tolerance=max(found[key].tolerance, cap))
+        return found, 2 * len(looked)
+    return found, 0
+
+
+def _by_name(judgement: Judgement, held: Sequence[Probe]) -> Mapping[str, tuple[Sequence[str], Sequence[str]]]:
+    return {p.name: (list(judgement.outputs[p.name]), list(judgement.sites[p.name])) for p in held}
+
+
+def same_file(judgement: Judgement, path: Path, held: Sequence[Probe], taps: Sequence[Tap] = ()) -> dict[Key, bool]:
+    """By row, whether an ONNX file, run in float64, is the function of the reference, up to what rounding its constants does."""
+    try:
+        values = _run_wide(judgement, onnx_float64_runner(path, taps), held)
+        again = _run_wide(judgement, onnx_float64_runner(path, taps, nudge=torch.finfo(judgement.dtype).eps / 2), held)
+        moved = second_look.movement(again, values, _scales(judgement, held))
+    except Exception:  # an operator that onnx's evaluator does not have
+        return {}
+    same: dict[Key, bool] = {}
+    for probe in held:
+        for part, tapped in ((0, False), (1, True)) if taps else ((0, False),):
+            truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
+            limits = {n: (0.0, max(SAME, NOISE_FACTOR * moved.get(Key(probe.name, n, tapped, True), 0.0)), None) for n in truths}
+            rows = _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
+            same |= {key: row.passed for key, row in rows.items()}
+    return same
+
+
+def _baseline(judgement: Judgement, path: Path, level: str, held: Sequence[Probe]) -> _Baseline:
+    """What a runtime makes of a file before anything was folded in it. Measured once for each level."""
+    known = judgement.baselines.get((path, level))
+    if known is None or not {p.name for p in held} <= {key.probe for key in known.noise}:
+        known = judgement.baselines[path, level] = _measured(judgement, path, level, held)
+    return known
+
+
+def _measured(judgement: Judgement, path: Path, level: str, held: Sequence[Probe]) -> _Baseline:
+    try:
+        run = onnx_runner(path, level)
+        rows: dict[Key, Difference] = {}
+        for probe in held:
+            truths = judgement.outputs[probe.name]
+            rows |= _differences(truths, run(probe)[0], probe, _own_limits(judgement, probe, truths, {}, None))
+    except Exception as error:
+        return _Baseline({}, f"before anything was folded, the file raised {described(error)}", 0)
+    noise = {key: d.max_rel for key, d in rows.items()}
+    doubted = {key: d for key, d in rows.items() if d.problem not in (None, NOTHING_FINITE) or not (d.passed or d.unjudged)}
+    if not doubted:
+        return _Baseline(noise, None, len(held))
+    looked = [p for p in held if any(key.probe == p.name for key in doubted)]
+    same = same_file(judgement, path, looked)
+    for key, d in doubted.items():
+        if d.problem is not None or d.non_finite or same.get(key.wide()) is not True:
+            what = d.problem or (f"has {d.non_finite} non-finite mismatches" if d.non_finite else f"is {d.max_rel:.1e} off")
+            wrong = f"{d.name} at the probe {d.probe!r} {what} before anything was folded: torch.onnx.export wrote another function"
+            return _Baseline(noise, wrong, 3 * len(held))
+    return _Baseline(noise, None, 3 * len(held))
 
 
 def runtime(level: str) -> str:
@@ -276,110 +520,148 @@ def held_at(judgement: Judgement, candidate: nn.Module | Path, *, only_like_exam
     return [p for p in fitting if isinstance(candidate, Path) or not p.flat]
 
 
-def _error(candidate: Tensor, truth: Tensor, unusable: Tensor | None) -> tuple[float, float, float, int]:
-    """(max_abs, max_rel, rel_l2, non-finite mismatches) of a candidate against the judge's value of the same shape."""
-    wide = torch.complex128 if truth.is_complex() else torch.float64
-    a, b = candidate.to("cpu", wide).reshape(-1), truth.to("cpu", wide).reshape(-1)
-    overflows = torch.zeros_like(b, dtype=torch.bool) if unusable is None else unusable.reshape(-1)
-    usable = b.isfinite() & ~overflows
-    # Where the reference itself overflows, the candidate has to overflow too; where the function is infinite or NaN, it has to be the same;
-    # elsewhere it must not.
-    mismatches = int(((a.isfinite() != usable) | ~(usable | overflows | _same(a, b))).sum())
-    both = usable & a.isfinite()
-    if not bool(both.any()):
-        return (0.0, 0.0, 0.0, mismatches) if a.numel() == 0 else (math.nan, math.nan, math.nan, mismatches)
-    difference, reference = (a - b)[both], b[both]
-    return (
-        difference.abs().max().item(),
-        _ratio(difference.abs().max().item(), reference.abs().max().item()),
-        _ratio(difference.norm().item(), reference.norm().item()),
-        mismatches,
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    return (a == b) | (a.isnan() & b.isnan())
-
-
-def _ratio(error: float, scale: float) -> float:
-    return 0.0 if error == 0 else error / scale if scale > 0 else math.inf
-
-
-def _truths(judged: Values, own: Values) -> dict[str, _Truth]:
+def _truths(judged: Values, own: Values, reach: Mapping[str, float]) -> dict[str, _Truth]:
     truths = {}
     for name, value in judged.items():
-        mine = own.get(name)
+        mine, least = own.get(name), REACH * reach.get(name, 0.0)
         if mine is None or mine.shape != value.shape:
             shape = None if mine is None else tuple(mine.shape)
-            raise ValueError(f"{name} has the shape {tuple(value.shape)} in float64 and {shape} in the model's own dtype")
-        unusable = ~mine.isfinite().cpu() & ~_same(mine.cpu(), value.cpu())
-        noise = _error(mine, value, unusable)[1]
-        truths[name] = _Truth(value, mine.dtype, noise, unusable if bool(unusable.any()) else None)
+            untold = f"its shape is {tuple(value.shape)} in float64 and {shape} in the model's own dtype"
+            truths[name] = _Truth(value, value.dtype if mine is None else mine.dtype, math.nan, least, None, untold)
+            continue
+        unusable = ~mine.isfinite().cpu() & ~second_look.same(mine.cpu(), value.cpu())
+        noise = second_look.error(mine, value, unusable, least)[1]
+        truths[name] = _Truth(value, mine.dtype, noise, least, unusable if bool(unusable.any()) else None)
     return truths
 
 
-def _is_exact(truth: _Truth | None) -> bool:
+def _reach(values: Iterable[Values]) -> dict[str, float]:
+    """By name, the largest finite number of a tensor at any of these probes."""
+    reach: dict[str, float] = {}
+    for found in values:
+        for name, value in found.items():
+            wide = value if value.is_complex() else value.double()
+            finite = wide[wide.isfinite()]
+            reach[name] = max(reach.get(name, 0.0), finite.abs().max().item() if finite.numel() else 0.0)
+    return reach
+
+
+def _is_exact(truth: _Truth) -> bool:
     """Whether a tensor holds integers or booleans, of which no rounding makes others."""
-    return truth is not None and not (truth.dtype.is_floating_point or truth.dtype.is_complex)
+    return not (truth.dtype.is_floating_point or truth.dtype.is_complex)
 
 
-def _limit(noise: float, judgement: Judgement, *, exact: bool) -> float:
-    if exact and noise == 0:
-        return 0.0
+Limit = tuple[float, float, "str | None"]  # (noise, the largest error that passes, why the row decides nothing)
+
+
+def _own_limits(
+    judgement: Judgement, probe: Probe, truths: Mapping[str, _Truth], noise: Mapping[Key, float], tolerance: float | None
+) -> dict[str, Limit]:
+    limits: dict[str, Limit] = {}
+    for name, truth in truths.items():
+        here = noise.get(Key(probe.name, name), truth.noise)
+        if tolerance is not None:
+            limits[name] = here, tolerance, None
+        elif truth.untold is not None:
+            limits[name] = here, math.nan, truth.untold
+        elif _is_exact(truth) and here == 0:
+            limits[name] = here, 0.0, None
+        else:
+            limits[name] = here, *_limit(here, judgement)
+    return limits
+
+
+def _limit(noise: float, judgement: Judgement) -> tuple[float, str | None]:
+    """(the largest error that passes, why nothing can be said)."""
     cap = CAP[judgement.computed_in]
-    return min(max(NOISE_FACTOR * noise, FLOOR[judgement.dtype]), cap) if math.isfinite(noise) else cap
+    if math.isnan(noise):  # nowhere finite: the comparison says so
+        return cap, None
+    limit = max(NOISE_FACTOR * noise, FLOOR[judgement.dtype])
+    return limit, None if noise <= cap else f"the original itself is {noise:.1e} away from its float64 run there"
+
+
+def _paired(truths: Collection[str], found: Values) -> Values:
+    """What was found, under the names that the reference has for it. An ONNX file has outputs by position, and nothing else in common."""
+    if any(name.startswith(BY_POSITION) for name in (*truths, *found)):
+        return dict(zip([*truths, *list(found)[len(truths) :]], found.values(), strict=False))
+    return found
 
 
 def _differences(
-    judgement: Judgement,
     truths: Mapping[str, _Truth],
     found: Values,
     probe: Probe,
-    tolerance: float | None,
+    limits: Mapping[str, Limit],
     *,
     tapped: bool = False,
-) -> dict[str, Difference]:
-    if any(name.startswith(BY_POSITION) for name in (*truths, *found)):  # then position is all that they have in common
-        found = dict(zip([*truths, *list(found)[len(truths) :]], found.values(), strict=False))
+    float64: bool = False,
+) -> dict[Key, Difference]:
+    found = _paired(truths, found)
     result = {}
     for name in dict.fromkeys((*truths, *found)):
         truth, value = truths.get(name), found.get(name)
+        noise, limit, unjudged = limits.get(name, (math.nan, math.nan, None))
         problem: str | None = None
         errors = (math.nan, math.nan, math.nan, 0)
+        wanted = None if truth is None else truth.value.dtype if float64 else truth.dtype
         if truth is None or value is None:
             problem = "the reference does not return it" if truth is None else "is missing"
+        elif truth.untold is not None and not float64:
+            errors = (0.0, 0.0, 0.0, 0)
         elif value.shape != truth.value.shape:
             problem = f"has the shape {tuple(value.shape)}, expected {tuple(truth.value.shape)}"
-        elif value.dtype != truth.dtype:
-            problem = f"has the dtype {value.dtype}, expected {truth.dtype}"
+        elif value.dtype != wanted:
+            problem = f"has the dtype {value.dtype}, expected {wanted}"
         else:
-            errors = _error(value, truth.value, truth.unusable)
+            errors = second_look.error(value, truth.value, None if float64 else truth.unusable, truth.least)
             if math.isnan(errors[1]) and errors[3] == 0:
                 problem = NOTHING_FINITE
-        noise = math.nan if truth is None else truth.noise
-        limit = tolerance if tolerance is not None else _limit(noise, judgement, exact=_is_exact(truth))
         row = name.rpartition("@")[0] if tapped else name
-        result[name] = Difference(row, probe.name, *errors, noise=noise, tolerance=limit, problem=problem)
+        difference = Difference(row, probe.name, *errors, noise=noise, tolerance=limit, problem=problem, float64=float64, unjudged=unjudged)
+        result[Key(probe.name, name, tapped, float64)] = difference
     return result
 
 
-def _telling(outcomes: Sequence[Mapping[str, Difference]]) -> dict[str, list[Difference]]:
-    """By key, what was found at each probe, without the probes that tell nothing.
+def _telling(found: Mapping[Key, Difference], *, keep: bool) -> dict[str, list[Difference]]:
+    """By output or call, what was found at each probe, without the rows that tell nothing.
 
-    Where reference and candidate agree in that nothing is finite (half precision x 1e3), nothing is learnt: such a row counts only if there
-    is no other.
+    Where reference and candidate agree in that nothing is finite (half precision x 1e3), or the reference itself rounds too much, nothing
+    is learnt: such a row counts only if there is no other. keep: whether what is judged nowhere is a failure; else it is left out.
     """
     rows: dict[str, list[Difference]] = {}
-    for key, difference in itertools.chain.from_iterable(outcome.items() for outcome in outcomes):
-        rows.setdefault(key, []).append(difference)
-    return {key: [d for d in found if d.problem != NOTHING_FINITE] or found for key, found in rows.items()}
+    for key, difference in found.items():
+        rows.setdefault(key.name, []).append(difference)
+    telling = {}
+    for name, differences in rows.items():
+        failed = [d for d in differences if not d.passed and d.problem != NOTHING_FINITE]
+        judged = [d for d in differences if d.unjudged is None and d.problem != NOTHING_FINITE]
+        if judged or failed:
+            telling[name] = list(dict.fromkeys((*failed, *judged)))
+        elif any(d.unjudged is not None for d in differences):
+            if keep:
+                why = next(d for d in differences if d.unjudged is not None)
+                telling[name] = [replace(why, problem=f"cannot be judged at any probe: {why.unjudged}")]
+        else:
+            telling[name] = differences
+    return telling
+
+
+def _unjudged(rows: Sequence[Difference]) -> tuple[str, ...]:
+    """What decides nothing, in words; of many rows with one reason, the first."""
+    texts: dict[tuple[str, str, bool], str] = {}
+    for d in rows:
+        if d.unjudged is not None:
+            where = f"{d.name or 'the model'} at the probe {d.probe!r}"
+            texts.setdefault((d.probe, d.unjudged.partition(":")[0], d.float64), f"{where}: {d.unjudged}")
+    return tuple(texts.values())
 
 
 def _worst(found: Sequence[Difference]) -> Difference:
-    """The first that failed, else the one that came closest to failing."""
-    return next((d for d in found if not d.passed), None) or max(found, key=_share)
+    """The first that failed, else the one that came closest to failing; of rows in float64 only if there are no others."""
+    failed = next((d for d in found if not d.passed), None)
+    return failed or max([d for d in found if not d.float64] or found, key=_share)
 
 
 def _share(difference: Difference) -> float:
     """How much of its limit an error uses up."""
-    return _ratio(difference.max_rel, difference.tolerance)
+    return second_look.ratio(difference.max_rel, difference.tolerance)

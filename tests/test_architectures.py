@@ -77,7 +77,8 @@ def test_what_is_approximate_stays_unless_asked_for(name: str) -> None:
     assert len(decided.swaps) + len(decided.skips) == len(EXPECTED[name][1])
     for skip in decided.skips:
         assert skip.reason.endswith(
-            "takes its statistics from each sample, so an exact swap does not exist; an approximate one needs calibration data"
+            "takes its statistics from each sample, so an exact swap does not exist; "
+            "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
         )
 
 

@@ -55,7 +55,9 @@ def test_only_exact_swaps_are_made_unasked() -> None:
     conversion = normswap.convert(_net(), calibration=_data(8))
     assert [s.name for s in conversion.plan.swaps] == ["4"]
     assert [s.kind for s in conversion.plan.skips] == ["group_norm", "instance_norm", "layer_norm"]
-    assert all("an approximate one needs calibration data" in s.reason for s in conversion.plan.skips)
+    assert all("from the calibration data that you gave, with approximate=True (--approximate)" in s.reason for s in conversion.plan.skips)
+    unfed = normswap.plan(_net())
+    assert all(s.reason.endswith("with approximate=True and calibration=... (--approximate, --data)") for s in unfed.skips)
     assert conversion.drift is None
 
 

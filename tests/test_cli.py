@@ -22,8 +22,9 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from fixtures import hostile
 from normswap.cli import app
-from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError
+from normswap.errors import LoadError, ParityError, UnsafePickleError, UsageError, shown
 from normswap.parity import Difference, Parity
 
 DIGITS = str(Path(__file__).parent.parent / "fixtures" / "digits_cnn.pt")
@@ -215,9 +216,9 @@ WRONG = Parity((Difference("output", "example", 1.0, 0.5, 0.5, 0, 1e-7, 1e-6),))
         (UsageError("no input", hint="give --input"), 2, "error: no input\nhint: give --input\n"),
         (LoadError("model.pt is empty"), 1, "error: model.pt is empty\n"),
         (
-            UnsafePickleError("it wants to run os.system", hint="--trust-pickle"),
+            UnsafePickleError("it wants to run os.system", hint="--trust"),
             1,
-            "error: it wants to run os.system\nhint: --trust-pickle\n",
+            "error: it wants to run os.system\nhint: --trust\n",
         ),
         (ParityError("not the same function", parity=WRONG), 3, "error: not the same function\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.pt"), 1, "error: out/model.pt: No space left on device\n"),
@@ -496,3 +497,55 @@ def test_colour_is_asked_for_or_not_there(converted: Path) -> None:
     forced = subprocess.run(command, capture_output=True, text=True, env={**environment, "FORCE_COLOR": "1", "TERM": "xterm"}, check=True)
     assert "\x1b[" not in plain.stdout + plain.stderr
     assert "\x1b[" in forced.stdout
+
+
+# -- text of others ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_terminal_would_obey_is_shown_instead() -> None:
+    text = "a\x1b[2J\r\x9b31m\u202eb\ud800\u2028\tc\nd"
+    assert shown(text) == "a\\x1b[2J\\r\\x9b31m\\u202eb\\ud800\\u2028\\tc\nd"
+    assert shown(text, line=True).endswith("c\\nd")
+    for plain in ("layer1.conv-2 (also x), called 3 times", "Größe 层 é", "1e-5 ≤ x … “y”", "[red]a[/red]"):
+        assert shown(plain) == plain
+
+
+def test_names_of_an_onnx_file_reach_the_terminal_escaped(tmp_path: Path) -> None:
+    case = next(case for case in hostile.cases(transformers=False) if (case.kind, case.name) == ("onnx: names", "escapes"))
+    case.write(tmp_path)
+    for command in (["fold", tmp_path / "a.onnx", "-o", tmp_path / "b.onnx"], ["verify", tmp_path / "a.onnx", tmp_path / "a.onnx"]):
+        result = run(*command)
+        assert "\x1b" not in result.stdout + result.stderr
+        assert "\r" not in result.stdout + result.stderr
+
+
+def test_keys_of_a_state_dict_reach_the_terminal_escaped(tmp_path: Path) -> None:
+    torch.save({"a\n error: all is well\x1b[2J": torch.ones(2)}, tmp_path / "a.pt")
+    result = run("inspect", tmp_path / "a.pt", "--arch", "torch.nn:Flatten")
+    assert result.exit_code == 1
+    assert "unexpected: a\\n error: all is well\\x1b[2J" in result.stderr
+
+
+def test_the_name_of_a_file_reaches_the_terminal_escaped(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"a\x1b[2J\xff.pt")
+    result = run("inspect", path)
+    assert result.exit_code == 2
+    assert "a\\x1b[2J\\udcff.pt" in result.stderr
+    torch.save(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), path)
+    converted = run("convert", path, "-o", tmp_path / "out", "--no-onnx", "--input", "2x3x5x4")
+    assert converted.exit_code == 0, converted.stderr
+    assert "a\\x1b[2J\\udcff.pt" not in (tmp_path / "out" / "recipe.json").read_text()  # JSON has escapes of its own
+    assert "udcff.pt" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("word", ["--trust", "--trust-pickle"])
+def test_the_word_of_the_user_and_its_old_name(word: str, tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.BatchNorm2d(5)).eval(), (torch.randn(2, 3, 5, 4),))
+    torch.export.save(program, tmp_path / "a.pt2")
+    result = run("inspect", tmp_path / "a.pt2", word)
+    assert result.exit_code == 0, result.stderr
+    refused = run("inspect", tmp_path / "a.pt2")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(
+        "error: a.pt2 is a torch.export program (.pt2), and torch runs text from such a file to read it\nhint: --trust"
+    )

@@ -14,7 +14,7 @@ import normswap
 from fixtures.nets import randomise
 from normswap.commands.convert import convert_files
 from normswap.commands.revert import revert_files
-from normswap.errors import UsageError
+from normswap.errors import LoadError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +31,29 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, directory = convert_files(str(program), tmp_path_factory.mktemp("converted") / "out")
+    _, directory = convert_files(str(program), tmp_path_factory.mktemp("converted") / "out", trust=True)
     return directory
 
 
 def test_a_program_becomes_a_program_and_an_onnx_file_without_norms(program: Path, converted: Path) -> None:
     files = {"model.onnx", "model.pt2", "model.safetensors", "recipe.json", "report.html", "report.json"}
     assert {p.name for p in converted.iterdir()} == files
-    model = normswap.load(converted)
+    with pytest.raises(LoadError, match=r"model\.pt2 is a torch\.export program"):
+        normswap.load(converted)
+    model = normswap.load(converted, trust=True)
     assert isinstance(model, torch.export.ExportedProgram)
     assert model.module()(torch.randn(5, 3, 9, 8)).shape == (5, 4)
     assert not any("batch_norm" in str(node.target) for node in model.graph.nodes if node.op == "call_function")
-    report = normswap.verify(program, converted)
+    report = normswap.verify(program, converted, trust=True)
     assert report
     assert "batch 3" in report.probes
-    assert normswap.verify(program, converted / "model.onnx")
+    assert normswap.verify(program, converted / "model.onnx", trust=True)
     assert {node.op_type for node in onnx.load(converted / "model.onnx").graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 
 def test_a_program_cannot_be_reverted(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds an exported program, which has no layers to give back"):
-        revert_files(str(converted), tmp_path / "back.pt2")
+        revert_files(str(converted), tmp_path / "back.pt2", trust=True)
     assert not list(tmp_path.iterdir())
 
 

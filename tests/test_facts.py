@@ -437,7 +437,7 @@ NOBODY = "no conv or linear layer feeds it and nothing else"
         ("root_is_norm", "", None, NOBODY),
         ("called_twice", "norm", None, "it is called 2 times"),
         ("in_module_dict", "norms.photo", None, "no call of it is known"),
-        ("subclass_overriding_forward", "1.norm", None, NOBODY),
+        ("subclass_overriding_forward", "1.norm", "0", None),
         ("graph_module", "norm", "conv", None),
         ("graph_module_functional", "batch_norm", "conv", None),
     ],

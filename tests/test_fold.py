@@ -226,8 +226,8 @@ def test_nothing_to_fold_is_the_same_bytes(case: str, tmp_path: Path) -> None:
 def test_it_says_why_nothing_was_folded(tmp_path: Path) -> None:
     theirs = fold(saved(tmp_path / "a.onnx", UNCHANGED["weights that a caller may replace"]()), tmp_path / "b.onnx")
     assert theirs.notes == (
-        "1 of its weights are inputs that a caller may replace: `onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants "
-        "of them",
+        "1 of its weights are inputs that a caller may replace: "
+        "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them",
     )
 
 

@@ -296,7 +296,7 @@ class Cancels(nn.Module):
 
 
 def test_a_model_that_needs_more_than_float16_is_not_written(path: Path) -> None:
-    with pytest.raises(ParityError, match=r"at most 0\.005 passes") as caught:
+    with pytest.raises(ParityError, match=r"is not judged: output cannot be judged at any probe: the original itself is") as caught:
         normswap.export_onnx(Cancels().eval(), torch.rand(3, 1) + 1, path, half=True)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("torch's own model.half() is ")

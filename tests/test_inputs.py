@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import torch
 import torchvision_shim  # noqa: F401
 from torch import nn
 
+from normswap.calibrate import arguments_of
+from normswap.commands.options import batches_of
 from normswap.errors import UsageError
 from normswap.inputs import Inputs, as_inputs, infer, parse
 from normswap.load import load
+from normswap.pipeline import given_to
 
 # --- given --------------------------------------------------------------------------------------------------------------------------
 
@@ -265,3 +270,133 @@ def test_files_of_inputs_run_nothing(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"garbage")
     with pytest.raises(UsageError, match=r"cannot be read"):
         parse([str(path)])
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pt"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA], ids=["deflate", "lzma"])
+def test_a_bomb_is_not_unpacked(tmp_path: Path, name: str, method: int) -> None:
+    """What the archive says that it holds is what would be unpacked: nothing reads on beyond that."""
+    with zipfile.ZipFile(tmp_path / name, "w", method) as out, out.open("a.npy", "w") as part:
+        for _ in range(5):
+            part.write(bytes(1 << 24))
+    data = bytearray((tmp_path / name).read_bytes())
+    for at in (data.index(b"PK\x01\x02") + 24,):  # the size in the directory at the end
+        data[at : at + 4] = (0xFFFFFFF0).to_bytes(4, "little")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=rf"{re.escape(name)} is not read: it unpacks to 4,294,967,280 bytes, [\d,]+ times its own size"):
+        parse([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_arrays_that_are_compressed_are_read(tmp_path: Path, zeros: bool) -> None:
+    made = np.zeros((2, 3, 700, 600), np.float32) if zeros else np.random.default_rng(3).standard_normal((2, 3, 7, 6)).astype(np.float32)
+    np.savez_compressed(tmp_path / "x.npz", made)
+    (found,) = parse([str(tmp_path / "x.npz")]).args
+    assert np.array_equal(found.numpy(), made)
+
+
+# --- lists of batches -----------------------------------------------------------------------------------------------------------------
+
+
+class One(nn.Linear):
+    pass
+
+
+class MayTakeTwo(nn.Linear):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x if mask is None else x * mask)
+
+
+class TakesAny(nn.Linear):
+    def forward(self, *xs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(sum(xs[1:], xs[0]))
+
+
+def rows(count: int, width: int = 5) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
+
+
+LABELS = torch.arange(4)
+
+# what a file holds, the model that it is for, and the batches that it is read as
+LISTS: dict[str, tuple[object, type[nn.Module], list[object]]] = {
+    "tensors": ([rows(4), rows(4), rows(3)], One, [rows(4), rows(4), rows(3)]),
+    "one tensor": ([rows(4)], MayTakeTwo, [rows(4)]),
+    "more tensors than arguments": ([rows(4), rows(4), rows(3)], MayTakeTwo, [rows(4), rows(4), rows(3)]),
+    "pairs": ([(rows(4), LABELS), (rows(3), LABELS[:3])], One, [(rows(4), LABELS), (rows(3), LABELS[:3])]),
+    "what a DataLoader yields": ([[rows(4), LABELS], [rows(3), LABELS[:3]]], One, [[rows(4), LABELS], [rows(3), LABELS[:3]]]),
+    "dicts": ([{"input": rows(4)}, {"input": rows(3)}], One, [{"input": rows(4)}, {"input": rows(3)}]),
+    "samples": ([(rows(1)[0], 3), (rows(2)[1], 7)], One, [[torch.stack([rows(1)[0], rows(2)[1]]), torch.tensor([3, 7])]]),
+    "samples, labels as tensors": ([(rows(2)[i], LABELS[i]) for i in (0, 1)], One, [[rows(2), LABELS[:2]]]),
+    "the arguments of one": ([rows(4), rows(4)], Two, [(rows(4), rows(4))]),
+    "a tensor and its labels": ([rows(4), LABELS], One, [(rows(4), LABELS)]),
+    "a tensor and a mask": ([rows(4), rows(4) > 0], MayTakeTwo, [(rows(4), rows(4) > 0)]),
+    "a tuple": ((rows(4), rows(4)), MayTakeTwo, [(rows(4), rows(4))]),
+    "a dict": ({"x": rows(4), "mask": rows(4)}, MayTakeTwo, [{"x": rows(4), "mask": rows(4)}]),
+    "stacked": (rows(9), One, [(rows(9),)]),
+}
+
+
+def same(found: object, expected: object) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return isinstance(found, torch.Tensor) and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and found.keys() == expected.keys() and all(same(found[k], expected[k]) for k in expected)
+    assert isinstance(expected, (list, tuple))
+    return isinstance(found, (list, tuple)) and len(found) == len(expected) and all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_what_a_file_of_batches_holds(what: str, tmp_path: Path) -> None:
+    content, make, expected = LISTS[what]
+    path = tmp_path / "data.pt"
+    torch.save(content, path)
+    batches = batches_of(str(path), make(5, 5))
+    assert same(batches, expected)
+    for batch in batches:
+        args, kwargs = arguments_of(batch, model := make(5, 5))
+        model(*args, **kwargs)
+    inputs = given_to(make(5, 5), parse([str(path)]))  # of --input the first batch
+    make(5, 5)(*inputs.args, **inputs.kwargs)
+    assert same(inputs.kwargs or inputs.args, (lambda args, kwargs: dict(kwargs) or args)(*arguments_of(batches[0], make(5, 5))))
+
+
+def test_a_list_of_samples_makes_batches_of_32(tmp_path: Path) -> None:
+    torch.save([{"x": row, "y": 1} for row in rows(70)], tmp_path / "data.pt")
+    batches = batches_of(str(tmp_path / "data.pt"), One(5, 5))
+    assert [len(batch["x"]) for batch in batches] == [32, 32, 6]
+    assert torch.equal(torch.cat([batch["x"] for batch in batches]), rows(70))
+
+
+@pytest.mark.parametrize("make", [MayTakeTwo, TakesAny])
+def test_what_may_be_either_is_refused(make: type[nn.Module], tmp_path: Path) -> None:
+    path = tmp_path / "data.pt"
+    torch.save([rows(4), rows(4)], path)
+    for ask, option in (
+        (lambda: batches_of(str(path), make(5, 5)), "--data "),
+        (lambda: given_to(make(5, 5), parse([str(path)])), "--input"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            ask()
+        assert raised.value.message.startswith(option)
+        assert f"holds a list of 2 tensors of one kind, which {make.__name__} may take as 2 batches or as the 2 arguments of one" in str(
+            raised.value
+        )
+        assert "save a list of tuples" in str(raised.value.hint)
+
+
+def test_files_that_hold_no_batch(tmp_path: Path) -> None:
+    torch.save([], tmp_path / "data.pt")
+    with pytest.raises(UsageError, match=r"--data .*data.pt holds an empty list"):
+        batches_of(str(tmp_path / "data.pt"), One(5, 5))
+    (tmp_path / "data.pt").write_bytes(b"garbage")
+    with pytest.raises(UsageError, match=r"--data .*data.pt cannot be read"):
+        batches_of(str(tmp_path / "data.pt"), One(5, 5))
+
+
+def test_a_directory_of_lists_and_of_single_batches(tmp_path: Path) -> None:
+    torch.save([rows(4), rows(3)], tmp_path / "a.pt")
+    torch.save(rows(2), tmp_path / "b.pt")
+    np.save(tmp_path / "c.npy", rows(6).numpy())
+    found = [arguments_of(batch, One(5, 5))[0][0] for batch in batches_of(str(tmp_path), One(5, 5))]
+    assert same(found, [rows(4), rows(3), rows(2), rows(6)])

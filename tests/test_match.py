@@ -60,11 +60,11 @@ def test_include_and_exclude(include: Sequence[str], exclude: Sequence[str], swa
 def test_the_reasons() -> None:
     decided = match(TRACE, DEFAULT_RULES, include=["*norm"], exclude=["stem.*", "layer_norm"])
     assert {s.name: s.reason for s in decided.skips if s.name in ("stem.norm", "layer1.1.norm")} == {
-        "stem.norm": "was excluded by name or kind",
-        "layer1.1.norm": "was excluded by name or kind",
+        "stem.norm": "was excluded by name or kind; take it out of exclude to swap it",
+        "layer1.1.norm": "was excluded by name or kind; take it out of exclude to swap it",
     }
     (first, *_) = match(TRACE, DEFAULT_RULES, include=["again*"]).skips
-    assert first.reason == "is not among those that were asked for"
+    assert first.reason == "is not among those that were asked for; add it to include to swap it"
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -100,8 +100,8 @@ def test_the_first_rule_that_recognises_speaks() -> None:
 def test_no_rule_at_all() -> None:
     decided = match(TRACE, ())
     assert [(s.kind, s.reason) for s in decided.skips] == [
-        ("unknown", "no rule speaks for BatchNorm2d"),
-        ("unknown", "no rule speaks for BatchNorm2d"),
-        ("unknown", "no rule speaks for LayerNorm"),
-        ("unknown", "no rule speaks for torch.nn.functional.batch_norm"),
+        ("unknown", "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule speaks for LayerNorm; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule speaks for torch.nn.functional.batch_norm; add *normswap.DEFAULT_RULES to your rules"),
     ]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from safetensors import SafetensorError
 
-from normswap import outputs
-from normswap.errors import UsageError
+from fixtures import hostile, sandbox
+from normswap import external_data, outputs
+from normswap.errors import NormswapError, UsageError
 
 OLD, NEW = (json.dumps({"version": 1, "normswap": version}) for version in ("1", "2"))
 
@@ -114,3 +120,169 @@ def test_a_file_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_file_cannot_replace_a_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a directory"), outputs.file(tmp_path):
         pass
+
+
+# -- killed -------------------------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: str) -> None:
+    with outputs.directory(path) as partial:
+        for name in ("recipe.json", "model.pt", "model.safetensors"):
+            (partial / name).write_text(content)
+
+
+def whole(path: Path) -> set[str]:
+    """What the files of the directory say: one thing, if it is whole."""
+    files = {file.name: file.read_text() for file in path.iterdir()}
+    assert files.keys() == {"recipe.json", "model.pt", "model.safetensors"}
+    return set(files.values())
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_killed_at_any_step_a_directory_is_the_old_one_or_the_new(in_one_step: bool, tmp_path: Path) -> None:
+    out, step, seen = tmp_path / "out", 1, set()
+
+    def action() -> None:
+        if not in_one_step:
+            outputs._exchange = outputs._exchange_in_steps  # in a fork: as on a system that has no such step
+        write(out, NEW)
+
+    write(out, OLD)
+    while sandbox.killed_at(step, action, tmp_path):
+        outputs.recover(out)  # what loading and writing begin with
+        (said,) = whole(out)
+        seen.add(said)
+        write(out, OLD)
+        assert os.listdir(tmp_path) == ["out"]  # what a killed run left is taken away by the next
+        step += 1
+    assert step > 10
+    assert seen == {OLD, NEW}
+    assert whole(out) == {NEW}
+
+
+def test_what_a_killed_run_put_aside_comes_back(tmp_path: Path) -> None:
+    write(tmp_path / "out", OLD)
+    (tmp_path / "out").rename(tmp_path / ".out.abcd1234.old")
+    outputs.recover(tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+    outputs.recover(tmp_path / "out")
+    assert whole(tmp_path / "out") == {OLD}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_run_still_needs_is_not_taken_away(tmp_path: Path) -> None:
+    (tmp_path / ".out.notours.partial").mkdir()
+    with outputs.directory(tmp_path / "out") as first:
+        (first / "recipe.json").write_text(OLD)
+        write(tmp_path / "out", NEW)  # another run, meanwhile
+        assert first.exists()
+    assert (tmp_path / "out" / "recipe.json").read_text() == OLD  # the last to end
+    assert sorted(os.listdir(tmp_path)) == [".out.notours.partial", "out"]
+
+
+def test_many_runs_into_one_directory_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, OLD)
+    runs = [sandbox.forked(lambda content=content: [write(out, content) for _ in range(40)]) for content in (OLD, NEW, f"{NEW} ")]
+    said = set()
+    for _ in range(300):
+        files = {name: (out / name) for name in ("recipe.json", "model.pt")}
+        said |= {file.read_text() for file in files.values()}  # there at every moment
+    assert [sandbox.waited(run) for run in runs] == [0, 0, 0]
+    assert len(whole(out)) == 1
+    assert said <= {OLD, NEW, f"{NEW} "}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_that_comes_into_the_directory_meanwhile_is_not_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "out", OLD)
+    with pytest.raises(UsageError, match=r"would be replaced: thesis\.tex"), outputs.directory(tmp_path / "out") as partial:  # noqa: PT012  the block is the subject
+        (partial / "recipe.json").write_text(NEW)
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "out" / "recipe.json").read_text() == OLD
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# -- two files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def write_pair(path: Path, weight: float, data: str | None = None) -> None:
+    """An ONNX file with its weights in a file beside it."""
+    with outputs.file(path) as partial:
+        name = data or f"{path.name}.data"
+        (partial.parent / name).write_bytes(float_bytes(weight))
+        partial.write_bytes(hostile.graph(weight=hostile.external(name)).SerializeToString())
+
+
+def float_bytes(weight: float) -> bytes:
+    return np.full((3, 3, 1, 1), weight, np.float32).tobytes()
+
+
+def weight_of(path: Path) -> float:
+    proto = onnx.load(path)
+    return float(onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == "w")).mean())
+
+
+def test_a_file_and_its_weights_are_replaced_together(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    for weight, data in ((1.5, "m.onnx.data"), (2.5, "m.onnx.1.data"), (3.5, "m.onnx.data"), (3.5, "m.onnx.data")):
+        write_pair(path, weight)
+        assert weight_of(path) == weight
+        assert external_data.locations(path) == [data]  # the old pair was whole until the new one was
+        assert sorted(os.listdir(tmp_path)) == sorted(["m.onnx", data])
+    with outputs.file(path) as partial:
+        partial.write_bytes(hostile.graph().SerializeToString())
+    assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_killed_at_any_step_a_pair_is_the_old_one_or_the_new(tmp_path: Path) -> None:
+    path, step, seen = tmp_path / "m.onnx", 1, set()
+    write_pair(path, 1.5)
+    while sandbox.killed_at(step, lambda: write_pair(path, 2.5), tmp_path):
+        seen.add(weight_of(path))
+        write_pair(path, 1.5)
+        step += 1
+    assert step > 8
+    assert seen == {1.5, 2.5}
+    assert weight_of(path) == 2.5
+
+
+def test_weights_of_another_file_are_not_overwritten(tmp_path: Path) -> None:
+    write_pair(tmp_path / "a.onnx", 1.5, "weights.bin")
+    write_pair(tmp_path / "b.onnx", 2.5, "weights.bin")
+    assert (weight_of(tmp_path / "a.onnx"), weight_of(tmp_path / "b.onnx")) == (1.5, 2.5)
+    assert external_data.locations(tmp_path / "b.onnx") == ["b.onnx.data"]
+    write_pair(tmp_path / "c.onnx", 1.5, "weights.bin")  # the same bytes are no other weights
+    assert external_data.locations(tmp_path / "c.onnx") == ["weights.bin"]
+
+
+# -- what cannot be written ---------------------------------------------------------------------------------------------------------------
+
+FULL: dict[str, tuple[Callable[[], Exception], str]] = {
+    "Python": (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    "torch": (
+        lambda: RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nmore"),
+        "PytorchStreamWriter failed",
+    ),
+    "safetensors": (lambda: SafetensorError("Error while serializing: I/O error: No space left"), "Error while serializing"),
+}
+
+
+@pytest.mark.parametrize("who", FULL)
+def test_a_full_disk_has_one_error_whoever_tells_it(who: str) -> None:
+    make, text = FULL[who]
+    with pytest.raises(NormswapError, match=rf"^model\.pt cannot be written: {text}") as caught, outputs.writing("model.pt"):
+        raise make()
+    assert caught.value.hint == "is there room on the disk, and may you write there?"
+    assert "\n" not in caught.value.message
+    with pytest.raises(UsageError, match=r"^other$"), outputs.writing("model.pt"):
+        raise UsageError("other")
+
+
+@pytest.mark.parametrize("parent", ["file", "nothing\0"])
+def test_a_place_that_cannot_be(parent: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises((NormswapError, ValueError)), outputs.file(tmp_path / parent / "m.onnx"):
+        pass
+    assert os.listdir(tmp_path) == ["file"]

@@ -142,8 +142,8 @@ def test_include_and_exclude_match_kinds(mynorms: ModuleType, options: list[str]
     plan = json.loads(result.stdout)["plan"]
     assert [s["name"] for s in plan["swaps"]] == swaps
     assert {s["reason"] for s in plan["skips"] if s["name"] in {"1", "4"} - set(swaps)} <= {
-        "was excluded by name or kind",
-        "is not among those that were asked for",
+        "was excluded by name or kind; take it out of exclude to swap it",
+        "is not among those that were asked for; add it to include to swap it",
     }
 
 
@@ -166,20 +166,25 @@ def test_a_directory_finds_its_rule_again(mynorms: ModuleType, tmp_path: Path) -
     result = run("convert", "mynorms:net", "--input", "2x3x9x8", "--rule", "mynorms:EXACT", "-o", out)
     assert result.exit_code == 0, result.stderr
     assert _entries(out) == [{"kind": "stream_norm", "rule": "mynorms:EXACT", "sites": ["1"]}]
-    loaded = normswap.load(out)
+    with pytest.raises(LoadError, match=r"recipe\.json names 'mynorms:net' as what builds the model, and to import that is to run code"):
+        normswap.load(out)
+    loaded = normswap.load(out, trust=True)
     assert isinstance(loaded, nn.Module)
     assert isinstance(loaded[1], BatchlessNorm)  # type: ignore[index]
     assert normswap.verify(mynorms.net(), loaded, X)
     for arguments in (["verify", "mynorms:net", out], ["verify", out, out / "model.onnx"], ["export", out, "-o", tmp_path / "again.onnx"]):
-        assert run(*arguments).exit_code == 0, arguments
+        refused = run(*arguments)
+        assert refused.exit_code == 1
+        assert "hint: if it is your own: --arch mynorms:net (factory=... in Python); --trust" in refused.stderr
+        assert run(*arguments, "--arch", "mynorms:net").exit_code == 0, arguments  # which imports the rule, too
     assert _entries(normswap.save(loaded, tmp_path / "again")) == _entries(out)
-    reverted = run("revert", out, "-o", tmp_path / "back.safetensors")
+    reverted = run("revert", out, "-o", tmp_path / "back.safetensors", "--trust")
     assert reverted.exit_code == 1
     assert reverted.stderr.startswith(
         "error: 1 cannot be reverted: no source layer with statistics was recorded (1 was made by your rule 'stream_norm')\n"
         "hint: keep the original model"
     )
-    assert run("revert", out, "-o", tmp_path / "back.safetensors", "--skip").exit_code == 0
+    assert run("revert", out, "-o", tmp_path / "back.safetensors", "--skip", "--trust-pickle").exit_code == 0  # its old name
     assert {"1.mean", "4.running_mean"} < set(load_file(tmp_path / "back.safetensors"))
     back = normswap.revert(loaded, skip=True)
     assert isinstance(back, nn.Module)
@@ -216,6 +221,10 @@ def test_a_recorded_rule_that_went_away(mynorms: ModuleType, tmp_path: Path) -> 
     exact = mynorms.EXACT
     del mynorms.EXACT
     with pytest.raises(LoadError, match=r"\(stream_norm: 1\): the rule mynorms:EXACT: mynorms has no EXACT"):
+        normswap.load(saved, mynorms.net, trust_packages=["mynorms"])
+    with pytest.raises(
+        LoadError, match=r"\(stream_norm: 1\), and to import 'mynorms:EXACT' is to run code of its choice\nhint: --trust-package"
+    ):
         normswap.load(saved, mynorms.net)
     assert normswap.load(saved, mynorms.net, rules=(exact, *normswap.DEFAULT_RULES)) is not None
 

@@ -19,74 +19,9 @@ import torchvision_shim  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
+from fixtures.pickle_writer import archive, call, dic, legacy, module, name, new, num, ordered, tensor, text, tup
 from normswap.errors import LoadError, NormswapError, UnsafePickleError
 from normswap.load import load
-
-# --- writing pickles by hand --------------------------------------------------------------------------------------------------------
-
-
-def name(path: str) -> bytes:
-    module, _, attribute = path.rpartition(".")
-    return b"c" + module.encode() + b"\n" + attribute.encode() + b"\n"
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def num(value: int) -> bytes:
-    return b"J" + struct.pack("<i", value)
-
-
-def tup(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
-
-
-def dic(**items: bytes) -> bytes:
-    return b"}(" + b"".join(text(key) + value for key, value in items.items()) + b"u"
-
-
-def call(path: str, *args: bytes) -> bytes:
-    return name(path) + tup(*args) + b"R"
-
-
-def new(path: str, **state: bytes) -> bytes:
-    return name(path) + b")\x81" + dic(**state) + b"b"
-
-
-def ordered(**items: bytes) -> bytes:
-    return call("collections.OrderedDict") + b"(" + b"".join(text(key) + value for key, value in items.items()) + b"u"
-
-
-def tensor(*, size: int = 3, stride: int = 1, numel: int = 3, key: str = "0", hooks: bytes | None = None) -> bytes:
-    storage = tup(text("storage"), name("torch.FloatStorage"), text(key), text("cpu"), num(numel)) + b"Q"
-    return call("torch._utils._rebuild_tensor_v2", storage, num(0), tup(num(size)), tup(num(stride)), b"\x89", hooks or ordered())
-
-
-def module(path: str = "torch.nn.modules.activation.ReLU", **extra: bytes) -> bytes:
-    """A whole module, so that what is refused is the extra."""
-    state = {"training": b"\x88", "_parameters": b"}", "_buffers": b"}", "_modules": b"}", "inplace": b"\x89"}
-    return new(path, **(state | extra))
-
-
-def archive(path: Path, program: bytes, protocol: int = 2, storages: dict[str, bytes] | None = None) -> Path:
-    """The zip that torch.save writes, around another program."""
-    with zipfile.ZipFile(path, "w") as out:
-        out.writestr("m/data.pkl", b"\x80" + bytes([protocol]) + program + b".")
-        out.writestr("m/byteorder", b"little")
-        for key, data in (storages or {"0": bytes(12)}).items():
-            out.writestr(f"m/data/{key}", data)
-        out.writestr("m/version", b"3\n")
-    return path
-
-
-def legacy(path: Path, program: bytes) -> Path:
-    with path.open("wb") as out:
-        for thing in (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}):
-            pickle.dump(thing, out, protocol=2)
-        out.write(b"\x80\x02" + program + b".")
-        pickle.dump([], out, protocol=2)
-    return path
 
 
 @pytest.fixture

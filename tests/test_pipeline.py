@@ -23,11 +23,27 @@ class Chooses(nn.Module):
         return (y * 1e-9 + 1).argmax(1).to(y.dtype)
 
 
-def test_an_original_that_rounding_decides_is_said_to_be_one() -> None:
+def test_float64_decides_where_rounding_makes_the_choice_of_the_original() -> None:
     model = randomise(Chooses(), 0).eval()
-    with pytest.raises(ParityError, match=r"the original itself is .* away from its float64 run there, as if it made a choice") as error:
+    parity = normswap.convert(model, torch.randn(5, 997)).parity
+    assert parity
+    assert parity.unjudged[0].startswith("output at the probe 'example': the original itself is ")
+    assert parity.unjudged[0].endswith(" away from its float64 run there")
+
+
+def test_what_cannot_be_judged_anywhere_is_said_to_be_that() -> None:
+    """What the last digits of float64 decide."""
+
+    class Chaotic(Chooses):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.norm(x) * 1e16)
+
+    model = randomise(Chaotic(), 0).eval()
+    with pytest.raises(ParityError) as error:
         normswap.convert(model, torch.randn(5, 997))
-    assert error.value.parity.outputs[0].noise > error.value.parity.outputs[0].tolerance
+    assert "is not judged: output cannot be judged at any probe: " in str(error.value)
+    assert "a choice that rounding decides: the original moves by" in str(error.value)
+    assert "\nhint: give inputs like those that the model was trained on" in str(error.value)
 
 
 def test_inputs_that_cannot_be_inferred_are_asked_for() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from normswap.calibrate import Fit
 from normswap.facts import Facts
-from normswap.parity import Difference, Parity
+from normswap.parity import Difference, Located, Parity
 from normswap.plan import Plan, Rule, Site, Skip, Swap
 from normswap.report.conversion import Report, report
 from normswap.report.parity import parity_json, parity_summary, parity_table
@@ -51,7 +51,12 @@ PLAN = Plan(
 SITES = (difference("stem.norm", 1e-7), difference("body.norm", 2e-7), difference("body.norm", 4e-7), difference("", 3e-7))
 GOOD = parity(difference(), sites=SITES)
 BAD = parity(difference(error=5e-4), sites=(SITES[0], difference("body.norm", 4e-3)))
-NAN = parity(difference(error=math.nan), difference("other"), sites=(difference("stem.norm", math.inf),))
+NAN = parity(
+    difference(error=math.nan),
+    difference("other"),
+    sites=(difference("stem.norm", math.inf),),
+    located=Located("stem", "module.stem", 0.25, "example", "place"),
+)
 
 
 FITS = (
@@ -118,6 +123,12 @@ def test_status(plan: Plan, parities: dict[str, Parity], status: str, verdict: s
         ),
         (NAN, "FAILED; max error nan, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem.norm"),
         (Parity(()), "FAILED; nothing was compared"),
+        (
+            parity(difference(error=0.25), located=Located("stem", "module.stem", 0.25, "example", "place")),
+            "FAILED; max error 2.5e-01, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem, "
+            "module.stem of the candidate, 2.5e-01 off in float64 at the probe 'example' (paired by place); "
+            "the outputs would pass at tolerance 2.5e-01",
+        ),
         (Parity((), failure="the candidate raised KeyError"), "FAILED; the candidate raised KeyError"),
         (parity(difference(problem="is missing")), None),
         (parity(difference(), dropped=("batch of 1 (needs two)",)), None),

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.commands.fold import fold_file
-from normswap.effort import seconds
 from normswap.errors import ParityError
 from normswap.export import export
 from normswap.fold import fold
 from normswap.folding import remainder
-from normswap.probes import Probe
 from normswap.report.fold import fold_json, fold_summary
 from normswap.rollback import ROUNDS, Attempt, settle
 from normswap.verify import compare, judge
@@ -153,8 +151,8 @@ def test_the_first_bad_fold_is_undone_and_the_other_one_stays(tmp_path: Path) ->
     assert [node.op_type for node in written.graph.node].count("Mul") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
     legs = fold_json(str(source), result)["legs"]
-    assert [leg["status"] for leg in legs] == ["noise floor", *["passed"] * 5]
-    assert len(fold_summary(result).splitlines()) == 7
+    assert [leg["status"] for leg in legs] == ["noise floor", *["passed"] * 2]
+    assert len(fold_summary(result).splitlines()) == 4
 
 
 def test_it_is_really_that_fold(tmp_path: Path) -> None:
@@ -227,7 +225,7 @@ def test_a_model_loses_one_fold_and_not_its_file(tmp_path: Path) -> None:
     assert "rolled back: folded, output in onnxruntime (disabled) was" in result.sites[0].reason
     assert "(first to differ: norm1)" in result.sites[0].reason
     assert result.legs.passed
-    assert list(result.legs.parities)[-1] == "onnx's reference evaluator"
+    assert list(result.legs.parities) == ["onnxruntime (disabled)", "onnxruntime (all)"]
     assert plain.residue == ()
 
 
@@ -257,43 +255,6 @@ def test_what_is_undone_stays_in_the_file(tmp_path: Path, target: Any, half: boo
     assert {entry.domain for entry in onnx.load(path).opset_import} == {""}
     result = export(module, (x,), {}, path, target=target, half=half)
     assert "BatchNormalization" not in result.nodes
-
-
-# -- the evaluator -----------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_evaluator_is_asked_where_it_answers_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = small_stream(tmp_path / "in.onnx", 1e-5)
-    name = "onnx's reference evaluator"
-    monkeypatch.setattr("normswap.commands.onnx_legs.EVALUATOR_SECONDS", 1e-9)
-    legs = fold_file(str(source), tmp_path / "out.onnx").legs
-    assert name not in legs.parities
-    assert legs.not_run == {name: "it would take about 0 s for one input"}
-    assert legs.passed
-    probes = [Probe(str(n), (torch.zeros(n, 3, 6, 5),), {}) for n in (1, 2, 1)]
-    one, two, again = seconds(source, probes)
-    assert one == again < two
-    monkeypatch.setattr("normswap.commands.onnx_legs.EVALUATOR_SECONDS", 2.5 * one)
-    legs = fold_file(str(source), tmp_path / "out.onnx").legs
-    assert set(legs.parities[name].probes) < {"batch 1", "batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 0", "batch 1, all 3"}
-
-
-def test_effort_grows_with_the_work(tmp_path: Path) -> None:
-    def cost(body: str, *arrays: onnx.TensorProto) -> float:
-        proto = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g (float[b,4,h,w] x) => (float[p,q,r,s] y) {{ {body} }}')
-        proto.graph.initializer.extend(arrays)
-        onnx.save(proto, tmp_path / "m.onnx")
-        (found,) = seconds(tmp_path / "m.onnx", [Probe("p", (torch.zeros(2, 4, 32, 32),), {})])
-        return found
-
-    small, large = (tensor("w", np.zeros((4, 4, k, k))) for k in (1, 5))
-    relu, pointwise, wide = cost("y = Relu(x)"), cost("y = Conv(x, w)", small), cost("y = Conv <pads=[2,2,2,2]> (x, w)", large)
-    transposed = cost("y = ConvTranspose <pads=[2,2,2,2]> (x, w)", large)
-    pool = cost("y = MaxPool <kernel_shape=[3,3], pads=[1,1,1,1]> (x)")
-    assert relu < pointwise < wide < pool < transposed
-
-
-# -- inputs that are all the same --------------------------------------------------------------------------------------------------------
 
 
 def test_a_flat_input_at_which_nothing_can_be_learnt_is_dropped_and_named(tmp_path: Path) -> None:

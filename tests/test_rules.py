@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from next_step import says_what_to_do
 from surgery import error, swapped
 from torch import Tensor, nn
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
@@ -316,8 +317,8 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "no statistics": (
         "batch_norm",
         no_stats,
-        "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too; "
-        "a swap needs calibration data",
+        "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too, "
+        "so an exact swap does not exist; ask for an approximate one with approximate=True",
     ),
     "no statistics, no affine": ("batch_norm", lambda: no_stats(affine=False), "has no running statistics to start from"),
     "lazy": ("batch_norm", nn.LazyBatchNorm2d, "is lazy and has no shape yet; run one forward pass before converting"),
@@ -346,6 +347,26 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "batch_norm",
         lambda: set_to(nn.BatchNorm2d(C), running_var=-1.0),
         "has 1 of 5 channels whose running_var + eps is not positive",
+    ),
+    "variance -eps": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=-1e-5),  # which float32 adds up to 0, and float64 to 3e-13
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=1e-05): no std to divide by; repair running_var",
+    ),
+    "variance -eps, in bfloat16": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C, eps=2**-20, dtype=torch.bfloat16), running_var=-(2**-20)),
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=9.53674e-07): no std to divide by",
+    ),
+    "variance -eps, but for a rounding": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C), running_var=-1e-5 + 1e-12),
+        "has 1 of 5 channels whose running_var cancels eps up to rounding (eps=1e-05): no std that a wider precision agrees with",
+    ),
+    "variance 0 and an eps that the precision has not": (
+        "batch_norm",
+        lambda: set_to(nn.BatchNorm2d(C, eps=1e-60), running_var=0.0),
+        "has 1 of 5 channels whose running_var + eps is not positive (eps=1e-60): no std to divide by",
     ),
     "subclass": (
         "batch_norm",
@@ -392,7 +413,8 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "layer norm": (
         "layer_norm",
         lambda: nn.LayerNorm(W),
-        "LayerNorm takes its statistics from each sample, so an exact swap does not exist; an approximate one needs calibration data",
+        "LayerNorm takes its statistics from each sample, so an exact swap does not exist; "
+        "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)",
     ),
     "group norm": ("group_norm", lambda: nn.GroupNorm(1, C), "GroupNorm takes its statistics from each sample"),
     "instance norm": ("instance_norm", lambda: nn.InstanceNorm2d(C), "InstanceNorm2d takes its statistics from each sample"),
@@ -401,7 +423,8 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "a norm of one's own": (
         "unknown",
         Custom_RMSNorm,
-        f"{__name__}.Custom_RMSNorm is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it",
+        f"{__name__}.Custom_RMSNorm is not a normalization that normswap knows; to swap it, "
+        "pass a rule of your own (--rule, docs/writing_rules.md)",
     ),
     "a norm without parameters": ("unknown", NoForwardNorm, f"{__name__}.NoForwardNorm is not a normalization that normswap knows"),
     "a gate that is still off": ("unknown", GateStillOff, f"{__name__}.GateStillOff is not a normalization that normswap knows"),
@@ -416,14 +439,18 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "flavour",
         NanoChatRMSNorm,
         "is a NanoChatRMSNorm without a weight or a size of its own, so only data tell how many channels it normalizes; "
-        "give it a weight of ones, or pass a rule of your own in `rules`",
+        "give it a weight of ones, or pass a rule of your own (--rule, docs/writing_rules.md)",
     ),
     "what calls itself one": (
         "affine",
         CallsItselfNorm,
         "is a CallsItselfNorm, which multiplies and adds and takes no statistics, so there is nothing to replace",
     ),
-    "a gate": ("conditioned_norm", GatedNorm, "is a GatedNorm, which takes gate besides its input; BatchlessNorm takes its input alone"),
+    "a gate": (
+        "conditioned_norm",
+        GatedNorm,
+        "is a GatedNorm, which takes gate besides its input, as BatchlessNorm does not; leave it, or split",
+    ),
     "Mamba 2's gate": ("conditioned_norm", lambda: MambaRMSNormGated(12, 4), "is a MambaRMSNormGated, which takes gate besides its input"),
     "two outputs": ("reshaping_norm", PairNorm, "is a PairNorm, which returns a tuple, and not one tensor as BatchlessNorm does"),
     "another shape": (
@@ -466,6 +493,7 @@ def test_declines(what: str) -> None:
     (skip,) = decided.skips
     assert skip.kind == kind
     assert skip.reason.startswith(reason)
+    assert says_what_to_do(skip.reason), skip.reason
 
 
 class Container(nn.Module):
@@ -570,11 +598,23 @@ CALLS: list[tuple[dict[str, Any], str | None]] = [
     ({"weight": None}, None),
     ({"training": 0}, None),
     ({"training": True}, "normalizes by each batch's own statistics (training=True was traced); trace the model in eval mode"),
-    ({"training": NODE}, "takes a training flag that the graph computes (computed), so it is not a constant"),
+    (
+        {"training": NODE},
+        "takes a training flag that the graph computes (computed), so it is not a constant; leave it, or make that a parameter or a number",
+    ),
     ({"training": True, "running_mean": None, "running_var": None}, "has no running statistics to start from (track_running_stats=False)"),
-    ({"running_mean": NODE}, "takes a running_mean that the graph computes (computed), so it is not a constant"),
-    ({"weight": NODE}, "takes a weight that the graph computes (computed), so it is not a constant"),
-    ({"eps": NODE}, "takes an eps that the graph computes (computed), so it is not a constant"),
+    (
+        {"running_mean": NODE},
+        "takes a running_mean that the graph computes (computed), so it is not a constant; leave it, or make that a parameter or a number",
+    ),
+    (
+        {"weight": NODE},
+        "takes a weight that the graph computes (computed), so it is not a constant; leave it, or make that a parameter or a number",
+    ),
+    (
+        {"eps": NODE},
+        "takes an eps that the graph computes (computed), so it is not a constant; leave it, or make that a parameter or a number",
+    ),
     ({"running_var": torch.zeros(C), "eps": 0.0}, "has 5 of 5 channels whose running_var + eps is not positive"),
     ({"running_mean": torch.full((C,), torch.nan)}, "has 5 of 5 values of running_mean that are not finite"),
 ]
@@ -588,6 +628,8 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
     assert rule.kind == "batch_norm"
     found = rule.check(site) or (rule.inexact(site) if rule.inexact is not None else None)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+    # What is approximate alone gets the rest from `match`, which knows what was given.
+    assert found is None or says_what_to_do(found) or (rule.inexact is not None and rule.check(site) is None)
     if reason is None:
         assert rule.build is not None
         torch.testing.assert_close(rule.build(site, "log")(torch.ones(N, C)), torch.full((N, C), (1 + 1e-5) ** -0.5), rtol=1e-4, atol=0)
@@ -596,19 +638,23 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
 # reasons that need more than one layer to come about: tested in test_trace.py, test_match.py, test_swap.py and test_users_models.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of Net, which cannot be rewritten because its forward sets last; make it a layer",
-    "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows",
+    "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows; leave it, or "
+    "make it a layer of its own and pass a rule of your own (--rule, docs/writing_rules.md)",
+    "is code that looks like a normalization (it scales by the root of a mean or variance), whose number of channels only its input tells; "
+    "give example inputs of fixed sizes that reach it",
     "is a call of torch.instance_norm without weight and bias, so only its input says how many channels there are; give example inputs",
     "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()",
-    "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size",
-    "shares a parameter: left.weight and right.weight are one, and calibration would change all",
-    "returns batch statistics that the graph reads; expected only its output to be read",
-    "has an input of shape (3, s0), which leaves the number of channels open",
-    "is never called, so no data can reach it",
-    "has tensors that batch_norm reads directly instead of calling the layer",
-    "was excluded by name or kind",
-    "is not among those that were asked for",
+    "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; write it as F.group_norm or "
+    "F.instance_norm",
+    "shares a parameter: left.weight and right.weight are one, and calibration would change all; leave them, or untie them",
+    "returns batch statistics that the graph reads; leave it, or change the code that reads them",
+    "has an input of shape (3, s0), which leaves the number of channels open; export it with a fixed number",
+    "is never called, so no data can reach it; leave it, or give calibration data that do",
+    "has tensors that batch_norm reads directly instead of calling the layer; call the layer there, or leave it",
+    "was excluded by name or kind; take it out of exclude to swap it",
+    "is not among those that were asked for; add it to include to swap it",
     "is TorchScript (BatchNorm2d), which cannot be replaced; convert the model before it is scripted",
-    "no rule speaks for BatchNorm2d",
+    "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules",
 ]
 
 
@@ -620,6 +666,7 @@ def test_every_reason_is_documented(repository: Path) -> None:
     every = [reason for _, _, reason in DECLINES.values()] + list(CALLS_DECLINED)
     undocumented = [reason for reason in every if not any(quote.match(reason) for quote in quoted)]
     assert undocumented == []
+    assert [reason for reason in OTHER_REASONS if not says_what_to_do(reason)] == []
     assert [quote.pattern for quote in quoted if not any(quote.match(reason) for reason in (*every, *OTHER_REASONS))] == []
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.optim import swa_utils
 import normswap
 from fixtures.nets import case, randomise
 from normswap.errors import LoadError, UsageError
+from normswap.load import load as load_source
 from normswap.save import unwrapped
 
 
@@ -184,6 +186,88 @@ def test_not_a_recipe(tmp_path: Path, content: str) -> None:
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(LoadError, match="is not a recipe that normswap wrote"):
         normswap.load(tmp_path, _factory)
+
+
+# what a recipe may say is what normswap writes; each line changes one thing of a right one
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a path": ({"module": "../model.pt"}, "its module is not one"),
+    "another path": ({"module": "/tmp/model.pt"}, "its module is not one"),
+    "a file of another kind": ({"module": "recipe.json"}, "its module is not one"),
+    "a list": ({"factory": ["os:system"]}, "its factory is not one"),
+    "a function for a dtype": ({"inputs": [{"name": None, "shape": [4, 3], "dtype": "load"}]}, "one of its inputs has a dtype that is not"),
+    "2^60 numbers": ({"inputs": [{"name": None, "shape": [2**30] * 2, "dtype": "float32"}]}, "one of its inputs has a shape that is not"),
+    "a size below 0": ({"inputs": [{"name": None, "shape": [-1], "dtype": "float32"}]}, "one of its inputs has a shape that is not"),
+    "a site in words": ({"sites": ["1"]}, "one of its sites is no JSON object"),
+    "a site without a name": ({"sites": [{"class": "BatchlessNorm", "std": "log"}]}, "one of its sites lacks its name"),
+    "a std": ({"sites": [{"name": "1", "class": "BatchlessNorm", "std": "eval"}]}, "one of its sites has a std that is not one"),
+    "a rule": ({"rules": [{"kind": "x", "rule": 7, "sites": []}]}, "one of its rules has a rule that is not one"),
+    "rules": ({"rules": {"a": 1}}, "its rules is not one"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_recipe_that_says_what_normswap_does_not_write(saved: tuple[nn.Module, Path], what: str) -> None:
+    change, text = WRONG[what]
+    path = saved[1] / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(LoadError, match=f"recipe.json is not a recipe that normswap wrote: {text}"):
+        normswap.load(saved[1], _factory)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"[" * 200_000, "it is nested too deeply"),
+        (b'{"version": ' + b"9" * 10_000 + b"}", ""),
+        (b"\xff\xfe{}", ""),
+        (b" " * (65 << 20), "it has 68,157,440 bytes; expected 67,108,864 at most"),
+    ],
+    ids=["nested", "a long number", "not UTF-8", "large"],
+)
+def test_a_recipe_that_nobody_wrote(tmp_path: Path, content: bytes, text: str) -> None:
+    (tmp_path / "recipe.json").write_bytes(content)
+    with pytest.raises(LoadError, match=f"is not a recipe that normswap wrote: {text}"):
+        normswap.load(tmp_path, _factory)
+
+
+def test_a_pipe_is_not_waited_for(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.json")
+    with pytest.raises(LoadError, match=r"is not a converted directory: it has no recipe\.json"):
+        normswap.load(tmp_path, _factory)
+    (saved[1] / "model.safetensors").unlink()
+    os.mkfifo(saved[1] / "model.safetensors")
+    with pytest.raises(LoadError, match=r"there is no file .*model\.safetensors\nhint: was the directory copied whole"):
+        normswap.load(saved[1], _factory)
+
+
+@pytest.mark.parametrize("factory", ["os:getcwd", "os:abort", "code:interact", "no_such_module:build", "torch.nn:ReLU"])
+def test_a_factory_of_a_recipe_is_code_and_not_called(saved: tuple[nn.Module, Path], factory: str) -> None:
+    path = saved[1] / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"factory": factory}))
+    with pytest.raises(
+        LoadError, match=f"names '{factory}' as what builds the model, and to import that is to run code of its choice"
+    ) as caught:
+        normswap.load(saved[1])
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith(f"if it is your own: --arch {factory} (factory=... in Python); --trust")
+    assert normswap.load(saved[1], _factory) is not None  # the word of the user
+
+
+@pytest.mark.parametrize("word", ["trust", "trust_pickle"])
+def test_a_factory_of_a_recipe_that_is_trusted(saved: tuple[nn.Module, Path], word: str, x: Tensor) -> None:
+    path = saved[1] / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"factory": f"{__name__}:_factory"}))
+    loaded = normswap.load(saved[1], **{word: True})  # type: ignore[arg-type]
+    assert torch.equal(loaded(x), saved[0](x))  # type: ignore[operator]
+
+
+def test_a_factory_of_a_recipe_that_only_builds_a_known_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = load_source("torchvision:resnet18").model
+    saved = normswap.save(normswap.convert(model, torch.randn(1, 3, 32, 32)), tmp_path / "saved")  # type: ignore[type-var]
+    path = saved / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"factory": "torchvision:resnet18"}))
+    assert isinstance(normswap.load(saved), nn.Module)
 
 
 def test_a_recipe_of_the_future(saved: tuple[nn.Module, Path]) -> None:

@@ -191,7 +191,7 @@ def test_functional_norms_in_code(kind: str, backend: str) -> None:
         assert skip.reason.startswith(f"is a call of {skip.site.function} in the code of Net, which cannot be rewritten because torch.fx ")
         assert skip.reason.endswith("; make it a layer")
     else:
-        assert skip.reason.endswith("calibration data")
+        assert skip.reason.endswith("; ask for an approximate one with approximate=True and calibration=... (--approximate, --data)")
 
 
 @BOTH
@@ -283,7 +283,10 @@ def test_a_forward_that_fails_gives_a_note_and_every_norm() -> None:
     model.other = nn.BatchNorm2d(5).eval()
     found = normswap.plan(model, X)
     assert found.backend == "walk"
-    assert found.notes[1] == "the forward pass stopped early, so calls after that point were not seen: ValueError: no such thing"
+    assert (
+        found.notes[1]
+        == "the forward pass stopped early, so calls after that point were not seen: ValueError: no such thing; give inputs that it takes"
+    )
     assert [(s.name, s.calls) for s in found.swaps] == [("norm", 1), ("other", 0)]
 
 
@@ -298,7 +301,10 @@ def test_without_inputs_names_remain() -> None:
 
     found = normswap.plan(TakesTwo().eval())
     assert found.backend == "names"
-    assert found.notes[1] == "no example inputs are known, so no forward pass was watched: calls and functional norms are unknown"
+    assert (
+        found.notes[1]
+        == "no example inputs are known, so no forward pass was watched: calls and functional norms are unknown; give example inputs"
+    )
     assert [(s.name, s.calls, s.producer) for s in found.swaps] == [("norm", None, None)]
 
 

@@ -183,7 +183,7 @@ def test_layers_that_share_a_weight_stay_and_the_others_are_swapped() -> None:
     model = randomise(Tied(nn.LayerNorm), 0).eval()
     conversion = normswap.convert(model, calibration=batches(32, 5), approximate=True)
     assert [swap.name for swap in conversion.plan.swaps] == ["last"]
-    reason = "shares a parameter: left.weight and right.weight are one, and calibration would change all"
+    reason = "shares a parameter: left.weight and right.weight are one, and calibration would change all; leave them, or untie them"
     assert [(skip.name, skip.reason) for skip in conversion.plan.skips] == [("left", reason), ("right", reason)]
     converted = cast(Any, conversion.model)
     assert converted.left.weight is converted.right.weight
@@ -219,7 +219,7 @@ def test_norms_that_the_fast_path_of_an_encoder_reads_stay() -> None:
     assert [skip.name for skip in conversion.plan.skips] == [f"layers.{i}.norm{j}" for i in (0, 1) for j in (1, 2)]
     assert {skip.reason for skip in conversion.plan.skips} == {
         "has tensors that the fast path of TransformerEncoderLayer (set its activation_relu_or_gelu = 0, and use_nested_tensor = False "
-        "of the encoder, to do without it) reads directly instead of calling the layer"
+        "of the encoder, to do without it) reads directly instead of calling the layer; call the layer there, or leave it"
     }
     with torch.no_grad():
         conversion.model(data[0])  # the fast path runs
@@ -495,7 +495,7 @@ def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, m
     assert raised.value.hint is not None
     assert raised.value.hint.startswith("--arch package.module:factory (factory=... in Python) with what builds the original model")
     x = batches(4, 5)[0]
-    built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust_pickle=True))
+    built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust=True))
     assert torch.equal(built(x), run(x))
     (out / "model.pt").write_bytes((tmp_path / "net.pt").read_bytes())  # whatever else it wants to run is listed as ever
     with pytest.raises(UnsafePickleError, match=r"wants to run code that nobody vouched for:\n  users_nets.Net"):

@@ -56,7 +56,7 @@ def convert_files(
     onnx: bool = True,
     export_options: Mapping[str, Any] = MappingProxyType({}),
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     progress: Progress = _silent,
 ) -> tuple[Report, Path]:
     """Convert SRC into a directory. export_options: those of `export_onnx`, for its model.onnx.
@@ -67,10 +67,10 @@ def convert_files(
         outputs.check(output)
     given = parse(inputs) if inputs else None
     known = all_rules(rules)
-    batches = None if data is None else batches_of(data)
     clock = _Clock(progress)
     with clock("load"):
-        loaded = load(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+        loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
+    batches = None if data is None else batches_of(data, loaded.model)
     output = output or Path(f"{loaded.stem}.normswap")
     with outputs.directory(output) as partial:
         with clock("convert and verify") as advance:
@@ -102,7 +102,8 @@ def convert_files(
                 _save(conversion, partial, form=form, source=source, factory=factory)
             if onnx:
                 # An approximate model is held against itself: how far it is from the original is what the drift says.
-                judgement = conversion.judgement if conversion.drift is None else None
+                judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
+                conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
                     exported, of_file = verified_export(
                         conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options
@@ -155,8 +156,10 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
     model, name = conversion.model, None
     if isinstance(model, ExportedProgram):
         name = "model.pt2"
-        torch.export.save(model, directory / name)
+        with outputs.writing(name):
+            torch.export.save(model, directory / name)
     elif form == "module":
         name = "model.pt"
-        torch.save(model, directory / name)
+        with outputs.writing(name):
+            torch.save(model, directory / name)
     save(as_module(model), directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from normswap.inputs import Inputs, make
 from normswap.load import build
 from normswap.load import load as load_source
 from normswap.plan import Rule
+from normswap.recipe_checks import builds_without_code, is_trusted
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import named
-from normswap.save import Recipe, load_weights, read_recipe, unwrapped
+from normswap.save import RECIPE, Recipe, load_weights, read_recipe, unwrapped
 from normswap.save import save as save_directory
 from normswap.swap import swap
 
@@ -43,37 +45,47 @@ def load(
     *,
     rules: Sequence[Rule] | None = None,
     trust_packages: Sequence[str] = (),
+    trust: bool = False,
     trust_pickle: bool = False,
 ) -> nn.Module | ExportedProgram:
     """The converted model in `directory`.
 
     factory: builds the original architecture, with any weights. None takes the pickled model in the directory, or the spec that the model
-    was made from (`torchvision:resnet18`). rules: those that the model was converted with; None imports your own ones from where the
-    directory says they were. Raises LoadError if the directory, or the architecture, is not the one that was saved, or a rule is needed
-    that cannot be imported.
+    was made from (`torchvision:resnet18`). rules: those that the model was converted with; None finds your own ones where the directory
+    says they were. Code that the directory names is imported only if you trust it: a factory with trust=True; a rule, which need not be
+    imported if it is already, also if its package is one of trust_packages. trust: run what the directory says, its .pt2 too;
+    trust_pickle is the old name.
+
+    Raises LoadError if the directory, or the architecture, is not the one that was saved, or something is needed that cannot be imported.
     """
+    trust = trust or trust_pickle
     directory = Path(directory)
     recipe = read_recipe(directory)
     if factory is None and recipe.module is not None:
         try:
-            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust_pickle=trust_pickle).model
+            return load_source(str(directory / recipe.module), trust_packages=trust_packages, trust=trust).model
         except UnsafePickleError as error:
             if f"{graphs.__name__}.{graphs._rebuild.__name__}" not in error.wanted:
                 raise
             raise UnsafePickleError(
                 f"{directory / recipe.module} carries code, as a norm was replaced in the code of one of its modules",
                 hint="--arch package.module:factory (factory=... in Python) with what builds the original model reads the weights instead; "
-                "or --trust-pickle, if you trust whoever made this file with everything on this account",
+                "or --trust, if you trust whoever made this file with everything on this account",
                 wanted=error.wanted,
             ) from error
     if factory is None and recipe.factory is None:
         raise LoadError(
             f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"
         )
+    if factory is None and not (trust or builds_without_code(str(recipe.factory))):
+        raise LoadError(
+            f"{directory / RECIPE} names {recipe.factory!a} as what builds the model, and to import that is to run code of its choice",
+            hint=f"if it is your own: --arch {recipe.factory} (factory=... in Python); --trust (trust=True) takes the directory's word",
+        )
     model = as_module(build(recipe.factory) if factory is None else factory())  # type: ignore[arg-type]
     wanted = {site["name"]: site["std"] for site in recipe.sites}
     if wanted:
-        known = _rules_of(recipe, directory) if rules is None else rules
+        known = _rules_of(recipe, directory, trust, tuple(trust_packages)) if rules is None else rules
         # Which weights it has does not matter: they are about to be loaded. The inputs tell the shapes that no weight tells.
         decided = pipeline.plan(model, restored(recipe.inputs), approximate=True, rules=known)
         chosen = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.name in wanted))
@@ -82,7 +94,7 @@ def load(
     return model
 
 
-def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
+def _rules_of(recipe: Recipe, directory: Path, trust: bool, packages: tuple[str, ...]) -> tuple[Rule, ...]:
     """The rules that a converted directory was made with: those that it says are not normswap's, imported again."""
     own = []
     for entry in recipe.rules:
@@ -90,11 +102,23 @@ def _rules_of(recipe: Recipe, directory: Path) -> tuple[Rule, ...]:
         hint = "pass the rules that it was converted with: normswap.load(directory, rules=(MY_RULE, *normswap.DEFAULT_RULES))"
         if entry["rule"] is None:
             raise LoadError(f"{where}, and does not say where that rule can be imported", hint=hint)
+        if not (trust or is_trusted(entry["rule"], packages) or _is_imported(entry["rule"])):
+            package = entry["rule"].partition(":")[0].partition(".")[0]
+            raise LoadError(
+                f"{where}, and to import {entry['rule']!a} is to run code of its choice",
+                hint=f"--trust-package {package} (trust_packages=[{package!a}] in Python), if you trust that package; or {hint}",
+            )
         try:
             own.append(named(entry["rule"], "the rule"))
         except UsageError as error:
             raise LoadError(f"{where}: {error.message}", hint=f"make it importable under this name again, or {hint}") from error
     return (*own, *DEFAULT_RULES)
+
+
+def _is_imported(spec: str) -> bool:
+    """Whether the rule that package.module:NAME names can be had without importing anything."""
+    module, _, name = spec.partition(":")
+    return module in sys.modules and isinstance(vars(sys.modules[module]).get(name), Rule)
 
 
 def recorded(inputs: Inputs) -> list[dict[str, Any]]:

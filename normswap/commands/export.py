@@ -14,7 +14,7 @@ from normswap.commands.verified_export import verified_export
 from normswap.errors import ParityError, UsageError
 from normswap.export import Dynamic, Export, Target
 from normswap.exported import as_module
-from normswap.inputs import Inputs, as_inputs, parse
+from normswap.inputs import Inputs, parse
 
 
 def export_onnx(
@@ -27,6 +27,7 @@ def export_onnx(
     dynamic: bool | Dynamic = True,
     half: bool = False,
     external_data: bool | None = None,
+    thorough: bool = False,
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
@@ -35,22 +36,35 @@ def export_onnx(
     other runtimes (`normswap.fused`). opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is
     one operator there. dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other
     sizes than the example's), or "none" (False). half: weights, inputs and outputs in float16. external_data: the weights in a file beside
-    it, `<path>.data`; None: if one file cannot hold them.
+    it, `<path>.data`; None: if one file cannot hold them. thorough: verify at every optimisation level of onnxruntime, and in onnx's own
+    evaluator.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
     conversion = model if isinstance(model, pipeline.Conversion) else None
     source: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
+    judgement = None
     if example_inputs is not None:
-        inputs = as_inputs(example_inputs)
+        inputs = pipeline.given_to(source, example_inputs)
     else:
+        if conversion is not None and conversion.drift is None:  # an approximate model is held against itself
+            judgement = conversion.judgement
         inputs = conversion.inputs if conversion else inputs_of(source, as_module(source))
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with outputs.file(Path(path)) as partial:
         result, legs = verified_export(
-            source, inputs, partial, target=target, opset=opset, dynamic=dynamic, half=half, external_data=external_data
+            source,
+            inputs,
+            partial,
+            judgement=judgement,
+            target=target,
+            opset=opset,
+            dynamic=dynamic,
+            half=half,
+            external_data=external_data,
+            thorough=thorough,
         )
         try:
             check_legs(legs)
@@ -69,11 +83,11 @@ def export_files(
     arch: str | None = None,
     inputs: Sequence[str] = (),
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     **options: Any,
 ) -> Export:
     """`export_onnx` for the command line: SRC is a converted directory, or any model. options: as of `export_onnx`."""
     given = parse(inputs) if inputs else None
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
     known = given or inputs_of(source, as_module(model))
     return export_onnx(model, known, output, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from normswap import outputs
+from normswap import external_data, outputs
 from normswap.commands.onnx_legs import attempt_of, check_legs, clear, last_word, legs_of
 from normswap.errors import ExportError, UsageError
 from normswap.fold import Folded, fold, shapes_asked, sizes_known
@@ -34,6 +34,8 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
     """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
     given = parse(inputs) if inputs else None
     path = Path(source)
+    if path.is_file():
+        external_data.check(path)
 
     @functools.cache
     def judged(taps: tuple[Tap, ...]) -> Judgement:
@@ -68,7 +70,7 @@ def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         result = fold(path, partial, undone=undone, shorten=shorten)
         if not result.changed:
             return Attempt((result, Legs()), True)
-        legs, _ = legs_of(judged(()), partial)
+        legs, _ = legs_of(judged(()), partial, baseline=path)
         moved = [site for site in result.sites if site.touched or site.rewritten]
         return attempt_of((result, legs), moved, undone, result.taps, partial, lambda: judged(result.original_taps))
 

@@ -21,11 +21,11 @@ def inspect_files(
     exclude: Sequence[str] = (),
     rules: Sequence[str] = (),
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
 ) -> Report:
     """The plan for SRC, and what is known of each norm."""
     known = all_rules(rules)
-    loaded = load(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
     given = parse(inputs) if inputs else None
     plan, facts = pipeline.inspect(loaded.model, given, include=include, exclude=exclude, rules=known)
     return report(source, plan, facts=map(dataclasses.asdict, facts))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normswap import pipeline
+from normswap import outputs, pipeline
 from normswap.commands.options import batches_of, function_of
 from normswap.commands.sources import Model, load_any
 from normswap.errors import UsageError
@@ -29,7 +29,7 @@ def landscape_files(
     plot: Path | None = None,
     arch: str | None = None,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Landscape:
     """`landscape` for the command line, before and after a swap.
@@ -41,8 +41,8 @@ def landscape_files(
         check_plot(plot)
     if data is None:
         raise UsageError("a landscape is measured on data, and none were given", hint="--data: batches (x, y)")
-    batches = batches_of(data)
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
+    batches = batches_of(data, model)
     found = landscape(
         dict(_forms(model, forms, batches)),  # type: ignore[arg-type]  # a program: that is refused there
         batches,
@@ -53,7 +53,8 @@ def landscape_files(
         progress=progress,
     )
     if plot is not None:
-        found.plot(plot)
+        with outputs.file(plot) as partial, outputs.writing(str(plot)):
+            found.plot(partial)
     return found
 
 

@@ -1,66 +1,63 @@
-"""What comes of an ONNX file in each runtime that can run it: in onnxruntime, in onnx's evaluator, on CUDA."""
+"""What comes of an ONNX file in each runtime that can run it: in onnxruntime, on CUDA, in onnx's evaluator."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from normswap import cuda, effort, pipeline
+from normswap import cuda, pipeline
 from normswap.export import Export
 from normswap.parity import Legs, Parity
 from normswap.rollback import Attempt
 from normswap.runners import REFERENCE
 from normswap.taps import Tap
-from normswap.verify import LEVELS, Judgement, compare, held_at, runtime
+from normswap.verify import LEVELS, MORE_LEVELS, Judgement, compare, runtime
 
 if TYPE_CHECKING:
     from normswap.folding import Fate
 
 R = TypeVar("R")
-EVALUATOR_SECONDS = 10.0  # how long onnx's evaluator may take for one file, by estimate
 
 
-def legs_of(judgement: Judgement, path: Path, *, dynamic: bool = True) -> tuple[Legs, tuple[str, ...]]:
-    """(what comes of an ONNX file in onnxruntime at every optimisation level, and in onnx's evaluator; notes)."""
+def legs_of(
+    judgement: Judgement, path: Path, *, dynamic: bool = True, baseline: Path | None = None, thorough: bool = False
+) -> tuple[Legs, tuple[str, ...]]:
+    """(what comes of an ONNX file in onnxruntime, notes). baseline: the file before anything was folded in it.
+
+    At the levels at which nothing and everything is optimised; `thorough`: at all levels, and at the example in onnx's evaluator.
+    """
     parities, not_run = dict[str, Parity](), dict[str, str]()
     notes: tuple[str, ...] = ()
-    for level in LEVELS:
-        parity = compare(judgement, path, level=level, only_like_example=not dynamic)
+    levels = MORE_LEVELS if thorough else LEVELS
+    for level in levels:
+        parity = compare(judgement, path, level=level, only_like_example=not dynamic, baseline=baseline)
         if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
             # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
             reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
-            not_run |= {runtime(name): reason for name in LEVELS if runtime(name) not in parities}
+            not_run |= {runtime(name): reason for name in levels if runtime(name) not in parities}
             notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
             break
         parities[runtime(level)] = parity
-    held = held_at(judgement, path, only_like_example=not dynamic)
-    soon = [probe.name for probe in held]
-    if not not_run:
-        costs = dict(zip(soon, effort.seconds(path, held), strict=True))
-        total = itertools.accumulate(sorted(costs.values()))
-        soon = [name for name, spent in zip(sorted(costs, key=costs.__getitem__), total, strict=True) if spent <= EVALUATOR_SECONDS]
-        if not soon:
-            not_run[runtime(REFERENCE)] = f"it would take about {min(costs.values()):.0f} s for one input"
-            return Legs(parities, not_run), notes
-    parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=soon)
-    if parity.failure is not None and not not_run:
-        not_run[runtime(REFERENCE)] = parity.failure
-    else:
-        parities[runtime(REFERENCE)] = parity
+    if not_run or thorough:
+        only = None if not_run else ["example"]
+        parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=only, baseline=baseline)
+        if parity.failure is not None and not not_run:
+            not_run[runtime(REFERENCE)] = parity.failure
+        else:
+            parities[runtime(REFERENCE)] = parity
     return Legs(parities, not_run), notes
 
 
-def with_provider(result: Export, legs: Legs, judgement: Judgement) -> tuple[Export, Legs]:
+def with_provider(result: Export, legs: Legs, judgement: Judgement, baseline: Path | None = None) -> tuple[Export, Legs]:
     """On CUDA as well, where there is one."""
     known = result.cuda
     if known is None:
         return result, legs
     measured: Mapping[str, Parity] = {}
     if runtime(LEVELS[-1]) in legs.parities:
-        result, measured = on_provider(result, judgement)
+        result, measured = on_provider(result, judgement, baseline=baseline)
     else:
         result = dataclasses.replace(result, cuda=dataclasses.replace(known, why=legs.not_run[runtime(LEVELS[-1])]))
     name = runtime(cuda.PROVIDER)
@@ -68,14 +65,16 @@ def with_provider(result: Export, legs: Legs, judgement: Judgement) -> tuple[Exp
     return result, Legs({**legs.parities, **measured}, {**legs.not_run, **not_run})
 
 
-def on_provider(result: Export, judgement: Judgement, provider: str = cuda.PROVIDER) -> tuple[Export, Mapping[str, Parity]]:
+def on_provider(
+    result: Export, judgement: Judgement, provider: str = cuda.PROVIDER, *, baseline: Path | None = None
+) -> tuple[Export, Mapping[str, Parity]]:
     """Where onnxruntime has the provider, one more comparison, and where each kernel ran; elsewhere the export says that it was not run."""
     if result.cuda is None:
         return result, {}
     why = cuda.unavailable(result.path, provider)
     if why is not None:
         return dataclasses.replace(result, cuda=dataclasses.replace(result.cuda, why=why)), {}
-    parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic)
+    parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic, baseline=baseline)
     if parity.failure is not None:
         return result, {parity.candidate: parity}
     arrays = [tensor.numpy(force=True) for tensor in judgement.probes[0].tensors()]
@@ -109,9 +108,9 @@ def attempt_of(
     legs = result[1]
     if legs.failed is None:
         return Attempt(result, True)
-    level = next(level for level in (*LEVELS, REFERENCE, cuda.PROVIDER) if runtime(level) == legs.failed.candidate)
+    level = next(level for level in (*MORE_LEVELS, REFERENCE, cuda.PROVIDER) if runtime(level) == legs.failed.candidate)
     names = list(dict.fromkeys(tap.name for tap in taps))
-    sites = compare(judgement(), path, level=level, only_like_example=not dynamic, sites=names, taps=taps).sites
+    sites = compare(judgement(), path, level=level, only_like_example=not dynamic, sites=names, taps=taps, again=False).sites
     return Attempt(
         result,
         False,

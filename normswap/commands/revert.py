@@ -24,7 +24,7 @@ def revert_files(
     skip: bool = False,
     arch: str | None = None,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
 ) -> Path:
     """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
 
@@ -33,12 +33,12 @@ def revert_files(
     """
     directory = Path(source)
     recipe = read_recipe(directory)
-    converted = load(directory, factory_of(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
+    converted = load(directory, factory_of(arch), trust_packages=trust_packages, trust=trust)
     if isinstance(converted, ExportedProgram):
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
     pipeline.check(verify(converted, model, inputs_of(source, converted)))
-    with outputs.file(output) as partial:
+    with outputs.file(output) as partial, outputs.writing(str(output)):
         if output.suffix == ".safetensors":
             from safetensors.torch import save_model
 

@@ -25,15 +25,15 @@ def sensitivity_files(
     rules: Sequence[str] = (),
     resume: Path | None = None,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Sensitivity:
     """`sensitivity` for the command line."""
     given = parse(inputs) if inputs else None
-    loaded = load(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle)
+    loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
     return sensitivity(
         loaded.model,
-        None if data is None else batches_of(data),
+        None if data is None else batches_of(data, loaded.model),
         given,
         metric=None if metric is None else function_of(metric, "--metric", "a function that takes the model and returns a number"),
         by=by,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from torch.export import ExportedProgram
 
+from normswap import external_data, outputs
 from normswap.commands.directory import load, restored
 from normswap.inputs import Inputs, infer
 from normswap.load import build
@@ -23,11 +24,21 @@ def factory_of(arch: str | None) -> Callable[[], nn.Module] | None:
     return None if arch is None else lambda: build(arch)
 
 
-def load_any(source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust_pickle: bool = False) -> Model:
-    """The model of a converted directory, or of anything that `load.py` reads."""
+def load_any(
+    source: str, *, arch: str | None = None, trust_packages: Sequence[str] = (), trust: bool = False, trust_pickle: bool = False
+) -> Model:
+    """The model of a converted directory, or of anything that `load.py` reads. trust_pickle: the old name of trust."""
+    trust = trust or trust_pickle
+    outputs.recover(Path(source))
     if Path(source).is_dir():
-        return load(source, factory_of(arch), trust_packages=trust_packages, trust_pickle=trust_pickle)
-    return load_source(source, arch=arch, trust_packages=trust_packages, trust_pickle=trust_pickle).model
+        return load(source, factory_of(arch), trust_packages=trust_packages, trust=trust)
+    return load_source(source, arch=arch, trust_packages=trust_packages, trust=trust).model
+
+
+def check_onnx(source: str) -> None:
+    """Raise LoadError if `source` is an ONNX file that keeps weights outside its own directory."""
+    if Path(source).suffix == ".onnx" and Path(source).is_file():
+        external_data.check(Path(source))
 
 
 def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from normswap.commands.onnx_legs import attempt_of, clear, legs_of, with_provider
 from normswap.commands.sources import Model
-from normswap.export import Export, export
+from normswap.export import Dynamic, Export, Program
 from normswap.exported import as_module
 from normswap.half import arguments, halved
 from normswap.inputs import Inputs
@@ -26,11 +27,20 @@ from normswap.verify import CAP, LEVELS, Judgement, compare, judge, runtime
 
 
 def verified_export(
-    model: Model, inputs: Inputs, path: Path, *, judgement: Judgement | None = None, half: bool = False, **options: Any
+    model: Model,
+    inputs: Inputs,
+    path: Path,
+    *,
+    judgement: Judgement | None = None,
+    half: bool = False,
+    thorough: bool = False,
+    dynamic: bool | Dynamic = True,
+    **options: Any,
 ) -> tuple[Export, Legs]:
     """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are undone.
 
     half: in float16, held against the model in float64 by the limits of float16. Inputs are not scaled by 1000: its range is small.
+    thorough: verified at every optimisation level, and in onnx's evaluator. judgement: of the model, if it was judged before.
     """
     judged = functools.partial(_judged, model, inputs, half=half)
     held = judged() if judgement is None or half else judgement
@@ -41,34 +51,41 @@ def verified_export(
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
         options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
-    sizes: list[tuple[Judgement, list[str]]] = []  # judged once: which axes are free does not depend on the folds
+    program = Program(model, inputs.args, inputs.kwargs, half=half, dynamic=dynamic, **options)
+    clear(path)
+    first = program.write(path)
+    others: tuple[Judgement, list[str]] | None = None
+    if _is_free(first):
+        others = _other_sizes(judged, first)
+        if others[1] and isinstance(model, nn.Module):
+            notes.append(f"fixed: {', '.join(others[1])}; the model itself runs at no other size that was tried")
+            program = Program(model, inputs.args, inputs.kwargs, half=half, dynamic="batch", **options)
+            first, others = program.write(path), None
+        elif others[1]:
+            notes.append(f"not verified: other sizes of {', '.join(others[1])}; the model runs at none that was tried")
+            others = None
+    with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
+        before = Path(folder) / "baseline.onnx"
+        # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
+        baseline = before if not half and program.write_baseline(before) else None
 
-    def write(undone: Mapping[str, str]) -> Export:
-        clear(path)
-        return export(model, inputs.args, inputs.kwargs, path, half=half, undone=undone, **options)
+        def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
+            result = first
+            if undone:
+                clear(path)
+                result = program.write(path, undone)
+            legs, said = legs_of(held, path, dynamic=result.dynamic, baseline=baseline, thorough=thorough)
+            if others is not None:
+                level = LEVELS[-1] if runtime(LEVELS[-1]) in legs.parities else REFERENCE
+                other = {f"{runtime(level)}, other sizes": compare(others[0], path, level=level, baseline=baseline)}
+                legs = dataclasses.replace(legs, parities={**other, **legs.parities})
+            result = dataclasses.replace(result, notes=(*result.notes, *notes, *said))
+            result, legs = with_provider(result, legs, held, baseline)
+            names = list(dict.fromkeys(site.name for site in result.sites))
+            tapped = functools.partial(judged, sites=names, inputs_too=True)
+            return attempt_of((result, legs), result.sites, undone, result.taps, path, tapped, dynamic=result.dynamic)
 
-    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
-        result = write(undone)
-        if not sizes and _is_free(result):
-            sizes.append(_other_sizes(judged, result))
-            if sizes[0][1] and isinstance(model, nn.Module):
-                notes.append(f"fixed: {', '.join(sizes[0][1])}; the model itself runs at no other size that was tried")
-                options["dynamic"] = "batch"
-                result = write(undone)
-        legs, said = legs_of(held, path, dynamic=result.dynamic)
-        level = LEVELS[-1] if runtime(LEVELS[-1]) in legs.parities else REFERENCE
-        if _is_free(result) and sizes[0][1]:
-            said = (*said, f"not verified: other sizes of {', '.join(sizes[0][1])}; the model runs at none that was tried")
-        elif _is_free(result):
-            other = {f"{runtime(level)}, other sizes": compare(sizes[0][0], path, level=level)}
-            legs = dataclasses.replace(legs, parities={**other, **legs.parities})
-        result = dataclasses.replace(result, notes=(*result.notes, *notes, *said))
-        result, legs = with_provider(result, legs, held)
-        names = list(dict.fromkeys(site.name for site in result.sites))
-        tapped = functools.partial(judged, sites=names, inputs_too=True)
-        return attempt_of((result, legs), result.sites, undone, result.taps, path, tapped, dynamic=result.dynamic)
-
-    return settle(attempt).result
+        return settle(attempt).result
 
 
 def _judged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,27 @@ from normswap.commands.sources import Model, inputs_of, load_any
 from normswap.errors import LoadError, UsageError
 from normswap.exported import as_module
 from normswap.inputs import as_inputs, parse
+from normswap.locate import locate
 from normswap.parity import Parity
 from normswap.save import sites_of
-from normswap.verify import compare, judge
+from normswap.verify import LEVELS, MORE_LEVELS, SAME, compare, judge
 
 
 def verify(
-    reference: Model | str | Path, candidate: Model | str | Path, inputs: Any = None, *, tolerance: float | None = None, **loading: Any
+    reference: Model | str | Path,
+    candidate: Model | str | Path,
+    inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    thorough: bool = False,
+    **loading: Any,
 ) -> Parity:
     """Measure whether `candidate` computes what `reference` computes. Never raises on a mismatch: ask `bool(parity)`.
 
     Each side is a module, an ExportedProgram, a model file, a converted directory or an .onnx file. inputs: a tensor, a tuple, or a dict of
     keyword arguments; None takes those of a converted directory, or infers them. tolerance: the largest max|difference| / max|reference|
-    that passes, in place of the limits described in `verify.py`.
+    that passes, in place of the limits described in `verify.py`. An .onnx candidate is run in onnxruntime with nothing and with everything
+    optimised; thorough: at each of its levels. `first_bad` of what failed names the layer or node where the two start to differ.
 
     Raises LoadError if a side cannot be read, UsageError if the reference cannot run on the inputs or none are known.
     """
@@ -37,7 +46,18 @@ def verify(
     if isinstance(a, nn.Module) and isinstance(b, nn.Module):
         ours = dict(a.named_modules(remove_duplicate=False))
         sites = [site["name"] for site in sites_of(b) if site["name"] in ours]
-    return compare(judge(a, known.args, known.kwargs, sites=sites), b, sites=sites, tolerance=tolerance)
+    judgement = judge(a, known.args, known.kwargs, sites=sites)
+    levels: Sequence[str] = (LEVELS[-1],)
+    if isinstance(b, Path):
+        levels = MORE_LEVELS if thorough else LEVELS
+    baseline = a if isinstance(a, Path) else None
+    parities = [compare(judgement, b, sites=sites, tolerance=tolerance, level=level, baseline=baseline) for level in levels]
+    parity = next((parity for parity in parities if not parity), parities[-1])
+    bad = next((d for d in parity.outputs if not d.passed and d.problem is None), None)
+    if bad is None:
+        return parity
+    probe = next(probe for probe in judgement.probes if probe.name == bad.probe)
+    return dataclasses.replace(parity, located=locate(a, b, probe, max(SAME, bad.tolerance)))
 
 
 def verify_files(
@@ -47,8 +67,9 @@ def verify_files(
     arch: str | None = None,
     inputs: Sequence[str] = (),
     tolerance: float | None = None,
+    thorough: bool = False,
     trust_packages: Sequence[str] = (),
-    trust_pickle: bool = False,
+    trust: bool = False,
 ) -> Parity:
     """`verify` for the command line."""
     given = parse(inputs) if inputs else None
@@ -57,9 +78,10 @@ def verify_files(
         candidate,
         given,
         tolerance=tolerance,
+        thorough=thorough,
         arch=arch,
         trust_packages=trust_packages,
-        trust_pickle=trust_pickle,
+        trust=trust,
     )
 
 

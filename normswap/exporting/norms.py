@@ -22,24 +22,35 @@ if TYPE_CHECKING:
     from normswap.folding import Affine, Constants, Fate
 
 
-def fold_norms(
-    model: ir.Model, sites: Sequence[Site], undone: Mapping[str, str] | None, *, blocked: bool
-) -> tuple[list[Fate], Counter[str]]:
-    """Fold every norm where that is exact: where each went, and the operators that there are without them."""
+UNFOLDED = "nothing is folded here"
+
+
+def shorten(model: ir.Model, *, marked: bool) -> None:
+    """Make the graph as short as it can be with its norms in it. marked: whether the norms are marks, and not arithmetic."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    from normswap.folding import Constants, fold
-
-    if not sites:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+    if not marked:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
         with quiet():
             optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
     lean(model)
-    constants = Constants(model.graph)
     common.RemoveUnusedNodesPass()(model)
+
+
+def fold_norms(
+    model: ir.Model, sites: Sequence[Site], undone: Mapping[str, str] | None, *, blocked: bool, folded: bool = True
+) -> tuple[list[Fate], Counter[str]]:
+    """Fold every norm where that is exact: where each went, and the operators that there are without them. folded: else none is."""
+    from onnx_ir.passes import common
+
+    from normswap.folding import Constants, fold
+
+    constants = Constants(model.graph)
     found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
     affines = [affine for affine in found if affine is not None]
     skeleton = operators(model.graph, {node for affine in affines for node in affine.nodes})
+    if not folded:
+        undone = {affine.name: UNFOLDED for affine in affines}
     fates = fold(model.graph, affines, constants, undone, blocked=blocked)
     common.RemoveUnusedNodesPass()(model)
     constants.settle()

@@ -23,7 +23,7 @@ messages       what is said of a file that is not read
 
 from __future__ import annotations
 
-from normswap.pickles.files import open_archive, read, review
+from normswap.pickles.files import open_archive, read
 from normswap.pickles.messages import mismatched_torchvision
 
-__all__ = ["mismatched_torchvision", "open_archive", "read", "review"]
+__all__ = ["mismatched_torchvision", "open_archive", "read"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,40 @@ class Storage:
     numel: int = 0
     itemsize: int = 1
     key: str = ""
+
+
+DEEPEST, MOST = 100, 1 << 22  # values inside values, and values that are reached from one
+
+
+def expansion(made: Iterable[Any]) -> str | None:
+    """What is nested too deeply, or so often that copying or showing it would not end; None if nothing is. Objects are not looked into."""
+    depths: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    open_: set[int] = set()
+    for root in made:
+        stack = [(root, False)]
+        while stack:  # not by recursion: its depth is what is asked for
+            thing, done = stack.pop()
+            key, parts = id(thing), _parts(thing)
+            if done:
+                open_.discard(key)
+                depths[key] = 1 + max((depths.get(id(part), 0) for part in parts), default=0)
+                sizes[key] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+                if depths[key] > DEEPEST or sizes[key] > MOST:
+                    return "values inside values, more than normswap reads"
+            elif key in open_:
+                return "a value that contains itself"
+            elif parts and key not in depths:
+                open_.add(key)
+                stack.append((thing, True))
+                stack.extend((part, False) for part in parts)
+    return None
+
+
+def _parts(thing: Any) -> list[Any]:
+    if isinstance(thing, Tuple | List):
+        return thing.items
+    return [part for pair in thing.pairs for part in pair] if isinstance(thing, Dict) else []
 
 
 PLAIN = (type(None), bool, int, float, str, bytes)

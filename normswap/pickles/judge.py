@@ -14,7 +14,7 @@ from torch import nn
 
 from normswap.errors import LoadError
 from normswap.pickles.calls import CALLS, NOT_TORCHS, is_empty, is_key, is_object, is_partial, is_tensor
-from normswap.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple, show
+from normswap.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple, expansion, show
 from normswap.pickles.messages import mismatched_torchvision, reason
 from normswap.pickles.reviewed import CODE_CARRIERS, CONFIGS, DTYPES, FUNCTIONS, OBJECTS, PLACES, STORAGES, TENSOR_TYPES, VALUE_CLASSES
 
@@ -102,6 +102,8 @@ class Judge:
             return
         if not self.may_be_value(root):
             self.refuse(show(root))
+        if (bomb := expansion(made)) is not None:
+            raise LoadError(f"the file holds {bomb}", hint="save model.state_dict() and use --arch")
         for thing in made:
             if isinstance(thing, Storage):
                 self.storage(thing)

@@ -70,7 +70,7 @@ def _advice(wanted: Sequence[str], trusted: Sequence[str]) -> str:
     if strangers and len(strangers) == len(tops):
         flags = " ".join(f"--trust-package {name}" for name in strangers)
         return f"{flags} allows nn.Module classes from there, if you trust that package; or {by_arch}"
-    return f"{by_arch}; or, if you trust whoever made this file with everything on this account, --trust-pickle"
+    return f"{by_arch}; or, if you trust whoever made this file with everything on this account, --trust"
 
 
 def names_of_any_protocol(stream: IO[bytes]) -> Iterator[tuple[str, str]]:

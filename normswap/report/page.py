@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from html import escape
+from html import escape as html_escape
 from typing import TYPE_CHECKING, Any
 
 from normswap.parity import Parity
@@ -13,6 +13,12 @@ from normswap.report.rows import CALIBRATION, calibration_row, rows_of
 
 if TYPE_CHECKING:
     from normswap.report.conversion import Report
+
+
+def escape(text: str) -> str:
+    """Nothing in it is markup, and all of it can be encoded."""
+    return html_escape(text.encode("utf-8", "backslashreplace").decode())
+
 
 DECADES = 18  # the scale of the page ends at 1; it starts below the rounding of float64
 

@@ -27,6 +27,8 @@ def parity_json(parity: Parity) -> dict[str, Any]:
         "first_bad": parity.first_bad,
         "probes": parity.probes,
         "dropped": parity.dropped,
+        "unjudged": parity.unjudged,
+        "located": None if parity.located is None else asdict(parity.located),
         "forward_passes": parity.forward_passes,
         "outputs": [{**asdict(d), "passed": d.passed} for d in parity.outputs],
         "sites": [{**asdict(d), "passed": d.passed} for d in parity.sites],
@@ -65,13 +67,17 @@ def parity_summary(parity: Parity) -> str:
         parts.append(f"output {worst.name!r}: {worst.problem}")
     else:
         numbers = f"max error {worst.max_rel:.1e}, allowed {worst.tolerance:.1e}, rounding of the original {worst.noise:.1e}"
+        if worst.float64:
+            numbers = f"max error in float64 {worst.max_rel:.1e}, allowed {worst.tolerance:.1e}"
         parts.append(f"{numbers}, over {len(parity.probes)} inputs")
     if not parity.passed:
         parts.insert(0, "FAILED")
         if parity.first_bad is not None:
-            parts.append(f"first to differ: {parity.first_bad or ROOT}")
+            parts.append(f"first to differ: {_place(parity)}")
         if parity.outputs and math.isfinite(parity.smallest_tolerance):
             parts.append(f"the outputs would pass at tolerance {parity.smallest_tolerance:.1e}")
+    if parity.unjudged:
+        parts.append(f"cannot be judged: {', '.join(parity.unjudged)}")
     if parity.dropped:
         parts.append(f"not compared: {', '.join(parity.dropped)}")
     return "; ".join(parts)
@@ -102,6 +108,15 @@ def worst_of(differences: Iterable[Difference]) -> Difference | None:
         return d.problem is not None, d.non_finite > 0 or math.isnan(share), 0.0 if math.isnan(share) else share
 
     return max(differences, key=badness, default=None)
+
+
+def _place(parity: Parity) -> str:
+    where = parity.first_bad or ROOT
+    found = parity.located
+    if found is None or found.reference != parity.first_bad:
+        return where
+    other = f", {found.candidate or ROOT} of the candidate" if found.candidate != found.reference else ""
+    return f"{where}{other}, {found.error:.1e} off in float64 at the probe {found.probe!r} (paired by {found.by})"
 
 
 def _verdict(d: Difference) -> str:

@@ -25,6 +25,12 @@ from normswap.plan import Rule, Site
 from normswap.rules import tensors
 from normswap.sharing import carry
 
+NO_STATISTICS = (
+    "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too, so an exact "
+    "swap does not exist"
+)
+ROUNDED = 1e-4  # of running_var + eps: more than that is no rounding of a sum of two positive numbers, but of a difference
+
 FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
@@ -40,22 +46,31 @@ def check(site: Site) -> str | None:
 def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> str | None:
     """Why (mean, var) cannot become the statistics of a BatchlessNorm, or None."""
     if mean is None or var is None:
-        return (
-            "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too; "
-            "a swap needs calibration data"
-        )
+        return f"{NO_STATISTICS}; give it some: set track_running_stats=True, register the buffers and run batches in train mode"
     if mean.is_meta or var.is_meta:
         return "is on the meta device, so its statistics have no values yet; load the weights first"
     if mean.numel() == 0:
-        return "has no channels"
+        return "has no channels, so there is nothing to replace; leave it"
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         bad = int((~statistic.isfinite()).sum())
         if bad:
-            return f"has {bad} of {statistic.numel()} values of {name} that are not finite"
-    std = numerics.std_of_variance(var, eps)
-    flat = int((~(std > 0)).sum())
-    if flat:
-        return f"has {flat} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}): no std to divide by"
+            return (
+                f"has {bad} of {statistic.numel()} values of {name} that are not finite; convert an earlier checkpoint, or one in float32"
+            )
+    # In the precision in which the layer itself adds, and in which `numerics.std_of_variance` does: a variance of -eps is 0 in one alone.
+    own, exact = (var.detach().to(dtype) + eps for dtype in (torch.promote_types(var.dtype, torch.float32), torch.float64))
+    flat = ~((own > 0) & (exact > 0))
+    if bool(flat.any()):
+        return (
+            f"has {int(flat.sum())} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}): no std to divide by; "
+            "repair running_var (did a loader subtract eps?) or prune these channels"
+        )
+    unsure = int(((own.double() - exact).abs() > ROUNDED * exact).sum())
+    if unsure:
+        return (
+            f"has {unsure} of {var.numel()} channels whose running_var cancels eps up to rounding (eps={eps:g}): no std that a wider "
+            "precision agrees with; repair running_var (did a loader subtract eps?) or prune these channels"
+        )
     return None
 
 

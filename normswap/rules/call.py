@@ -16,7 +16,7 @@ def _of(kind: str) -> Callable[[Site], bool]:
 
 
 def check(site: Site) -> str:
-    return site.obstacle or f"is a call of {site.function} that no layer stands for"
+    return site.obstacle or f"is a call of {site.function} that no layer stands for; make it a layer"
 
 
 RULES = tuple(Rule(kind, _of(kind), check) for kind in dict.fromkeys(KINDS.values()))

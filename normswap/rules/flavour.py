@@ -31,7 +31,7 @@ def check(site: Site) -> str | None:
     if not found.sized:
         return (
             f"is a {type(module).__name__} without a weight or a size of its own, so only data tell how many channels it normalizes; "
-            "give it a weight of ones, or pass a rule of your own in `rules`"
+            f"give it a weight of ones, or {tensors.OWN_RULE}"
         )
     return tensors.why_not_plain(site, {type(module).forward}, known=None)
 

@@ -17,7 +17,7 @@ from normswap.sharing import carry
 def per_sample(site: Site) -> str:
     """Why such a swap is not exact."""
     what = site.function or type(site.module).__name__
-    return f"{what} takes its statistics from each sample, so an exact swap does not exist; an approximate one needs calibration data"
+    return f"{what} takes its statistics from each sample, so an exact swap does not exist"
 
 
 def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], std: str, *, after: bool = False) -> BatchlessNorm:

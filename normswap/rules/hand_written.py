@@ -14,6 +14,7 @@ from normswap.calls import HandwrittenNorm
 from normswap.plan import Rule, Site
 from normswap.rules import from_data
 from normswap.rules.probing import probe
+from normswap.rules.tensors import OWN_RULE
 
 
 def recognises(site: Site) -> bool:
@@ -21,13 +22,15 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    found = probe(cast(nn.Module, site.module))
+    module = cast(nn.Module, site.module)
+    found = probe(module)
     if found is not None and found.sized and found.kind != "affine":
         return None
-    return (
-        "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows, "
-        "or its number of channels is unknown without example inputs"
-    )
+    looks = "is code that looks like a normalization (it scales by the root of a mean or variance)"
+    told = getattr(site.module, "input_shape", None) is not None or any(True for _ in module.parameters())
+    if not told and (found is None or found.kind != "affine"):
+        return f"{looks}, whose number of channels only its input tells; give example inputs of fixed sizes that reach it"
+    return f"{looks} and is none that normswap knows; leave it, or make it a layer of its own and {OWN_RULE}"
 
 
 def build(site: Site, std: str) -> nn.Module:

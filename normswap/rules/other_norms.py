@@ -54,31 +54,40 @@ def _affine(module: nn.Module) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    _rule("affine", _affine, lambda module: "multiplies and adds and takes no statistics, so there is nothing to replace"),
+    _rule("affine", _affine, lambda module: "multiplies and adds and takes no statistics, so there is nothing to replace; leave it"),
     _rule(
         "conditioned_norm",
         lambda module: bool(tensors.further_inputs(module)),
-        lambda module: f"takes {tensors.further_inputs(module)} besides its input; BatchlessNorm takes its input alone",
+        lambda module: (
+            f"takes {tensors.further_inputs(module)} besides its input, as BatchlessNorm does not; "
+            "leave it, or split it into the normalization and the rest"
+        ),
     ),
-    _rule("reshaping_norm", lambda module: bool(returns_otherwise(module)), lambda module: returns_otherwise(module) or ""),
+    _rule(
+        "reshaping_norm",
+        lambda module: bool(returns_otherwise(module)),
+        lambda module: f"{returns_otherwise(module)}; leave it, or move that out of the layer",
+    ),
     _named(
         "response_norm",
         r"GRN(\dd)?$|GlobalResponseNorm",
-        "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std",
+        "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std; "
+        "leave it",
     ),
     _named(
         "local_response_norm",
         r"LocalResponseNorm|LRN(\dd)?$",
-        "divides by a power of the energy of neighbouring channels at the same place: no mean and std of a channel",
+        "divides by a power of the energy of neighbouring channels at the same place: no mean and std of a channel; leave it",
     ),
     _named(
         "evo_norm",
         r"EvoNorm",
-        "normalizes and activates in one formula, so that what is left without the statistics is no multiplication and addition",
+        "normalizes and activates in one formula, so that what is left without the statistics is no multiplication and addition; leave it",
     ),
     _named(
         "filter_response_norm",
         r"FilterResponseNorm.*Tlu|FRN",
-        "ends in a threshold of its own parameters, so that what is left without the statistics is no multiplication and addition",
+        "ends in a threshold of its own parameters, so that what is left without the statistics is no multiplication and addition; "
+        "leave it, or move the threshold out of the layer",
     ),
 )

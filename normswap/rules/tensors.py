@@ -9,8 +9,12 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normswap.graphs import base_of
 from normswap.plan import Site
+from normswap.super_calls import under_super
 
+OWN_RULE = "pass a rule of your own (--rule, docs/writing_rules.md)"
+_ONLY = f"if it only normalizes, {OWN_RULE}"
 _MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -32,11 +36,13 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
         names = ", ".join(sorted(cast(nn.ModuleDict, module.parametrizations)))
         return f"has a parametrized {names}; remove it with torch.nn.utils.parametrize.remove_parametrizations first"
     if cls.forward not in forwards:
-        return f"is a {cls.__name__}, which overrides forward, so it may do more than normalize"
+        why_not = under_super(module).why_not if base_of(module) is not None else None
+        because = f" ({why_not})" if why_not else ""
+        return f"is a {cls.__name__}, which overrides forward, so it may do more than normalize{because}; {_ONLY}"
     if cls.__call__ is not nn.Module.__call__:
-        return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize"
+        return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize; {_ONLY}"
     if "forward" in module.__dict__:
-        return "has a forward of its own, set on the object, so it may do more than normalize"
+        return "has a forward of its own, set on the object, so it may do more than normalize; delete it, or convert before it is set"
     held = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
     computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
     if computed:
@@ -44,9 +50,9 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
     more = [] if known is None else sorted(held.keys() - set(known))
     if known is not None and more:
         layer = "a BatchNorm" if known is KNOWN else f"the layer that the rule knows ({', '.join(known)})"
-        return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize"
+        return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize; {_ONLY}"
     if site.readers:
-        return f"has tensors that {', '.join(site.readers)} reads directly instead of calling the layer"
+        return f"has tensors that {', '.join(site.readers)} reads directly instead of calling the layer; call the layer there, or leave it"
     return None
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from normswap.batchless import BatchlessNorm
 from normswap.plan import Rule, Site
+from normswap.rules.tensors import OWN_RULE
 
 _NAME = re.compile(r"(?i:norm(?!alize))|(BN|LN|GN|FRN|GRN|LRN)(\d[dD])?$")
 
@@ -42,7 +43,7 @@ def check(site: Site) -> str:
     cls = type(site.module)
     if isinstance(site.module, torch.jit.ScriptModule):
         return f"is TorchScript ({_class_name(site.module)}), which cannot be replaced; convert the model before it is scripted"
-    return f"{cls.__module__}.{cls.__qualname__} is not a normalization that normswap knows; pass a rule of your own in `rules` to swap it"
+    return f"{cls.__module__}.{cls.__qualname__} is not a normalization that normswap knows; to swap it, {OWN_RULE}"
 
 
 RULE = Rule("unknown", recognises, check)

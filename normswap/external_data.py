@@ -1,0 +1,110 @@
+"""The files beside an ONNX file that hold its large tensors: which they are, and whether they are where they may be.
+
+An ONNX file names them by a path. A file that somebody else made may name any file of this computer, and what reads it would put that
+file's bytes into the model, and into what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from normswap.errors import LoadError, first_line
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def check(path: Path) -> None:
+    """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor anywhere but in a file beside it or below."""
+    proto = _read(path)
+    for tensor in _tensors(proto):
+        wrong = [f"{e.key} {e.value!a:.60}" for e in tensor.external_data if e.key in ("offset", "length") and not e.value.isdecimal()]
+        if tensor.data_type not in type(tensor).DataType.values():
+            wrong.append(f"type {tensor.data_type}")
+        if wrong:
+            raise LoadError(f"{path.name} has a tensor {tensor.name!a:.60} with {wrong[0]}", hint="write it again from its source")
+    for location in dict.fromkeys(_locations(proto)):
+        why = _why_not(path.parent, location)
+        if why is not None:
+            raise LoadError(
+                f"{path.name} keeps weights in {location!a}, which {why}",
+                hint="the files that hold the weights of an ONNX file must be copied into its directory",
+            )
+
+
+def locations(path: Path) -> list[str]:
+    """The files that the ONNX file at `path` keeps tensors in, by the names that it uses; none if it is no ONNX file."""
+    try:
+        return list(dict.fromkeys(_locations(_read(path))))
+    except LoadError:
+        return []
+
+
+def move(path: Path, names: Mapping[str, str]) -> None:
+    """Let the ONNX file at `path` look for its tensors in files of other names."""
+    proto = _read(path)
+    for tensor in _tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = names.get(entry.value, entry.value)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's have no common type
+        raise LoadError(
+            f"{path} is not an ONNX file, or it was cut off: {first_line(error)}", hint="write it again from its source"
+        ) from error
+
+
+def _why_not(directory: Path, location: str) -> str | None:
+    parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
+    if not location or PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor or ".." in parts or "\0" in location:
+        return f"is not a file in {directory or '.'}"
+    place = directory
+    for part in PurePosixPath(location).parts:
+        place /= part
+        if place.is_symlink():
+            return "is a link, which may lead anywhere"
+    if not place.exists():
+        return "is not there"
+    return None if place.is_file() else "is not a file"
+
+
+def _locations(proto: onnx.ModelProto) -> Iterator[str]:
+    import onnx
+
+    for tensor in _tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            yield next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    graphs = [proto.graph, *(graph for info in proto.training_info for graph in (info.initialization, info.algorithm))]
+    attributes = [a for function in proto.functions for a in (*function.attribute_proto, *_attributes(function.node))]
+    while graphs or attributes:  # not by recursion: a file may be nested as deeply as it likes
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            yield from _of_sparse(graph.sparse_initializer)
+            attributes.extend(_attributes(graph.node))
+        else:
+            attribute = attributes.pop()
+            yield from (attribute.t, *attribute.tensors)
+            yield from _of_sparse((attribute.sparse_tensor, *attribute.sparse_tensors))
+            graphs += [attribute.g] * attribute.HasField("g") + list(attribute.graphs)
+
+
+def _attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.AttributeProto]:
+    return (attribute for node in nodes for attribute in node.attribute)
+
+
+def _of_sparse(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in tensors:
+        yield from (tensor.values, tensor.indices)

@@ -1,0 +1,139 @@
+"""Operators that torch computes for onnx's evaluator, whose own are loops in Python where numpy has nothing like them, and take minutes.
+
+Where torch has no such kernel (padding by name, sizes that are rounded up, indices), the evaluator computes its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
+
+
+def _by_axis(attributes: Mapping[str, Any], name: str, rank: int, otherwise: int) -> tuple[int, ...]:
+    return tuple(attributes.get(name) or (otherwise,) * rank)
+
+
+def _pads(attributes: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    pads = _by_axis(attributes, "pads", 2 * rank, 0)
+    return pads[:rank], pads[rank:]
+
+
+def _padded(x: Tensor, attributes: Mapping[str, Any], value: float = 0.0) -> Tensor:
+    begins, ends = _pads(attributes, x.dim() - 2)
+    flat = [size for pair in zip(reversed(begins), reversed(ends), strict=True) for size in pair]
+    return F.pad(x, flat, value=value) if any(flat) else x
+
+
+def _is_plain(x: Any, attributes: Mapping[str, Any]) -> bool:
+    named = attributes.get("auto_pad") not in (None, "NOTSET")
+    negative = min(attributes.get("pads") or (0,)) < 0
+    return x.ndim - 2 in CONVS and x.dtype.name in ("float32", "float64") and not (named or negative or attributes.get("ceil_mode"))
+
+
+def _conv(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+    x, w, b = (*inputs, None)[:3]
+    if not _is_plain(x, attributes) or x.ndim != w.ndim:
+        return None
+    rank = x.ndim - 2
+    return CONVS[rank](
+        _padded(torch.from_numpy(x), attributes),
+        torch.from_numpy(w),
+        None if b is None else torch.from_numpy(b),
+        stride=_by_axis(attributes, "strides", rank, 1),
+        dilation=_by_axis(attributes, "dilations", rank, 1),
+        groups=attributes.get("group") or 1,
+    )
+
+
+def _conv_transpose(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+    x, w, b = (*inputs, None)[:3]
+    rank = x.ndim - 2
+    strides, dilations, more = (
+        _by_axis(attributes, name, rank, default) for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0))
+    )
+    fits = all(extra < max(stride, dilation) for extra, stride, dilation in zip(more, strides, dilations, strict=True))
+    if not _is_plain(x, attributes) or attributes.get("output_shape") or not fits:
+        return None
+    bias = None if b is None else torch.from_numpy(b)
+    options: dict[str, Any] = {"stride": strides, "dilation": dilations, "output_padding": more, "groups": attributes.get("group") or 1}
+    y = TRANSPOSED[rank](torch.from_numpy(x), torch.from_numpy(w), bias, **options)
+    for axis, (begin, end) in enumerate(zip(*_pads(attributes, rank), strict=True), 2):
+        y = y.narrow(axis, begin, y.shape[axis] - begin - end)
+    return y
+
+
+def _max_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+    (x,) = inputs
+    if not _is_plain(x, attributes):
+        return None
+    rank = x.ndim - 2
+    strides, dilations = (_by_axis(attributes, name, rank, 1) for name in ("strides", "dilations"))
+    x = _padded(torch.from_numpy(x), attributes, -torch.inf)
+    return MAX_POOLS[rank](x, tuple(attributes["kernel_shape"]), stride=strides, dilation=dilations)
+
+
+def _average_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+    (x,) = inputs
+    rank = x.ndim - 2
+    if not _is_plain(x, attributes) or any(d != 1 for d in _by_axis(attributes, "dilations", rank, 1)):
+        return None
+
+    def mean(values: Tensor) -> Tensor:
+        return AVERAGES[rank](
+            _padded(values, attributes), tuple(attributes["kernel_shape"]), stride=_by_axis(attributes, "strides", rank, 1)
+        )
+
+    y = mean(torch.from_numpy(x))
+    whole = attributes.get("count_include_pad") or not any(attributes.get("pads") or ())
+    return y if whole else y / mean(torch.ones(x.shape, dtype=y.dtype))
+
+
+def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+    """Each value repeated a whole number of times along each axis: there, ways of rounding to the nearest place agree."""
+    x, _, scales, sizes = (*inputs, None, None, None)[:4]
+    way = attributes.get("coordinate_transformation_mode", "half_pixel"), attributes.get("nearest_mode", "round_prefer_floor")
+    known = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"))
+    if attributes.get("mode", "nearest") != "nearest" or attributes.get("axes") is not None or way not in known:
+        return None
+    given = scales is not None and len(scales)
+    wanted = list(scales) if given else [] if sizes is None else [b / a for a, b in zip(x.shape, sizes, strict=True)]
+    if len(wanted) != x.ndim or any(s != int(s) or s < 1 for s in wanted):
+        return None
+    y = torch.from_numpy(x)
+    for axis, scale in enumerate(wanted):
+        y = y.repeat_interleave(int(scale), axis)
+    return y
+
+
+@functools.cache
+def kernels() -> tuple[type[Any], ...]:
+    """Classes for the `new_ops` of onnx's evaluator."""
+    from onnx.reference.ops import op_average_pool, op_conv, op_conv_transpose, op_max_pool, op_resize
+
+    return (
+        _operator("Conv", op_conv.Conv, _conv),
+        _operator("ConvTranspose", op_conv_transpose.ConvTranspose, _conv_transpose),
+        _operator("MaxPool", op_max_pool.MaxPool, _max_pool),
+        _operator("AveragePool", op_average_pool.AveragePool_19, _average_pool),
+        _operator("Resize", op_resize.Resize, _resize),
+    )
+
+
+def _operator(name: str, base: Any, kernel: Kernel) -> type[Any]:
+    def _run(self: Any, *inputs: Any, **attributes: Any) -> Any:
+        y = kernel(inputs, attributes) if len(self.output) == 1 else None
+        return base._run(self, *inputs, **attributes) if y is None else (y.numpy(),)
+
+    return type(name, (base,), {"op_domain": "", "_run": _run})

@@ -1,0 +1,175 @@
+"""Whether a model is one that can be worked on: told before its code is read, or code is generated from it.
+
+torch.fx and torch.export write the names of layers, parameters and buffers into source that they run, and quote them badly. A file can give
+them any text. So names have letters, digits, `_` and `-`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+NAME = re.compile(r"[\w-]+")
+HINT = "names of layers, parameters and buffers have letters, digits, _ and - only"
+DEEPEST, MOST = 100, 100_000  # layers inside layers, and names: the largest nets of torchvision, timm and transformers have 15, and 10,000
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # in an RMSNorm, None is the eps of the dtype
+_OF_EVERY_MODULE = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+
+def problem(model: nn.Module) -> tuple[str, str | None] | None:
+    """What is wrong with the names and the nesting of a model, and a hint; None if nothing is. The text goes on from "the model"."""
+    if (found := _nesting(model)) is not None:
+        return found, None
+    for where, module in model.named_modules():
+        tensors = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+        for kind, names in (
+            ("layer", module._modules.keys()),  # those of torch.jit have little else of a dict
+            ("parameter", module._parameters.keys()),
+            ("buffer", module._buffers.keys()),
+            ("tensor", tensors),
+        ):
+            for name in names:
+                if not (isinstance(name, str) and NAME.fullmatch(name)):
+                    return f"has a {kind} named {shown(name)}{_inside(where)}", HINT
+        if isinstance(module, _NORMS) and type(module).forward.__module__.startswith("torch.nn.") and not _is_number(module.eps):
+            return f"has a {type(module).__name__}{_named(where)} with eps {shown(module.eps)}", "it cannot run so: eps is a number"
+    return None
+
+
+def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
+    """The same of a model that a file described: that may also lack what a constructor would have made."""
+    for where, module in _all(model):
+        if missing := [name for name in _OF_EVERY_MODULE if name not in vars(module)]:
+            return f"has a {type(module).__name__} without {missing[0]}{_inside(where)}: no constructor leaves it so", None
+        for kind, held, wanted in (("layer", module._modules, nn.Module), ("parameter", module._parameters, nn.Parameter)):
+            for name, value in held.items():
+                if value is not None and not isinstance(value, wanted):
+                    return f"has a {kind} {shown(name)}{_inside(where)} that is a {type(value).__name__}", None
+        for name in vars(module):
+            if not NAME.fullmatch(name):
+                return f"has an attribute named {shown(name)}{_inside(where)}", HINT
+    if (nesting := _nesting(model)) is not None:
+        return nesting, None
+    for where, module in model.named_modules():
+        if (why := _of_norm(module)) is not None:
+            return f"has a {type(module).__name__}{_named(where)} {why}: no constructor leaves it so", None
+    return problem(model)
+
+
+def problem_of_names(names: Iterator[str]) -> tuple[str, str | None] | None:
+    """The same of the dotted names of a program's tensors."""
+    for name in names:
+        if not all(NAME.fullmatch(part) for part in name.split(".")):
+            return f"has a tensor named {shown(name)}", HINT
+    return None
+
+
+def shown(name: object) -> str:
+    """For a message: in one line, and nothing that a terminal would obey."""
+    text = ascii(name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _inside(where: str) -> str:
+    return f", in {where}" if _is_clean(where) else ""
+
+
+def _named(where: str) -> str:
+    return f" {where}" if _is_clean(where) else ""
+
+
+def _is_clean(where: str) -> bool:
+    return all(map(NAME.fullmatch, where.split(".")))
+
+
+def _all(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, with a name; also of a model that is not well formed."""
+    seen, stack = {id(model)}, [("", model)]
+    while stack:
+        where, module = stack.pop()
+        yield where, module
+        for name, child in vars(module).get("_modules", {}).items():
+            if isinstance(child, nn.Module) and id(child) not in seen:
+                seen.add(id(child))
+                stack.append((f"{where}.{name}".lstrip("."), child))
+
+
+def _is_number(eps: Any) -> bool:
+    """Also one of numpy, or a tensor."""
+    try:
+        return not isinstance(eps, str | bytes) and not math.isnan(float(eps))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _nesting(model: nn.Module) -> str | None:
+    """Without recursion, as what is looked for is what makes a recursion endless."""
+    depths: dict[int, int] = {}
+    names: dict[int, int] = {}
+    open_: set[int] = set()
+    stack = [(model, False)]
+    while stack:
+        module, done = stack.pop()
+        key = id(module)
+        children = [child for _, child in module._modules.items() if child is not None]
+        if done:
+            open_.discard(key)
+            depths[key] = 1 + max((depths[id(child)] for child in children), default=0)
+            names[key] = 1 + sum(names[id(child)] for child in children)
+        elif key not in depths:
+            if key in open_:
+                return f"has a {type(module).__name__} that contains itself"
+            open_.add(key)
+            stack.append((module, True))
+            stack.extend((child, False) for child in children)
+    if depths[id(model)] > DEEPEST:
+        return f"has layers inside layers {depths[id(model)]} deep; expected {DEEPEST} at most"
+    if names[id(model)] > MOST:
+        return f"has layers under {names[id(model)]:,} names, as layers are shared inside shared layers; expected {MOST:,} at most"
+    return None
+
+
+def _of_norm(module: nn.Module) -> str | None:
+    """What a norm of torch lacks that every norm of its kind has."""
+    wanted: dict[str, type]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
+    match module:
+        case _NormBase():
+            wanted = {"num_features": int, "eps": float, "momentum": float, "affine": bool, "track_running_stats": bool}
+            parameters, buffers = ("weight", "bias"), ("running_mean", "running_var")
+        case nn.LayerNorm() | nn.RMSNorm():
+            wanted, parameters = {"normalized_shape": tuple, "eps": float, "elementwise_affine": bool}, ("weight",)
+        case nn.GroupNorm():
+            wanted = {"num_groups": int, "num_channels": int, "eps": float, "affine": bool}
+            parameters = ("weight", "bias")
+        case _:
+            return None
+    for name, kind in wanted.items():
+        value: Any = getattr(module, name, _Missing)
+        if value is None and (name == "momentum" or (name == "eps" and isinstance(module, nn.RMSNorm))):
+            continue
+        fits = isinstance(value, kind) or (kind is float and type(value) is int)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
+            return f"without {name}" if value is _Missing else f"with {name} {shown(value)}"
+    for name in (*parameters, *buffers):
+        if name not in (module._parameters if name in parameters else module._buffers):
+            return f"without {name}"
+    if isinstance(module, _NormBase):
+        for name in (*parameters, *buffers):
+            tensor = getattr(module, name)
+            if tensor is not None and not is_lazy(tensor) and tuple(tensor.shape) != (module.num_features,):
+                return f"with {name} of shape {tuple(tensor.shape)} for {module.num_features} features"
+        if (module.running_mean is None) != (module.running_var is None):
+            return "with one of running_mean and running_var"
+    return None
+
+
+class _Missing:
+    pass
