@@ -64,6 +64,11 @@ class Folded:
     original_taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property
+    def rolled_back(self) -> bool:
+        """Whether something could be folded, and nothing was, as it did not pass."""
+        return not self.changed and any(site.reason.startswith("rolled back") for site in self.sites)
+
+    @property
     def changed(self) -> bool:
         return any(site.touched or site.rewritten for site in self.sites)
 
@@ -73,7 +78,6 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
-    import onnx
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -118,8 +122,8 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
     fates, places = taps(sites)
-    beside = [f"{target.name}.data"] if _external(onnx.load(str(target), load_external_data=False)) else []
-    after = _size(target, beside)
+    outside = sum(tensor.nbytes for tensor in tensors.values()) > onnx_file.INLINE_LIMIT
+    after = _size(target, [f"{target.name}.data"] if outside else [])
     return Folded(target, before, nodes, size, after, (*fates, *kept), notes, taps=places, original_taps=_named(sites, originals))
 
 

@@ -25,6 +25,7 @@ from normswap.cli import app
 from normswap.commands.fold import fold_file
 from normswap.errors import ExportError, LoadError, ParityError, UsageError
 from normswap.fold import Folded, fold
+from normswap.report.fold import fold_json, fold_summary
 
 RNG = np.random.default_rng(61)
 
@@ -401,6 +402,8 @@ def test_a_fold_that_is_wrong_is_undone(tmp_path: Path, monkeypatch: pytest.Monk
     assert site.left == ("BatchNormalization",)
     assert site.reason.startswith("rolled back: folded, #0 in onnxruntime (disabled) was ")
     assert site.reason.endswith("(no layer by itself differs)")
+    assert fold_json(str(source), result)["status"] == "rolled back"
+    assert fold_summary(result).startswith("nothing was folded: what could be was rolled back, as it did not pass\n")
     assert target.read_bytes() == source.read_bytes()
 
 

@@ -28,7 +28,7 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
     """What folding one ONNX file did, as strict JSON. docs/report.md documents it."""
     return {
         "version": FOLD_VERSION,
-        "status": "folded" if result.changed else "nothing to fold",
+        "status": "folded" if result.changed else "rolled back" if result.rolled_back else "nothing to fold",
         "source": source,
         "path": str(result.path),
         "nodes_before": dict(result.before),
@@ -82,7 +82,8 @@ def fold_summary(result: Folded) -> str:
     """What was folded, and what was measured. Plain text."""
     gone = sum(not site.left for site in result.sites)
     before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
-    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else "nothing to fold"]
+    unchanged = "nothing was folded: what could be was rolled back, as it did not pass" if result.rolled_back else "nothing to fold"
+    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else unchanged]
     lines += legs_summary(result.legs.parities, result.legs.not_run)
     lines += [f"  note: {note}" for note in result.notes]
     return "\n".join([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
