@@ -363,7 +363,9 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
             values = numpy_helper.to_array(tensor).astype("float64")
             if nudge and values.size:
                 size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
-                values = values + nudge * np.maximum(size, size.mean()) * generator.uniform(-1, 1, values.shape)
+                # A whole number was not rounded, and a size or a factor of Resize is a whole number.
+                rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
+                values = values + nudge * rounded * generator.uniform(-1, 1, values.shape)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     def widen_graph(graph: Any) -> None:

@@ -101,7 +101,7 @@ def nudged(model: nn.Module, amount: Amount | None) -> nn.Module:
         if size == 0.0 or not wide.numel():
             return wide
         finite = wide.abs().nan_to_num(0.0, 0.0, 0.0)
-        reach = torch.maximum(finite, finite.mean())
+        reach = torch.maximum(finite, finite.mean()).masked_fill(wide == wide.round(), 0.0)  # a whole number was not rounded
         return wide + size * reach * (2 * torch.rand(wide.shape, generator=generator, dtype=wide.dtype) - 1).to(wide.device)
 
     if amount is None:

@@ -60,6 +60,7 @@ SAME = 1e-9
 REACH = 1e-3
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+CHAOS = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
 NOISE_FACTOR = 10
 NOTHING_FINITE = "has no finite value to compare"
 LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
@@ -335,6 +336,11 @@ def compare(
     if failure is None and tolerance is None and again:
         found, runs = _second_look(judgement, candidate, held, found, noisy, taps)
         passes += runs
+    if failure is None and tolerance is None and again and isinstance(candidate, Path) and judgement.float64:
+        lost = {k.name for k in found if not k.tapped} - {k.name for k, d in found.items() if d.unjudged is None}
+        if lost:  # no input tells how precise these outputs are; whether they are the same function can still be told
+            found |= {k: d for k, d in in_float64_of_file(judgement, candidate, held).items() if k.name in lost}
+            passes += 2 * len(held)
     outputs, tapped_rows = ([d for key, d in found.items() if key.tapped is tapped] for tapped in (False, True))
     truths_held = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
     if failure is None and not outputs:
@@ -389,17 +395,13 @@ def _in_float64(
     truths_of = {p.name: (_values(judgement.outputs[p.name]), _values(judgement.sites[p.name])) for p in held}
     chosen = second_look.movement(_run_wide(judgement, judgement.rerun.wide(second_look.tensors(candidate)), held), truths_of, scales)
     for key in failing:
-        found[key] = _excused(found[key], moved.get(key, 0.0), chosen.get(key, 0.0), CAP[judgement.computed_in])
+        row, rounding, choice = found[key], moved.get(key, 0.0), chosen.get(key, 0.0)
+        why = _chaos(choice, judgement)
+        if why is not None and (not row.non_finite or math.isinf(choice)):
+            found[key] = replace(row, unjudged=why, non_finite=0)
+        elif why is None and _chaos(rounding, judgement) is None:
+            found[key] = replace(row, tolerance=max(row.tolerance, NOISE_FACTOR * max(rounding, choice)))
     return found, 3 * len(held)
-
-
-def _excused(row: Difference, rounding: float, choice: float, cap: float) -> Difference:
-    """A row of float64 that is above its limit, with the limit that rounding gives it, or with why it decides nothing."""
-    if choice > cap:
-        why = f"a choice that rounding decides: the original moves by {choice:.1e} of its output when its weights are rounded otherwise"
-        return row if row.non_finite and not math.isinf(choice) else replace(row, unjudged=why, non_finite=0)
-    allowed = NOISE_FACTOR * max(rounding if rounding <= cap else 0.0, choice)
-    return replace(row, tolerance=max(row.tolerance, allowed))
 
 
 def _run_wide(judgement: Judgement, run: Runner, held: Sequence[Probe]) -> dict[str, tuple[Values, Values]]:
@@ -447,10 +449,10 @@ def _second_look(
             found[key] = replace(found[key], noise=more, tolerance=max(limit, found[key].tolerance), unjudged=untold)
         return found, 2 * second_look.SAMPLES * len(looked)
     if isinstance(candidate, Path) and judgement.float64:
-        same = same_file(judgement, candidate, looked, taps)
+        same = in_float64_of_file(judgement, candidate, looked, taps)
         cap = CAP[judgement.computed_in]
         for key in failing:
-            if same.get(key.wide()) is True:
+            if _is_same(same, key):
                 found[key] = replace(found[key], tolerance=max(found[key].tolerance, cap))
         return found, 2 * len(looked)
     return found, 0
@@ -460,22 +462,39 @@ def _by_name(judgement: Judgement, held: Sequence[Probe]) -> Mapping[str, tuple[
     return {p.name: (list(judgement.outputs[p.name]), list(judgement.sites[p.name])) for p in held}
 
 
-def same_file(judgement: Judgement, path: Path, held: Sequence[Probe], taps: Sequence[Tap] = ()) -> dict[Key, bool]:
-    """By row, whether an ONNX file, run in float64, is the function of the reference, up to what rounding its constants does."""
+def in_float64_of_file(judgement: Judgement, path: Path, held: Sequence[Probe], taps: Sequence[Tap] = ()) -> dict[Key, Difference]:
+    """The rows of an ONNX file that is run in float64: is it the function of the reference, up to what rounding its constants does?
+
+    None where onnx's evaluator cannot run it.
+    """
     try:
         values = _run_wide(judgement, onnx_float64_runner(path, taps), held)
         again = _run_wide(judgement, onnx_float64_runner(path, taps, nudge=torch.finfo(judgement.dtype).eps / 2), held)
         moved = second_look.movement(again, values, _scales(judgement, held))
     except Exception:  # an operator that onnx's evaluator does not have
         return {}
-    same: dict[Key, bool] = {}
+    found: dict[Key, Difference] = {}
     for probe in held:
         for part, tapped in ((0, False), (1, True)) if taps else ((0, False),):
             truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
-            limits = {n: (0.0, max(SAME, NOISE_FACTOR * moved.get(Key(probe.name, n, tapped, True), 0.0)), None) for n in truths}
-            rows = _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
-            same |= {key: row.passed for key, row in rows.items()}
-    return same
+            limits: dict[str, Limit] = {}
+            for name in truths:
+                rounding = moved.get(Key(probe.name, name, tapped, True), 0.0)
+                limits[name] = 0.0, max(SAME, NOISE_FACTOR * rounding), _chaos(rounding, judgement)
+            found |= _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
+    return found
+
+
+def _chaos(moved: float, judgement: Judgement) -> str | None:
+    """Why nothing can be said in float64, if so. moved: how far an output goes when numbers of the model are rounded otherwise."""
+    if moved <= CHAOS[judgement.computed_in]:
+        return None
+    return f"a choice that rounding decides: the original moves by {moved:.1e} of its output when its weights are rounded otherwise"
+
+
+def _is_same(in_float64: Mapping[Key, Difference], key: Key) -> bool:
+    row = in_float64.get(key.wide())
+    return row is not None and row.passed and row.unjudged is None
 
 
 def _baseline(judgement: Judgement, path: Path, level: str, held: Sequence[Probe]) -> _Baseline:
@@ -500,9 +519,9 @@ def _measured(judgement: Judgement, path: Path, level: str, held: Sequence[Probe
     if not doubted:
         return _Baseline(noise, None, len(held))
     looked = [p for p in held if any(key.probe == p.name for key in doubted)]
-    same = same_file(judgement, path, looked)
+    same = in_float64_of_file(judgement, path, looked)
     for key, d in doubted.items():
-        if d.problem is not None or d.non_finite or same.get(key.wide()) is not True:
+        if d.problem is not None or d.non_finite or not _is_same(same, key):
             what = d.problem or (f"has {d.non_finite} non-finite mismatches" if d.non_finite else f"is {d.max_rel:.1e} off")
             wrong = f"{d.name} at the probe {d.probe!r} {what} before anything was folded: torch.onnx.export wrote another function"
             return _Baseline(noise, wrong, 3 * len(held))
