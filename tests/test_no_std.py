@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normswap
 from fixtures.nets import randomise
 
-# The layer that stays divides by something else in float64, infinity against NaN or by a tenth, so that the original is no measure of itself.
+# The layer that stays divides by something else in float64 (infinity against NaN, or a tenth off): the original is no measure of itself.
 OTHER_IN_FLOAT64 = ((1e-3, -1e-3), (1e-5, -1e-5 + 1e-12))
 
 
