@@ -230,6 +230,52 @@ def test_an_onnx_file_of_it(tmp_path: Path) -> None:
     assert not any(site.left for site in export.sites)
 
 
+class Shared(nn.Module):
+    """One guarded norm under two names, and one that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.last = nn.Conv2d(4, C, 3), Empty(C), nn.Conv2d(C, C, 1)
+        self.again, self.other, self.idle = self.first, Empty(C), Empty(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.again(self.other(self.last(self.first(self.conv(x))))))
+
+
+class SharedUntraceable(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.detach().sum()) < 1e30 else x
+
+
+@pytest.mark.parametrize("make", [Shared, SharedUntraceable])
+def test_sharing_and_calls_are_counted(make: type[nn.Module]) -> None:
+    model = randomise(make(), 8).eval()
+    conversion = normswap.convert(model, images(2))
+    assert conversion.plan.backend == ("fx" if make is Shared else "walk")
+    assert [(s.name, s.aliases, s.calls, s.producer) for s in conversion.plan.swaps] == [
+        ("first.norm", ("again.norm",), 2, None),
+        ("other.norm", (), 1, "last"),
+        ("idle.norm", (), 0, None),
+    ]
+    converted: Any = conversion.model
+    assert converted.first is converted.again
+    torch.testing.assert_close(converted(images(3)), model(images(3)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_guarded_norm_in_a_graph_module_and_as_the_model_itself() -> None:
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    model = net(Empty(C))
+    traced = torch.fx.GraphModule(model, Leaves().trace(model))
+    alone = randomise(Empty(C), 9).eval()
+    for source, x, name in ((traced, images(2), "1.norm"), (alone, torch.randn(2, C, 5, 4), "norm")):
+        conversion = normswap.convert(source, x)
+        assert [swap.name for swap in conversion.plan.swaps] == [name]
+        torch.testing.assert_close(conversion.model(x[:1]), source(x[:1]), rtol=1e-5, atol=2e-6)
+
+
 # -- approximate ---------------------------------------------------------------------------------------------------------------------------
 
 
