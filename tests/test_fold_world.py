@@ -226,6 +226,23 @@ def test_a_weight_that_nothing_is_folded_into_is_stored_as_it_was(tmp_path: Path
     assert held["half"] == TensorProto.FLOAT16
 
 
+@pytest.mark.parametrize(("channels", "gone"), [(40, False), (4, True)])
+def test_one_product_is_not_worth_a_second_copy_of_a_large_weight(channels: int, gone: bool, tmp_path: Path) -> None:
+    """A filter bank that several octaves share, each scaled by itself: the file of basic-pitch would be 3.5 times as large."""
+    body = "a = Conv(x, w) b = Conv(u, w) a1 = Mul(a, k) t1 = Tanh(a1) t2 = Tanh(b) y = Sub(t1, t2)"
+    arrays = (tensor("w", channels, 3, 15, 15), tensor("k", channels, 1, 1, low=0.5))
+    proto = model_of(body, *arrays, inputs="float[b,3,16,17] x, float[b,3,16,17] u")
+    source = saved(tmp_path / "in.onnx", proto)
+    site = only(fold(source, tmp_path / "out.onnx"))
+    assert (site.left == ()) == gone
+    assert gone or "108 kB of weights that others use, too, would be stored a second time" in site.reason
+    norm = [tensor(name, channels, low=0.5) for name in "stmv"]
+    both = model_of(
+        body.replace("Mul(a, k)", "BatchNormalization(a, s, t, m, v)"), arrays[0], *norm, inputs="float[b,3,16,17] x, float[b,3,16,17] u"
+    )
+    assert only(fold(saved(tmp_path / "in.onnx", both), tmp_path / "out.onnx")).how == "into_producer"
+
+
 def test_two_layers_may_be_computed_from_one_weight(tmp_path: Path) -> None:
     square = tensor("a", 3, 3, 1, 1)
     body = (
