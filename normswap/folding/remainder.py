@@ -73,8 +73,10 @@ def write(affine: Affine, scale: Array, shift: Array, constants: Constants, name
 
 
 def _channels(affine: Affine, scale: Array, shift: Array) -> int | None:
-    """The number of channels, if scale and shift vary along axis 1 alone."""
+    """The number of channels, if scale and shift vary along axis 1 alone. One number for all channels is no norm."""
     shape = affine.x.shape
+    if scale.size == shift.size == 1 and shape is not None and len(shape) > 1 and shape[1] != 1:
+        return None
     if shape is None or len(shape) < 2 or not isinstance(shape[1], int) or scale.ndim != len(shape):
         return None
     try:
