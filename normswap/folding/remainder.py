@@ -2,8 +2,8 @@ r"""What is left of an affine: one BatchNormalization, or a Mul and an Add, and 
 
     y = (x - 0) / sqrt(var + epsilon) * scale + shift        var + epsilon = 1 without rounding: epsilon = 2^-16
 
-BatchNormalization takes its channels from axis 1 alone, and has no bfloat16 kernel on CUDA. In half precision both are computed in float32
-between two casts.
+BatchNormalization takes its channels from axis 1 alone, and has no bfloat16 kernel on CUDA. One number for all channels is
+no norm. In half precision both are computed in float32 between two casts.
 """
 
 from __future__ import annotations
