@@ -377,7 +377,7 @@ def broken(kind: str, path: Path) -> Path:
         ("empty", "it has no graph"),
         ("something else", "is not an ONNX file"),
         ("not valid", "is not a valid ONNX file: .*nowhere"),
-        ("without its weights", "is not a valid ONNX file: .*gone.bin"),
+        ("without its weights", "keeps weights in .gone.bin., which is not there"),
         ("missing", "does not exist"),
     ],
 )

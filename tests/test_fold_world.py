@@ -226,6 +226,34 @@ def test_a_weight_that_nothing_is_folded_into_is_stored_as_it_was(tmp_path: Path
     assert held["half"] == TensorProto.FLOAT16
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_number_for_all_channels_becomes_no_norm(channels: int, tmp_path: Path) -> None:
+    """As in hard-swish: x times six, plus three. With a number per channel it is what is left of a norm."""
+    body = "t1 = Tanh(x) a = Div(t1, six) b = Mul(a, k) d = Add(b, k) y = Sigmoid(d)"
+    arrays = (from_array(np.float32(6), "six"), from_array(np.linspace(0.5, 1.5, channels, dtype=np.float32).reshape(-1, 1, 1), "k"))
+    result = folded(tmp_path, model_of(body, *arrays))
+    left = ("BatchNormalization",) if channels == 3 else ("Mul", "Add")
+    assert only(result).left == left
+    assert result.nodes == {"Tanh": 1, "Sigmoid": 1, **dict.fromkeys(left, 1)}
+
+
+@pytest.mark.parametrize(("channels", "gone"), [(40, False), (4, True)])
+def test_one_product_is_not_worth_a_second_copy_of_a_large_weight(channels: int, gone: bool, tmp_path: Path) -> None:
+    """A filter bank that several octaves share, each scaled by itself: the file of basic-pitch would be 3.5 times as large."""
+    body = "a = Conv(x, w) b = Conv(u, w) a1 = Mul(a, k) t1 = Tanh(a1) t2 = Tanh(b) y = Sub(t1, t2)"
+    arrays = (tensor("w", channels, 3, 15, 15), tensor("k", channels, 1, 1, low=0.5))
+    proto = model_of(body, *arrays, inputs="float[b,3,16,17] x, float[b,3,16,17] u")
+    source = saved(tmp_path / "in.onnx", proto)
+    site = only(fold(source, tmp_path / "out.onnx"))
+    assert (site.left == ()) == gone
+    assert gone or "108 kB of weights that others use, too, would be stored a second time" in site.reason
+    norm = [tensor(name, channels, low=0.5) for name in "stmv"]
+    both = model_of(
+        body.replace("Mul(a, k)", "BatchNormalization(a, s, t, m, v)"), arrays[0], *norm, inputs="float[b,3,16,17] x, float[b,3,16,17] u"
+    )
+    assert only(fold(saved(tmp_path / "in.onnx", both), tmp_path / "out.onnx")).how == "into_producer"
+
+
 def test_two_layers_may_be_computed_from_one_weight(tmp_path: Path) -> None:
     square = tensor("a", 3, 3, 1, 1)
     body = (
@@ -623,6 +651,7 @@ def test_a_real_file(
     assert sum(not site.left for site in result.sites) >= gone
     own = Counter(node.name for node in onnx.load(source).graph.node if node.op_type == "BatchNormalization")
     assert not [site.name for site in result.sites if site.name in own and site.left]
+    assert result.nodes.get("BatchNormalization", 0) <= norms + (package == "basic_pitch")  # which has one spelled out
     assert all(bool(site.left) == bool(site.reason) for site in result.sites)
     assert sum(result.nodes.values()) < sum(result.before.values())
     assert opsets(tmp_path / "out.onnx")[""] == opset

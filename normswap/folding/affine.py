@@ -26,6 +26,7 @@ class Affine:
     scale, shift   float64, with as many dimensions as x, size 1 on every axis that shares them
     size    how large x is, its root mean square, shaped likewise, if the norm's statistics say so
     wide    what the norm computes in, where that is more than the dtype of x
+    spare   how many bytes of weights with other readers may be stored a second time to be rid of it; None: any number
     """
 
     name: str
@@ -35,6 +36,7 @@ class Affine:
     index: int = 0
     size: Array | None = None
     wide: ir.DataType | None = None
+    spare: int | None = None
 
     @property
     def x(self) -> ir.Value:

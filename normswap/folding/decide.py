@@ -186,9 +186,13 @@ def _decide(affine: Affine, bases: Bases) -> Fate:
 
 
 def _accepted(affine: Affine, how: str, change: Change) -> Fate:
-    change.accept()
     constants = change.bases.constants
     takes = [node for node in change.nodes if node not in change.bases.affines]
+    if affine.spare is not None:
+        more = sum(layer.copied for node in takes if (layer := describe(node, constants)) is not None)
+        if more > affine.spare:
+            raise Conflict(f"{more / 1000:,.0f} kB of weights that others use, too, would be stored a second time")
+    change.accept()
     layers = (node.name for node in takes if einsum.holds_a_constant(node, constants) or describe(node, constants) is not None)
     return Fate(affine.name, how, tuple(str(name) for name in layers))
 

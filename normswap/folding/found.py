@@ -19,6 +19,7 @@ from normswap.folding.affine import Affine, Array, Constants, only_use
 from normswap.folding.linear import FLOATS
 
 ELEMENTWISE = ("Mul", "Div", "Add", "Sub")
+SPARE = 1 << 16  # bytes of shared weights that one product or sum, which is no norm, is worth
 PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of a BatchNormalization
 NORM = re.compile(r"norm(?!al(?!iz))|^lrn$", re.IGNORECASE)  # LayerNormalization, SkipLayerNorm, LRN; not RandomNormal
 PER_SAMPLE = (
@@ -156,7 +157,8 @@ def _affine(chain: list[ir.Node], constants: Constants) -> Affine:
             scale, shift = scale * k, shift * k + t
             size = spread if node is chain[0] else size
     index = 0 if chain[0].op_type == "BatchNormalization" else _place(chain[0], constants) or 0
-    return Affine(str(chain[0].name or chain[0].outputs[0].name), tuple(chain), scale, shift, index, size)
+    spare = SPARE if len(chain) == 1 and chain[0].op_type != "BatchNormalization" else None
+    return Affine(str(chain[0].name or chain[0].outputs[0].name), tuple(chain), scale, shift, index, size, spare=spare)
 
 
 def _step(node: ir.Node, rank: int, constants: Constants) -> tuple[Array, Array, Array | None]:

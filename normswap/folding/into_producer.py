@@ -47,6 +47,8 @@ def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str |
         return None
     if adder is None and not layer.biased and shift.any() and not adding:
         return None
+    if affine.spare is not None and layer.copied > affine.spare:
+        return None
     bias = layer.bias * scale + shift
     dtype = layer.weight.dtype
     assert dtype is not None

@@ -58,6 +58,11 @@ class Linear:
     def outputs(self) -> int:
         return math.prod(self.out_shape)
 
+    @property
+    def copied(self) -> int:
+        """How many bytes a weight of its own would take, as others use the one that it has."""
+        return _array(self.weight).nbytes if len(self.weight.uses()) > 1 else 0
+
     def response(self, shift: Array) -> Array:
         """W c: the constant that a constant per input channel becomes."""
         if not shift.any():

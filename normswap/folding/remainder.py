@@ -2,8 +2,8 @@ r"""What is left of an affine: one BatchNormalization, or a Mul and an Add, and 
 
     y = (x - 0) / sqrt(var + epsilon) * scale + shift        var + epsilon = 1 without rounding: epsilon = 2^-16
 
-BatchNormalization takes its channels from axis 1 alone, and has no bfloat16 kernel on CUDA. In half precision both are computed in float32
-between two casts.
+BatchNormalization takes its channels from axis 1 alone, and has no bfloat16 kernel on CUDA. One number for all channels is
+no norm. In half precision both are computed in float32 between two casts.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def write(affine: Affine, scale: Array, shift: Array, constants: Constants, name
 
 
 def _channels(affine: Affine, scale: Array, shift: Array) -> int | None:
-    """The number of channels, if scale and shift vary along axis 1 alone."""
+    """The number of channels, if scale and shift vary along axis 1 alone. One number for all channels is no norm."""
     shape = affine.x.shape
+    if scale.size == shift.size == 1 and shape is not None and len(shape) > 1 and shape[1] != 1:
+        return None
     if shape is None or len(shape) < 2 or not isinstance(shape[1], int) or scale.ndim != len(shape):
         return None
     try:
