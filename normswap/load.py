@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -32,6 +33,7 @@ from torch import nn
 
 from normswap import pickles
 from normswap.errors import LoadError, UsageError, described, first_line
+from normswap.sharing import on_meta
 from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
@@ -318,13 +320,32 @@ def _zip_names(file: IO[bytes]) -> list[str]:
         return []
 
 
+class _Unpickler(pickle.Unpickler):
+    """Of a file that is trusted: all of it but what wraps the model, of which some cannot be restored outside a training run."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        return pickles.stand_in(f"{module}.{name}") or super().find_class(module, name)
+
+
+class _Pickle:
+    """What torch.load asks of a `pickle_module`."""
+
+    Unpickler = _Unpickler
+
+    @staticmethod
+    def load(file: IO[bytes], **options: Any) -> Any:
+        return _Unpickler(file, **options).load()
+
+
 def _trusted(file: IO[bytes], name: str) -> Any:
     """Whatever the pickle says: the user vouches for it."""
     file.seek(0)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=False)
+            return pickles.unwrapped(torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Pickle), name)
+    except LoadError:
+        raise
     except Exception as error:
         hint = None
         if isinstance(error, AttributeError | ImportError):
@@ -588,7 +609,7 @@ def _without_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> nn.Module:
     """Strictly, as the model itself takes a state dict: what its modules do about keys of older versions, or names of their own, holds."""
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    if on_meta(model):
         raise LoadError(
             f"{arch} builds a model on the meta device, which has no memory that the weights of {name} could go to",
             hint="build it on the CPU, without torch.device('meta') around it",
@@ -617,12 +638,14 @@ def _fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) ->
 
 
 _KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*)"\.')
-_SIZE = re.compile(r"size mismatch for (.*): copying a param with shape torch\.Size\(\[(.*)\]\) from checkpoint, .* torch\.Size\(\[(.*)\]\)\.")
+_SIZE = re.compile(
+    r"size mismatch for (.*): copying a param with shape torch\.Size\(\[(.*)\]\) from checkpoint, .* torch\.Size\(\[(.*)\]\)\."
+)
 
 
 def _misfits(error: Exception) -> list[str]:
     """What `load_state_dict` complains of, one kind a line."""
-    heading, *complaints = [line.strip() for line in str(error).split("\n\t")]
+    _, *complaints = [line.strip() for line in str(error).split("\n\t")]
     if not isinstance(error, RuntimeError) or not complaints:
         return [f"its load_state_dict raised {described(error)}"]
     keys, shapes, others = dict[str, str](), list[str](), list[str]()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from normswap.errors import UsageError
 from normswap.plan import Plan, Rule, Site, Skip, Swap, Trace
+from normswap.sharing import on_meta
 
 
 def match(
@@ -41,7 +42,9 @@ def _decide(site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: 
         return Skip(site, rule.kind, "was excluded by name or kind")
     if include and not _answers(site, rule.kind, include):
         return Skip(site, rule.kind, "is not among those that were asked for")
-    reason = rule.check(site)
+    reason = rule.check(site) if site.module is None else site.obstacle or rule.check(site)
+    if reason is None and site.module is not None and (valueless := on_meta(site.module)):
+        reason = f"is on the meta device, so its {valueless[0]} has no values yet; load the weights first"
     if reason is None and rule.inexact is not None and not approximate:
         reason = rule.inexact(site)
     if reason is None and rule.inexact is not None and site.calls == 0:
