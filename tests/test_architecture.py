@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "specs": frozenset({"errors"}),
     "exported": frozenset({"errors", "inputs"}),
     "sharing": frozenset({"errors"}),
-    "inputs": frozenset({"errors"}),
+    "inputs": frozenset({"errors", "sharing"}),
     "pickles": frozenset({"errors"}),
     "plan": frozenset({"errors", "numerics"}),
     "autograd": frozenset(),
