@@ -188,7 +188,7 @@ def training_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def frozen_of(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -248,7 +248,7 @@ def load_training_state(model: nn.Module, directory: Path, recipe: Recipe) -> No
                 held = {"input_mean": layer.tracked, "trend": layer.steering, "steps": layer.steps}
                 state = {f"{name}": file.get_tensor(f"{told['name']}.{name}".lstrip(".")) for name, t in held.items() if t is not None}
                 for name, tensor in state.items():
-                    held[name].data = tensor.to(layer.mean.device)  # type: ignore[union-attr]
+                    held[name].data = tensor.to(layer.mean.device, copy=True)  # type: ignore[union-attr]
                 if layer.steps is not None:
                     layer.stepped = bool(layer.steps % KNOWN)
     except (OSError, SafetensorError) as error:
@@ -396,6 +396,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     for what, names in (("it has no", _missing(_tensors(model), saved)), ("the architecture has no", unexpected)):
         if names:
             raise _does_not_fit(directory, f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    take_frozen(model, recipe)
 
 
 def _does_not_fit(directory: Path, detail: str) -> LoadError:

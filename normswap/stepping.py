@@ -43,6 +43,7 @@ OURS = tuple(os.path.join(os.path.dirname(inspect.getfile(package)), "") for pac
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
+PACE = "normswap_pace"  # the key of such a group for the pace of its layers: a copy of an optimizer, and its state dict, have it too
 
 
 FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
@@ -529,6 +530,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             layer.run.owed, layer.run.read = False, True
             continue
         layer.run.owed, layer.stepped = False, True
+        layer.run.pace = groups[id(held[0])].get(PACE, layer.run.pace)
         passes, unscaled = _weight(optimizer, layer, scaler)
         ours = (layer.mean, layer.std_parameter, layer.tracked, layer.steering)
         natural = [p if any(p is h for h in held) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]

@@ -127,7 +127,6 @@ def opened(
     if recipe.sites:
         model = swap(model, _decided(model, recipe, known), std={site["name"]: site["std"] for site in recipe.sites})
     load_weights(model, directory, recipe)
-    take_frozen(model, recipe)
     return model
 
 
