@@ -498,14 +498,13 @@ class BatchlessNorm(nn.Module):
         if tracked is None or self._watched is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
-        # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.
-        if run.seen is None or not (run.fresh or stepping.recomputes()):
+        seen = run.input_seen()
+        if seen is None:
             raise UsageError(
                 f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
             )
-        run.fresh = False
-        by = numerics.weighed(tracked.detach() - run.seen.to(tracked.dtype), share if x.numel() else 0)
+        by = numerics.weighed(tracked.detach() - seen.to(tracked.dtype), share if x.numel() else 0)
         return ((tracked, by if run.mask is None else by * run.mask.any()),)
 
     def _options(self) -> dict[str, Any]:

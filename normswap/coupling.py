@@ -69,7 +69,7 @@ class Observer:
         if norm is not None and norm.observes:
             u = args[0] if args else kwargs["input"]
             size = args[1] if len(args) > 1 else kwargs.get("output_size")
-            norm.run.seen, norm.run.fresh = patch_mean(producer, u, norm.run.mask, size), True
+            norm.run.saw(patch_mean(producer, u, norm.run.mask, size))
 
 
 def observers(producer: nn.Module) -> dict[int, Observer]:

@@ -901,6 +901,28 @@ def test_a_norm_that_is_called_again_without_its_producer_is_an_error() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", [{}, {"aux": "explicit"}, {"stats": "raw"}], ids=str)
+def test_compiled_for_any_size_it_trains_as_ever(options: dict[str, Any]) -> None:
+    """dynamic=True from the start, where a global float in backward made torch.compile fail from the second coupled layer on."""
+    torch._dynamo.reset()
+    torch.manual_seed(4)
+    source = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5), nn.Flatten())
+    x = torch.randn(7, 3, 6, 5, generator=G)
+    model = normswap.convert(source.eval(), x, **options).model.train()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, dynamic=True, fullgraph=True, backend="eager")
+    steps = [torch.optim.SGD(normswap.param_groups(each, lr=0.1), momentum=0.9) for each in (model, other)]
+    for batch in (4, 7, 1, 5):
+        for run, each, step in zip((model, compiled), (model, other), steps, strict=True):
+            step.zero_grad()
+            loss = run(x[:batch]).square().mean()
+            (loss + normswap.aux_loss(each) if "aux" in options else loss).backward()
+            step.step()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiled_it_trains_as_ever_and_no_batch_is_compiled_anew() -> None:
     """One graph until the first step, one with the guard, and one for any size of batch: a fourth is an error."""
     torch._dynamo.reset()
