@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from normswap import coupling
-from normswap.batchless import KNOWN, BatchlessNorm
+from normswap.batchless import BatchlessNorm
 from normswap.errors import LoadError, SwapError
-from normswap.sharing import copy_with, unclear_names
+from normswap.sharing import unclear_names
 from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
@@ -191,18 +191,7 @@ def frozen_of(model: nn.Module) -> list[str]:
     return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """`model`, or a copy with the same tensors whose layers are all ordinary: what can be pickled without a hook."""
-    if not any(isinstance(m, BatchlessNorm) and (m.pair or m.guarded or m.steering is not None) for m in model.modules()):
-        return model
-    copied = copy_with(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    for module in copied.modules():
-        if isinstance(module, BatchlessNorm):
-            module.make_plain()
-    return copied
-
-
-def take_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+def _take_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     """Let the layers of a model train as the recipe says. Their state is that of a new run until the weights are loaded."""
     modules = dict(model.named_modules())
     for told in recipe.training:
@@ -226,33 +215,12 @@ def take_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
             ) from error
 
 
-def take_frozen(model: nn.Module, recipe: Recipe) -> None:
+def _take_frozen(model: nn.Module, recipe: Recipe) -> None:
     """Freeze what was frozen, and nothing else."""
     if recipe.frozen is not None:
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(name not in recipe.frozen)
-
-
-def load_training_state(model: nn.Module, directory: Path, recipe: Recipe) -> None:
-    """The state of a training run, for a model that has its weights already."""
-    from safetensors import SafetensorError, safe_open
-
-    if not recipe.training:
-        return
-    layers = dict(model.named_modules())
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            for told in recipe.training:
-                layer = cast(BatchlessNorm, layers[told["name"]])
-                held = {"input_mean": layer.tracked, "trend": layer.steering, "steps": layer.steps}
-                state = {f"{name}": file.get_tensor(f"{told['name']}.{name}".lstrip(".")) for name, t in held.items() if t is not None}
-                for name, tensor in state.items():
-                    held[name].data = tensor.to(layer.mean.device, copy=True)  # type: ignore[union-attr]
-                if layer.steps is not None:
-                    layer.stepped = bool(layer.steps % KNOWN)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(directory / WEIGHTS, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> LoadError:
@@ -383,7 +351,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
                 f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {wanted}",
                 hint="the factory must build the model that was converted",
             )
-    take_training(model, directory, recipe)
+    _take_training(model, directory, recipe)
     _take_dtypes(model, directory / WEIGHTS)
     try:
         saved = load_file(directory / WEIGHTS)
@@ -396,7 +364,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     for what, names in (("it has no", _missing(_tensors(model), saved)), ("the architecture has no", unexpected)):
         if names:
             raise _does_not_fit(directory, f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-    take_frozen(model, recipe)
+    _take_frozen(model, recipe)
 
 
 def _does_not_fit(directory: Path, detail: str) -> LoadError:

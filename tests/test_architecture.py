@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "export": STAGE | {"exporting", "folding", "onnx_file", "cuda", "attention", "half", "fused"},
     "fold": STAGE | {"folding", "versions", "onnx_file", "lean"},
     "folding": frozenset({"errors", "numerics", "taps"}),
-    "save": STAGE | {"versions"},
+    "save": STAGE | {"coupling", "versions"},
     "report": frozenset({"parity", "plan", "versions"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
     "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback"},
+    | {"graphs", "cuda", "effort", "half", "interrupts", "landscape", "rollback", "training"},
     "cli": frozenset(
         {"errors", "commands", "interrupts", "report", "versions"}
     ),  # report: `verify` has a Parity to show and no Report around it

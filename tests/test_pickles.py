@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
 
+import normswap
 from normswap.errors import LoadError, NormswapError, UnsafePickleError
 from normswap.load import load
 
@@ -548,6 +549,53 @@ def test_a_wrapper_that_wraps_itself(tmp_path: Path) -> None:
 def test_a_compiled_model_is_still_refused(tmp_path: Path, marker: Path) -> None:
     torch.save(torch.compile(nn.Sequential(nn.Linear(2, 3)), backend="eager"), tmp_path / "compiled.pt")
     assert "torch._dynamo.eval_frame.OptimizedModule" in refused(tmp_path / "compiled.pt", marker).wanted
+
+
+def test_a_coupled_model_is_read_and_trains_as_it_did(tmp_path: Path) -> None:
+    """Its convs have a hook each: the only one that a file may hold."""
+    torch.manual_seed(1)
+    model = normswap.convert(wrapped_net(), torch.randn(2, 3, 8, 8)).model
+    torch.save(model, tmp_path / "coupled.pt")
+    found = load(str(tmp_path / "coupled.pt")).model
+    assert isinstance(found, nn.Sequential)
+    assert found[1].producer is found[0]
+    states = []
+    for each in (model, found):
+        step = torch.optim.SGD(normswap.param_groups(each.train(), lr=0.1), momentum=0.9)
+        for seed in range(3):
+            step.zero_grad()
+            each(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            step.step()
+        states.append({name: tensor.tolist() for name, tensor in each.state_dict().items()})
+    assert states[0] == states[1]
+
+
+HOOKS = "_forward_pre_hooks"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {HOOKS: b"}" + num(0) + name("os.system") + b"s"},
+        {HOOKS: b"}" + num(0) + new("torch.nn.modules.activation.ReLU") + b"s"},
+        {HOOKS: b"}" + num(0) + new("normswap.batchless.Source") + b"s"},
+        {"_forward_hooks": b"}" + num(0) + new("normswap.coupling.Observer", norm=b"N") + b"s"},
+        {"_backward_pre_hooks": b"}" + num(0) + new("normswap.coupling.Observer", norm=b"N") + b"s"},
+        {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + name("os.system") + b"s"},
+        {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + text("yes") + b"s"},
+    ],
+    ids=str,
+)
+def test_other_hooks_are_refused(tmp_path: Path, marker: Path, state: dict[str, bytes]) -> None:
+    refused(archive(tmp_path / "bad.pt", module(**state)), marker)
+
+
+@pytest.mark.parametrize("norm", [b"N", text("norm"), num(3), new("normswap.batchless.Source"), module()], ids=str)
+def test_a_hook_of_something_else(tmp_path: Path, norm: bytes) -> None:
+    """It does nothing, or the file cannot be read."""
+    hook = {HOOKS: b"}" + num(0) + new("normswap.coupling.Observer", norm=norm) + b"s"}
+    with contextlib.suppress(LoadError):
+        load(str(archive(tmp_path / "odd.pt", module(**hook))))
 
 
 def test_sharing_flags_and_memory_format_are_read(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from normswap.load import load
 from normswap.parity import Legs
 from normswap.report.conversion import Report, report
 from normswap.report.export import export_facts
-from normswap.save import plain, read_recipe, save, seal
+from normswap.save import read_recipe, save, seal
 from normswap.training.pairs import Coupling
 
 Advance = Callable[[int, int], None]
@@ -164,7 +164,7 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
         torch.export.save(model, directory / name)
     elif form == "module":
         name = "model.pt"
-        torch.save(plain(model), directory / name)
+        torch.save(model, directory / name)
     module = as_module(model)
     save(module, directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))
     # The file is trusted, as it was written a moment ago, and by this process.

@@ -27,13 +27,10 @@ from normswap.save import (
     check_files,
     difference,
     frozen_of,
-    load_training_state,
     load_weights,
     read_recipe,
     same_bits,
     seal,
-    take_frozen,
-    take_training,
     training_of,
     unwrapped,
 )
@@ -107,12 +104,7 @@ def opened(
 ) -> nn.Module | ExportedProgram:
     """`load`, without a look at whether the files are those that were written."""
     if factory is None and recipe.module is not None:
-        model = _pickled(directory, recipe.module, trust_packages, trust_pickle)
-        if isinstance(model, nn.Module):
-            take_training(model, directory, recipe)
-            load_training_state(model, directory, recipe)
-            take_frozen(model, recipe)
-        return model
+        return _pickled(directory, recipe.module, trust_packages, trust_pickle)
     if factory is None and recipe.factory is None:
         raise LoadError(
             f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"

@@ -16,7 +16,18 @@ from normswap.errors import LoadError
 from normswap.pickles.calls import CALLS, NOT_TORCHS, is_empty, is_key, is_object, is_partial, is_tensor
 from normswap.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple, show
 from normswap.pickles.messages import mismatched_torchvision, reason
-from normswap.pickles.reviewed import CODE_CARRIERS, CONFIGS, DTYPES, FUNCTIONS, OBJECTS, PLACES, STORAGES, TENSOR_TYPES, VALUE_CLASSES
+from normswap.pickles.reviewed import (
+    CODE_CARRIERS,
+    CONFIGS,
+    DTYPES,
+    FUNCTIONS,
+    HOOK,
+    OBJECTS,
+    PLACES,
+    STORAGES,
+    TENSOR_TYPES,
+    VALUE_CLASSES,
+)
 from normswap.pickles.wrappers import Aside, Wrapper, stand_in
 
 _PASSIVE = frozenset({"collections.OrderedDict", "collections.Counter"})  # made by the interpreter itself
@@ -209,6 +220,10 @@ def _may_set(cls: type, key: str, value: Any) -> bool:
         return value is None or (isinstance(value, str) and value.isidentifier())
     if not issubclass(cls, nn.Module):
         return True
+    if key == "_forward_pre_hooks" and isinstance(value, Dict):
+        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path == HOOK for _, hook in value.pairs)
+    if key == "_forward_pre_hooks_with_kwargs" and isinstance(value, Dict):
+        return all(item is True for _, item in value.pairs)
     if "hook" in key or key == "_compiled_call_impl":
         return value is None or isinstance(value, bool) or is_empty(value) or (isinstance(value, Call) and value.path == "builtins.set")
     if key not in ("_parameters", "_buffers", "_modules"):
