@@ -21,7 +21,7 @@ from torch import nn
 from normswap import coupling
 from normswap.batchless import BatchlessNorm
 from normswap.errors import LoadError, SwapError
-from normswap.sharing import unclear_names
+from normswap.sharing import on_meta, unclear_names
 from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
@@ -61,6 +61,13 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
     """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name. `seal` comes last."""
     from safetensors.torch import save_file
 
+    if valueless := on_meta(model):
+        raise SwapError(f"{valueless[0]} is on the meta device: it has no values that could be saved", hint="load the weights first")
+    if more.get("module") is None and (others := _others(model)):
+        raise SwapError(
+            f"{others[0]} of {type(model).__name__} is state that is no tensor, which {WEIGHTS} cannot hold",
+            hint="save the whole model with torch.save(model, path)",
+        )
     if unclear := unclear_names(model):
         raise SwapError(
             f"{type(model).__name__} cannot be saved by the names of its tensors: a module of it {next(iter(unclear.values()))}",
@@ -92,6 +99,11 @@ def save(model: nn.Module, directory: Path, *, source: str | None = None, factor
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def _others(model: nn.Module) -> list[str]:
+    """The state that is no tensor: `_extra_state` may be anything."""
+    return [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
 
 
 def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -361,7 +373,12 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     except RuntimeError as error:
         detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
         raise _does_not_fit(directory, detail) from error
-    for what, names in (("it has no", _missing(_tensors(model), saved)), ("the architecture has no", unexpected)):
+    # What is no tensor is in model.pt alone.
+    for what, names in (
+        ("it has no", _others(model)),
+        ("it has no", _missing(_tensors(model), saved)),
+        ("the architecture has no", unexpected),
+    ):
         if names:
             raise _does_not_fit(directory, f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     _take_frozen(model, recipe)

@@ -109,7 +109,7 @@ def shadow(model: M, of_buffers: Callable[[Tensor], Tensor] = torch.clone) -> M:
 
 def unclear_names(model: nn.Module) -> dict[int, str]:
     """id -> why its qualified name does not lead to a module, in words. A dot in the name of a child, which `setattr` allows, does that."""
-    if not any("." in name for module in model.modules() for name in module._modules):
+    if not any("." in name for module in model.modules() for name, _ in module._modules.items()):
         return {}
     named = list(model.named_modules(remove_duplicate=False))
     found: dict[int, str] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision_shim  # noqa: F401
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.errors import ParityError, UsageError
+from normswap.errors import ParityError, SwapError, UsageError
 
 
 class Chooses(nn.Module):
@@ -109,3 +111,13 @@ def test_a_part_on_the_meta_device(part: int) -> None:
     assert len(normswap.plan(model).skips) == (part != 0)
     with pytest.raises(UsageError, match=rf"^{part}\.weight, one of \d such tensors of the model, is on the meta device"):
         normswap.convert(model, torch.randn(2, 3))
+
+
+def test_what_is_on_the_meta_device_is_neither_saved_nor_reverted(tmp_path: Path) -> None:
+    model = normswap.convert(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).eval(), torch.randn(4, 3)).model.to("meta")
+    with pytest.raises(SwapError, match=r"^0\.weight is on the meta device: it has no values that could be saved"):
+        normswap.save(model, tmp_path / "out")
+    with pytest.raises(SwapError, match=r"^1 is on the meta device: it has no values to give back"):
+        normswap.revert(model)
+    with pytest.raises(UsageError, match=r"is on the meta device, where tensors have a shape and no values"):
+        normswap.couple(model, torch.randn(4, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -599,3 +600,39 @@ def test_an_architecture_on_the_meta_device(saved: tuple[nn.Module, Path]) -> No
 
     with pytest.raises(LoadError, match=r"is on the meta device, which has no memory that the weights in .* could go to"):
         normswap.load(saved[1], meta)
+
+
+EXTRA = """
+from torch import nn
+
+class Extra(nn.Module):
+    def __init__(self, calls=0):
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(3), calls
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+    def forward(self, x):
+        return self.norm(x) + self.calls
+"""
+
+
+def test_state_that_is_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.pt holds it, and model.safetensors cannot."""
+    (tmp_path / "save_test_extra.py").write_text(EXTRA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    extra = importlib.import_module("save_test_extra").Extra
+    source, x = randomise(extra(3), 1).eval(), torch.randn(4, 3)
+    torch.save(source, "net.pt")
+    convert_files("net.pt", tmp_path / "out", inputs=["4x3"], onnx=False, trust_packages=["save_test_extra"])
+    loaded = normswap.load("out", trust_packages=["save_test_extra"])
+    torch.testing.assert_close(loaded(x), source(x))  # type: ignore[operator]
+    with pytest.raises(LoadError, match=r"does not fit the given architecture: it has no _extra_state"):
+        normswap.load("out", extra)
+    with pytest.raises(SwapError, match=r"^_extra_state of Extra is state that is no tensor, which model\.safetensors cannot hold"):
+        normswap.save(normswap.convert(source, x), tmp_path / "saved")
