@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+import torchvision_shim  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from surgery import IMAGE, error, net, swapped
@@ -333,6 +334,21 @@ def test_a_cache_is_copied_without_its_history() -> None:
     trained(X).square().sum().backward()
     assert trained.table.grad is not None
     assert trained.table.grad[[0, 2]].all()
+
+
+def test_a_levit_model_that_was_called() -> None:
+    from transformers import LevitConfig, LevitModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8], "depths": [1, 1, 1]}
+    model = randomise(LevitModel(LevitConfig(image_size=64, **sizes)), 2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x).last_hidden_state
+    with pytest.raises(RuntimeError, match="support the deepcopy protocol"):
+        copy.deepcopy(model)
+    conversion = normswap.convert(model, {"pixel_values": x})
+    assert len(conversion.plan.swaps) == 26
+    torch.testing.assert_close(conversion.model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_output_is_copied_without_its_history() -> None:
