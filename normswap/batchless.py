@@ -203,7 +203,7 @@ class BatchlessNorm(nn.Module):
     bias: nn.Parameter | None
     own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
 
-    run: stepping.Run  # what belongs to a run and not to the layer: not in the state dict, and neither copied nor pickled
+    run: stepping.Run  # what belongs to a run and not to the layer: not in the state dict, and but for its pace neither copied nor pickled
 
     # Class attributes, so that layers pickled before they existed have them.
     aux: Aux = "none"
@@ -270,11 +270,14 @@ class BatchlessNorm(nn.Module):
         stepping.watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "run"}
+        own = {name: value for name, value in self.__dict__.items() if name != "run"}
+        return own if self.run.pace == 1 else {**own, "pace": self.run.pace}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        pace = state.get("pace", 1.0)
+        super().__setstate__({name: value for name, value in state.items() if name != "pace"})  # type: ignore[no-untyped-call]
         stepping.watch(self)
+        self.run.pace = float(pace)
 
     @property
     def std_parameter(self) -> nn.Parameter:
@@ -518,14 +521,13 @@ class BatchlessNorm(nn.Module):
         if tracked is None or self._watched is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
-        # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds.
-        if run.seen is None or not (run.fresh or stepping.recomputes()):
+        seen = run.input_seen()
+        if seen is None:
             raise UsageError(
                 f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
             )
-        run.fresh = False
-        by = numerics.weighed(tracked.detach() - run.seen.to(tracked.dtype), share if x.numel() else 0)
+        by = numerics.weighed(tracked.detach() - seen.to(tracked.dtype), share if x.numel() else 0)
         return ((tracked, by if run.mask is None else by * run.mask.any()),)
 
     def _options(self) -> dict[str, Any]:

@@ -55,6 +55,13 @@ class Reestimate(str, Enum):
     adapt = "adapt"
 
 
+class Coupling(str, Enum):
+    """Whether the statistics of a layer train with the weight of the conv or linear before it."""
+
+    auto = "auto"
+    none = "none"
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -175,6 +182,10 @@ def convert(
             help="Give BatchNorms the statistics of --data: 'exact' keeps the function, 'adapt' lets it change (needs --approximate)."
         ),
     ] = None,
+    coupling: Annotated[
+        Coupling,
+        typer.Option(help="How it will train: 'auto' couples each layer to the conv or linear before it; 'none' makes plain layers."),
+    ] = Coupling.auto,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True,
     target: For = Target.portable,
     opset: Opset = None,
@@ -208,6 +219,7 @@ def convert(
             approximate=approximate,
             max_drift=max_drift,
             reestimate=None if reestimate is None else reestimate.value,
+            coupling=coupling.value,
             onnx=onnx,
             export_options=_export_options(target, opset, dynamic, fp16, external_data, thorough),
             trust_packages=trust_package or (),

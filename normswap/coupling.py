@@ -39,7 +39,6 @@ from normswap.sharded import is_part, whole
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-TINY = 1e-15  # weights below it are none
 TURN, FLOOR = 0.2, 1e-3
 
 
@@ -70,7 +69,7 @@ class Observer:
         if norm is not None and norm.observes:
             u = args[0] if args else kwargs["input"]
             size = args[1] if len(args) > 1 else kwargs.get("output_size")
-            norm.run.seen, norm.run.fresh = patch_mean(producer, u, norm.run.mask, size), True
+            norm.run.saw(patch_mean(producer, u, norm.run.mask, size))
 
 
 def observers(producer: nn.Module) -> dict[int, Observer]:
@@ -197,13 +196,23 @@ def gradients(
     by_rows = (by_mean.view(how.groups, -1, 1) * input_mean.reshape(how.groups, 1, -1)).view(rows.shape)
     if how.units:
         moving, size = _place(rows, bias, input_mean, how.groups)
-        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * _alive(std, size, how.eps) / size.clamp(min=TINY).square()
+        radial = torch.addcmul(by_std * std, by_mean, mean - moving) * _alive(std, size, how.eps) / _divisor(size).square()
         by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
 
+# Weights below 1e-15 are none. The number is written out twice: torch.compile(dynamic=True) takes a global float for one that may change,
+# and fails on one that the backward passes of two layers read.
+def _exists(size: Tensor) -> Tensor:
+    return size > 1e-15
+
+
+def _divisor(size: Tensor) -> Tensor:
+    return size.clamp(min=1e-15)
+
+
 def _alive(std: Tensor, size: Tensor, eps: float) -> Tensor:
-    return (std.square() >= 2 * eps) & (size > TINY)
+    return (std.square() >= 2 * eps) & _exists(size)
 
 
 def moved(
@@ -221,8 +230,8 @@ def moved(
     (old, old_size), (new, new_size) = before, after
     if not units:
         return mean + (new - old), parameter
-    alive = _alive(std, old_size, eps) & (new_size > TINY)
-    ratio = torch.where(alive, new_size / old_size.clamp(min=TINY), 1.0)
+    alive = _alive(std, old_size, eps) & _exists(new_size)
+    ratio = torch.where(alive, new_size / _divisor(old_size), 1.0)
     parameter = parameter + ratio.log() if form == "log" else parameter * ratio if form == "abs" else parameter / ratio
     return mean + (new - old) + (mean - old) * (ratio - 1), parameter
 

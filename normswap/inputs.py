@@ -8,7 +8,6 @@ as_batches(...)  a list in such a file, for a model: batches, or the arguments o
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import math
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from normswap import archives
-from normswap.errors import UsageError, first_line
+from normswap.errors import SwapError, UsageError, first_line
+from normswap.sharing import shadow
 
 SEED = 0
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
@@ -86,10 +86,9 @@ def infer(model: nn.Module) -> Inputs | None:
 
 def _trial(model: nn.Module) -> nn.Module | None:
     """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        trial = copy.deepcopy(model, memo).eval()
-    except Exception:  # locks, handles, non-leaf tensors: not to be copied, so not to be tried
+        trial = shadow(model)
+    except SwapError:  # locks, handles: not to be copied, so not to be tried
         return None
     for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes
         module._forward_hooks.clear()

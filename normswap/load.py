@@ -14,10 +14,12 @@ import importlib
 import inspect
 import logging
 import os
+import pickle
 import re
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import nn
 
 from normswap import archives, pickles, saved_transformers, wellformed
 from normswap.errors import LoadError, UsageError, described, first_line, shown
+from normswap.sharing import on_meta
 from normswap.specs import SPEC, make_working_directory_importable
 
 SPECS = "torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory"
@@ -329,13 +332,32 @@ def _zip_names(file: IO[bytes]) -> list[str]:
         return []
 
 
+class _Unpickler(pickle.Unpickler):
+    """Of a file that is trusted: all of it but what wraps the model, of which some cannot be restored outside a training run."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        return pickles.stand_in(f"{module}.{name}") or super().find_class(module, name)
+
+
+class _Pickle:
+    """What torch.load asks of a `pickle_module`."""
+
+    Unpickler = _Unpickler
+
+    @staticmethod
+    def load(file: IO[bytes], **options: Any) -> Any:
+        return _Unpickler(file, **options).load()
+
+
 def _trusted(file: IO[bytes], name: str) -> Any:
     """Whatever the pickle says: the user vouches for it."""
     file.seek(0)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=False)
+            return pickles.unwrapped(torch.load(file, map_location="cpu", weights_only=False, pickle_module=_Pickle), name)
+    except LoadError:
+        raise
     except Exception as error:
         hint = None
         if isinstance(error, AttributeError | ImportError):
@@ -381,14 +403,14 @@ def _program(file: IO[bytes], name: str, trust: bool) -> torch.export.ExportedPr
 def _state_dict(found: Any, name: str) -> nn.Module | dict[str, torch.Tensor]:
     """The state dict in what a training script saved: bare, or beside other things under any name."""
     if _is_state_dict(found):
-        return {str(key): value for key, value in found.items()}
+        return _without_prefix(found, "")
     if isinstance(found, Mapping):
         models = [key for key, value in found.items() if isinstance(value, nn.Module)]
         if len(models) == 1:
             return found[models[0]]  # type: ignore[no-any-return]
         dicts = models or [key for key, value in found.items() if _is_state_dict(value)]
         if len(dicts) == 1:
-            return {str(key): value for key, value in found[dicts[0]].items()}
+            return _without_prefix(found[dicts[0]], "")
         if dicts:
             raise LoadError(
                 f"{name} holds {len(dicts)} models: {_few([str(key) for key in dicts])}",
@@ -405,31 +427,69 @@ def _is_state_dict(found: Any) -> bool:
     return bool(tensors) and all(tensors) and all(isinstance(key, str) for key in found)
 
 
-def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str, arch: str) -> nn.Module:
-    """Strictly: every key of the model and of the file has its partner, of the same shape."""
-    own = model.state_dict()
+def _without_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A copy, with what torch keeps beside a state dict: the version of each module, by which it knows the keys of its past."""
+    state = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items())
+    told = getattr(weights, "_metadata", None)
+    if isinstance(told, Mapping) and all(isinstance(key, str) and isinstance(value, Mapping) for key, value in told.items()):
+        kept = {key: value for key, value in told.items() if f"{key}.".startswith(prefix)}
+        state._metadata = {f"{key}.".removeprefix(prefix).removesuffix("."): value for key, value in kept.items()}  # type: ignore[attr-defined]
+    return state
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> nn.Module:
+    """Strictly, as the model itself takes a state dict: what its modules do about keys of older versions, or names of their own, holds."""
+    if on_meta(model):
+        raise LoadError(
+            f"{arch} builds a model on the meta device, which has no memory that the weights of {name} could go to",
+            hint="build it on the CPU, without torch.device('meta') around it",
+        )
+    own = model.state_dict().keys()
     for prefix in ("module.", "_orig_mod.", "model."):  # DistributedDataParallel, torch.compile, Lightning
         if all(key.startswith(prefix) for key in weights) and not any(key.startswith(prefix) for key in own):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
-    shapes = [
-        f"{key} {tuple(own[key].shape)} against {tuple(value.shape)}"
-        for key, value in weights.items()
-        if isinstance(own.get(key), torch.Tensor) and isinstance(value, torch.Tensor) and own[key].shape != value.shape
-    ]
-    problems = [f"missing: {_few(missing)}"] * bool(missing) + [f"unexpected: {_few(unexpected)}"] * bool(unexpected)
-    problems += [f"of another shape (model against file): {_few(shapes)}"] * bool(shapes)
+            weights = _without_prefix(weights, prefix)
+    dtypes = {value.dtype for value in weights.values() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # half stays half, double stays double: copying into float32 would round
+    try:
+        with _quiet():
+            found = model.load_state_dict(weights, strict=True)
+    except Exception as error:  # the model's own code may raise anything
+        problems = _misfits(error)
+    else:  # a model that takes state dicts its own way may not be strict
+        told = (getattr(found, "missing_keys", ()), getattr(found, "unexpected_keys", ()))
+        problems = [f"{what}: {_few(keys)}" for what, keys in zip(("missing", "unexpected"), told, strict=True) if keys]
     if problems:
         raise LoadError(
             f"{name} does not hold the weights of {arch}\n  " + "\n  ".join(problems),
             hint="is --arch the right architecture, with the right number of classes?",
         )
-    dtypes = {value.dtype for value in weights.values() if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())  # half stays half, double stays double: copying into float32 would round
-    model.load_state_dict(dict(weights), strict=True)
     return model
+
+
+_KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*)"\.')
+_SIZE = re.compile(
+    r"size mismatch for (.*): copying a param with shape torch\.Size\(\[(.*)\]\) from checkpoint, .* torch\.Size\(\[(.*)\]\)\."
+)
+
+
+def _misfits(error: Exception) -> list[str]:
+    """What `load_state_dict` complains of, one kind a line."""
+    _, *complaints = [line.strip() for line in str(error).split("\n\t")]
+    if not isinstance(error, RuntimeError) or not complaints:
+        return [f"its load_state_dict raised {described(error)}"]
+    keys, shapes, others = dict[str, str](), list[str](), list[str]()
+    for complaint in complaints:
+        if match := _KEYS.fullmatch(complaint):
+            keys[match[1].lower()] = _few(match[2].split('", "'))
+        elif match := _SIZE.fullmatch(complaint):
+            sizes = [f"({size}{',' if size.isdigit() else ''})" for size in (match[3], match[2])]
+            shapes.append(f"{match[1]} {sizes[0]} against {sizes[1]}")
+        else:
+            others.append(complaint.splitlines()[0][:300])
+    problems = [f"{what}: {keys[what]}" for what in ("missing", "unexpected") if what in keys]
+    problems += [f"of another shape (model against file): {_few(shapes)}"] * bool(shapes)
+    return problems + others[:3]
 
 
 # --- small things -----------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from normswap.errors import UsageError
 from normswap.plan import Plan, Rule, Site, Skip, Swap, Trace
+from normswap.sharing import on_meta
 
 _APPROXIMATE = "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
 _FORGOTTEN = "ask for an approximate one, from the calibration data that you gave, with approximate=True (--approximate)"
@@ -57,7 +58,9 @@ def _decide(
         return Skip(site, rule.kind, "was excluded by name or kind; take it out of exclude to swap it")
     if include and not _answers(site, rule.kind, include):
         return Skip(site, rule.kind, "is not among those that were asked for; add it to include to swap it")
-    reason = rule.check(site)
+    reason = rule.check(site) if site.module is None else site.obstacle or rule.check(site)
+    if reason is None and site.module is not None and (valueless := on_meta(site.module)):
+        reason = f"is on the meta device, so its {valueless[0]} has no values yet; load the weights first"
     if reason is None and rule.inexact is not None and not approximate:
         reason = f"{rule.inexact(site)}; {_FORGOTTEN if calibrated else _APPROXIMATE}"
     if reason is None and rule.inexact is not None and site.calls == 0:

@@ -35,7 +35,7 @@ from normswap.plan import Plan, Rule, Site, Swap, Trace
 from normswap.probes import Probe
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.own import all_checked
-from normswap.sharing import shadow
+from normswap.sharing import on_meta, shadow
 from normswap.swap import swap, with_layers
 from normswap.trace import trace
 from normswap.training import modes, pairs
@@ -182,6 +182,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
     if not layers:
         raise UsageError(f"{type(model).__name__} has no BatchlessNorm to couple", hint="normswap.convert makes them, and couples them")
     sites = trace(model, _forward(resolve), lambda site: True if isinstance(site.module, BatchlessNorm) else None).sites
+    _check_values(model)
     inputs = _needed(resolve())
     for layer in layers:
         layer.make_plain()
@@ -239,7 +240,7 @@ def attempt(
         batches = list(calibration) if iter(calibration) is calibration else calibration
         if example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
-    _check_lazy(module)
+    _check_values(module)
     decided = _plan(module, resolve, include, exclude, rules, approximate, calibration is not None)
     inputs = _needed(resolve())
     sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
@@ -291,8 +292,14 @@ def _needed(inputs: Inputs | None) -> Inputs:
     return inputs
 
 
-def _check_lazy(module: nn.Module) -> None:
-    """Each forward pass would draw other weights for such a layer. (A lazy norm starts with ones and zeros.)"""
+def _check_values(module: nn.Module) -> None:
+    """On the meta device there are none. And each forward pass would draw other weights for a lazy layer (but a norm: ones and zeros)."""
+    if valueless := on_meta(module):
+        more = f", one of {len(valueless)} such tensors of the model," if len(valueless) > 1 else ""
+        raise UsageError(
+            f"{valueless[0]}{more} is on the meta device, where tensors have a shape and no values, so there is no function to keep",
+            hint="load the weights first: model.to_empty(device='cpu'), then model.load_state_dict(...)",
+        )
     lazy = [name for name, m in module.named_modules() if not isinstance(m, BASES) and any(map(is_lazy, m.parameters(recurse=False)))]
     if lazy:
         are = "is lazy and has" if len(lazy) == 1 else "are lazy and have"

@@ -47,7 +47,7 @@ class Site:
     producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
     function  for a call, the dotted name of the function ("torch.nn.functional.batch_norm") or "hand-written"; None for a module
     call      for a call that has a layer, where it stands
-    obstacle  for a call that has none, why
+    obstacle  why it can be no swap, whatever it computes: of a call that has no layer, of a module that its name does not lead to
     tied      the names of a parameter of its own that other modules hold too; empty if none is shared
     """
 

@@ -27,8 +27,9 @@ def problem(content: object) -> str | None:
             return f"its {name} is not one"
     for name, tests, missing in (
         ("sites", _OF_SITE, _NEEDED),
-        ("inputs", _OF_INPUT, tuple(_OF_INPUT)),
+        ("inputs", _OF_INPUT, ("name", "shape", "dtype")),
         ("rules", _OF_RULE, tuple(_OF_RULE)),
+        ("training", _OF_TRAINING, tuple(_OF_TRAINING)),
     ):
         for entry in content.get(name) or ():
             if not isinstance(entry, Mapping):
@@ -67,6 +68,10 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
+def _flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _number(value: object) -> bool:
     return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
@@ -86,6 +91,9 @@ _OF_ALL: Mapping[str, Test] = {
     "inputs": lambda value: isinstance(value, list),
     "sites": lambda value: isinstance(value, list),
     "rules": _or_none(lambda value: isinstance(value, list)),
+    "training": _or_none(lambda value: isinstance(value, list)),
+    "frozen": _or_none(_list_of(_text)),
+    "files": _or_none(lambda value: isinstance(value, Mapping) and all(map(_text, value.values()))),
 }
 _NEEDED = ("name", "class", "std")
 _OF_SITE: Mapping[str, Test] = {
@@ -95,7 +103,7 @@ _OF_SITE: Mapping[str, Test] = {
     "num_features": _list_of(_whole),
     "channel_axis": _list_of(_whole),
     "shared_axes": _list_of(_whole),
-    "affine": lambda value: isinstance(value, bool),
+    "affine": _flag,
     "std": _word(*STD_FORMS),
     "aux": _word(*AUXES),
     "stats": _word(*STATS),
@@ -103,5 +111,18 @@ _OF_SITE: Mapping[str, Test] = {
     "calls": lambda value: _whole(value) and value > 0,
     "eps": _or_none(_number),
 }
-_OF_INPUT: Mapping[str, Test] = {"name": _or_none(_text), "shape": _shape, "dtype": _word(*_DTYPES)}
+_OF_INPUT: Mapping[str, Test] = {
+    "name": _or_none(_text),
+    "shape": _shape,
+    "dtype": _word(*_DTYPES),
+    "high": lambda value: _whole(value) and value > 0,
+}
 _OF_RULE: Mapping[str, Test] = {"kind": _text, "rule": _or_none(_text), "sites": _list_of(_text)}
+_OF_TRAINING: Mapping[str, Test] = {
+    "name": _text,
+    "producer": _or_none(_text),
+    "units": _flag,
+    "feedback": _flag,
+    "guard": _flag,
+    "pace": lambda value: _number(value) and 0 < value <= 1,
+}

@@ -9,16 +9,14 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from normswap.errors import SwapError, first_line
 
@@ -44,15 +42,8 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
     for buffer in (b for module in modules for b in module._buffers.values() if b is not None):
         if is_lazy(buffer):  # an UninitializedParameter can be copied, an UninitializedBuffer not
             memo.setdefault(id(buffer), cast(Any, UninitializedBuffer)(False, buffer.device, buffer.dtype))
-    for module in modules:
-        for hook in module._forward_pre_hooks.values():
-            # What such a hook computes is a tensor with a history, which cannot be copied; before it is read it is computed anew.
-            name = hook._tensor_name if isinstance(hook, BasePruningMethod) else getattr(hook, "name", "")
-            computed = module.__dict__.get(name) if isinstance(hook, (SpectralNorm, WeightNorm, BasePruningMethod)) else None
-            if computed is not None:
-                memo.setdefault(id(computed), computed.detach().clone())
     try:
-        with warnings.catch_warnings():
+        with _WithoutHistory(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # torch's, of the pytree spec in an exported program's module
             copied = copy.deepcopy(model, memo)
         for module in modules:
@@ -64,9 +55,39 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
             f"{what or type(model).__name__} cannot be copied: {first_line(error)}",
             hint="convert the model before fully_shard wraps it"
             if "FSDP" in str(error)
-            else "copy.deepcopy(model) must work; a tensor of an earlier forward pass that a module keeps is the usual cause: "
-            "delete it, or convert before the first forward pass",
+            else "copy.deepcopy(model) must work; a lock, a file or a generator that a module keeps is the usual cause: "
+            "delete it, or give its class a __deepcopy__",
         ) from error
+
+
+class _WithoutHistory(TorchFunctionMode):
+    """Copies tensors that were computed, as a cache of biases that a module keeps, which torch refuses to copy.
+
+    What they were computed from is forgotten: whoever computes them anew, as weight_norm and such caches do, is not held up by it. But a
+    view of a parameter is in the copy a view of that parameter's copy, which moves with it and gives it its gradient.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            source, memo = args
+            copied = _view_of_copy(source, memo)
+            if copied is None:
+                detached = source.detach()
+                memo.setdefault(id(memo), []).append(detached)  # as copy.deepcopy keeps what it has copied: its id stands in the memo
+                copied = copy.deepcopy(detached, memo)
+            memo[id(source)] = copied
+            return copied
+        return func(*args, **(kwargs or {}))
+
+
+def _view_of_copy(source: Tensor, memo: dict[int, Any]) -> Tensor | None:
+    base = source._base
+    if base is None or not base.is_leaf or base.dtype != source.dtype:
+        return None
+    copied = copy.deepcopy(base, memo)
+    if (copied.shape, copied.stride(), copied.dtype) != (base.shape, base.stride(), base.dtype):  # another layer's, that takes its place
+        return None
+    return copied.as_strided(source.shape, source.stride(), source.storage_offset() - base.storage_offset() + copied.storage_offset())
 
 
 def _restore_attributes(source: fx.GraphModule, target: fx.GraphModule, memo: dict[int, Any]) -> None:
@@ -88,6 +109,32 @@ def shadow(
     memo: dict[int, Any] = {id(p): of_parameters(p) for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     return set_eval(copy_with(model, memo))
+
+
+def unclear_names(model: nn.Module) -> dict[int, str]:
+    """id -> why its qualified name does not lead to a module, in words. A dot in the name of a child, which `setattr` allows, does that."""
+    if not any("." in name for module in model.modules() for name, _ in module._modules.items()):
+        return {}
+    named = list(model.named_modules(remove_duplicate=False))
+    found: dict[int, str] = {}
+    for name, module in named:
+        if len({id(other) for other_name, other in named if other_name == name}) > 1:
+            found[id(module)] = f"shares the name {name} with another module, as there is a child whose own name has a dot in it"
+        elif _named(model, name) is not module:
+            found[id(module)] = f"cannot be found by its name {name}, as there is a child whose own name has a dot in it"
+    return found
+
+
+def _named(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def on_meta(model: nn.Module) -> list[str]:
+    """The names of the tensors of a model that are on the meta device: they have a shape, but no values."""
+    return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
 
 
 def uncompiled() -> AbstractContextManager[Any]:

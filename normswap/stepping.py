@@ -18,6 +18,7 @@ import inspect
 import itertools
 import os
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ OURS = tuple(os.path.join(os.path.dirname(inspect.getfile(package)), "") for pac
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
+PACE = "normswap_pace"  # the key of such a group for the pace of its layers: a copy of an optimizer, and its state dict, have it too
 
 
 FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
@@ -113,19 +115,38 @@ class Passes:
         return grad is not self.grad or grad._version > self.version + by
 
 
+_others = threading.Lock()  # held while `Run.others` is made anew
+
+
 @dataclass
-class Run:
-    """scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
+class Forward:
+    """What the forward passes of one thread leave.
+
+    seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
+    terms: those of the forward passes since `aux_loss` read them; read: whether it has.
+    """
+
+    seen: Tensor | None = None
+    fresh: bool = False
+    terms: list[Term] = field(default_factory=list)
+    read: bool = True
+
+
+@dataclass
+class Run(Forward):
+    """What the main thread and compiled graphs leave, and what belongs to all threads.
+
+    scaler, scale, accumulate: what `attach` was told. share: the weight of the term in one backward pass, 1 / accumulate unless
     micro-batches of unequal size are run. pace: what the momentum is multiplied by, see `pace_of`. mask: which positions of the
     input count.
 
     number: of the run, in the order in which layers came to be.
 
-    seen: the mean input of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since.
     factor: what `guard` multiplied each sample with in the last forward pass.
 
-    terms: those of the forward passes since `aux_loss` read them; read: whether it has. passes: counted for aux="auto". owed: whether there
-    was a forward pass from which the statistics should learn since the last step.
+    passes: counted for aux="auto". owed: whether there was a forward pass from which the statistics should learn since the last step.
+
+    others: what other threads leave; latest: of the thread that called the producer last.
     """
 
     scaler: GradScaler | None = None
@@ -134,14 +155,55 @@ class Run:
     share: float = 1.0
     pace: float = 1.0
     mask: Tensor | None = None
-    seen: Tensor | None = None
-    fresh: bool = False
     factor: Tensor | None = None
-    terms: list[Term] = field(default_factory=list)
-    read: bool = True
     passes: Passes | None = None
     owed: bool = False
     number: int = field(default_factory=itertools.count().__next__)
+    others: dict[threading.Thread, Forward] = field(default_factory=dict)
+    latest: Forward | None = None
+
+    @property
+    def here(self) -> Forward:
+        """That of this thread. A graph is compiled for all of them."""
+        if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+            return self
+        here = self.others.get(threading.current_thread())
+        if here is None:
+            here = Forward()
+            with _others:
+                kept = {thread: left for thread, left in self.others.items() if thread.is_alive() or not left.read}
+                self.others = {**kept, threading.current_thread(): here}
+        return here
+
+    def saw(self, mean: Tensor) -> None:
+        """The producer was called, with inputs of this mean."""
+        here = self.here
+        here.seen, here.fresh = mean, True
+        if not torch.compiler.is_compiling():
+            self.latest = None if here is self else here
+
+    def input_seen(self) -> Tensor | None:
+        """What the producer saw, for the layer that comes after it; None if it was not called."""
+        here, again = self.here, recomputes()
+        # A checkpoint that runs the layer again need not run its producer again: what that saw then still holds, in whichever thread.
+        if again and here.seen is None:
+            here = self.latest or self
+        seen = here.seen if here.fresh or again else None
+        here.fresh = False
+        return seen
+
+    def to_read(self) -> Forward:
+        """Whose terms `aux_loss` reads: this thread's, or those of the only one that has some."""
+        held = [forward for forward in (self, *self.others.values()) if forward.terms]
+        here = self.here
+        if here.terms or not held:
+            return here
+        if len(held) > 1:
+            raise UsageError(
+                f"{len(held)} other threads have called the model, and this one has not: it is not clear whose auxiliary loss is meant",
+                hint="read aux_loss(model) in the thread that called the model",
+            )
+        return held[0]
 
 
 Anchor = tuple[Tensor, Tensor]  # where the weight of a producer is: `coupling.place`
@@ -303,9 +365,10 @@ def owe(run: Run) -> None:
 
 def note(run: Run, term: Term) -> None:
     run.owed = True
-    if run.read:
-        run.terms, run.read = [], False
-    run.terms.append(term)
+    here = run.here
+    if here.read:
+        here.terms, here.read = [], False
+    here.terms.append(term)
 
 
 def _frames() -> Iterator[FrameType]:
@@ -529,6 +592,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             layer.run.owed, layer.run.read = False, True
             continue
         layer.run.owed, layer.stepped = False, True
+        layer.run.pace = groups[id(held[0])].get(PACE, layer.run.pace)
         passes, unscaled = _weight(optimizer, layer, scaler)
         ours = (layer.mean, layer.std_parameter, layer.tracked, layer.steering)
         natural = [p if any(p is h for h in held) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]

@@ -20,7 +20,7 @@ from normswap.calls import Found, find
 from normswap.errors import SwapError
 from normswap.graphs import BASES, TENSORS, base_forward, base_of, graphs_of, rewrite
 from normswap.plan import Plan, Site, Swap
-from normswap.sharing import carry, copy_with
+from normswap.sharing import carry, copy_with, on_meta
 from normswap.super_calls import put_under_super
 
 M = TypeVar("M", bound=nn.Module)
@@ -196,6 +196,9 @@ def revert(model: M, *, skip: bool = False) -> M:
             f"a {type(model).__name__} has no layers to give back", hint="an exported program: keep the one that it was made from"
         )
     layers = {m: name for name, m in model.named_modules() if isinstance(m, BatchlessNorm)}
+    valueless = next((name for layer, name in layers.items() if on_meta(layer)), None)
+    if valueless is not None:
+        raise SwapError(f"{valueless or 'the model'} is on the meta device: it has no values to give back", hint="load the weights first")
     unknown = [name for layer, name in layers.items() if layer.source is None]
     if unknown and not skip:
         own = {name: layer.own_rule[0] for layer, name in layers.items() if layer.source is None and layer.own_rule is not None}

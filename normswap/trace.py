@@ -35,7 +35,7 @@ from normswap.calls import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALE
 from normswap.errors import SwapError, described
 from normswap.graphs import BASES, is_emptied, place_of
 from normswap.plan import Forward, Site, Trace
-from normswap.sharing import shadow, uncompiled
+from normswap.sharing import shadow, unclear_names, uncompiled
 from normswap.super_calls import under_super
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -94,6 +94,7 @@ class _Names:
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(key)
         self.owners = owners
+        self.unclear = unclear_names(model)
         self.shares_a_weight = {key for keys in owners.values() if len(keys) > 1 for key in keys}
         # The tensors that a norm has and its replacement has not.
         self.statistics = {
@@ -112,7 +113,8 @@ class _Names:
         base = next((b for b in PRODUCERS if isinstance(module, b)), None)
         same = base is not None and all(getattr(cls, f, None) is getattr(base, f, None) for f in ("forward", "_conv_forward"))
         plain = same and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
-        return plain and not module._forward_hooks and "weight" in module._parameters and id(module) not in self.shares_a_weight
+        own = id(module) not in self.shares_a_weight and id(module) not in self.unclear
+        return plain and own and not module._forward_hooks and "weight" in module._parameters
 
     def tied(self, module: nn.Module) -> tuple[str, ...]:
         """All names of the first of its parameters that another module holds, too."""
@@ -150,11 +152,15 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
     decided = _decided(model, is_norm)
     names = _Names(model, decided)
     notes: list[str] = []
-    if isinstance(model, fx.GraphModule):
+    if names.unclear:
+        notes.append("torch.fx cannot trace the model: it calls modules by their names, and a child's own name has a dot in it")
+    elif isinstance(model, fx.GraphModule):
         return _result(names, _see_graph(model, model.graph, names), "graph", notes, model, forward)
     if id(model) in names.norms:
         return _result(names, _Seen(order=[""], calls=Counter({"": 1})), "fx", notes, model, forward)
-    if "forward" in model.__dict__:
+    if names.unclear:
+        pass
+    elif "forward" in model.__dict__:
         notes.append("torch.fx cannot trace the model: it reads the forward of the class, and this object has one of its own")
     else:
         copied = shadow(model)
@@ -192,8 +198,12 @@ def _result(
     found: dict[str, Site] = {}
     owners = {hit.owner for hit in seen.hits} if seen is not None else set()
     idle: list[str] = []
+    unclear: list[Site] = []
     for key, module in names.listed.items():
         first, *aliases = names.all[key]
+        if key in names.unclear:
+            unclear.append(Site(first, tuple(aliases), module, None, obstacle=f"{names.unclear[key]}: rename that child"))
+            continue
         if key not in names.norms and seen is not None and first not in seen.unclear:
             idle += [first] if first not in owners else []
             continue  # the calls in its code are listed instead
@@ -217,7 +227,7 @@ def _result(
     sites: list[Site] = []
     for place in seen.order if seen is not None else ():
         sites += calls.pop(place, []) if isinstance(place, int) else [found.pop(place)] if place in found else []
-    return Trace((*sites, *found.values(), *(site for rest in calls.values() for site in rest)), backend, tuple(notes))
+    return Trace((*sites, *found.values(), *unclear, *(site for rest in calls.values() for site in rest)), backend, tuple(notes))
 
 
 def _fast_paths(norm: nn.Module, parents: Iterable[nn.Module]) -> Iterator[str]:

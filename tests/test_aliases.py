@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from surgery import IMAGE, error, net, swapped
-from torch import nn
+from torch import Tensor, nn
 
 import normswap
-from fixtures.nets import case
+from fixtures.nets import case, randomise
 from normswap import BatchlessNorm
+from normswap.sharing import unclear_names
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(3))
 
@@ -135,3 +136,78 @@ def test_the_root_is_the_norm() -> None:
     result = swapped(model, *case("root_is_norm").inputs())
     assert type(result) is BatchlessNorm
     assert type(normswap.revert(result)) is nn.BatchNorm2d
+
+
+# -- a child whose own name has a dot in it, which `setattr` allows and `add_module` refuses ---------------------------------------------
+
+
+class Dotted(nn.Module):
+    """Two norms called a.b, a conv beside them, or a block called x.y: what `names` says."""
+
+    def __init__(self, names: str, branch: bool) -> None:
+        super().__init__()
+        self.names, self.branch = names, branch
+        self.a, self.conv, self.last = nn.Module(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        if names == "norms":
+            self.a.b = nn.BatchNorm2d(3)
+            setattr(self, "a.b", nn.BatchNorm2d(3))
+        elif names == "convs":
+            self.a.b = nn.Conv2d(3, 3, 1)
+            setattr(self, "a.b", nn.Conv2d(3, 3, 1))
+        elif names == "one":
+            setattr(self, "a.b", nn.BatchNorm2d(3))
+        else:
+            setattr(self, "x.y", nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch and x.sum() > 1e9:  # torch.fx cannot trace it
+            return x
+        if self.names in ("norms", "convs"):
+            x = self.a.b(x)
+        inner = self._modules["x.y" if self.names == "block" else "a.b"]
+        return self.last(self.conv(inner(x)))  # type: ignore[misc,no-any-return]
+
+
+NO_WAY = "cannot be found by its name {}, as there is a child whose own name has a dot in it: rename that child"
+TWICE = "shares the name a.b with another module, as there is a child whose own name has a dot in it: rename that child"
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize(
+    ("names", "skips"),
+    [
+        ("norms", [("a.b", TWICE), ("a.b", TWICE)]),
+        ("convs", []),
+        ("one", [("a.b", NO_WAY.format("a.b"))]),
+        ("block", [("x.y.1", NO_WAY.format("x.y.1"))]),
+    ],
+)
+def test_a_dot_in_the_name_of_a_child(names: str, skips: list[tuple[str, str]], branch: bool) -> None:
+    """Every norm is listed, none is mistaken for another, and the rest goes on."""
+    model = randomise(Dotted(names, branch), 4).eval()
+    x = torch.randn(2, 3, 5, 5)
+    conversion = normswap.convert(model, x)
+    for decided in (normswap.plan(model, x), normswap.inspect(model, x)[0], conversion.plan):
+        assert [(skip.name, skip.reason) for skip in decided.skips] == skips
+        assert [swap.name for swap in decided.swaps] == ["last"]
+    assert [pair.producer for pair in conversion.pairs] == ["conv"]
+    torch.testing.assert_close(conversion.model(x), model(x))
+
+
+def test_a_conv_that_shares_its_name_is_no_producer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Module(), nn.BatchNorm2d(4)
+            self.a.b = nn.Conv2d(3, 4, 1)
+            setattr(self, "a.b", nn.Conv2d(4, 5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._modules["a.b"](self.norm(self.a.b(x)))  # type: ignore[misc,no-any-return]
+
+    conversion = normswap.convert(randomise(Net(), 1).eval(), torch.randn(2, 3, 5, 5))
+    assert [(pair.name, pair.producer) for pair in conversion.pairs] == [("norm", None)]
+
+
+def test_names_without_a_dot_are_clear() -> None:
+    assert unclear_names(nn.ModuleDict({"a_b": nn.Sequential(nn.ReLU()), "a": nn.ModuleDict({"b": nn.ReLU()})})) == {}

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "exported": frozenset({"errors", "inputs", "wellformed"}),
     "sharing": frozenset({"errors"}),
     "archives": NOTHING,
-    "inputs": frozenset({"errors", "archives"}),
+    "inputs": frozenset({"errors", "archives", "sharing"}),
     "pickles": frozenset({"errors"}),
     "plan": frozenset({"errors", "numerics"}),
     "autograd": frozenset(),
@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "fold": STAGE | {"folding", "versions", "onnx_file", "lean"},
     "folding": frozenset({"errors", "numerics", "taps"}),
     "recipe_checks": frozenset({"batchless", "numerics"}),
-    "save": STAGE | {"versions", "recipe_checks"},
+    "save": STAGE | {"coupling", "versions", "recipe_checks"},
     "report": frozenset({"parity", "plan", "versions"}),
     "training": STAGE | {"injection", "stepping", "coupling"},
     "pipeline": STAGE | {"training", "rules", "trace", "match", "facts", "swap", "calibrate", "verify", "graphs"},
@@ -93,7 +93,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": STAGE | {"landscape", "training", "commands", "pipeline", "rules", "export", "facts", "swap", "sensitivity"},
     "commands": STAGE
     | {"calibrate", "pipeline", "sensitivity", "rules", "specs", "runners", "load", "swap", "verify", "export", "fold", "save", "report"}
-    | {"graphs", "cuda", "half", "locate", "interrupts", "landscape", "rollback", "external_data", "recipe_checks"},
+    | {"graphs", "cuda", "half", "locate", "interrupts", "landscape", "rollback", "external_data", "recipe_checks", "training"},
     "cli": frozenset(
         {"errors", "commands", "interrupts", "report", "versions"}
     ),  # report: `verify` has a Parity to show and no Report around it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import pickle
 import shutil
@@ -55,6 +56,61 @@ def wrong():
 
 def needs(size):
     return Net()
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6)
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        for key in [key for key in state if key.startswith(prefix + "norm.")]:
+            state[prefix + "bn." + key[len(prefix) + 5:]] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+class Versioned(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if (metadata.get("version") or 1) < 2:
+            state[prefix + "weight"] = state[prefix + "weight"].T
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+class Lax(nn.Sequential):
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state, strict=False)
+
+class Raising(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 5)
+
+    def load_state_dict(self, state, strict=True):
+        raise KeyError("backbone")
+
+def norms():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+
+def frozen():
+    from torchvision.ops import FrozenBatchNorm2d
+    return nn.Sequential(nn.Conv2d(3, 6, 3), FrozenBatchNorm2d(6))
+
+def weight_norm():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)))
+
+def renamed():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), Renamed())
+
+def versioned():
+    return nn.Sequential(Versioned(4, 4))
+
+def lax():
+    return Lax(nn.Linear(3, 5), nn.BatchNorm1d(5))
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d())
+
+def meta():
+    with torch.device("meta"):
+        return norms()
 
 instance = Net()
 nested = type("Holder", (), {"make": staticmethod(net)})
@@ -320,6 +376,92 @@ def test_state_dicts_that_do_not_fit(package: Path) -> None:
     assert "missing: norm.weight\n" in text
     assert "unexpected: extra0, extra1, extra2, extra3, extra4 ... and 4 more" in text
     assert "of another shape (model against file): conv.weight (2, 1, 3, 3) against (4, 1, 3, 3)" in text
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.3)
+    return model
+
+
+def without(state: dict[str, Any], ending: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.endswith(ending)}
+
+
+def of_torch_04(state: dict[str, Any]) -> dict[str, Any]:
+    old = OrderedDict(without(state, "num_batches_tracked"))
+    old._metadata = OrderedDict({"": {"version": 1}, "0": {"version": 1}, "1": {"version": 1}})  # type: ignore[attr-defined]
+    return old
+
+
+def norms() -> nn.Module:
+    return drawn(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
+
+
+def old_weight_norm() -> nn.Module:
+    return drawn(nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 6, 3))))
+
+
+OLD_KEYS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "no num_batches_tracked": ("norms", lambda: without(norms().state_dict(), "num_batches_tracked")),
+    "no num_batches_tracked, of torch 0.4": ("norms", lambda: of_torch_04(norms().state_dict())),
+    "BatchNorm into frozen BatchNorm": ("frozen", lambda: norms().state_dict()),
+    "frozen BatchNorm into BatchNorm": ("norms", lambda: without(dict(norms().state_dict()), "num_batches_tracked")),
+    "weight_g and weight_v": ("weight_norm", lambda: old_weight_norm().state_dict()),
+    "a name that the module changed": ("renamed", lambda: {k.replace("1.", "1.norm."): v for k, v in norms().state_dict().items()}),
+    "lazy layers": ("lazy", lambda: norms().state_dict()),
+    "a version that transposes": ("versioned", lambda: drawn(nn.Sequential(nn.Linear(4, 4))).state_dict()),
+    "the same version": ("versioned", lambda: drawn(build(f"{NET}:versioned")).state_dict()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("saved", OLD_KEYS)
+def test_what_the_modules_know_of_their_past(package: Path, saved: str, prefix: str) -> None:
+    """As torch's own load_state_dict(strict=True), tensor for tensor; and a prefix on all keys changes nothing."""
+    factory, make = OLD_KEYS[saved]
+    state = make()
+    expected = build(f"{NET}:{factory}")
+    expected.load_state_dict(copy.deepcopy(state), strict=True)
+    inner = {prefix[:-1] + ("." + key if key else ""): value for key, value in getattr(state, "_metadata", {}).items()}
+    prefixed = OrderedDict((prefix + key, value) for key, value in state.items())
+    if hasattr(state, "_metadata"):
+        prefixed._metadata = state._metadata if not prefix else {"": {"version": 1}, **inner}  # type: ignore[attr-defined]
+    torch.save(prefixed, package / "w.pt")
+    found = load("w.pt", arch=f"{NET}:{factory}").model.state_dict()
+    assert list(found) == list(expected.state_dict())
+    assert all(torch.equal(value, found[key]) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("factory", "state", "texts"),
+    [
+        ("norms", lambda: without(norms().state_dict(), "bias"), ["missing: 0.bias, 1.bias"]),
+        ("renamed", lambda: norms().state_dict(), ["missing: 1.bn.weight, 1.bn.bias", "unexpected: 1.weight, 1.bias, 1.running_mean"]),
+        ("lax", lambda: {"0.weight": torch.ones(5, 3), "0.bias": torch.ones(5)}, ["missing: 1.weight, 1.bias, 1.running_mean"]),
+        ("norms", lambda: {**norms().state_dict(), "0.bias": torch.ones(7)}, ["(model against file): 0.bias (6,) against (7,)"]),
+        ("norms", lambda: {**norms().state_dict(), "0.bias": torch.tensor(1.0)}, ["(model against file): 0.bias (6,) against ()"]),
+        ("Raising", lambda: {"weight": torch.ones(5, 3)}, ["its load_state_dict raised KeyError: 'backbone'"]),
+        ("meta", lambda: norms().state_dict(), ["builds a model on the meta device", "without torch.device('meta') around it"]),
+    ],
+)
+def test_what_torch_does_not_load_is_refused(package: Path, factory: str, state: Callable[[], Any], texts: list[str]) -> None:
+    torch.save(dict(state()), package / "w.pt")
+    found = fails("w.pt", arch=f"{NET}:{factory}")
+    assert all(text in found for text in texts), found
+
+
+@pytest.mark.parametrize("told", [[1], {"": 3}, {1: {}}, "text", {"1": {"version": "x"}}])
+def test_versions_that_make_no_sense_are_no_traceback(package: Path, told: object) -> None:
+    state = norms().state_dict()
+    state._metadata = told
+    torch.save(state, package / "w.pt")
+    with contextlib.suppress(LoadError):
+        load("w.pt", arch=f"{NET}:norms")
 
 
 def test_a_state_dict_asks_for_its_architecture(package: Path) -> None:

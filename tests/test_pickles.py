@@ -10,7 +10,7 @@ import random
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,9 @@ import torch
 import torchvision_shim  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import swa_utils
 
+import normswap
 from fixtures.pickle_writer import archive, call, dic, legacy, module, name, new, num, ordered, tensor, text, tup
 from normswap.errors import LoadError, NormswapError, UnsafePickleError
 from normswap.load import load
@@ -388,6 +390,147 @@ def test_what_models_keep_beside_layers_is_read(tmp_path: Path) -> None:
     assert (found.device, found.layout, found.z) == (torch.device("cuda:0"), torch.strided, 1 + 2j)
     assert found.wide.stride() == (0, 0)
     assert found[0].weight._is_initialized is True
+
+
+def wrapped_net() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()).eval()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def trained(model: nn.Module) -> nn.Module:
+    for _ in range(2):  # DistributedDataParallel lays its buckets anew after the first
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    return model
+
+
+WRAPPED: dict[str, Callable[[nn.Module], object]] = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "DistributedDataParallel, trained": lambda net: trained(nn.parallel.DistributedDataParallel(net)),
+    "AveragedModel": swa_utils.AveragedModel,
+    "twice": lambda net: nn.DataParallel(nn.DataParallel(net)),
+    "beside other things": lambda net: {"model": nn.DataParallel(net), "epoch": 3},
+}
+
+
+@pytest.mark.parametrize(("new_form", "trust"), [(True, False), (True, True), (False, True)])  # the old form always takes trust
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_what_wraps_a_model_is_read_as_the_model(tmp_path: Path, process_group: None, wrapping: str, new_form: bool, trust: bool) -> None:
+    """Also where no process group is."""
+    net = wrapped_net()
+    path = tmp_path / "wrapped.pt"
+    torch.save(WRAPPED[wrapping](net), path, _use_new_zipfile_serialization=new_form)
+    torch.distributed.destroy_process_group()
+    found = load(str(path), trust_pickle=trust).model
+    assert type(found) is nn.Sequential
+    assert not found.training
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+def test_a_part_of_a_model_that_is_wrapped(tmp_path: Path) -> None:
+    """As in torch's ImageNet example, which wrapped the features of VGG and AlexNet alone."""
+    net = nn.ModuleDict({"features": nn.DataParallel(wrapped_net()), "head": nn.Linear(6, 5)})
+    torch.save(net, tmp_path / "part.pt")
+    found = load(str(tmp_path / "part.pt")).model
+    assert list(found.state_dict())[:2] == ["features.0.weight", "features.0.bias"]
+    assert not any(isinstance(module, nn.DataParallel) for module in found.modules())
+
+
+WRAPPERS = ["torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"_modules": dic(module=call("os.system", text("touch marker")))},
+        {"forward": name("os.system")},
+        {"gather": name("os.system")},
+        {"_comm_hooks": b"]" + name("os.system") + b"a"},
+        {"process_group": new("subprocess.Popen")},
+        {"_modules": dic(module=name("torch.nn.modules.activation.ReLU"))},
+    ],
+    ids=lambda state: next(iter(state)),
+)
+def test_a_wrapper_opens_no_door(tmp_path: Path, marker: Path, wrapper: str, state: dict[str, bytes]) -> None:
+    refused(archive(tmp_path / "bad.pt", new(wrapper, **state)), marker)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("state", [{}, {"_modules": dic()}, {"_modules": dic(module=b"N")}, {"module": module()}], ids=str)
+def test_a_wrapper_of_nothing(tmp_path: Path, wrapper: str, state: dict[str, bytes]) -> None:
+    path = archive(tmp_path / "empty.pt", new(wrapper, **state))
+    with pytest.raises(LoadError, match=r"^empty\.pt is damaged: it wraps no model"):
+        load(str(path))
+
+
+def test_a_wrapper_that_wraps_itself(tmp_path: Path) -> None:
+    wrapper = nn.DataParallel(nn.ReLU())
+    wrapper._modules["module"] = wrapper
+    torch.save(wrapper, tmp_path / "round.pt")
+    for trust in (False, True):
+        with pytest.raises(LoadError, match=r"^round\.pt is damaged: it wraps no model"):
+            load(str(tmp_path / "round.pt"), trust_pickle=trust)
+
+
+def test_a_compiled_model_is_still_refused(tmp_path: Path, marker: Path) -> None:
+    torch.save(torch.compile(nn.Sequential(nn.Linear(2, 3)), backend="eager"), tmp_path / "compiled.pt")
+    assert "torch._dynamo.eval_frame.OptimizedModule" in refused(tmp_path / "compiled.pt", marker).wanted
+
+
+def test_a_coupled_model_is_read_and_trains_as_it_did(tmp_path: Path) -> None:
+    """Its convs have a hook each: the only one that a file may hold."""
+    torch.manual_seed(1)
+    model = normswap.convert(wrapped_net(), torch.randn(2, 3, 8, 8)).model
+    torch.save(model, tmp_path / "coupled.pt")
+    found = load(str(tmp_path / "coupled.pt")).model
+    assert isinstance(found, nn.Sequential)
+    assert found[1].producer is found[0]
+    states = []
+    for each in (model, found):
+        step = torch.optim.SGD(normswap.param_groups(each.train(), lr=0.1), momentum=0.9)
+        for seed in range(3):
+            step.zero_grad()
+            each(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            step.step()
+        states.append({name: tensor.tolist() for name, tensor in each.state_dict().items()})
+    assert states[0] == states[1]
+
+
+HOOKS = "_forward_pre_hooks"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {HOOKS: b"}" + num(0) + name("os.system") + b"s"},
+        {HOOKS: b"}" + num(0) + new("torch.nn.modules.activation.ReLU") + b"s"},
+        {HOOKS: b"}" + num(0) + new("normswap.batchless.Source") + b"s"},
+        {"_forward_hooks": b"}" + num(0) + new("normswap.coupling.Observer", norm=b"N") + b"s"},
+        {"_backward_pre_hooks": b"}" + num(0) + new("normswap.coupling.Observer", norm=b"N") + b"s"},
+        {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + name("os.system") + b"s"},
+        {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + text("yes") + b"s"},
+    ],
+    ids=str,
+)
+def test_other_hooks_are_refused(tmp_path: Path, marker: Path, state: dict[str, bytes]) -> None:
+    refused(archive(tmp_path / "bad.pt", module(**state)), marker)
+
+
+@pytest.mark.parametrize("norm", [b"N", text("norm"), num(3), new("normswap.batchless.Source"), module()], ids=str)
+def test_a_hook_of_something_else(tmp_path: Path, norm: bytes) -> None:
+    """It does nothing, or the file cannot be read."""
+    hook = {HOOKS: b"}" + num(0) + new("normswap.coupling.Observer", norm=norm) + b"s"}
+    with contextlib.suppress(LoadError):
+        load(str(archive(tmp_path / "odd.pt", module(**hook))))
 
 
 def test_sharing_flags_and_memory_format_are_read(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import linecache
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -974,3 +975,61 @@ def test_trained_and_reverted() -> None:
     reverted = normswap.revert(model)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(reverted[1], name), getattr(source[1], name), rtol=2e-2, atol=1e-3)  # type: ignore[index]
+
+
+# -- copies of a model and its optimizer -------------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(pair: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def state_loaded(pair: Any) -> Any:
+    """As a run that goes on from a checkpoint, and does not say the batch again."""
+    model, optimizer = copy.deepcopy(pair[0]), pair[1]
+    again = torch.optim.SGD(normswap.param_groups(model, lr=0.5), momentum=0.9)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return model, again
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "torch.save": saved_and_loaded,
+    "the state dict of the optimizer": state_loaded,
+}
+
+
+@pytest.mark.parametrize("coupling", ["auto", "none"])
+@pytest.mark.parametrize("batch", [1, 4, None])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_model_and_optimizer_goes_on_at_the_same_pace(how: str, batch: int | None, coupling: Literal["auto", "none"]) -> None:
+    torch.manual_seed(1)
+    source = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(), nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4)).eval()
+    model = normswap.convert(source, torch.randn(2, 2, 6), coupling=coupling).model.train()
+    optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.01, batch=batch), momentum=0.9)
+
+    def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
+        generator = torch.Generator().manual_seed(8)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(3, 2, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+        return {name: t.tolist() for name, t in model.state_dict().items()}
+
+    trained(model, optimizer)
+    copied = COPIES[how]((model, optimizer))
+    assert trained(*copied) == trained(model, optimizer)
+    assert {m.run.pace for m in copied[0].modules() if isinstance(m, BatchlessNorm)} == {stepping.pace_of(batch)}
+
+
+def test_a_copy_of_the_model_alone_keeps_the_pace_until_it_is_told_another() -> None:
+    model = normswap.convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval(), torch.randn(4, 2)).model
+    normswap.param_groups(model, lr=0.1, batch=2)
+    copied = copy.deepcopy(model)
+    assert copied[1].run.pace == 0.5
+    normswap.param_groups(copied, lr=0.1)
+    assert (model[1].run.pace, copied[1].run.pace) == (0.5, 1.0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 import types
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
+import torchvision_shim  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from surgery import IMAGE, error, net, swapped
@@ -20,6 +24,7 @@ from fixtures.nets import CASES, case, randomise
 from normswap import BatchlessNorm
 from normswap.errors import NormswapError, SwapError
 from normswap.plan import Plan, Rule, Swap
+from normswap.sharing import copy_with
 from normswap.swap import swap
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(3))
@@ -292,20 +297,116 @@ def test_a_lazy_model_stays_lazy() -> None:
     assert type(model[1].running_mean) is nn.UninitializedBuffer  # type: ignore[index]
 
 
+# -- tensors with a history, which torch refuses to copy --------------------------------------------------------------------------
+
+
+class Caching(nn.Module):
+    """As LevitModel does: in eval mode, what is computed from a parameter is kept for the next time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.table = nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Parameter(torch.randn(3, 5))
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def train(self, mode: bool = True) -> Caching:
+        self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.table[[0, 2]].sum(0) if self.training else self.kept.setdefault("cpu", [self.table[[0, 2]].sum(0)])[0]
+        return self.norm(self.conv(x)) + shift[:, None, None]  # type: ignore[no-any-return]
+
+
+def test_a_cache_is_copied_without_its_history() -> None:
+    model = randomise(Caching(), 3).eval()
+    expected = model(X)
+    assert not model.kept["cpu"][0].is_leaf
+    for example in (X, None):
+        conversion = normswap.convert(model, example)
+        assert [s.name for s in conversion.plan.swaps] == ["norm"]
+        copied = conversion.model.kept["cpu"][0]
+        assert copied.is_leaf
+        assert not copied.requires_grad
+        assert torch.equal(copied, model.kept["cpu"][0])
+        assert copied.data_ptr() != model.kept["cpu"][0].data_ptr()
+        torch.testing.assert_close(conversion.model(X), expected)
+    trained = conversion.model.train()
+    trained(X).square().sum().backward()
+    assert trained.table.grad is not None
+    assert trained.table.grad[[0, 2]].all()
+
+
+def test_a_levit_model_that_was_called() -> None:
+    from transformers import LevitConfig, LevitModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "key_dim": [8, 8, 8], "depths": [1, 1, 1]}
+    model = randomise(LevitModel(LevitConfig(image_size=64, **sizes)), 2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x).last_hidden_state
+    with pytest.raises(RuntimeError, match="support the deepcopy protocol"):
+        copy.deepcopy(model)
+    conversion = normswap.convert(model, {"pixel_values": x})
+    assert len(conversion.plan.swaps) == 26
+    torch.testing.assert_close(conversion.model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_output_is_copied_without_its_history() -> None:
+    model = net()
+    model.last = model(X)
+    copied = normswap.convert(model, X).model.last
+    assert torch.equal(copied, model.last)
+    assert copied.is_leaf
+
+
+def test_what_is_computed_stays_one_object() -> None:
+    model = nn.Linear(3, 4)
+    model.first = model.second = model.weight * 2
+    model.part = model.first[1]
+    copied = copy_with(model, {})
+    assert copied.first is copied.second
+    assert copied.part.untyped_storage().data_ptr() == copied.first.untyped_storage().data_ptr() != model.first.untyped_storage().data_ptr()
+
+
+def test_a_view_of_a_parameter_follows_its_copy() -> None:
+    model = nn.Linear(3, 4)
+    model.row, model.flat = model.weight[1], model.weight.view(6, 2)
+    copied = copy_with(model, {})
+    with torch.no_grad():
+        copied.weight += 1
+    assert torch.equal(copied.row, copied.weight[1])
+    assert torch.equal(copied.flat, copied.weight.view(6, 2))
+    copied.row.sum().backward()
+    assert copied.weight.grad.tolist() == [[0] * 3, [1] * 3, [0] * 3, [0] * 3]
+    assert model.weight.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.4)],
+    ids=["weight_norm", "spectral_norm", "pruning"],
+)
+def test_weights_that_hooks_compute(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = randomise(nn.Sequential(wrap(nn.Conv2d(4, 5, 3)), nn.BatchNorm2d(5)), 2).eval()
+    model(X)
+    conversion = normswap.convert(model, X)
+    assert len(conversion.plan.swaps) == 1
+    torch.testing.assert_close(conversion.model(X), model(X))
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = net()
-    model.last = model(X)  # a tensor with a history
-    with pytest.raises(SwapError, match="Net cannot be copied: Only Tensors created explicitly") as raised:
+    model.lock = threading.Lock()
+    with pytest.raises(SwapError, match="Net cannot be copied: cannot pickle") as raised:
         normswap.convert(model, X)
-    assert "a tensor of an earlier forward pass that a module keeps is the usual cause" in str(raised.value)
+    assert "a lock, a file or a generator that a module keeps is the usual cause" in str(raised.value)
 
 
 def test_an_attribute_of_a_norm_that_cannot_be_copied() -> None:
-    import threading
-
     model = net()
     decided = normswap.plan(model, X)
     model.norm.lock = threading.Lock()

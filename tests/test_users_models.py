@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import normswap
 from fixtures.nets import randomise
 from normswap import pipeline
 from normswap.commands.convert import convert_files
-from normswap.errors import SwapError, UnsafePickleError, UsageError
+from normswap.errors import LoadError, SwapError, UnsafePickleError, UsageError
 from normswap.plan import Plan
 
 MAYBE = "scales by the root of a mean or variance, or by a norm, as a normalization written by hand does"
@@ -498,6 +499,10 @@ def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, m
     built, run = cast(Any, normswap.load(out, nets.build)), cast(Any, normswap.load(out, trust=True))
     assert torch.equal(built(x), run(x))
     (out / "model.pt").write_bytes((tmp_path / "net.pt").read_bytes())  # whatever else it wants to run is listed as ever
+    with pytest.raises(LoadError, match=r"model\.pt was changed after it was written"):
+        normswap.load(out)
+    recipe = json.loads((out / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps({name: value for name, value in recipe.items() if name != "files"}))
     with pytest.raises(UnsafePickleError, match=r"wants to run code that nobody vouched for:\n  users_nets.Net"):
         normswap.load(out)
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from normswap import interrupts, outputs, pipeline
 from normswap.calibrate import Reestimate
-from normswap.commands.directory import recorded
+from normswap.commands.directory import check_same, opened, recorded
 from normswap.commands.options import all_rules, batches_of
 from normswap.commands.verified_export import verified_export
 from normswap.errors import ParityError
@@ -28,7 +28,8 @@ from normswap.load import load
 from normswap.parity import Legs
 from normswap.report.conversion import Report, report
 from normswap.report.export import export_facts
-from normswap.save import save
+from normswap.save import read_recipe, save, seal
+from normswap.training.pairs import Coupling
 
 Advance = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Advance]]
@@ -53,6 +54,7 @@ def convert_files(
     approximate: bool = False,
     max_drift: float | None = None,
     reestimate: Reestimate | None = None,
+    coupling: Coupling = "auto",
     onnx: bool = True,
     export_options: Mapping[str, Any] = MappingProxyType({}),
     trust_packages: Sequence[str] = (),
@@ -88,6 +90,7 @@ def convert_files(
                 progress=advance,
                 # A program is to load where there is no normswap, and without modes it cannot say that it is not for training.
                 aux="none" if isinstance(loaded.model, ExportedProgram) else "auto",
+                coupling=coupling,
             )
         form, factory = loaded.form, loaded.factory
         del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
@@ -128,6 +131,8 @@ def convert_files(
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(result.html(), encoding="utf-8")
+        if legs.failed is None:
+            seal(partial)
     if legs.failed is not None:
         try:
             pipeline.check(legs.failed)
@@ -153,6 +158,7 @@ class _Clock:
 
 
 def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, source: str, factory: str | None) -> None:
+    """Write the model, read it back, and hold the two against each other."""
     model, name = conversion.model, None
     if isinstance(model, ExportedProgram):
         name = "model.pt2"
@@ -162,4 +168,8 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
         name = "model.pt"
         with outputs.writing(name):
             torch.save(model, directory / name)
-    save(as_module(model), directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))
+    module = as_module(model)
+    save(module, directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))
+    # The file is trusted, as it was written a moment ago, and by this process.
+    again = as_module(opened(directory, read_recipe(directory), None, trust=True))
+    check_same(module, again, directory, conversion.inputs)

@@ -12,9 +12,10 @@ from torch import nn
 from normswap.commands.sources import Model, inputs_of, load_any
 from normswap.errors import LoadError, UsageError
 from normswap.exported import as_module
-from normswap.inputs import as_inputs, parse
+from normswap.inputs import Inputs, as_inputs, parse
 from normswap.locate import locate
 from normswap.parity import Parity
+from normswap.pipeline import given_to
 from normswap.save import sites_of
 from normswap.verify import LEVELS, MORE_LEVELS, SAME, compare, judge
 
@@ -38,7 +39,7 @@ def verify(
     Raises LoadError if a side cannot be read, UsageError if the reference cannot run on the inputs or none are known.
     """
     sides = [_open(side, **loading) for side in (reference, candidate)]
-    known = as_inputs(inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), sides)), None)
+    known = _given(sides, inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), sides)), None)
     if known is None:
         raise UsageError("no inputs are known that both models take", hint="give them: --input 1x3x224x224, or inputs=... in Python")
     a, b = sides
@@ -58,6 +59,11 @@ def verify(
         return parity
     probe = next(probe for probe in judgement.probes if probe.name == bad.probe)
     return dataclasses.replace(parity, located=locate(a, b, probe, max(SAME, bad.tolerance)))
+
+
+def _given(sides: Sequence[nn.Module | Path], inputs: Any) -> Inputs:
+    module = next((side for side in sides if isinstance(side, nn.Module)), None)
+    return as_inputs(inputs) if module is None else given_to(module, inputs)
 
 
 def verify_files(

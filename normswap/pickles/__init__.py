@@ -17,6 +17,7 @@ interpreter    what happens, without a thought to whether it may
 reviewed       the places, classes and functions that passed a review
 calls          the functions that may be called, each with the check of its arguments
 judge          whether it may happen
+wrappers       what stands for nn.DataParallel and its like, which are read as the model inside
 files          the two forms of file, and torch's own unpickler at the end
 messages       what is said of a file that is not read
 """
@@ -25,5 +26,6 @@ from __future__ import annotations
 
 from normswap.pickles.files import open_archive, read
 from normswap.pickles.messages import mismatched_torchvision
+from normswap.pickles.wrappers import stand_in, unwrapped
 
-__all__ = ["mismatched_torchvision", "open_archive", "read"]
+__all__ = ["mismatched_torchvision", "open_archive", "read", "review", "stand_in", "unwrapped"]

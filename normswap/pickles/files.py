@@ -16,6 +16,7 @@ from normswap.pickles.descriptions import Global, Storage
 from normswap.pickles.interpreter import MAX_PICKLE, Broken, Interpreter, UnknownOpcode
 from normswap.pickles.judge import Judge
 from normswap.pickles.messages import damaged, names_of_any_protocol, not_a_model, raise_wanted, reason
+from normswap.pickles.wrappers import unwrapped
 
 
 def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> Any:
@@ -28,9 +29,10 @@ def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> A
     try:
         with torch.serialization.safe_globals(new), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes torch raise has no common type
         raise LoadError(f"{name} cannot be read: {reason(error)}", hint="it may be damaged: copy or save it again") from error
+    return unwrapped(found, name)
 
 
 def review(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> dict[str, Any]:

@@ -16,7 +16,19 @@ from normswap.errors import LoadError
 from normswap.pickles.calls import CALLS, NOT_TORCHS, is_empty, is_key, is_object, is_partial, is_tensor
 from normswap.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple, expansion, show
 from normswap.pickles.messages import mismatched_torchvision, reason
-from normswap.pickles.reviewed import CODE_CARRIERS, CONFIGS, DTYPES, FUNCTIONS, OBJECTS, PLACES, STORAGES, TENSOR_TYPES, VALUE_CLASSES
+from normswap.pickles.reviewed import (
+    CODE_CARRIERS,
+    CONFIGS,
+    DTYPES,
+    FUNCTIONS,
+    HOOK,
+    OBJECTS,
+    PLACES,
+    STORAGES,
+    TENSOR_TYPES,
+    VALUE_CLASSES,
+)
+from normswap.pickles.wrappers import Aside, Wrapper, stand_in
 
 _PASSIVE = frozenset({"collections.OrderedDict", "collections.Counter"})  # made by the interpreter itself
 _NAMED = frozenset(CALLS) | _PASSIVE | FUNCTIONS | OBJECTS | DTYPES | STORAGES | TENSOR_TYPES
@@ -42,7 +54,7 @@ class Judge:
         """By the words alone: nothing is imported here."""
         if not name.name.isidentifier() or not all(part.isidentifier() for part in name.module.split(".")):
             return False
-        if name.path in _NAMED:
+        if name.path in _NAMED or stand_in(name.path) is not None:
             return True
         if CONFIGS.fullmatch(name.module) or PLACES.fullmatch(name.module):
             # a class, by its looks: spares an import to find out that it is a function
@@ -55,6 +67,9 @@ class Judge:
         if path in self.objects or path in _PASSIVE | DTYPES | STORAGES | TENSOR_TYPES:
             return None
         if path in CALLS and path not in NOT_TORCHS:
+            return None
+        if (instead := stand_in(path)) is not None:
+            self.objects[path] = instead
             return None
         top = name.module.partition(".")[0]
         try:
@@ -168,6 +183,8 @@ class Judge:
 
     def object(self, thing: Object) -> None:
         cls = self.objects.get(thing.cls.path) if isinstance(thing.cls, Global) else None
+        if cls is Aside and isinstance(thing.args, Tuple):
+            return None  # which keeps nothing: what it is told has been judged for itself
         if not isinstance(cls, type) or not (isinstance(thing.args, Tuple) and not thing.args.items):
             return self.refuse(f"{show(thing.cls)}.__new__{show(thing.args)}")
         for state in thing.states:
@@ -197,12 +214,18 @@ def _may_set(cls: type, key: str, value: Any) -> bool:
     """Whether an instance may have this attribute. Its value, if it can be called, has been reviewed; here is what it stands for."""
     if key.startswith("__"):
         return False
+    if cls is Wrapper and key != "_modules":
+        return True  # which it does not keep
     if isinstance(inspect.getattr_static(cls, key, None), types.FunctionType | classmethod | staticmethod):
         return False  # forward = ..., and every other method
     if "implementation" in key:  # transformers reads names of attention kernels on the hub from these
         return value is None or (isinstance(value, str) and value.isidentifier())
     if not issubclass(cls, nn.Module):
         return True
+    if key == "_forward_pre_hooks" and isinstance(value, Dict):
+        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path == HOOK for _, hook in value.pairs)
+    if key == "_forward_pre_hooks_with_kwargs" and isinstance(value, Dict):
+        return all(item is True for _, item in value.pairs)
     if "hook" in key or key == "_compiled_call_impl":
         return value is None or isinstance(value, bool) or is_empty(value) or (isinstance(value, Call) and value.path == "builtins.set")
     if key not in ("_parameters", "_buffers", "_modules"):

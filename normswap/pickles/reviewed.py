@@ -87,8 +87,11 @@ OBJECTS = frozenset(
         "timm.models._features.FeatureInfo",
         "transformers.generation.configuration_utils.GenerationConfig",
         "normswap.batchless.Source",
+        "normswap.coupling.Observer",
     }
 )
+# The one hook that may be in a file: that of a conv or linear whose input a coupled BatchlessNorm takes note of.
+HOOK = "normswap.coupling.Observer"
 
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes)

@@ -73,7 +73,7 @@ def _kind(module: nn.Module) -> Hashable:
     return (
         type(module),
         tuple((name, fixed(value)) for name, value in sorted(vars(module).items()) if not name.startswith("_") and name != "training"),
-        tuple((name, None if tensor is None else tensor.shape) for name, tensor in own),
+        tuple((name, None if tensor is None else (tensor.shape, tensor.is_meta)) for name, tensor in own),
         tuple((name, type(child)) for name, child in module._modules.items()),
     )
 
@@ -106,12 +106,16 @@ def _probe(module: nn.Module) -> Normalizes | None:
 def bare_copy(module: nn.Module) -> nn.Module | None:
     """A copy in eval mode without its own dropout and activation; None for a layer that cannot be copied, and so cannot be tried.
 
-    Its parameters are drawn at random: a gate that is still 0 must not hide.
+    Its parameters are drawn at random: a gate that is still 0 must not hide. So those that have no values yet get some; buffers cannot.
     """
+    if any(buffer.is_meta for buffer in module.buffers()):
+        return None
     try:
         bare = copy.deepcopy(module).eval()
     except Exception:
         return None
+    if any(parameter.is_meta for parameter in bare.parameters()):
+        bare.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in bare.parameters():
@@ -149,7 +153,7 @@ def _along(bare: nn.Module, module: nn.Module, axis: int | tuple[int, ...], chan
 
 
 def _run(bare: nn.Module, module: nn.Module, x: Tensor) -> Tensor | None:
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    device = next((t.device for t in (*bare.parameters(), *bare.buffers())), torch.device("cpu"))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
             y = bare(x.to(device))

@@ -11,7 +11,7 @@ from normswap import stepping
 from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
 from normswap.injection import inject_operator
-from normswap.stepping import MARK, STATISTICS
+from normswap.stepping import MARK, PACE, STATISTICS
 from normswap.training.loss import layers_of
 
 
@@ -51,7 +51,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batc
     ]
     for rate in sorted(set(rates.values())):
         statistics = [p for p in trained if rates.get(p) == rate]
-        groups.append({"params": statistics, "lr": rate, "weight_decay": 0.0, "momentum": 0.0, MARK: STATISTICS})
+        fixed: dict[str, Any] = {"lr": rate, "weight_decay": 0.0, "momentum": 0.0, MARK: STATISTICS, PACE: stepping.pace_of(batch)}
+        groups.append({"params": statistics, **fixed})
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient", hint="nothing to train: requires_grad_(True)")

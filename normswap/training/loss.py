@@ -48,15 +48,16 @@ def aux_loss(model: nn.Module) -> Tensor:
             )
     if all(layer.aux == "none" for layer in layers.values()):
         raise UsageError('every layer has aux="none", so there is no auxiliary loss', hint='convert with aux="explicit"')
-    terms = [term for layer in layers.values() for term in layer.run.terms]
+    forwards = [layer.run.to_read() for layer in layers.values()]
+    terms = [term for forward in forwards for term in forward.terms]
     trained = [layer for layer in layers.values() if layer.mean.requires_grad or layer.std_parameter.requires_grad]
     if not terms and trained:
         raise UsageError(
             "there was no forward pass in train mode with gradients, so there is no auxiliary loss",
             hint="call model.train(), then the model, then aux_loss(model); a copy of a model starts without a forward pass",
         )
-    for layer in layers.values():
-        layer.run.read = True
+    for forward in forwards:
+        forward.read = True
     values = [valued(term.value, term.parameters, term.by) for term in terms]
     return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
 
