@@ -217,8 +217,6 @@ def test_another_layer_of_a_file_that_lacks_something(change: Callable[[nn.Conv2
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("std", "eval"),
-        ("std", [1]),
         ("source", (1, 2)),
         ("affine", None),
         ("aux", b"z"),
