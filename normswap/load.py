@@ -29,7 +29,9 @@ import torch
 from torch import nn
 
 from normswap import archives, pickles, saved_transformers, wellformed
+from normswap.batchless import AUXES, PARAMETER_OF_FORM, BatchlessNorm, Source
 from normswap.errors import LoadError, UsageError, described, first_line, shown
+from normswap.numerics import REDUCTIONS, STATS, STD_FORMS
 from normswap.sharing import on_meta
 from normswap.specs import SPEC, make_working_directory_importable
 
@@ -322,7 +324,32 @@ def _read(path: Path, trust_packages: Sequence[str], trust: bool) -> Any:
         found = _state_dict(found, path.name)
     if isinstance(found, nn.Module) and (problem := wellformed.problem_of_file(found)) is not None:
         raise LoadError(f"{path.name} {problem[0]}", hint=problem[1] or "save the model again with torch.save(model, path)")
+    if isinstance(found, nn.Module) and (name := _not_ours(found)) is not None:
+        raise LoadError(f"{path.name} has a BatchlessNorm {name} as normswap makes none", hint="convert the original model again")
     return found
+
+
+def _not_ours(model: nn.Module) -> str | None:
+    """The name of a BatchlessNorm that is not as the constructor leaves it."""
+    needed = {"num_features", "channel_axis", "shared_axes", "affine", "source", "mean", "weight", "bias"}
+    words: dict[str, tuple[str, ...]] = {"std": STD_FORMS, "reduction": REDUCTIONS, "aux": AUXES, "stats": STATS}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BatchlessNorm):
+            continue
+        state = {**vars(layer), **layer._parameters, **layer._buffers}
+        known = all(isinstance(word := getattr(layer, key, None), str) and word in known for key, known in words.items())
+        numbers = type(layer.calls) is int and isinstance(layer.momentum, int | float)
+        axes = (*_tuple(layer, "channel_axis"), *_tuple(layer, "shared_axes"))
+        numbers = numbers and all(type(axis) is int for axis in axes)
+        whole = known and needed | {PARAMETER_OF_FORM[layer.std]} <= state.keys()
+        if not (whole and numbers and isinstance(state["affine"], bool) and isinstance(state["source"], Source | None)):
+            return str(name)
+    return None
+
+
+def _tuple(layer: nn.Module, name: str) -> tuple[Any, ...]:
+    value = getattr(layer, name, None)
+    return value if isinstance(value, tuple) else (None,)
 
 
 def _zip_names(file: IO[bytes]) -> list[str]:

@@ -47,6 +47,10 @@ def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
     for where, module in _all(model):
         if missing := [name for name in _OF_EVERY_MODULE if name not in vars(module)]:
             return f"has a {type(module).__name__} without {missing[0]}{_inside(where)}: no constructor leaves it so", None
+        for name, made in vars(nn.Module()).items():
+            value = vars(module).get(name, made)
+            if made is not None and not isinstance(value, type(made)):
+                return f"has a {type(module).__name__}{_named(where)} with {name} {shown(value)}: no constructor leaves it so", None
         for kind, held, wanted in (("layer", module._modules, nn.Module), ("parameter", module._parameters, nn.Parameter)):
             for name, value in held.items():
                 if value is not None and not isinstance(value, wanted):
@@ -57,7 +61,7 @@ def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
     if (nesting := _nesting(model)) is not None:
         return nesting, None
     for where, module in model.named_modules():
-        if (why := _of_norm(module)) is not None:
+        if (why := _of_layer(module)) is not None:
             return f"has a {type(module).__name__}{_named(where)} {why}: no constructor leaves it so", None
     return problem(model)
 
@@ -94,7 +98,8 @@ def _all(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while stack:
         where, module = stack.pop()
         yield where, module
-        for name, child in vars(module).get("_modules", {}).items():
+        children = vars(module).get("_modules")
+        for name, child in children.items() if isinstance(children, dict) else ():
             if isinstance(child, nn.Module) and id(child) not in seen:
                 seen.add(id(child))
                 stack.append((f"{where}.{name}".lstrip("."), child))
@@ -135,8 +140,17 @@ def _nesting(model: nn.Module) -> str | None:
     return None
 
 
+def _of_layer(module: nn.Module) -> str | None:
+    """What a layer of torch lacks that every layer of its kind has."""
+    for name, value in vars(module).items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            return f"with {name} {shown(value)}"
+    of_torch = type(module).__module__.startswith("torch.nn.")
+    lacking = [name for name in getattr(module, "__constants__", ()) if not hasattr(module, name)] if of_torch else []
+    return f"without {lacking[0]}" if lacking else _of_norm(module)
+
+
 def _of_norm(module: nn.Module) -> str | None:
-    """What a norm of torch lacks that every norm of its kind has."""
     wanted: dict[str, type]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...] = ()

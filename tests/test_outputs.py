@@ -122,6 +122,31 @@ def test_a_file_cannot_replace_a_directory(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_and_what_it_leads_to_is_not(there: bool, tmp_path: Path) -> None:
+    target, link = tmp_path / "precious", tmp_path / "m.onnx"
+    if there:
+        target.write_text("years of work")
+    link.symlink_to(target)
+    with outputs.file(link) as partial:
+        partial.write_text(NEW)
+    assert not link.is_symlink()
+    assert link.read_text() == NEW
+    assert (target.read_text() == "years of work") if there else not target.exists()
+
+
+def test_a_link_in_the_old_directory_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_text(OLD)
+    (tmp_path / "out" / "model.pt").symlink_to(tmp_path / "elsewhere")
+    with outputs.directory(tmp_path / "out") as partial:
+        (partial / "recipe.json").write_text(NEW)
+    assert os.listdir(tmp_path / "out") == ["recipe.json"]
+    assert os.listdir(tmp_path / "elsewhere") == ["precious"]
+
+
 # -- killed -------------------------------------------------------------------------------------------------------------------------------
 
 

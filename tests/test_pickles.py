@@ -228,6 +228,28 @@ def test_gadgets_of_allowed_names_are_refused(tmp_path: Path, gadget: str) -> No
     assert any(expected in item for item in error.wanted), error.wanted
 
 
+BOMBS = {
+    "tuples": (b")" + b"q\x01h\x01\x86" * 60, "values inside values, more than normswap reads"),
+    "lists": (b"](" * 60 + b"]q\x01" + b"h\x01eq\x01" * 60, "values inside values, more than normswap reads"),
+    "depth": (b")" + b"\x85" * 5000, "values inside values, more than normswap reads"),
+    "a list in itself": (b"]q\x01h\x01a", "a value that contains itself"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_values_that_copying_would_not_end_with(tmp_path: Path, bomb: str) -> None:
+    program, text = BOMBS[bomb]
+    with pytest.raises(LoadError, match=f"^the file holds {text}"):
+        load(str(archive(tmp_path / "bomb.pt", module(note=program))))
+
+
+def test_values_inside_values_are_read(tmp_path: Path) -> None:
+    shared = ("a", 1)
+    model = nn.ReLU()
+    model.note = [{"a": [shared, shared, [1.5] * 10_000]}, [[[[[shared]]]]]]  # type: ignore[assignment]
+    assert roundtrip(model, tmp_path).note == model.note
+
+
 def test_the_carrier_of_the_gadgets_is_innocent(tmp_path: Path) -> None:
     """So that what the test above sees refused is the gadget."""
     assert isinstance(load(str(archive(tmp_path / "ok.pt", module()))).model, nn.ReLU)

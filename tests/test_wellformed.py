@@ -196,6 +196,45 @@ def test_a_batch_norm_of_a_file_that_lacks_something(what: str, tmp_path: Path) 
         load(str(tmp_path / "m.pt"))
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda conv: conv.__dict__.pop("in_channels"), "a Conv2d 0 without in_channels"),
+        (lambda conv: conv.__dict__.update(in_channels=2**70), "a Conv2d 0 with in_channels 1180591620717411303424"),
+        (lambda conv: conv.__dict__.update(_forward_hooks=None), "a Conv2d 0 with _forward_hooks None"),
+        (lambda conv: conv.__dict__.pop("_buffers"), "a Conv2d without _buffers, in 0"),
+        (lambda conv: conv._parameters.update(weight=torch.ones(5, 3, 3, 3)), "a parameter 'weight', in 0 that is a Tensor"),
+    ],
+)
+def test_another_layer_of_a_file_that_lacks_something(change: Callable[[nn.Conv2d], object], text: str, tmp_path: Path) -> None:
+    model = net()
+    change(model[0])  # type: ignore[arg-type]
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(LoadError, match=rf"^m\.pt has {text}"):
+        load(str(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source", (1, 2)),
+        ("affine", None),
+        ("aux", b"z"),
+        ("momentum", "x"),
+        ("channel_axis", 1),
+        ("calls", None),
+    ],
+)
+def test_a_batchless_norm_of_a_file_that_normswap_did_not_make(name: str, value: Any, tmp_path: Path) -> None:
+    model = normswap.convert(net(), X, coupling="none").model
+    torch.save(model, tmp_path / "m.pt")
+    assert load(str(tmp_path / "m.pt")).form == "module"
+    model[1].__dict__[name] = value  # type: ignore[operator]
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(LoadError, match=r"^m\.pt has a BatchlessNorm 1 as normswap makes none\nhint: convert the original model again"):
+        load(str(tmp_path / "m.pt"))
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "without affine": lambda: nn.BatchNorm2d(5, affine=False),
     "without statistics": lambda: nn.BatchNorm2d(5, track_running_stats=False),

@@ -117,8 +117,6 @@ class Judge:
             return
         if not self.may_be_value(root):
             self.refuse(show(root))
-        if (bomb := expansion(made)) is not None:
-            raise LoadError(f"the file holds {bomb}", hint="save model.state_dict() and use --arch")
         for thing in made:
             if isinstance(thing, Storage):
                 self.storage(thing)
@@ -135,6 +133,8 @@ class Judge:
                 for index, item in enumerate(thing.items):
                     if index not in spoken_for and not self.may_be_value(item):
                         self.refuse(f"{show(item)} as a value")
+        if not self.wanted and (bomb := expansion(made)) is not None:
+            raise LoadError(f"the file holds {bomb}", hint="save model.state_dict() and use --arch")
 
     def storage(self, thing: Storage) -> None:
         match thing.pid:
