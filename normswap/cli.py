@@ -288,12 +288,9 @@ def verify(
     Measures whether CANDIDATE computes what REFERENCE computes; exits with 3 if it does not, naming the first layer that differs.
     """
     with _work(debug):
-        from normswap.commands.sources import check_onnx
         from normswap.commands.verify import verify_files
         from normswap.report.parity import parity_json, parity_summary, parity_table
 
-        for side in (reference, candidate):
-            check_onnx(side)
         parity = verify_files(
             reference,
             candidate,

@@ -143,6 +143,7 @@ def _scratch(path: Path) -> Iterator[Path]:
             _remove_left_over(path)
             partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
             lock = _lock(partial)
+    _OURS.add(partial)
     try:
         yield partial
     except OSError as error:
@@ -153,6 +154,10 @@ def _scratch(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _unlock(lock)
+        _OURS.discard(partial)
+
+
+_OURS: set[Path] = set()  # the temporary directories of this process, which nobody else writes into
 
 
 def _remove_left_over(path: Path) -> None:
@@ -196,8 +201,8 @@ def _unlock(lock: int | None) -> None:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Two runs into one directory end one after the other."""
-    lock = _lock(directory, wait=True)
+    """Two runs into one directory end one after the other. A temporary directory is locked already, by the run that made it."""
+    lock = None if directory in _OURS else _lock(directory, wait=True)
     try:
         yield
     finally:

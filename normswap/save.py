@@ -138,15 +138,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def seal(directory: Path) -> None:
     """Record the SHA-256 of every other file of the directory in its recipe: when all are written."""
     recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-    recipe["files"] = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name != RECIPE}
+    recipe["files"] = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name != RECIPE and path.is_file()}
     _write(directory / RECIPE, recipe)
 
 
 def check_files(directory: Path, recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LoadError for one of these files whose contents are not those that the recipe tells of. It may be missing."""
+    """Raise LoadError for one of these files whose contents are not those that the recipe tells of. It may be missing, or no file."""
     for name in names:
         wanted = (recipe.files or {}).get(name)
-        if recipe.files is None or not (directory / name).exists() or (wanted is not None and _digest(directory / name) == wanted):
+        if recipe.files is None or not (directory / name).is_file() or (wanted is not None and _digest(directory / name) == wanted):
             continue
         what = "is not among the files of" if wanted is None else "was changed after it was written: its SHA-256 is not the one in"
         raise LoadError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap import external_data, outputs
+from normswap import outputs
 from normswap.commands.directory import load, restored
 from normswap.inputs import Inputs, infer
 from normswap.load import build
@@ -33,12 +33,6 @@ def load_any(
     if Path(source).is_dir():
         return load(source, factory_of(arch), trust_packages=trust_packages, trust=trust)
     return load_source(source, arch=arch, trust_packages=trust_packages, trust=trust).model
-
-
-def check_onnx(source: str) -> None:
-    """Raise LoadError if `source` is an ONNX file that keeps weights outside its own directory."""
-    if Path(source).suffix == ".onnx" and Path(source).is_file():
-        external_data.check(Path(source))
 
 
 def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap import external_data
 from normswap.commands.sources import Model, inputs_of, load_any
 from normswap.errors import LoadError, UsageError
 from normswap.exported import as_module
@@ -98,6 +99,7 @@ def _open(side: Model | str | Path, **loading: Any) -> nn.Module | Path:
     if Path(side).suffix == ".onnx":
         if not Path(side).is_file():
             raise LoadError(f"{side} does not exist", hint="give the path of an .onnx file")
+        external_data.check(Path(side))
         return Path(side)
     if not _takes_arch(str(side)):
         loading = {**loading, "arch": None}
