@@ -494,7 +494,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) ->
     return model
 
 
-_KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*)"\.')
+_KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*)"\.', re.DOTALL)
 _SIZE = re.compile(
     r"size mismatch for (.*): copying a param with shape torch\.Size\(\[(.*)\]\) from checkpoint, .* torch\.Size\(\[(.*)\]\)\."
 )

@@ -22,8 +22,11 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # in an RMSNorm, None is the e
 _OF_EVERY_MODULE = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
-def problem(model: nn.Module) -> tuple[str, str | None] | None:
-    """What is wrong with the names and the nesting of a model, and a hint; None if nothing is. The text goes on from "the model"."""
+def problem(model: nn.Module, *, dots: bool = True) -> tuple[str, str | None] | None:
+    """What is wrong with the names and the nesting of a model, and a hint; None if nothing is. The text goes on from "the model".
+
+    dots: whether a layer may have one in its name. It is then the name of another, perhaps, which is no danger: both are listed.
+    """
     if (found := _nesting(model)) is not None:
         return found, None
     for where, module in model.named_modules():
@@ -35,7 +38,8 @@ def problem(model: nn.Module) -> tuple[str, str | None] | None:
             ("tensor", tensors),
         ):
             for name in names:
-                if not (isinstance(name, str) and NAME.fullmatch(name)):
+                plain = name.replace(".", "_") if dots and kind == "layer" and isinstance(name, str) else name
+                if not (isinstance(plain, str) and NAME.fullmatch(plain)):
                     return f"has a {kind} named {shown(name)}{_inside(where)}", HINT
         if isinstance(module, _NORMS) and type(module).forward.__module__.startswith("torch.nn.") and not _is_number(module.eps):
             return f"has a {type(module).__name__}{_named(where)} with eps {shown(module.eps)}", "it cannot run so: eps is a number"
@@ -44,7 +48,7 @@ def problem(model: nn.Module) -> tuple[str, str | None] | None:
 
 def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
     """The same of a model that a file described: that may also lack what a constructor would have made."""
-    for where, module in _all(model):
+    for where, module in every_module(model):
         if missing := [name for name in _OF_EVERY_MODULE if name not in vars(module)]:
             return f"has a {type(module).__name__} without {missing[0]}{_inside(where)}: no constructor leaves it so", None
         for name, made in vars(nn.Module()).items():
@@ -63,7 +67,7 @@ def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
     for where, module in model.named_modules():
         if (why := _of_layer(module)) is not None:
             return f"has a {type(module).__name__}{_named(where)} {why}: no constructor leaves it so", None
-    return problem(model)
+    return problem(model, dots=False)
 
 
 def problem_of_names(names: Iterator[str]) -> tuple[str, str | None] | None:
@@ -92,7 +96,7 @@ def _is_clean(where: str) -> bool:
     return all(map(NAME.fullmatch, where.split(".")))
 
 
-def _all(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def every_module(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, with a name; also of a model that is not well formed."""
     seen, stack = {id(model)}, [("", model)]
     while stack:

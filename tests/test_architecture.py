@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "sharing": frozenset({"errors"}),
     "archives": NOTHING,
     "inputs": frozenset({"errors", "archives", "sharing"}),
-    "pickles": frozenset({"errors"}),
+    "pickles": frozenset({"errors", "wellformed"}),
     "plan": frozenset({"errors", "numerics"}),
     "autograd": frozenset(),
     "injection": frozenset({"stepping", "autograd"}),

@@ -90,7 +90,9 @@ def test_a_real_onnx_file_is_folded_or_says_why_not(name: str, tmp_path: Path) -
     assert after == 0 or left or folded.notes
     x = np.random.default_rng(1).standard_normal(file.shape).astype(np.float32)
     for expected, found in zip(run_onnx(file.file(), x), run_onnx(tmp_path / "folded.onnx", x), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+        # Of noise, the detector makes probabilities near 0, and onnxruntime's sigmoid is good to 2e-7 of 1.
+        atol = 2e-7 if name == "PaddleOCR detection" else 1e-5 * float(np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.slow

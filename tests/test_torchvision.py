@@ -48,7 +48,7 @@ def test_model_converts_whole(name: str) -> None:
     record = coverage.measure(CASES[name])
     assert record["findings"] == []
     assert record["parity"]["passed"]
-    assert record["parity"]["forward passes"] == 19
+    assert record["parity"]["forward passes"] in (20, 24)  # a batch of 1 is no probe of its own where the example is one
     found = record["backend"], record["swapped"], sum(record["skipped"].values())
     assert found == REPRESENTATIVE[name]
     assert record["batch norms"] == record["swapped"]
@@ -95,8 +95,7 @@ def committed() -> dict[str, Any]:
 
 
 def test_committed_table_is_that_of_the_committed_results() -> None:
-    page = coverage.PAGE.read_text()
-    between = page[page.index(coverage.BEGIN) + len(coverage.BEGIN) : page.index(coverage.END)]
+    between = coverage.PAGE.read_text().partition(coverage.BEGIN)[2].partition(coverage.END)[0]
     assert between.strip() == coverage.table(committed()).strip()
 
 

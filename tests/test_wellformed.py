@@ -39,7 +39,15 @@ def test_names_that_are_usual_are_kept(name: str, tmp_path: Path) -> None:
     assert name in dict(load(str(tmp_path / "m.pt")).model.named_children())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("what", NAMES)
+def test_a_dot_in_the_name_of_a_layer_is_listed_from_python_and_refused_in_a_file(tmp_path: Path) -> None:
+    model = net(**{"a.b": nn.BatchNorm2d(5)})
+    assert "a.b" in {skip.name for skip in normswap.plan(model, X).skips}
+    torch.save(model, tmp_path / "m.pt")
+    with pytest.raises(LoadError, match=r"^m\.pt has a layer named 'a\.b'"):
+        load(str(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize("what", [what for what in NAMES if what != "a dot"])
 def test_a_name_of_a_layer_that_code_cannot_hold(what: str, tmp_path: Path) -> None:
     model = net(**{NAMES[what]: nn.Identity()})
     for function in (normswap.plan, normswap.inspect, normswap.convert):

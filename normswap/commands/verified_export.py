@@ -64,7 +64,7 @@ def verified_export(
         elif others[1]:
             notes.append(f"not verified: other sizes of {', '.join(others[1])}; the model runs at none that was tried")
             others = None
-    with tempfile.TemporaryDirectory(prefix="normswap-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".baseline-", dir=path.parent) as folder:
         before = Path(folder) / "baseline.onnx"
         # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
         baseline = before if not half and program.write_baseline(before) else None

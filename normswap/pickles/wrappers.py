@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import LoadError
+from normswap.wellformed import every_module
 
 WRAPPERS = frozenset(
     {
@@ -58,9 +59,10 @@ def unwrapped(found: Any, name: str) -> Any:
         return found
     found = _inside(found, name)
     if isinstance(found, nn.Module):
-        for module in list(found.modules()):
-            for key, child in module._modules.items():
-                module._modules[key] = _inside(child, name)
+        for _, module in list(every_module(found)):  # which the file may have put together as no constructor does
+            children = vars(module).get("_modules")
+            if isinstance(children, dict):
+                children.update({key: _inside(child, name) for key, child in children.items()})
     return found
 
 
