@@ -4,7 +4,7 @@
     python -m benchmarks.onnx_parity AlphaZero ViT       some nets
 
 Legs: the net of `onnx_skeletons`, with BatchlessNorms, a tenth of whose weights are 0, a tenth 1e-7 and a tenth negative, is exported and
-held against itself in float64 at batch 1, 2 and 7, at x 1e-3, x 1e3, all 0 and all 3. What is shown is the largest error of any output at
+held against itself in float64 at batch 1, 2 and 7, at x 1e-3, x 1e3 and all 3. What is shown is the largest error of any output at
 any of these, relative to its largest value: of the net in float32 (the noise floor), in onnxruntime at the worst of its four levels, in
 onnx's evaluator at those inputs that it takes seconds for, and of the net in float16 in torch. A leg may be 10 times the noise floor. Left
 out are inputs at which the net itself is more than 1e-4 from its float64 run in float32, such as x 1e3 for an attention without norms.

@@ -1,8 +1,8 @@
 """The inputs at which a model is judged: a fixed number, made from one set of example inputs.
 
-    the example inputs; a seeded batch of 1, unless the example is one; a seeded batch of 3
-    the batch of 1 with its floats x 1e-3, and x 1e3
-    for ONNX files also: the batch of 1 with its floats all 0, and all 3
+    the example inputs; a seeded batch of 1 and one of 3, or one of 2 where the example is a batch of 1
+    the batch of 1 with its floats x 1e-3, where little but the biases is left, and x 1e3
+    for ONNX files also: the batch of 1 with its floats all 3, where sums cancel and borders show
 
 Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. If
 every floating tensor of the example holds one value only (`torch.zeros(1, 3, 224, 224)`), a model cannot be told from another by it: then
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 LARGE = " x 1000"  # how the name of the one with large inputs ends
-FLAT = (0.0, 3.0)
+FLAT = 3.0
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -57,17 +57,17 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
     batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary
     yield Probe("example", args, kwargs)
     single = _seeded(args, kwargs, batch, 1, seed=1)
-    one, three = (f"batch {n}" if batch is not None else f"seed {n}" for n in (1, 3))
+    many = 2 if batch == 1 else 3
+    one, more = (f"batch {n}" if batch is not None else f"seed {n}" for n in (1, many))
     if batch != 1:  # a batch of 1 is what the example is
         yield Probe(one, *single, like_example=batch is None)
-    yield Probe(three, *_seeded(args, kwargs, batch, 3, seed=2), like_example=batch in (None, 3))
+    yield Probe(more, *_seeded(args, kwargs, batch, many, seed=2), like_example=batch in (None, many))
     for factor in (1e-3, 1e3):
         scaled = _mapped(single, functools.partial(_scaled, factor=factor))
         yield Probe(f"{one} x {factor:g}", *scaled, like_example=batch in (None, 1), scaled=True)
-    for value in FLAT:
-        same = _mapped(single, functools.partial(_filled, value=value))
-        if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-            yield Probe(f"{one}, all {value:g}", *same, like_example=batch in (None, 1), scaled=True, flat=True)
+    if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        same = _mapped(single, functools.partial(_filled, value=FLAT))
+        yield Probe(f"{one}, all {FLAT:g}", *same, like_example=batch in (None, 1), scaled=True, flat=True)
 
 
 def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Mapping[int, str]]) -> Iterator[tuple[str, Probe]]:

@@ -165,6 +165,7 @@ def onnx_runner(path: Path, level: str, taps: Sequence[Tap] = ()) -> Runner:
         return _evaluator(onnx.load(path), taps)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised as well
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait by turning cost the time of others
     options.graph_optimization_level = {
         "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,

@@ -17,10 +17,10 @@ Where noise is above CAP, the second says nothing, and that row is left to the o
 nowhere fails. It fails closed: NaN, a missing output, another shape or dtype, or nothing to compare all fail, and one failing output or
 layer fails all. FLOOR goes by the coarsest dtype of weights, outputs and layers, CAP by the coarsest that anything is computed in.
 
-Forward passes: 7 probes (`probes.py`) in float64 and 7 in the reference's own dtype; then 5 and 5 for a module, 7 for an ONNX file at each
-level and 7 for its baseline. What fails is looked at again (`second_look.py`) before it is called a failure. A probe that the reference
-itself refuses (a fixed batch size, say) is dropped and named; one of the two flat ones also where the reference itself is further from its
-float64 run than CAP, or all that it gives is 0.
+Forward passes: 6 probes (`probes.py`) in float64 and 6 in the reference's own dtype; then 5 and 5 for a module, 6 for an ONNX file at each
+level and 6 for its baseline; one less of each where the example is a batch of 1. What fails is looked at again (`second_look.py`) before it
+is called a failure. A probe that the reference itself refuses (a fixed batch size, say) is dropped and named; the flat one also where the
+reference itself is further from its float64 run than CAP, or all that it gives is 0.
 
 Memory: the float64 run shares the weights and widens each where an operation reads it. Of a swapped layer's output, at most TAP_SIZE evenly
 spread values per probe and call are kept; the model's outputs are kept whole.

@@ -15,14 +15,15 @@ def made(*args: Any, **kwargs: Any) -> dict[str, Probe]:
     return {probe.name: probe for probe in probes(args, kwargs)}
 
 
-def test_seven_from_a_batch() -> None:
+def test_six_from_a_batch() -> None:
     x = torch.randn(2, 3, 5)
     found = made(x)
-    assert list(found) == ["example", "batch 1", "batch 3", "batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 0", "batch 1, all 3"]
-    assert [len(p.args[0]) for p in found.values()] == [2, 1, 3, 1, 1, 1, 1]
-    assert [p.like_example for p in found.values()] == [True, *[False] * 6]
-    assert [name for name, p in found.items() if p.flat] == ["batch 1, all 0", "batch 1, all 3"]
-    assert [found[f"batch 1, all {n}"].args[0].unique().tolist() for n in (0, 3)] == [[0], [3]]
+    assert list(found) == ["example", "batch 1", "batch 3", "batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 3"]
+    assert [len(p.args[0]) for p in found.values()] == [2, 1, 3, 1, 1, 1]
+    assert [p.like_example for p in found.values()] == [True, *[False] * 5]
+    assert [name for name, p in found.items() if p.flat] == ["batch 1, all 3"]
+    assert [name for name, p in found.items() if p.scaled] == ["batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 3"]
+    assert found["batch 1, all 3"].args[0].unique().tolist() == [3]
     assert found["example"].args[0] is x
     one = found["batch 1"].args[0]
     assert torch.equal(found["batch 1 x 1000"].args[0], one * 1e3)
@@ -30,9 +31,15 @@ def test_seven_from_a_batch() -> None:
     assert not torch.equal(one, x[:1])
 
 
-@pytest.mark.parametrize(("batch", "like"), [(1, set(made(torch.randn(1, 4))) - {"batch 3"}), (3, {"example", "batch 3"})])
+@pytest.mark.parametrize(("batch", "like"), [(1, set(made(torch.randn(1, 4))) - {"batch 2"}), (3, {"example", "batch 3"})])
 def test_like_example_is_about_shapes(batch: int, like: set[str]) -> None:
     assert {name for name, probe in made(torch.randn(batch, 4)).items() if probe.like_example} == like
+
+
+def test_a_batch_of_one_is_not_made_again() -> None:
+    found = made(torch.randn(1, 3, 5))
+    assert list(found) == ["example", "batch 2", "batch 1 x 0.001", "batch 1 x 1000", "batch 1, all 3"]
+    assert [len(p.args[0]) for p in found.values()] == [1, 2, 1, 1, 1]
 
 
 def test_they_are_the_same_every_time() -> None:
@@ -63,7 +70,7 @@ def test_only_floats_are_scaled() -> None:
 def test_without_a_common_batch_axis_only_the_values_change() -> None:
     a, b, tokens = torch.randn(2, 3), torch.randn(4), torch.arange(5)
     found = made(a, b, tokens)
-    assert list(found) == ["example", "seed 1", "seed 3", "seed 1 x 0.001", "seed 1 x 1000", "seed 1, all 0", "seed 1, all 3"]
+    assert list(found) == ["example", "seed 1", "seed 3", "seed 1 x 0.001", "seed 1 x 1000", "seed 1, all 3"]
     assert all(p.like_example for p in found.values())
     assert [t.shape for t in found["seed 3"].tensors()] == [a.shape, b.shape, tokens.shape]
     assert not torch.equal(found["seed 1"].args[0], a)

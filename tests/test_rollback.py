@@ -259,11 +259,11 @@ def test_what_is_undone_stays_in_the_file(tmp_path: Path, target: Any, half: boo
 
 def test_a_flat_input_at_which_nothing_can_be_learnt_is_dropped_and_named(tmp_path: Path) -> None:
     path = small_stream(tmp_path / "in.onnx", 1e-5)
-    linear = judge(nn.Linear(3, 2, bias=False), (torch.randn(2, 3),), {})
-    assert linear.dropped == ["batch 1, all 0: what the original gives there is 0"]
+    linear = judge(nn.Sequential(nn.Threshold(5.0, 0.0), nn.Linear(3, 2, bias=False)), (torch.randn(2, 3),), {})
+    assert linear.dropped == ["batch 1, all 3: what the original gives there is 0"]
     norm = judge(nn.InstanceNorm1d(4), (torch.randn(2, 4, 9) / 3,), {})
     assert any(text.startswith("batch 1, all ") for text in norm.dropped)
     judgement = judge(path, (torch.randn(2, 3, 6, 5),), {})
-    assert compare(judgement, path).probes[-2:] == ("batch 1, all 0", "batch 1, all 3")
+    assert compare(judgement, path).probes[-2:] == ("batch 1 x 1000", "batch 1, all 3")
     assert compare(linear, nn.Linear(3, 2)).probes == ("example", "batch 1", "batch 3", "batch 1 x 0.001", "batch 1 x 1000")
     assert compare(linear, nn.Linear(3, 2)).dropped == ()

@@ -510,9 +510,7 @@ def test_the_command_and_python_convert_alike(
     torch.save(_factory(1) if source == "module" else _factory(1).state_dict(), "net.pt")
     arch = {} if source == "module" else {"arch": "save_test_net:net"}
     convert_files("net.pt", tmp_path / "out", inputs=["4x3x8x8"], onnx=False, coupling=coupling, **arch)  # type: ignore[arg-type]
-    loaded = normswap.load(
-        tmp_path / "out", trust=True
-    )  # it builds the architecture by code of the directory
+    loaded = normswap.load(tmp_path / "out", trust=True)  # it builds the architecture by code of the directory
     assert isinstance(loaded, nn.Module)
     pickled = [load_source("out/model.pt").model] if source == "module" else []  # which is the same by itself
     assert all(trained(cast(nn.Module, model)) == trained(copy.deepcopy(loaded)) for model in pickled)

@@ -48,7 +48,7 @@ def test_model_converts_whole(name: str) -> None:
     record = coverage.measure(CASES[name])
     assert record["findings"] == []
     assert record["parity"]["passed"]
-    assert record["parity"]["forward passes"] in (20, 24)  # a batch of 1 is no probe of its own where the example is one
+    assert record["parity"]["forward passes"] in (18, 22)  # a batch of 1 is no probe of its own where the example is one
     found = record["backend"], record["swapped"], sum(record["skipped"].values())
     assert found == REPRESENTATIVE[name]
     assert record["batch norms"] == record["swapped"]
