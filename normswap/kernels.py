@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,12 @@ MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
+
+
+def _tensor(array: Any) -> Tensor:
+    """torch warns of arrays that may not be written into, and takes none with negative strides."""
+    whole = np.ascontiguousarray(array)
+    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
 
 
 def _by_axis(attributes: Mapping[str, Any], name: str, rank: int, otherwise: int) -> tuple[int, ...]:
@@ -48,9 +55,9 @@ def _conv(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None
         return None
     rank = x.ndim - 2
     return CONVS[rank](
-        _padded(torch.from_numpy(x), attributes),
-        torch.from_numpy(w),
-        None if b is None else torch.from_numpy(b),
+        _padded(_tensor(x), attributes),
+        _tensor(w),
+        None if b is None else _tensor(b),
         stride=_by_axis(attributes, "strides", rank, 1),
         dilation=_by_axis(attributes, "dilations", rank, 1),
         groups=attributes.get("group") or 1,
@@ -66,9 +73,9 @@ def _conv_transpose(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Ten
     fits = all(extra < max(stride, dilation) for extra, stride, dilation in zip(more, strides, dilations, strict=True))
     if not _is_plain(x, attributes) or attributes.get("output_shape") or not fits:
         return None
-    bias = None if b is None else torch.from_numpy(b)
+    bias = None if b is None else _tensor(b)
     options: dict[str, Any] = {"stride": strides, "dilation": dilations, "output_padding": more, "groups": attributes.get("group") or 1}
-    y = TRANSPOSED[rank](torch.from_numpy(x), torch.from_numpy(w), bias, **options)
+    y = TRANSPOSED[rank](_tensor(x), _tensor(w), bias, **options)
     for axis, (begin, end) in enumerate(zip(*_pads(attributes, rank), strict=True), 2):
         y = y.narrow(axis, begin, y.shape[axis] - begin - end)
     return y
@@ -76,12 +83,17 @@ def _conv_transpose(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Ten
 
 def _max_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
     (x,) = inputs
-    if not _is_plain(x, attributes):
+    up = bool(attributes.get("ceil_mode"))
+    if not _is_plain(x, {**attributes, "ceil_mode": 0}):
         return None
     rank = x.ndim - 2
     strides, dilations = (_by_axis(attributes, name, rank, 1) for name in ("strides", "dilations"))
-    x = _padded(torch.from_numpy(x), attributes, -torch.inf)
-    return MAX_POOLS[rank](x, tuple(attributes["kernel_shape"]), stride=strides, dilation=dilations)
+    padded = _padded(_tensor(x), attributes, -torch.inf)
+    y = MAX_POOLS[rank](padded, tuple(attributes["kernel_shape"]), stride=strides, dilation=dilations, ceil_mode=up)
+    for axis, (begin, stride) in enumerate(zip(_pads(attributes, rank)[0], strides, strict=True), 2):
+        # No window starts in the padding at the end, which is a part of the input for torch.
+        y = y.narrow(axis, 0, min(y.shape[axis], -(-(x.shape[axis] + begin) // stride)))
+    return y
 
 
 def _average_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
@@ -95,7 +107,7 @@ def _average_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tenso
             _padded(values, attributes), tuple(attributes["kernel_shape"]), stride=_by_axis(attributes, "strides", rank, 1)
         )
 
-    y = mean(torch.from_numpy(x))
+    y = mean(_tensor(x))
     whole = attributes.get("count_include_pad") or not any(attributes.get("pads") or ())
     return y if whole else y / mean(torch.ones(x.shape, dtype=y.dtype))
 
@@ -111,7 +123,7 @@ def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | No
     wanted = list(scales) if given else [] if sizes is None else [b / a for a, b in zip(x.shape, sizes, strict=True)]
     if len(wanted) != x.ndim or any(s != int(s) or s < 1 for s in wanted):
         return None
-    y = torch.from_numpy(x)
+    y = _tensor(x)
     for axis, scale in enumerate(wanted):
         y = y.repeat_interleave(int(scale), axis)
     return y

@@ -118,7 +118,7 @@ def test_faults_of_layers_need_a_layer(kind: str) -> None:
 def test_the_truth_has_a_scale_that_no_small_input_takes_away() -> None:
     truth = Truth(nn.Linear(3, 2, bias=False), torch.randn(2, 3))
     scales = {name: found[0] for name, found in truth.scales.items()}
-    assert scales["batch 1, all 0"] == pytest.approx(1e-3 * max(scales[name] for name in ("example", "batch 1", "batch 3")))
+    assert scales["batch 1 x 0.001"] == pytest.approx(1e-3 * max(scales[name] for name in ("example", "batch 1", "batch 3")))
     assert scales["batch 1 x 1000"] == pytest.approx(1000 * scales["batch 1"])
     assert truth.moved("batch 1", [torch.zeros(1, 2)]) == [pytest.approx(1)]
     assert truth.moved("batch 1", [torch.full((1, 2), float("nan"))]) == [float("inf")]
