@@ -40,7 +40,7 @@ from normswap.swap import swap, with_layers
 from normswap.trace import trace
 from normswap.training import modes, pairs
 from normswap.training.pairs import Coupling, Pair
-from normswap.verify import Judgement, compare, judge
+from normswap.verify import NOTHING_FINITE, Judgement, compare, judge
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
 DRIFT_BATCHES = 4
@@ -344,7 +344,7 @@ def check(
         what = parity.failure or "nothing was compared"
     elif bad.problem is not None:
         what = f"{bad.name} {bad.problem}"
-        if bad.unjudged is not None:
+        if bad.unjudged is not None or bad.problem == NOTHING_FINITE:
             failed = "not judged"
             hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
     else:

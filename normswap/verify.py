@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -292,78 +292,105 @@ def compare(
     claims to be an independent copy; reading one of its tensors is a failure. baseline: the file before anything was folded in it.
     again: whether what fails is measured again before it is called a failure.
     """
-    name = runtime(level) if isinstance(candidate, Path) else str(judgement.dtype)
-    foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
     held = held_at(judgement, candidate, only_like_example=only_like_example)
     held = held if only is None else [p for p in held if p.name in only]
-    found: dict[Key, Difference] = {}
-    passes, notes = 0, list[str]()
-    failure: str | None = None
+    rows = _Rows()
     make: Callable[[], Runner]
     noise: Mapping[Key, float] = {}
-    noisy: Callable[[], Runner] | None = None if judgement.rerun is None else judgement.rerun.own  # whose noise is the candidate's limit
+    noisy = None if judgement.rerun is None else judgement.rerun.own  # runs that of which the noise is the candidate's limit
     if isinstance(candidate, Path):
-        file = candidate
-        make = functools.partial(onnx_runner, file, level, taps)
+        make = functools.partial(onnx_runner, candidate, level, taps)
         noisy = None
         if baseline is not None and tolerance is None:
             known = _baseline(judgement, baseline, level, held)
-            noise, failure, passes = known.noise, known.wrong, known.passes
+            noise, rows.failure, rows.passes = known.noise, known.wrong, known.passes
             noisy = functools.partial(onnx_runner, baseline, level)
     else:
-        module = candidate
-        make = functools.partial(module_runner, shadow(module), sites, foreign=foreign)
+        make = functools.partial(_own_runner, candidate, sites, original)
         if judgement.float64 and tolerance is None:
             try:
-                rows, runs = _in_float64(judgement, module, held, sites)
-                found |= rows
-                passes += runs
+                rows.add(*_in_float64(judgement, candidate, held, sites))
             except Exception as error:  # whether it can be run at all is for its own dtype to say
-                notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
-    if failure is None:
+                rows.notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
+    if rows.failure is None:
         try:
             run = make()
             for probe in held:
                 values = run(probe)
-                passes += 1
-                for part, tapped in ((0, False), (1, True)):
-                    if sites or not tapped:
-                        truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
-                        limits = _own_limits(judgement, probe, truths, noise, tolerance)
-                        found |= _differences(truths, values[part], probe, limits, tapped=tapped)
+                for tapped, truths, found in _parts(judgement, probe, values, tapped=bool(sites)):
+                    limits = _own_limits(judgement, probe, truths, noise, tolerance)
+                    rows.found |= _differences(truths, found, probe, limits, tapped=tapped)
+                rows.passes += 1
         except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
-            failure = f"the candidate raised {described(error)}"
-    if failure is None and tolerance is None and again:
-        found, runs = _second_look(judgement, candidate, held, found, noisy, taps)
-        passes += runs
-    if failure is None and tolerance is None and again and isinstance(candidate, Path) and judgement.float64:
-        lost = {k.name for k in found if not k.tapped} - {k.name for k, d in found.items() if d.unjudged is None}
-        if lost:  # no input tells how precise these outputs are; whether they are the same function can still be told
-            found |= {k: d for k, d in in_float64_of_file(judgement, candidate, held).items() if k.name in lost}
-            passes += 2 * len(held)
-    outputs, tapped_rows = ([d for key, d in found.items() if key.tapped is tapped] for tapped in (False, True))
-    truths_held = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
+            rows.failure = f"the candidate raised {described(error)}"
+    if rows.failure is None and tolerance is None and again:
+        rows.add(*_second_look(judgement, candidate, held, rows.found, noisy, taps))
+        if isinstance(candidate, Path) and judgement.float64:
+            rows.add(*_lost(judgement, candidate, held, rows.found))
+    name = runtime(level) if isinstance(candidate, Path) else str(judgement.dtype)
+    return _parity(judgement, name, held, rows, sites, is_file=isinstance(candidate, Path))
+
+
+@dataclass
+class _Rows:
+    """What was found of a candidate: its rows, why the comparison as a whole failed, notes, the forward passes."""
+
+    found: dict[Key, Difference] = field(default_factory=dict)
+    failure: str | None = None
+    notes: list[str] = field(default_factory=list)
+    passes: int = 0
+
+    def add(self, found: Mapping[Key, Difference], passes: int) -> None:
+        self.found |= found
+        self.passes += passes
+
+
+def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:
+    foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
+    return module_runner(shadow(candidate), sites, foreign=foreign)
+
+
+def _parts(
+    judgement: Judgement, probe: Probe, values: tuple[Values, Values], *, tapped: bool
+) -> Iterator[tuple[bool, Mapping[str, _Truth], Values]]:
+    """(whether these are tapped values, what the reference has of them, what was found), of the outputs and, with `tapped`, of the taps."""
+    yield False, judgement.outputs[probe.name], values[0]
+    if tapped:
+        yield True, judgement.sites[probe.name], values[1]
+
+
+def _lost(judgement: Judgement, path: Path, held: Sequence[Probe], found: Mapping[Key, Difference]) -> tuple[dict[Key, Difference], int]:
+    """Outputs of a file of which no input tells how precise they are: whether they are the same function can still be told."""
+    lost = {k.name for k in found if not k.tapped} - {k.name for k, d in found.items() if d.unjudged is None}
+    if not lost:
+        return {}, 0
+    return {k: d for k, d in in_float64_of_file(judgement, path, held).items() if k.name in lost}, 2 * len(held)
+
+
+def _parity(judgement: Judgement, name: str, held: Sequence[Probe], rows: _Rows, sites: Sequence[str], *, is_file: bool) -> Parity:
+    """The rows, put together: one Difference for each output, and one for each site over all its calls."""
+    outputs, tapped = ([d for key, d in rows.found.items() if key.tapped is which] for which in (False, True))
+    truths = [truth for p in held for at in (judgement.outputs, judgement.sites) for truth in at[p.name].values()]
+    failure = rows.failure
     if failure is None and not outputs:
         failure = "nothing was compared: the model returns no tensor"
-    elif failure is None and not any(truth.value.numel() for truth in truths_held):
+    elif failure is None and not any(truth.value.numel() for truth in truths):
         failure = "nothing was compared: every tensor that the model returns is empty"
-    by_output, by_call = (_telling({k: d for k, d in found.items() if k.tapped is tapped}, keep=not tapped) for tapped in (False, True))
+    by_output, by_call = (_telling({k: d for k, d in rows.found.items() if k.tapped is which}, keep=not which) for which in (False, True))
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
-    for rows_of_call in by_call.values():
-        by_site.setdefault(rows_of_call[0].name, []).extend(rows_of_call)
+    for of_call in by_call.values():
+        by_site.setdefault(of_call[0].name, []).extend(of_call)
     order = {site: i for i, site in enumerate(sites)}
+    dropped = [text for text in judgement.dropped if is_file or text.partition(": ")[0] not in judgement.flat]
     return Parity(
         outputs=tuple(map(_worst, by_output.values())),
         sites=tuple(sorted(map(_worst, by_site.values()), key=lambda d: order.get(d.name, 0))),
         failure=failure,
         candidate=name,
         probes=tuple(p.name for p in held),
-        dropped=(
-            *(text for text in judgement.dropped if isinstance(candidate, Path) or text.partition(": ")[0] not in judgement.flat),
-            *notes,
-        ),
-        unjudged=_unjudged((*outputs, *tapped_rows)),
-        forward_passes=judgement.passes + passes,
+        dropped=(*dropped, *rows.notes),
+        unjudged=_unjudged((*outputs, *tapped)),
+        forward_passes=judgement.passes + rows.passes,
         all_outputs=tuple(outputs),
     )
 
@@ -380,11 +407,9 @@ def _in_float64(
     values = _run_wide(judgement, make(None), held)
     found: dict[Key, Difference] = {}
     for probe in held:
-        for part, tapped in ((0, False), (1, True)):
-            if sites or not tapped:
-                truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
-                limits = {k: (0.0, 0.0 if _is_exact(t) else SAME, None) for k, t in truths.items()}
-                found |= _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
+        for tapped, truths, mine in _parts(judgement, probe, values[probe.name], tapped=bool(sites)):
+            limits = {k: (0.0, 0.0 if _is_exact(t) else SAME, None) for k, t in truths.items()}
+            found |= _differences(truths, mine, probe, limits, tapped=tapped, float64=True)
     failing = {key for key, d in found.items() if not d.passed and d.problem is None}
     if not failing or judgement.rerun is None:
         return found, len(held)
@@ -465,7 +490,7 @@ def _by_name(judgement: Judgement, held: Sequence[Probe]) -> Mapping[str, tuple[
 def in_float64_of_file(judgement: Judgement, path: Path, held: Sequence[Probe], taps: Sequence[Tap] = ()) -> dict[Key, Difference]:
     """The rows of an ONNX file that is run in float64: is it the function of the reference, up to what rounding its constants does?
 
-    None where onnx's evaluator cannot run it.
+    No rows where onnx's evaluator cannot run it.
     """
     try:
         values = _run_wide(judgement, onnx_float64_runner(path, taps), held)
@@ -475,13 +500,12 @@ def in_float64_of_file(judgement: Judgement, path: Path, held: Sequence[Probe], 
         return {}
     found: dict[Key, Difference] = {}
     for probe in held:
-        for part, tapped in ((0, False), (1, True)) if taps else ((0, False),):
-            truths = (judgement.sites if tapped else judgement.outputs)[probe.name]
+        for tapped, truths, mine in _parts(judgement, probe, values[probe.name], tapped=bool(taps)):
             limits: dict[str, Limit] = {}
             for name in truths:
                 rounding = moved.get(Key(probe.name, name, tapped, True), 0.0)
                 limits[name] = 0.0, max(SAME, NOISE_FACTOR * rounding), _chaos(rounding, judgement)
-            found |= _differences(truths, values[probe.name][part], probe, limits, tapped=tapped, float64=True)
+            found |= _differences(truths, mine, probe, limits, tapped=tapped, float64=True)
     return found
 
 
