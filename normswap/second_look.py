@@ -1,7 +1,8 @@
 """Measured again, before a difference is called a failure: what rounding by itself does to a model.
 
 rounding   a candidate in float64 whose own tensors were rounded when they were stored: each is moved by up to half a unit in the last place
-choice     the reference in float64 with its tensors moved by CHOICE of their size: a model that makes a choice (nms, top-k) moves far more
+choice     the reference in float64 with its tensors and inputs moved by CHOICE of their size, CHOICES times: a model that makes a choice
+           between equals (nms, top-k) moves far more, sometimes
 noise      the reference in its own dtype at inputs moved by a few units in the last place: one error alone may be a small one by chance
 """
 
@@ -21,6 +22,7 @@ from normswap.runners import Runner, Values
 from normswap.sharing import shadow, to_float64
 
 CHOICE = 2.0**-50
+CHOICES = 8
 SAMPLES = 3
 INPUT_ULPS = 4
 
@@ -134,6 +136,24 @@ def tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
+def moved(probe: Probe, size: float, seed: int, like: Probe | None = None) -> Probe:
+    """The probe with each floating number of its inputs moved by up to `size` of itself, or of the largest one of the same input of `like`.
+
+    A model may take a mean from its inputs, and next to that the last digits of small ones are none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    reach = iter([float(t.abs().max()) if t.is_floating_point() and t.numel() else 0.0 for t in (like or probe).tensors()])
+
+    def elsewhere(tensor: Tensor) -> Tensor:
+        largest = next(reach) if like is not None else 0.0
+        if not tensor.is_floating_point():
+            return tensor
+        noise = size * (2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1).to(tensor.device)
+        return (tensor.double() + noise * tensor.double().abs().clamp(min=largest)).to(tensor.dtype)
+
+    return Probe(probe.name, *probe.mapped(elsewhere))
+
+
 def movement(
     now: Mapping[str, tuple[Values, Values]], before: Mapping[str, tuple[Values, Values]], least: Mapping[Key, float]
 ) -> dict[Key, float]:
@@ -159,19 +179,12 @@ def noise_again(
 
     wide: the model in float64; without it the error is the distance from what the model gives at the probe itself.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def moved(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        size = INPUT_ULPS * torch.finfo(tensor.dtype).eps
-        return tensor * (1 + size * (2 * torch.rand(tensor.shape, generator=generator) - 1)).to(tensor)
-
     found: dict[Key, float] = {}
     for probe in held:
         at_probe = own(probe) if wide is None else None
-        for _ in range(SAMPLES):
-            near = Probe(probe.name, *probe.mapped(moved))
+        size = INPUT_ULPS * max((torch.finfo(t.dtype).eps for t in probe.tensors() if t.is_floating_point()), default=0.0)
+        for seed in range(SAMPLES):
+            near = moved(probe, size, seed)
             truths = at_probe or wide(Probe(near.name, *near.mapped(to_float64)))  # type: ignore[misc]
             values = own(near)
             for part, tapped in ((0, False), (1, True)):

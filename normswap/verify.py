@@ -418,7 +418,16 @@ def _in_float64(
     scales = _scales(judgement, held)
     moved = second_look.movement(_run_wide(judgement, make(rounded), held), values, scales)
     truths_of = {p.name: (_values(judgement.outputs[p.name]), _values(judgement.sites[p.name])) for p in held}
-    chosen = second_look.movement(_run_wide(judgement, judgement.rerun.wide(second_look.tensors(candidate)), held), truths_of, scales)
+    chosen: dict[Key, float] = {}
+    passes = 2 * len(held)
+    for seed in range(second_look.CHOICES):
+        near = [second_look.moved(widened(probe), second_look.CHOICE, seed, judgement.probes[0]) for probe in held]
+        now = _run_wide(judgement, judgement.rerun.wide(second_look.tensors(candidate)), near)
+        passes += len(held)
+        for key, size in second_look.movement(now, truths_of, scales).items():
+            chosen[key] = max(chosen.get(key, 0.0), size)
+        if all(_chaos(chosen.get(key, 0.0), judgement) for key in failing):
+            break
     for key in failing:
         row, rounding, choice = found[key], moved.get(key, 0.0), chosen.get(key, 0.0)
         why = _chaos(choice, judgement)
@@ -426,7 +435,7 @@ def _in_float64(
             found[key] = replace(row, unjudged=why, non_finite=0)
         elif why is None and _chaos(rounding, judgement) is None:
             found[key] = replace(row, tolerance=max(row.tolerance, NOISE_FACTOR * max(rounding, choice)))
-    return found, 3 * len(held)
+    return found, passes
 
 
 def _run_wide(judgement: Judgement, run: Runner, held: Sequence[Probe]) -> dict[str, tuple[Values, Values]]:
