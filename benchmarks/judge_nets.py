@@ -91,11 +91,10 @@ REAL: Mapping[str, Callable[[], Built]] = {
 
 
 def real_files() -> dict[str, Path]:
-    files = [
-        *sorted((package("rapidocr_onnxruntime") / "models").glob("*.onnx")),
-        package("basic_pitch") / "saved_models/icassp_2022/nmp.onnx",
-    ]
-    return {path.name: path for path in files}
+    """The ONNX files of the packages that are installed; basic-pitch is installed by hand, without the TensorFlow that it asks for."""
+    wanted = {"rapidocr_onnxruntime": "models/*.onnx", "basic_pitch": "saved_models/icassp_2022/nmp.onnx"}
+    installed = {name: where for name, where in wanted.items() if importlib.util.find_spec(name) is not None}
+    return {path.name: path for name, where in installed.items() for path in sorted(package(name).glob(where))}
 
 
 # -- small ones ----------------------------------------------------------------------------------------------------------------------------
