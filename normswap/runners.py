@@ -307,8 +307,8 @@ _FED = {
 }
 
 
-def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
-    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis; None if another axis is free.
+def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Tensor, ...] | None:
+    """Seeded inputs of the shapes that the file declares, `batch` for a free first axis, `free` for others; None if that is not given.
 
     Raises UsageError for an input that is no tensor of numbers that numpy has.
     """
@@ -330,7 +330,8 @@ def onnx_inputs(path: Path, batch: int = 2) -> tuple[Tensor, ...] | None:
                 f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
                 hint="a file can only be held against another one on tensors of numbers",
             )
-        sizes = [dim.dim_value if dim.HasField("dim_value") else batch if i == 0 else None for i, dim in enumerate(kind.shape.dim)]
+        known = (dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)
+        sizes = [size or (batch if i == 0 else free) for i, size in enumerate(known)]
         shape = [size for size in sizes if size is not None]
         if len(shape) < len(sizes):
             return None

@@ -403,8 +403,9 @@ def test_sizes_that_say_nothing(dims: list[int | str], tmp_path: Path) -> None:
     source = saved(tmp_path / "in.onnx", proto)
     assert fold(source, tmp_path / "out.onnx").nodes == {"Conv": 1}
     assert onnx.load(tmp_path / "out.onnx").graph.input[0] == proto.graph.input[0]
-    with pytest.raises(UsageError, match="does not say how large its inputs are"):
-        fold_file(str(source), tmp_path / "out.onnx")
+    folded = fold_file(str(source), tmp_path / "out.onnx")  # at a size at which it runs
+    assert folded.nodes == {"Conv": 1}
+    assert folded.legs.passed
 
 
 def test_an_output_without_a_shape(tmp_path: Path) -> None:

@@ -15,19 +15,33 @@ from normswap.errors import ExportError, UsageError
 from normswap.fold import Folded, fold, shapes_asked, sizes_known
 from normswap.inputs import Inputs, parse
 from normswap.parity import Legs
+from normswap.probes import Probe
 from normswap.rollback import Attempt, settle
-from normswap.runners import onnx_inputs
+from normswap.runners import onnx_inputs, onnx_runner
 from normswap.taps import Tap
 from normswap.verify import Judgement, judge
 
+SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
+
 
 def _declared(path: Path) -> Inputs | None:
-    """Random inputs of the sizes that the file declares, None if it does not."""
+    """Random inputs of the sizes that the file declares; for axes that it leaves free, of the first size at which it runs; None if none."""
     found = onnx_inputs(path) if sizes_known(path) else None
+    if found is None:
+        tried = (onnx_inputs(path, free=size) for size in SIZES)
+        found = next((inputs for inputs in tried if inputs is not None and _runs(path, inputs)), None)
     if found is None:
         return None
     asked = shapes_asked(path)
     return Inputs(tuple(torch.full(asked[i][:1], asked[i][1]).to(x) if i in asked else x for i, x in enumerate(found)))
+
+
+def _runs(path: Path, inputs: tuple[torch.Tensor, ...]) -> bool:
+    try:
+        onnx_runner(path, "disabled")(Probe("example", inputs, {}))
+    except Exception:  # of onnxruntime, or of the inputs
+        return False
+    return True
 
 
 def fold_file(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
