@@ -424,12 +424,13 @@ def test_inputs_that_the_file_does_not_say(tmp_path: Path) -> None:
     proto = model_of("h = BatchNormalization(x, s, t, m, v) y = Conv(h, w)", *CONV, *NORM3, inputs="float[b,3,height,width] x")
     source = saved(tmp_path / "in.onnx", proto)
     assert fold_file(str(source), tmp_path / "out.onnx").changed  # the first size that is tried, 64, is one at which it runs
-    nine = model_of("h = BatchNormalization(x, s, t, m, v) y = MatMul(h, q)", *NORM3, tensor("q", 7, 5), inputs="float[b,3,height,width] x")
+    body = "h = BatchNormalization(x, s, t, m, v) k = Conv(h, w) f = Flatten(k) y = MatMul(f, q)"
+    nine = model_of(body, *CONV, *NORM3, tensor("q", 168, 5), inputs="float[b,3,height,width] x")
     source = saved(tmp_path / "seven.onnx", nine)
     with pytest.raises(UsageError, match="does not say how large its inputs are") as caught:
         fold_file(str(source), tmp_path / "out.onnx")
     assert caught.value.hint == "give them: --input 1x3x224x224"
-    assert fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x9x7"]).legs.passed
+    assert fold_file(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).legs.passed
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
