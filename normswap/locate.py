@@ -21,7 +21,7 @@ from normswap.parity import Located
 from normswap.precision import in_float64
 from normswap.probes import Probe
 from normswap.runners import Runner, onnx_float64_runner, onnx_runner, sampled
-from normswap.sharing import to_float64, uncompiled
+from normswap.sharing import uncompiled
 from normswap.taps import Tap, key
 
 HEALED = 3
@@ -68,8 +68,7 @@ def _heals(number: int, errors: dict[int, float], readers: dict[int, list[int]],
 
 def _values(model: nn.Module | Path, probe: Probe) -> list[_Value]:
     """Everything that a model computes, in order; of large tensors a sample."""
-    args, kwargs = probe.mapped(to_float64)
-    wide = Probe(probe.name, args, kwargs)
+    wide = second_look.widened(probe)
     return _of_module(model, wide) if isinstance(model, nn.Module) else _of_file(model, probe, wide)
 
 

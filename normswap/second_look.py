@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +87,12 @@ def own_dtype(model: nn.Module, asked: Sequence[Probe]) -> torch.dtype:
     tensors = [*model.parameters(), *model.buffers()] or [t for probe in asked for t in probe.tensors()]
     floating = {t.dtype for t in tensors} & {torch.float64, torch.float32, torch.float16, torch.bfloat16}
     return max(floating or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def widened(probe: Probe) -> Probe:
+    """The probe with its inputs in float64."""
+    args, kwargs = probe.mapped(to_float64)
+    return replace(probe, args=args, kwargs=kwargs)
 
 
 def nudged(model: nn.Module, amount: Amount | None) -> nn.Module:
@@ -185,7 +191,7 @@ def noise_again(
         size = INPUT_ULPS * max((torch.finfo(t.dtype).eps for t in probe.tensors() if t.is_floating_point()), default=0.0)
         for seed in range(SAMPLES):
             near = moved(probe, size, seed)
-            truths = at_probe or wide(Probe(near.name, *near.mapped(to_float64)))  # type: ignore[misc]
+            truths = at_probe or wide(widened(near))  # type: ignore[misc]
             values = own(near)
             for part, tapped in ((0, False), (1, True)):
                 for name, truth, value in zip(names[probe.name][part], truths[part].values(), values[part].values(), strict=False):

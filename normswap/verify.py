@@ -149,7 +149,7 @@ def judge(
                     shadow(wide or reference, to_float64), sites, in_float64=second_look.own_dtype(wide or reference, asked), inputs=inputs
                 )
             ),
-            [widened(probe) for probe in asked],
+            [second_look.widened(probe) for probe in asked],
             dropped,
             " in float64",
         )
@@ -223,11 +223,6 @@ def _rerun(
         return module_runner(second_look.nudged(judged, amount), sites, in_float64=dtype, inputs=inputs)
 
     return Rerun(in_float64, lambda: module_runner(shadow(module), sites, inputs=inputs))
-
-
-def widened(probe: Probe) -> Probe:
-    args, kwargs = probe.mapped(to_float64)
-    return replace(probe, args=args, kwargs=kwargs)
 
 
 def _useless(truth: _Truth, cap: float) -> str | None:
@@ -421,7 +416,7 @@ def _in_float64(
     chosen: dict[Key, float] = {}
     passes = 2 * len(held)
     for seed in range(second_look.CHOICES):
-        near = [second_look.moved(widened(probe), second_look.CHOICE, seed, judgement.probes[0]) for probe in held]
+        near = [second_look.moved(second_look.widened(probe), second_look.CHOICE, seed, judgement.probes[0]) for probe in held]
         now = _run_wide(judgement, judgement.rerun.wide(second_look.tensors(candidate)), near)
         passes += len(held)
         for key, size in second_look.movement(now, truths_of, scales).items():
@@ -442,7 +437,7 @@ def _run_wide(judgement: Judgement, run: Runner, held: Sequence[Probe]) -> dict[
     """By probe, (outputs, tapped values) of what is run in float64, under the reference's names."""
     found = {}
     for probe in held:
-        outputs, tapped = run(widened(probe))
+        outputs, tapped = run(second_look.widened(probe))
         found[probe.name] = _paired(judgement.outputs[probe.name], outputs), tapped
     return found
 
