@@ -1,6 +1,6 @@
 """What `normswap convert` costs: processor time beside torch.onnx.export of the original and one onnxruntime session of the file.
 
-    python -m benchmarks.convert_cost [--runs 3] [--json docs/convert_cost.json]
+    python -m benchmarks.convert_cost [--runs 3] [--json benchmarks/results/convert_cost.json]
 
 Each is a process of its own on one thread, run in turn; medians of the processor time (user and system) of whole processes.
 """

@@ -1,6 +1,6 @@
 """What a conversion costs: seconds and bytes, for ResNet-152.
 
-    python -m benchmarks.cost            prints the table and writes docs/cost.json
+    python -m benchmarks.cost            prints the table and writes benchmarks/results/cost.json
 
 Times are interleaved and reported as the median of the ratios, so that a noisy machine cancels out. Memory is the peak resident set of a
 process of its own (ru_maxrss, from the operating system), above that of a process that only imports the same packages.
@@ -28,7 +28,7 @@ REPEATS = 5
 
 def resnet152() -> object:
     """ResNet-152 with randomised statistics; the factory that the command is given."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     importlib.import_module("torchvision_shim")  # before torchvision, which does not import without it on a CPU build of torch
     import torchvision
 
@@ -50,7 +50,7 @@ def weights_of(model: object) -> int:
 
 
 def only_import() -> None:
-    for name in ("onnx", "onnxruntime", "onnxscript", "normswap.pipeline", "normswap.commands.convert"):
+    for name in ("onnx", "onnxruntime", "onnxscript", "normswap.api.convert", "normswap.cli.convert"):
         importlib.import_module(name)
 
 
@@ -80,7 +80,7 @@ def python_convert() -> None:
 def command() -> None:
     import tempfile
 
-    from normswap.commands.convert import convert_files
+    from normswap.cli.convert import convert_files
 
     only_import()
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,8 +103,8 @@ def surgery_ratio() -> dict[str, float]:
     """plan + swap (convert without its verification) against copy.deepcopy + torch.fx.symbolic_trace, in seconds."""
     import torch
 
-    from normswap import pipeline
-    from normswap.swap import swap
+    from normswap.api import convert as pipeline
+    from normswap.swap.apply import swap
 
     model = resnet152()
     assert isinstance(model, torch.nn.Module)
@@ -162,7 +162,7 @@ def main() -> None:
         "help": help_ratio(),
     }
     print(json.dumps(result, indent=2))
-    (ROOT / "docs" / "cost.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (ROOT / "benchmarks" / "results" / "cost.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Every model of torchvision, converted and held against the original: what was found, what was swapped, what was not and why.
 
-    python -m benchmarks.coverage                 measures what is missing, then writes docs/coverage.json and docs/coverage.md
+    python -m benchmarks.coverage                 measures what is missing, then writes results/coverage.json and docs/coverage.md
     python -m benchmarks.coverage --redo          measures again what was not clean
     python -m benchmarks.coverage --only 'resnet*' --redo
     python -m benchmarks.coverage --fresh         measures everything again
-    python -m benchmarks.coverage --table         only writes the table of docs/coverage.json again
+    python -m benchmarks.coverage --table         only writes the table of benchmarks/results/coverage.json again
 
 Each model runs in a process of its own, so its memory is given back and a crash costs one row. A result is appended to
 build/coverage.jsonl as soon as it is there; interrupted with Ctrl-C, the next run goes on where this one stopped.
@@ -50,7 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")] if str(ROOT / "tests") not in sys.path else []
+sys.path[:0] = [str(ROOT / "tests/support")] if str(ROOT / "tests/support") not in sys.path else []
 importlib.import_module("torchvision_shim")  # before torchvision, which does not import without it on a CPU build of torch
 
 from torchvision import models
@@ -59,14 +59,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from benchmarks import libraries
 from benchmarks.libraries import LIBRARIES
 from fixtures.nets import randomise
-from normswap.parity import Difference, Parity
-from normswap.pipeline import Conversion, attempt, plan
-from normswap.plan import Plan, Site, Skip, Swap
-from normswap.swap import swap
-from normswap.verify import compare, judge
+from normswap.api.convert import Conversion, attempt, plan
+from normswap.detect.sites import Plan, Site, Skip, Swap
+from normswap.parity.judge import compare, judge
+from normswap.parity.result import Difference, Parity
+from normswap.swap.apply import swap
 
 RESULTS = ROOT / "build/coverage.jsonl"
-RAW = ROOT / "docs/coverage.json"
+RAW = ROOT / "benchmarks/results/coverage.json"
 PAGE = ROOT / "docs/coverage.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.coverage -->", "<!-- end -->"
 TIMEOUT = 900  # seconds for one model
@@ -605,7 +605,7 @@ def _cpuinfo() -> list[str]:
 
 
 def table(raw: Record) -> str:
-    """The table of docs/coverage.md, from docs/coverage.json."""
+    """The table of docs/coverage.md, from benchmarks/results/coverage.json."""
     records: list[Record] = raw["records"]
     where = ", ".join(f"{key} {value}" if key != "machine" else value for key, value in raw["environment"].items())
     numbers = {reason: i + 1 for i, reason in enumerate(sorted({r for record in records for r in record.get("skipped", {})}))}
@@ -676,7 +676,7 @@ def _row(record: Record, numbers: Mapping[str, int]) -> str:
 
 
 def write(records: Mapping[str, Record]) -> None:
-    """Write docs/coverage.json, one record per line, and the table into docs/coverage.md."""
+    """Write benchmarks/results/coverage.json, one record per line, and the table into docs/coverage.md."""
     order = [case.name for case in cases()]
     raw: Record = {"environment": environment(), "records": [records[name] for name in order if name in records]}
     lines = ",\n".join(json.dumps(record) for record in raw["records"])
@@ -705,7 +705,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results first")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads for each model")
-    parser.add_argument("--table", action="store_true", help="write the table of docs/coverage.json again, measure nothing")
+    parser.add_argument("--table", action="store_true", help="write the table of benchmarks/results/coverage.json again, measure nothing")
     parser.add_argument("--one", metavar="ROW", help="measure one row in this process and print its record")
     asked = parser.parse_args(arguments)
     if asked.library != "torchvision":

@@ -1,4 +1,4 @@
-"""Which (operator, opset, dtype) ONNX Runtime has a CUDA kernel for: normswap/data/cuda_kernels.json, from its docs/OperatorKernels.md.
+"""Which (operator, opset, dtype) ONNX Runtime has a CUDA kernel for: normswap/export/cuda_kernels.json, from its docs/OperatorKernels.md.
 
     python -m benchmarks.cuda_kernels OperatorKernels.md COMMIT "VERSION, IN WORDS"
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parent.parent / "normswap/data/cuda_kernels.json"
+TARGET = Path(__file__).resolve().parent.parent / "normswap/export/cuda_kernels.json"
 PAGE = "https://github.com/microsoft/onnxruntime/blob/{commit}/docs/OperatorKernels.md"
 PROVIDER = "## Operators implemented by CUDAExecutionProvider"
 FLOATS = {"bfloat16": "bfloat16", "double": "float64", "float": "float32", "float16": "float16"}

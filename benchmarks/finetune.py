@@ -1,6 +1,6 @@
 """Fine-tuning to a new domain at small batches: Batchless normalization against what else there is to do with a BatchNorm.
 
-    python -m benchmarks.finetune        goes on where docs/finetune.json ends, writes it, and prints the tables of docs/benchmarks.md
+    python -m benchmarks.finetune        goes on where results/finetune.json ends, writes it, and prints the tables of docs/benchmarks.md
 
 The digits classifier of the fixtures, trained on white on black, learns black on white with noise: x -> 1 - x + NOISE * randn. Every method
 starts from the same weights, with the BatchNorm statistics measured on the new domain ("calibrated"), sees the same number of samples, and
@@ -32,10 +32,10 @@ from torch.nn import functional as F
 import normswap
 from fixtures import train_digits_cnn
 from fixtures.train_digits_cnn import Images, accuracy
-from normswap.batchless import BatchlessNorm
+from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH = ROOT / "docs" / "finetune.json"
+PATH = ROOT / "benchmarks" / "results" / "finetune.json"
 NOISE = 0.3
 SAMPLES = 1024  # seen once each; the rest of the training set is the validation set
 BATCHES = (1, 4, 16, 64)

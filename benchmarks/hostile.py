@@ -1,6 +1,6 @@
 """What files can do that somebody made to do harm, and what a kill leaves behind.
 
-    python -m benchmarks.hostile                all, then docs/hostile.json and docs/limits.md
+    python -m benchmarks.hostile                all, then benchmarks/results/hostile.json and docs/limits.md
     python -m benchmarks.hostile --only WORD    the cases with this word in kind or name, printed
 
 Each file of `fixtures/hostile.py` gets the commands that a user might run on it, in a process of its own that is watched
@@ -31,20 +31,20 @@ from torch import nn
 import normswap
 from fixtures import hostile, sandbox
 from fixtures.nets import randomise
-from normswap import outputs
-from normswap.commands.convert import convert_files
-from normswap.commands.fold import fold_file
-from normswap.commands.revert import revert_files
+from normswap.api.fold import fold_onnx
+from normswap.cli.convert import convert_files
+from normswap.cli.revert import revert_files
+from normswap.files import atomic
 from normswap.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW, PAGE = ROOT / "docs/hostile.json", ROOT / "docs/limits.md"
+RAW, PAGE = ROOT / "benchmarks/results/hostile.json", ROOT / "docs/limits.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.hostile -->", "<!-- end: python -m benchmarks.hostile -->"
 
 
 def prepared(workspace: Path) -> Path:
     """Import what innocent files need, before anything is watched. Where the canary says that it ran."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     for module in ("torchvision_shim", "timm", "PIL.ImageChops", "logging.handlers"):
         importlib.import_module(module)
     canary = hostile.write_canary(workspace / "canary")
@@ -106,7 +106,7 @@ def convert(path: Path, seed: int) -> None:
 
 def convert_in_steps(path: Path, seed: int) -> None:
     """As where the system cannot exchange two directories in one step."""
-    outputs._exchange = outputs._exchange_in_steps
+    atomic._exchange = atomic._exchange_in_steps
     convert(path, seed)
 
 
@@ -119,7 +119,7 @@ def revert(path: Path, seed: int) -> None:
 
 
 def fold(path: Path, seed: int) -> None:
-    fold_file(str(path.parent.parent / f"net{seed}.onnx"), path)
+    fold_onnx(str(path.parent.parent / f"net{seed}.onnx"), path)
 
 
 def export(path: Path, seed: int) -> None:
@@ -133,7 +133,7 @@ def net(seed: int) -> nn.Module:
 
 def of_directory(path: Path) -> object:
     """What does not hold times, and whether the report is whole."""
-    outputs.recover(path)
+    atomic.recover(path)
     if not path.exists():
         return None
     report = path / "report.json"
@@ -190,7 +190,7 @@ class Trial:
             return False
         self.row["kills"] += 1
         self.row[self._found(path)] += 1
-        with outputs._scratch(path):  # what the next run does first
+        with atomic._scratch(path):  # what the next run does first
             pass
         self.row["left"] += sum(entry.name.startswith(".") for entry in self.place.iterdir())
         return True

@@ -1,10 +1,10 @@
 """The judge, judged: does it catch what is wrong, and does it let pass what is right?
 
-    python -m benchmarks.judge                            measures what is missing, then writes docs/judge.json and docs/judge.md
+    python -m benchmarks.judge                            measures what is missing, then writes results/judge.json and docs/judge.md
     python -m benchmarks.judge --only faults timm         these slices
     python -m benchmarks.judge --only torchvision --shard 0/2     every second of them: two machines can share the work
     python -m benchmarks.judge --only timm --match 'mixnet*' --redo
-    python -m benchmarks.judge report                     only writes docs/judge.json and docs/judge.md from what was measured
+    python -m benchmarks.judge report                     only writes benchmarks/results/judge.json and docs/judge.md from what was measured
 
 faults      small nets, each with every kind of planted fault (fixtures/faults.py), in the converted model and in the exported file. What a
             fault does is measured by code that the judge has no part in (judge_faults.py); one of more than 20 x the noise must be caught
@@ -40,11 +40,11 @@ from benchmarks.judge_faults import planted, reason
 from benchmarks.judge_nets import SLICES, real_files
 from benchmarks.libraries import Case, Record, isolated
 from fixtures.faults import KINDS
-from normswap.commands.fold import fold_file
+from normswap.api.fold import fold_onnx
 from normswap.errors import ExportError
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RAW, PAGE = ROOT / "build/judge.jsonl", ROOT / "docs/judge.json", ROOT / "docs/judge.md"
+RESULTS, RAW, PAGE = ROOT / "build/judge.jsonl", ROOT / "benchmarks/results/judge.json", ROOT / "docs/judge.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.judge report -->", "<!-- end -->"
 WITH_FILES = ("random", "real")  # the slices in which a file is made of each model as well, unless --onnx asks for all
 MUST = 20  # times the noise: from here on a fault must be caught
@@ -79,7 +79,7 @@ def folded(case: Case) -> Record:
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         try:
-            result = fold_file(str(real_files()[case.name]), Path(directory) / "folded.onnx")
+            result = fold_onnx(str(real_files()[case.name]), Path(directory) / "folded.onnx")
             if left := result.nodes.get("BatchNormalization", 0) if not result.changed else 0:
                 refused["fold"] = f"none of {left} BatchNormalizations was folded: {'; '.join(result.notes)}"
         except Exception as error:
@@ -159,7 +159,7 @@ def missed(rows: Sequence[Record]) -> list[Record]:
 
 
 def summary(records: Sequence[Record], sizes: Mapping[str, int]) -> Record:
-    """docs/judge.json: counts by kind, everything that was missed or refused, and how long it took. sizes: of the slices, when whole."""
+    """results/judge.json: counts by kind, everything that was missed or refused, and how long it took. sizes: of the slices, when whole."""
     rows = [row | {"net": record["name"]} for record in records for row in record.get("rows", ())]
     by_path = {path: [row for row in rows if row["path"] == path] for path in ("torch", "onnx")}
     slices = {name: [r for r in records if r["family"] == name] for name in SLICES}

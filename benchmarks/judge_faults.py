@@ -27,9 +27,9 @@ import normswap
 from benchmarks.libraries import Case, Record
 from benchmarks.onnx_latency import session
 from fixtures.faults import KINDS, OF_NORMS, in_onnx, in_torch
-from normswap.inputs import as_inputs
-from normswap.parity import Parity
-from normswap.probes import Probe, probes
+from normswap.models.inputs import as_inputs
+from normswap.parity.probes import Probe, probes
+from normswap.parity.result import Parity
 
 SPACING = float(torch.finfo(torch.float32).eps)
 UNLIKE = (math.inf, math.inf, "example")  # outputs of another dtype

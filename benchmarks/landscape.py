@@ -16,7 +16,7 @@ from torch import nn
 
 import normswap
 from benchmarks import training_quality as study
-from normswap.landscape import Line
+from normswap.api.landscape import Line
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback")

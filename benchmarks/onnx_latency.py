@@ -15,7 +15,7 @@ where it is another than the portable one. In each round all of them have a turn
 what is shown is the median over rounds of the ratio of ours to a peer's, so that a slower minute counts for both.
 
 Each row is written to build/onnx_latency.jsonl as soon as it is there; a run that was interrupted goes on where it stopped. Rows that
-other versions of the tools have made are made again. The last result is docs/onnx_latency.json and the tables of docs/benchmarks.md.
+other versions of the tools have made are made again. The last result is results/onnx_latency.json and the tables of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ import torch
 from torch import nn
 
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
-from normswap import onnx_file
-from normswap.batchless import BatchlessNorm
-from normswap.export import export
-from normswap.exporting import DEFAULT_OPSET
-from normswap.quiet import quiet
+from normswap.export import file as onnx_file
+from normswap.export.opset import DEFAULT_OPSET
+from normswap.export.quiet import quiet
+from normswap.export.to_onnx import export
+from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RAW, PAGE = ROOT / "build/onnx_latency.jsonl", ROOT / "docs/onnx_latency.json", ROOT / "docs/benchmarks.md"
+RESULTS, RAW, PAGE = ROOT / "build/onnx_latency.jsonl", ROOT / "benchmarks/results/onnx_latency.json", ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.onnx_latency -->", "<!-- end -->"
 FULL = (2, 3, 224, 224)  # what the nets that take any size were made for
 BATCHES = (1, 8)

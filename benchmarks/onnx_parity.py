@@ -1,6 +1,6 @@
 """Is every file the same function? All legs of every net, with weights that are 0, tiny and negative, and the folded files of four peers.
 
-    python -m benchmarks.onnx_parity                     all nets and all peers, then docs/onnx_parity.json and docs/benchmarks.md
+    python -m benchmarks.onnx_parity                     all nets and all peers, then results/onnx_parity.json and docs/benchmarks.md
     python -m benchmarks.onnx_parity AlphaZero ViT       some nets
 
 Legs: the net of `onnx_skeletons`, with BatchlessNorms, a tenth of whose weights are 0, a tenth 1e-7 and a tenth negative, is exported and
@@ -36,19 +36,19 @@ from torch import nn
 
 from benchmarks.onnx_latency import SIGNS, TOOLS, applied, exported_by_torch, same_norms
 from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_norms, without_its_operators
-from normswap import onnx_file
-from normswap.batchless import BatchlessNorm
-from normswap.commands.fold import fold_file
-from normswap.commands.verified_export import verified_export
-from normswap.export import export
-from normswap.exporting.norms import alike
-from normswap.inputs import Inputs
-from normswap.probes import Probe, probes
-from normswap.runners import REFERENCE
-from normswap.verify import CAP, Judgement, judge, runtime
+from normswap.api.fold import fold_onnx
+from normswap.export import file as onnx_file
+from normswap.export.norms import alike
+from normswap.export.to_onnx import export
+from normswap.export.verified import verified_export
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.inputs import Inputs
+from normswap.parity.judge import CAP, Judgement, judge, runtime
+from normswap.parity.probes import Probe, probes
+from normswap.parity.runners import REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RAW, PAGE = ROOT / "build/onnx_parity.jsonl", ROOT / "docs/onnx_parity.json", ROOT / "docs/benchmarks.md"
+RESULTS, RAW, PAGE = ROOT / "build/onnx_parity.jsonl", ROOT / "benchmarks/results/onnx_parity.json", ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.onnx_parity -->", "<!-- end -->"
 WEIGHTS: Mapping[str, tuple[float, ...]] = {"zero": (0.0,), "tiny": (1e-7,), "negative": (-1.0,), "all three": (0.0, 1e-7, -1.0)}
 SHARE = 0.1
@@ -166,7 +166,7 @@ def peers(name: str, signs: bool) -> Row | None:
                 onnx.save(applied(TOOLS[peer], Path(directory) / "torch.onnx"), str(path))
                 onnx.save(applied(TOOLS[peer], Path(directory) / "torch, bare.onnx"), str(bare_path))
             before, its_bare = (_counted(file) for file in (path, bare_path))
-            result = fold_file(str(path), Path(directory) / "folded.onnx")
+            result = fold_onnx(str(path), Path(directory) / "folded.onnx")
             theirs = _operators(result.nodes)
             row["peers"][peer] = {
                 "before": sum(number for op_type, number in before.items() if op_type != "Constant"),

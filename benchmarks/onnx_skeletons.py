@@ -1,6 +1,6 @@
 """Does normalization cost nothing in the ONNX file? Each net is exported twice: with its norms, and with nothing in their place.
 
-    python -m benchmarks.onnx_skeletons                all nets, then docs/onnx_skeletons.json and docs/onnx.md
+    python -m benchmarks.onnx_skeletons                all nets, then benchmarks/results/onnx_skeletons.json and docs/onnx.md
     python -m benchmarks.onnx_skeletons resnet50 vit   some of them, printed
 
 Every norm becomes a BatchlessNorm with random statistics and biases, and weights that are positive, or of mixed signs: each is negative
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from fixtures import architectures
-from normswap.batchless import BatchlessNorm
-from normswap.export import export
-from normswap.exporting.norms import alike
+from normswap.export.norms import alike
+from normswap.export.to_onnx import export
+from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW = ROOT / "docs/onnx_skeletons.json"
+RAW = ROOT / "benchmarks/results/onnx_skeletons.json"
 PAGE = ROOT / "docs/onnx.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.onnx_skeletons -->", "<!-- end -->"
 NEGATIVE = 0.1
@@ -234,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def without_its_operators() -> None:
     """torchvision and what imports it, on a build of torch for CPUs: before the first of the nets."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     importlib.import_module("torchvision_shim")
 
 

@@ -1,6 +1,6 @@
 """Random networks (fixtures/random_graphs.py), planned and converted: is every norm in the plan, and is every BatchNorm exact?
 
-    python -m benchmarks.random_graphs                 2,000 graphs from seed 0, then docs/random_graphs.json and coverage.md
+    python -m benchmarks.random_graphs                 2,000 graphs from seed 0, then benchmarks/results/random_graphs.json and coverage.md
     python -m benchmarks.random_graphs --seed 1 --count 500
     python -m benchmarks.random_graphs --show 17       prints graph 17 of the seed, and what is found
 
@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.random_graphs import Expected, RandomGraph, generate
-from normswap.exported import as_module
-from normswap.parity import Difference, Parity
-from normswap.pipeline import attempt, plan
-from normswap.plan import Plan, Site, Skip, Swap
-from normswap.swap import revert, swap
-from normswap.verify import NOISE_FACTOR
+from normswap.api.convert import attempt, plan
+from normswap.detect.sites import Plan, Site, Skip, Swap
+from normswap.models.programs import as_module
+from normswap.parity.judge import NOISE_FACTOR
+from normswap.parity.result import Difference, Parity
+from normswap.swap.apply import revert, swap
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build/random_graphs.jsonl"
-RAW = ROOT / "docs/random_graphs.json"
+RAW = ROOT / "benchmarks/results/random_graphs.json"
 PAGE = ROOT / "docs/coverage.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.random_graphs -->", "<!-- end -->"
 COUNT = 2000

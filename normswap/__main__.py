@@ -1,6 +1,6 @@
 """`python -m normswap` is `normswap`."""
 
-from normswap.cli import main
+from normswap.cli.app import main
 
 if __name__ == "__main__":
     main()

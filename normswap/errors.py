@@ -6,18 +6,13 @@
     │   └── UnsafePickleError         ... because it wants to run code that nobody vouched for
     ├── SwapError            exit 1   the plan could not be carried out on this model
     ├── ExportError          exit 1   no ONNX file can be made of this model
-    └── ParityError          exit 3   converted, but the result is not the same function
+    └── ParityError          exit 3   converted, but the result is not the same function; in `parity.result`, with the measurements
 
 A message says what is wrong, where (the qualified name of the layer), and what was expected against what was found;
 `hint` says what to do next. Nothing else derives from `Exception` in this package.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from normswap.parity import Parity
 
 
 class NormswapError(Exception):
@@ -84,13 +79,3 @@ class SwapError(NormswapError):
 
 class ExportError(NormswapError):
     """No ONNX file can be made of this model."""
-
-
-class ParityError(NormswapError):
-    """The converted model is not the function it was promised to be. `parity` holds the measurements."""
-
-    exit_code = 3
-
-    def __init__(self, message: str, *, parity: Parity, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.parity = parity

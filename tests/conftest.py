@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-# `fixtures` is a package of the repository, not of the installation
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ Every value v of the graph is stored as v', with
 
     v = a v' + c        a, c: arrays that broadcast against v, in float64; at first a = 1, c = 0
 
-The operators around a value then compute with v' instead of v. What they do to a and c is in `operators.py` and `layouts.py`, a rule
+The operators around a value then compute with v' instead of v. What they do to a and c is in `spread.py` and `layouts.py`, a rule
 for each:
 
     a linear layer      takes any a and c on either side into its weight and bias: this is where a change ends
@@ -14,7 +14,7 @@ for each:
 
 An affine y = s x + t is gone once y' = x', that is, a_y = s a_x and c_y = s c_x + t. `Change` is one attempt to get there: it is told
 where to start, follows the rules, and either ends with every operator's rule kept, or raises Conflict, and nothing has changed. The graph
-itself is rewritten once, after the last attempt (`operators.write`), so every weight is computed from the original one and rounded once.
+itself is rewritten once, after the last attempt (`spread.write`), so every weight is computed from the original one and rounded once.
 """
 
 from __future__ import annotations
@@ -188,14 +188,14 @@ class Change:
 
     def run(self) -> None:
         """Follow the rules until every node keeps its own. Raises Conflict."""
-        from normswap.folding import operators
+        from normswap.folding import spread
 
         while self._queue:
             node = self._queue.popleft()
             self.nodes[node] = None
-            operators.spread(node, self)
+            spread.spread(node, self)
         for node in self.nodes:
-            operators.check(node, self)
+            spread.check(node, self)
 
     def accept(self) -> None:
         self.bases.known.update(self.new)

@@ -9,21 +9,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import (
-    einsum,
-    into_consumers,
-    into_producer,
-    into_producers,
-    operators,
-    remainder,
-    scale_alone,
-    stream_shift,
-    threshold,
-)
+from normswap.folding import einsum, into_consumers, into_producer, into_producers, remainder, scale_alone, spread, stream_shift, threshold
 from normswap.folding.affine import Affine, Constants, replacement
 from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
-from normswap.taps import Tap
+from normswap.parity.taps import Tap
 
 Attempt = Callable[[Affine, Bases], Change]
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
@@ -118,7 +108,7 @@ def fold(
                     fates[affine] = Fate(affine.name, "", (layer,), ("Add",), fates[affine].reason)
         left = [affine for affine in left if not fates[affine].left]
         pending = [(affine, *remainder.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
-        operators.write(bases)
+        spread.write(bases)
         names = {str(node.name) for node in graph.all_nodes()}
         for affine, scale, shift in pending:
             if affine in bases.gone and affine.has_two_names():

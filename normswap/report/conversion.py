@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from normswap.parity import Parity
-from normswap.plan import Plan
+from normswap.detect.sites import Plan
+from normswap.parity.result import Parity
 from normswap.report import page, tables
-from normswap.report.export import cuda_lines, residue_lines
 from normswap.report.fields import site_json, strict
+from normswap.report.onnx import cuda_lines, residue_lines
 from normswap.report.parity import legs_json, legs_summary, parity_json
 from normswap.report.words import by_text
 from normswap.versions import versions

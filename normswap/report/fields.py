@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from normswap.plan import Skip, Swap
+from normswap.detect.sites import Skip, Swap
 
 
 def strict(value: Any) -> Any:

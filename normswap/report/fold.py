@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from normswap.report.export import fates_json
+from normswap.report.onnx import fates_json
 from normswap.report.parity import legs_json, legs_summary, parity_json
 from normswap.versions import versions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from normswap.fold import Folded
+    from normswap.export.any_file import Folded
 
 FOLD_VERSION = 1
 WAYS = {

@@ -12,7 +12,7 @@ from normswap.versions import versions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from normswap.landscape import Landscape, Line
+    from normswap.api.landscape import Landscape, Line
 
 LANDSCAPE_VERSION = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape as html_escape
 from typing import TYPE_CHECKING, Any
 
-from normswap.parity import Parity
+from normswap.parity.result import Parity
 from normswap.report.parity import parity_summary, worst_of
 from normswap.report.rows import CALIBRATION, calibration_row, rows_of
 

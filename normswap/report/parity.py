@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from normswap.parity import Difference, Parity
+from normswap.parity.result import Difference, Parity
 from normswap.report.fields import strict
 from normswap.report.words import ROOT
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from normswap.parity import Difference
-from normswap.plan import Skip, Swap
+from normswap.detect.sites import Skip, Swap
+from normswap.parity.result import Difference
 from normswap.report.parity import worst_of
 from normswap.report.words import ROOT
 

@@ -13,7 +13,7 @@ from normswap.versions import versions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from normswap.sensitivity import Choice, Measurement, Sensitivity
+    from normswap.api.sensitivity import Choice, Measurement, Sensitivity
 
 SENSITIVITY_VERSION = 1
 

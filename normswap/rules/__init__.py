@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from normswap.plan import Rule
+from normswap.detect.sites import Rule
 from normswap.rules import (
     batch_norm,
     batch_norm_act,
     batch_norm_untracked,
     call,
-    flavour,
     frozen_batch_norm,
     group_norm,
     hand_written,
     instance_norm,
+    kept,
     layer_norm,
-    other_norms,
+    library_norms,
     rms_norm,
     unknown,
 )
@@ -31,7 +31,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     instance_norm.RULE,
     rms_norm.RULE,
     hand_written.RULE,
-    flavour.RULE,
-    *other_norms.RULES,
+    library_norms.RULE,
+    *kept.RULES,
     unknown.RULE,
 )

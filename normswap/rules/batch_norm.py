@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap import numerics
-from normswap.batchless import BatchlessNorm, Source
-from normswap.numerics import StdForm
-from normswap.plan import Rule, Site
-from normswap.rules import tensors
-from normswap.sharing import carry
+from normswap.detect.sites import Rule, Site
+from normswap.layer import formulas
+from normswap.layer.batchless_norm import BatchlessNorm, Source
+from normswap.layer.formulas import StdForm
+from normswap.models.copying import carry
+from normswap.rules import plain
 
 NO_STATISTICS = (
     "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too, so an exact "
@@ -40,7 +40,7 @@ def recognises(site: Site) -> bool:
 
 def check(site: Site) -> str | None:
     module = cast(_BatchNorm, site.module)
-    return tensors.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+    return plain.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
 def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> str | None:
@@ -57,7 +57,7 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
             return (
                 f"has {bad} of {statistic.numel()} values of {name} that are not finite; convert an earlier checkpoint, or one in float32"
             )
-    # In the precision in which the layer itself adds, and in which `numerics.std_of_variance` does: a variance of -eps is 0 in one alone.
+    # In the precision in which the layer itself adds, and in which `formulas.std_of_variance` does: a variance of -eps is 0 in one alone.
     own, exact = (var.detach().to(dtype) + eps for dtype in (torch.promote_types(var.dtype, torch.float32), torch.float64))
     flat = ~((own > 0) & (exact > 0))
     if bool(flat.any()):
@@ -92,7 +92,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
     layer.source = Source(
         cls=type(module),
         eps=eps,
-        attributes=tensors.plain_attributes(module),
+        attributes=plain.plain_attributes(module),
         parameters={name: p.dtype for name, p in module._parameters.items() if p is not None},
         buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
     )
@@ -131,7 +131,7 @@ def layer_with(
         device=mean.device,
         dtype=mean.dtype,
     )
-    layer.set_statistics(mean, numerics.std_of_variance(var, eps))
+    layer.set_statistics(mean, formulas.std_of_variance(var, eps))
     for parameter in (layer.mean, layer.std_parameter):
         parameter.requires_grad_(trainable and (weight is None or weight.requires_grad))
     for mine, source in ((layer.weight, weight), (layer.bias, bias)):

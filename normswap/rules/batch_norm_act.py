@@ -16,9 +16,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from normswap.batchless import BatchlessNormAct
-from normswap.plan import Rule, Site
-from normswap.rules import tensors
+from normswap.detect.sites import Rule, Site
+from normswap.layer.batchless_norm import BatchlessNormAct
+from normswap.rules import plain
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
 
 
@@ -38,7 +38,7 @@ def recognises(site: Site) -> bool:
 def check(site: Site) -> str | None:
     module = cast(Any, site.module)
     forwards: set[Callable[..., Any]] = {cls.forward for cls in _classes()}
-    return tensors.why_not_plain(site, forwards) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+    return plain.why_not_plain(site, forwards) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
 def build(site: Site, std: str) -> nn.Module:

@@ -11,8 +11,8 @@ from typing import cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normswap.plan import Rule, Site
-from normswap.rules import from_data, tensors
+from normswap.detect.sites import Rule, Site
+from normswap.rules import per_sample, plain
 from normswap.rules.batch_norm import FORWARDS, NO_STATISTICS
 
 
@@ -21,12 +21,12 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, FORWARDS)
+    return plain.why_not_plain(site, FORWARDS)
 
 
 def build(site: Site, std: str) -> nn.Module:
     module = cast(_BatchNorm, site.module)
-    return from_data.uncalibrated(module, (module.num_features,), (1,), std)
+    return per_sample.uncalibrated(module, (module.num_features,), (1,), std)
 
 
 def inexact(site: Site) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from normswap.functional import KINDS
-from normswap.plan import Rule, Site
+from normswap.detect.functional import KINDS
+from normswap.detect.sites import Rule, Site
 
 
 def _of(kind: str) -> Callable[[Site], bool]:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.batchless import BatchlessNorm
-from normswap.plan import Rule, Site
-from normswap.rules import tensors
+from normswap.detect.sites import Rule, Site
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.rules import plain
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
-from normswap.rules.probing import probe_fixed
+from normswap.rules.recognise import probe_fixed
 
 
 def _class() -> type[nn.Module] | None:
@@ -48,7 +48,7 @@ def _computes_it(module: nn.Module | None) -> bool:
 def check(site: Site) -> str | None:
     module, cls = cast(Any, site.module), _class()
     forward = cls.forward if cls is not None and isinstance(module, cls) else type(module).forward
-    return tensors.why_not_plain(site, {forward}) or why_not_statistics(module.running_mean, module.running_var, _eps(module))
+    return plain.why_not_plain(site, {forward}) or why_not_statistics(module.running_mean, module.running_var, _eps(module))
 
 
 def _eps(module: nn.Module) -> float:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from normswap.plan import Rule, Site
-from normswap.rules import from_data, tensors
+from normswap.detect.sites import Rule, Site
+from normswap.rules import per_sample, plain
 
 
 def recognises(site: Site) -> bool:
@@ -21,12 +21,12 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, {nn.GroupNorm.forward})
+    return plain.why_not_plain(site, {nn.GroupNorm.forward})
 
 
 def build(site: Site, std: str) -> nn.Module:
     assert isinstance(site.module, nn.GroupNorm)
-    return from_data.uncalibrated(site.module, (site.module.num_channels,), (1,), std)
+    return per_sample.uncalibrated(site.module, (site.module.num_channels,), (1,), std)
 
 
-RULE = Rule("group_norm", recognises, check, build, from_data.per_sample)
+RULE = Rule("group_norm", recognises, check, build, per_sample.per_sample)

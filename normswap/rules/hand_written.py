@@ -10,11 +10,11 @@ from typing import cast
 
 from torch import nn
 
-from normswap.calls import HandwrittenNorm
-from normswap.plan import Rule, Site
-from normswap.rules import from_data
-from normswap.rules.probing import probe
-from normswap.rules.tensors import OWN_RULE
+from normswap.detect.handwritten import HandwrittenNorm
+from normswap.detect.sites import Rule, Site
+from normswap.rules import per_sample
+from normswap.rules.plain import OWN_RULE
+from normswap.rules.recognise import probe
 
 
 def recognises(site: Site) -> bool:
@@ -38,7 +38,7 @@ def build(site: Site, std: str) -> nn.Module:
     found = probe(module)
     assert found is not None
     sizes, axes = ((v,) if isinstance(v, int) else v for v in (found.channels, found.axis))
-    return from_data.uncalibrated(module, sizes, axes, std)
+    return per_sample.uncalibrated(module, sizes, axes, std)
 
 
-RULE = Rule("hand_written", recognises, check, build, from_data.per_sample)
+RULE = Rule("hand_written", recognises, check, build, per_sample.per_sample)

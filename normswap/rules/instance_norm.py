@@ -17,10 +17,10 @@ from typing import cast
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.batchless import BatchlessNorm
-from normswap.calls import InstanceNormCall
-from normswap.plan import Rule, Site
-from normswap.rules import from_data, tensors
+from normswap.detect.handwritten import InstanceNormCall
+from normswap.detect.sites import Rule, Site
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.rules import per_sample, plain
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
 
 FORWARDS = {_InstanceNorm.forward, InstanceNormCall.forward}
@@ -33,7 +33,7 @@ def _tracks(site: Site) -> bool:
 
 def check_tracked(site: Site) -> str | None:
     module = cast(_InstanceNorm, site.module)
-    return tensors.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
+    return plain.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
 def build_tracked(site: Site, std: str) -> nn.Module:
@@ -45,13 +45,13 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, FORWARDS)
+    return plain.why_not_plain(site, FORWARDS)
 
 
 def build(site: Site, std: str) -> nn.Module:
     assert isinstance(site.module, _InstanceNorm)
-    return from_data.uncalibrated(site.module, (site.module.num_features,), (1,), std)
+    return per_sample.uncalibrated(site.module, (site.module.num_features,), (1,), std)
 
 
 TRACKED = Rule("instance_norm", _tracks, check_tracked, build_tracked)
-RULE = Rule("instance_norm", recognises, check, build, from_data.per_sample)
+RULE = Rule("instance_norm", recognises, check, build, per_sample.per_sample)

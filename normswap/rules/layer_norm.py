@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from normswap.plan import Rule, Site
-from normswap.rules import from_data, tensors
+from normswap.detect.sites import Rule, Site
+from normswap.rules import per_sample, plain
 
 
 def recognises(site: Site) -> bool:
@@ -22,13 +22,13 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, {nn.LayerNorm.forward})
+    return plain.why_not_plain(site, {nn.LayerNorm.forward})
 
 
 def build(site: Site, std: str) -> nn.Module:
     assert isinstance(site.module, nn.LayerNorm)
     shape = site.module.normalized_shape
-    return from_data.uncalibrated(site.module, shape, range(-len(shape), 0), std)
+    return per_sample.uncalibrated(site.module, shape, range(-len(shape), 0), std)
 
 
-RULE = Rule("layer_norm", recognises, check, build, from_data.per_sample)
+RULE = Rule("layer_norm", recognises, check, build, per_sample.per_sample)

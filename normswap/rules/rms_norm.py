@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from normswap.plan import Rule, Site
-from normswap.rules import from_data, tensors
+from normswap.detect.sites import Rule, Site
+from normswap.rules import per_sample, plain
 
 
 def recognises(site: Site) -> bool:
@@ -21,13 +21,13 @@ def recognises(site: Site) -> bool:
 
 
 def check(site: Site) -> str | None:
-    return tensors.why_not_plain(site, {nn.RMSNorm.forward})
+    return plain.why_not_plain(site, {nn.RMSNorm.forward})
 
 
 def build(site: Site, std: str) -> nn.Module:
     assert isinstance(site.module, nn.RMSNorm)
     shape = site.module.normalized_shape
-    return from_data.uncalibrated(site.module, shape, range(-len(shape), 0), std)
+    return per_sample.uncalibrated(site.module, shape, range(-len(shape), 0), std)
 
 
-RULE = Rule("rms_norm", recognises, check, build, from_data.per_sample)
+RULE = Rule("rms_norm", recognises, check, build, per_sample.per_sample)

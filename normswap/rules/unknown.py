@@ -11,9 +11,9 @@ import re
 import torch
 from torch import nn
 
-from normswap.batchless import BatchlessNorm
-from normswap.plan import Rule, Site
-from normswap.rules.tensors import OWN_RULE
+from normswap.detect.sites import Rule, Site
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.rules.plain import OWN_RULE
 
 _NAME = re.compile(r"(?i:norm(?!alize))|(BN|LN|GN|FRN|GRN|LRN)(\d[dD])?$")
 

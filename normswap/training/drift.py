@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap import numerics
-from normswap.batchless import BatchlessNorm
+from normswap.layer import formulas
+from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.training.loss import layers_of
 
 
@@ -29,7 +29,7 @@ class Drift(NamedTuple):
 def drift(model: nn.Module) -> dict[str, Drift]:
     """name -> Drift of every layer whose statistics have a gradient: call it after the last backward of a step and before the step.
 
-    The gradients of mean and std are the first two moments of z (`numerics.nll_gradients`), so that no activation is looked at, and those
+    The gradients of mean and std are the first two moments of z (`formulas.nll_gradients`), so that no activation is looked at, and those
     of all micro-batches and processes are in them. They have to be as they come from backward: unscaled, not clipped, and with `attach`
     said. Layers that are frozen, in eval mode or converted with aux="none" have none, and are left out. Nothing is copied to the host.
 
@@ -45,7 +45,7 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     std = layer.statistics()[1]
     f = layer._eps / std.square()
     modes = {"stats": layer.stats, "reduction": layer.reduction}
-    d, r = numerics.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
+    d, r = formulas.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
     factor = layer.run.factor if layer.guarded else None

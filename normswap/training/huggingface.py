@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from normswap.training import trainers
+from normswap.training import callbacks
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(f"{__name__} needs the Trainer of transformers ({error}): pip install 'normswap[trainer]'") from error
 
-ADVICE = trainers.Advice(
+ADVICE = callbacks.Advice(
     groups="Give the Trainer an optimizer: Trainer(..., optimizers=(torch.optim.AdamW(normswap.param_groups(model, lr=...)), None))",
     unclipped="TrainingArguments(max_grad_norm=0.0)",
     clipped="max_grad_norm of TrainingArguments, whose default is 1.0,",
@@ -43,16 +43,16 @@ class NormswapCallback(TrainerCallback):
     """
 
     def __init__(self, *, max_grad_norm: float | None = None) -> None:
-        trainers.check_max_norm(max_grad_norm)
+        callbacks.check_max_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.latest: dict[str, Tensor] = {}  # of the last step, not copied to the host before it is logged
         self._batches = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        trainers.check(model, [optimizer], ADVICE, clips=bool(args.max_grad_norm))
-        trainers.check_decay(model, optimizer, ADVICE)
-        trainers.tell(model, scaler=getattr(optimizer, "scaler", None), accumulate=args.gradient_accumulation_steps)
+        callbacks.check(model, [optimizer], ADVICE, clips=bool(args.max_grad_norm))
+        callbacks.check_decay(model, optimizer, ADVICE)
+        callbacks.tell(model, scaler=getattr(optimizer, "scaler", None), accumulate=args.gradient_accumulation_steps)
         self._batches, self.latest = 0, {}
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -61,12 +61,12 @@ class NormswapCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not args.max_grad_norm:
-            trainers.unchanged(model)  # the Trainer measures the norm by clipping to infinity
+            callbacks.unchanged(model)  # the Trainer measures the norm by clipping to infinity
         scaler = getattr(optimizer, "scaler", None)
         share = (self._batches + 1) / args.gradient_accumulation_steps
         self._batches = 0
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around that of torch
-        self.latest = trainers.before_step(model, optimizer, scaler, max_grad_norm=self.max_grad_norm, share=share)
+        self.latest = callbacks.before_step(model, optimizer, scaler, max_grad_norm=self.max_grad_norm, share=share)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, Any] | None = kwargs.get("logs")
@@ -78,4 +78,4 @@ class NormswapCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainers.tell(kwargs["model"])
+        callbacks.tell(kwargs["model"])

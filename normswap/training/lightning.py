@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from normswap.batchless import BatchlessNorm
-from normswap.training import trainers
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.training import callbacks
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{__name__} needs Lightning ({error}): pip install 'normswap[lightning]'") from error
 
-ADVICE = trainers.Advice(
+ADVICE = callbacks.Advice(
     groups="Return an optimizer of all of them from configure_optimizers: torch.optim.AdamW(normswap.param_groups(self, lr=...))",
     unclipped="Trainer(gradient_clip_val=None)",
     clipped="gradient_clip_val of the Trainer",
@@ -42,13 +42,13 @@ class NormswapCallback(Callback):
     """
 
     def __init__(self, *, max_grad_norm: float | None = None) -> None:
-        trainers.check_max_norm(max_grad_norm)
+        callbacks.check_max_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self._accumulate = 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clips = bool(trainer.gradient_clip_val) and not is_overridden("configure_gradient_clipping", pl_module)
-        trainers.check(pl_module, trainer.optimizers, ADVICE, clips=clips)
+        callbacks.check(pl_module, trainer.optimizers, ADVICE, clips=clips)
         self._tell(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -57,16 +57,16 @@ class NormswapCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        values = trainers.before_step(pl_module, optimizer, scaler, max_grad_norm=self.max_grad_norm)
+        values = callbacks.before_step(pl_module, optimizer, scaler, max_grad_norm=self.max_grad_norm)
         pl_module.log_dict(values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainers.tell(pl_module)
+        callbacks.tell(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if any(isinstance(module, BatchlessNorm) for module in pl_module.modules()):
-            trainers.tell(pl_module)
+            callbacks.tell(pl_module)
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._accumulate = trainer.accumulate_grad_batches
-        trainers.tell(pl_module, scaler=getattr(trainer.precision_plugin, "scaler", None), accumulate=self._accumulate)
+        callbacks.tell(pl_module, scaler=getattr(trainer.precision_plugin, "scaler", None), accumulate=self._accumulate)

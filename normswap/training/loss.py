@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from normswap.batchless import BatchlessNorm
 from normswap.errors import UsageError
-from normswap.injection import valued
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.export_operator import valued
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from normswap import stepping
-from normswap.batchless import AUXES, MOMENTUM, Aux, BatchlessNorm
+from normswap.detect.sites import Swap
 from normswap.errors import UsageError
-from normswap.numerics import STATS, Stats
-from normswap.plan import Swap
+from normswap.layer import optimizer_step
+from normswap.layer.batchless_norm import AUXES, MOMENTUM, Aux, BatchlessNorm
+from normswap.layer.formulas import STATS, Stats
 
 
 def check(aux: str, stats: str) -> None:
@@ -35,4 +35,4 @@ def prepare(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux
         momentum = None if layer.source is None else layer.source.attributes.get("momentum")
         layer.momentum = float(momentum) if isinstance(momentum, (int, float)) else MOMENTUM
         layer.calls = calls.get(name) or 1
-        stepping.watch(layer)
+        optimizer_step.watch(layer)

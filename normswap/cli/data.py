@@ -1,0 +1,56 @@
+"""What the options --data, --rule, --metric and --loss name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from normswap.detect.sites import Rule
+from normswap.errors import UsageError
+from normswap.models.inputs import as_batches, parse
+from normswap.models.programs import as_module
+from normswap.models.spec import SPEC, imported
+from normswap.rules import DEFAULT_RULES
+from normswap.rules.user_rules import named
+
+
+def batches_of(spec: str, model: nn.Module | ExportedProgram) -> Sequence[Any]:
+    """Calibration data: a .pt file that holds a list of batches; a .pt, .npz or .npy file that is one; a directory of such files; or
+    package.module:factory, which returns or yields batches. model: what they are for."""
+    path = Path(spec)
+    files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]
+    if path.exists():
+        if not files:
+            raise UsageError(f"--data {spec} holds no .pt, .npz or .npy file", hint="each file is one batch, or a list of them")
+        return [batch for file in files for batch in _batches_in(file, as_module(model))]
+    if SPEC.fullmatch(spec) is None:
+        raise UsageError(f"--data {spec} is no file, no directory and no package.module:factory", hint="a factory returns batches")
+    factory = imported(spec, "--data", "a function that returns batches")
+    try:
+        return list(factory())
+    except Exception as error:  # it is the user's code
+        raise UsageError(
+            f"--data {spec}: the factory raised {type(error).__name__}: {error}", hint="it is called without arguments"
+        ) from error
+
+
+def _batches_in(file: Path, model: nn.Module) -> list[Any]:
+    found = parse([str(file)], "--data")
+    return as_batches(found.listed, model, f"--data {file}") if found.listed else [found.kwargs or found.args]
+
+
+def all_rules(specs: Sequence[str]) -> tuple[Rule, ...]:
+    """People's own rules, by package.module:NAME, before the default ones."""
+    return (*(named(spec) for spec in specs), *DEFAULT_RULES)
+
+
+def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
+    """What package.module:callable names."""
+    found = imported(spec, option, meant)
+    if not callable(found):
+        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
+    return cast("Callable[..., Any]", found)

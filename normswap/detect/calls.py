@@ -1,0 +1,240 @@
+"""Calls that a back-end saw -> Sites: which of them can be replaced, by rewriting the code of which module.
+
+The module whose code makes a call, its owner, is traced alone (`graphs.py`), so that the rest of the model need not be traceable, and what
+is found there (`calls.py`) is counted against what was seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.detect.handwritten import HAND_WRITTEN, Found, Shapes, find
+from normswap.detect.sites import Call, Forward, Site
+from normswap.detect.super_calls import under_super
+from normswap.errors import SwapError
+from normswap.models.copying import shadow
+from normswap.models.own_code import NotTraceableError, base_forward, base_of, graphs_of, place_of
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One call that a back-end saw: in whose code, of what, and fed by which conv or linear alone."""
+
+    owner: str
+    function: str
+    producer: str | None = None
+
+
+def call_sites(
+    model: nn.Module,
+    hits: Sequence[Hit],
+    names: Mapping[str, Sequence[str]],
+    forward: Callable[[], Forward | None],
+    *,
+    idle: Sequence[str] = (),
+    suspects: Sequence[str] = (),
+) -> tuple[list[tuple[int, Site]], list[str]]:
+    """(number of its first hit, Site) for every call in the code of an owner of `hits`; and a note on every suspect that has no such site.
+
+    model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: the arguments of
+    a forward pass; asked only if the shape of an input must be known. idle: owners whose code was not run; their sites come last.
+    suspects: owners whose code does what hand-written norms do.
+    """
+    owners = list(dict.fromkeys((*(hit.owner for hit in hits), *suspects, *idle)))
+    found: dict[str, list[Found]] = {}
+    why_not: dict[str, str] = {}
+    for owner in owners:
+        module = model.get_submodule(owner)
+        try:
+            found[owner] = _agreed(module, None)
+        except NotTraceableError as error:
+            why_not[owner] = str(error)
+    vague = [owner for owner, calls in found.items() if any(call.needs_shape for call in calls)]
+    if vague:
+        arguments = forward()
+        shapes = {} if arguments is None else _observe(model, vague, arguments)
+        unseen: Shapes | None = None if arguments is None else {}
+        found.update({owner: _agreed(model.get_submodule(owner), shapes.get(owner, unseen)) for owner in vague})
+    sites: list[tuple[int, Site]] = []
+    for owner in owners:
+        mine = [(i, hit) for i, hit in enumerate(hits) if hit.owner == owner]
+        if owner in found:
+            sites += [
+                (len(hits) if first is None else first, site)
+                for first, site in _sites(model.get_submodule(owner), owner, names[owner][1:], found[owner], mine, owner in idle)
+            ]
+        else:
+            sites += _unreplaceable(owner, type(model.get_submodule(owner)).__name__, mine, why_not[owner])
+    silent = [owner for owner in suspects if not any(call.function == HAND_WRITTEN for call in found.get(owner, ()))]
+    return sites, [_suspicion(model.get_submodule(owner), owner, why_not.get(owner)) for owner in silent]
+
+
+def _suspicion(module: nn.Module, name: str, why_not: str | None) -> str:
+    where = f"{type(module).__name__} ({name})" if name else type(module).__name__
+    why = f"its code cannot be rewritten because {why_not}" if why_not else "it has not the form of one that normswap knows"
+    return (
+        f"the code of {where} scales by the root of a mean or variance, or by a norm, as a normalization written by hand does; "
+        f"it is not listed, as {why}. If it is a normalization, make it a layer with Norm in the name of its class"
+    )
+
+
+def writes_its_own(module: nn.Module) -> bool:
+    """Whether the module is a class of somebody's own in whose code a normalization can be replaced."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
+        return False
+    try:
+        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), None))
+    except (NotTraceableError, SwapError):
+        return False
+
+
+def _agreed(module: nn.Module, shapes: Shapes | None) -> list[Found]:
+    """What the code of a module calls in eval mode, if it calls the same in train mode.
+
+    Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
+    """
+    derived = base_of(module) is not None and not type(module).forward.__module__.startswith("torch.")
+    try:
+        return _in_graphs(module, shapes, at_ranks=not derived)
+    except NotTraceableError:
+        if not derived:
+            raise
+        if under_super(module).why_not is not None:
+            return _in_graphs(module, shapes)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.create_node("call_function", base_forward, (x, ""), name="norm"))
+    return [dataclasses.replace(found, under=True) for found in find(graph, module)]
+
+
+def _in_graphs(module: nn.Module, shapes: Shapes | None, *, at_ranks: bool = True) -> list[Found]:
+    each = [find(graph, module, shapes if not training else None) for training, graph in graphs_of(module, at_ranks=at_ranks).items()]
+    for other in each[1:]:
+        same = [f.function for f in other] == [f.function for f in each[0]]
+        if not same or any(a.tensors != b.tensors for a, b in zip(*each, strict=True) if a.layer is not None and b.layer is not None):
+            raise NotTraceableError("it normalizes differently in train and in eval mode")
+    return each[0]
+
+
+def _sites(
+    owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]], idle: bool
+) -> list[tuple[int | None, Site]]:
+    # The k-th of n calls was seen as the k-th, n + k-th, ... hit of its sort; otherwise not all of the code ran, and no count is known.
+    seen: dict[int, list[tuple[int, Hit]]] = {}
+    for hand_written in (False, True):
+        numbers = [i for i, f in enumerate(found) if (f.function == HAND_WRITTEN) == hand_written]
+        mine = [hit for hit in hits if (hit[1].function == HAND_WRITTEN) == hand_written]
+        whole = bool(numbers) and len(mine) % len(numbers) == 0
+        seen.update({number: mine[k :: len(numbers)] if whole else [] for k, number in enumerate(numbers)})
+    groups: dict[Any, list[int]] = {}
+    for i, call in enumerate(found):
+        groups.setdefault(call.key, []).append(i)
+    sites, taken = [], set[str]()
+    for numbers in groups.values():
+        call = found[numbers[0]]
+        executed = [hit for number in numbers for hit in seen[number]]
+        own = _free(owner, _prefix(call) + call.name, taken)
+        first = min((i for i, _ in executed), default=hits[0][0] if hits else None)
+        site = Site(
+            name=f"{name}.{own}" if name else own,
+            aliases=tuple(f"{alias}.{own}" for alias in aliases),
+            module=call.layer,
+            calls=0 if idle else len(executed) or None,
+            producer=executed[0][1].producer if len(executed) == 1 else None,
+            function=call.function,
+            call=Call(name, tuple(numbers), call.under) if call.layer is not None else None,
+            obstacle=call.obstacle,
+        )
+        sites.append((first, site))
+    return sites
+
+
+def _unreplaceable(owner: str, owner_class: str, hits: list[tuple[int, Hit]], why: str) -> list[tuple[int, Site]]:
+    """One site for each call that was seen; what only looks like a form written by hand is no site."""
+    sites, taken = [], set[str]()
+    for i, hit in hits:
+        if hit.function != HAND_WRITTEN:
+            own = _free(nn.Module(), hit.function.rpartition(".")[2], taken)
+            obstacle = f"is a call of {hit.function} in the code of {owner_class}, which cannot be rewritten because {why}; make it a layer"
+            sites.append((i, Site(f"{owner}.{own}" if owner else own, (), None, 1, (), (), hit.producer, hit.function, None, obstacle)))
+    return sites
+
+
+def _prefix(call: Found) -> str:
+    """Where the module stood that a traced graph took the call from."""
+    place = place_of(call.end) if call.end.graph.owning_module is not None else ""
+    return f"{place}." if place else ""
+
+
+def _free(owner: nn.Module, name: str, taken: set[str]) -> str:
+    """A name under which `owner` holds nothing yet."""
+    number, free = 0, name
+    while free in taken or _holds(owner, free):
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free
+
+
+def _holds(owner: nn.Module, path: str) -> bool:
+    place, _, name = path.rpartition(".")
+    try:
+        return hasattr(owner.get_submodule(place), name)
+    except AttributeError:
+        return False
+
+
+def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward) -> dict[str, Shapes]:
+    """owner -> node name -> shape, from one forward pass: each owner's graph is run beside its code, on what the code is given."""
+    shapes: dict[str, Shapes] = {}
+
+    def watch(owner: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if owner not in shapes:
+                graph_module = module if isinstance(module, fx.GraphModule) else fx.GraphModule(module, graphs_of(module)[False])
+                watcher = _ShapesOf(graph_module)
+                shapes[owner] = watcher.shapes
+                # The base_forward of a derived norm is never run: everything before it has been seen by then.
+                positional = _positional(module, args, kwargs)
+                try:
+                    watcher.run(*positional)
+                except Exception:
+                    return
+
+        return hook
+
+    handles = [model.get_submodule(owner).register_forward_pre_hook(watch(owner), with_kwargs=True) for owner in owners]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*arguments[0], **arguments[1])
+    except Exception:  # the user's model may raise anything; what was seen until then stays true
+        return shapes
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
+
+
+class _ShapesOf(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, tuple[Any, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value

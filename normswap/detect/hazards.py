@@ -1,0 +1,231 @@
+"""What one norm holds, and the traps that people step into with it: each a code that stays and a clause about this norm.
+
+    called_repeatedly         one norm, several calls in a forward
+    never_called              no forward in eval mode calls it
+    never_updated             mean 0 and variance 1 in every channel: as they were initialised
+    not_counted               num_batches_tracked is 0 although the statistics are not the initial ones
+    no_running_statistics     BatchNorm that keeps none (track_running_stats=False)
+    tracking_switched_off     BatchNorm that keeps some, with track_running_stats=False set later
+    batch_statistics          a call with training=True in eval mode
+    cumulative_momentum       momentum=None
+    one_value_per_channel     BatchNorm whose input has one value per channel and sample
+    not_finite                NaN or infinity among its tensors
+    written_in_place          the next operation overwrites its output
+
+docs/inspect.md says what each means to the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from normswap.detect.functional import KINDS
+from normswap.models.own_code import BASES
+
+# A std or weight is "about 0" below this share of the median of the layer's others: such a channel is a constant, for all that follows.
+ABOUT_ZERO = 1e-4
+
+Momentum = float | Literal["cumulative"] | None
+
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+_EPS = ("eps", "variance_epsilon", "epsilon")  # the second is transformers'
+
+
+@dataclass(frozen=True)
+class Trap:
+    """One warning: a code that programs may rely on, and a clause about the norm."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a norm holds, or what a functional call was given.
+
+    batch      whether it is a BatchNorm layer, whose train mode takes its statistics over the batch
+    tracked    whether there are running statistics; `tensors` lacks those whose values are not known (meta, lazy)
+    tracking   BatchNorm's flag of that name; None for anything else
+    training   whether a call of batch_norm asks for the batch's statistics
+    scales     whether the output is multiplied by the weight as it is
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    eps: float | None = None
+    momentum: Momentum = None
+    batches: int | None = None
+    batch: bool = False
+    tracked: bool = False
+    tracking: bool | None = None
+    training: bool = False
+    scales: bool = False
+
+    @property
+    def channels(self) -> int | None:
+        return next((self.tensors[name].numel() for name in ("running_var", "weight", "bias") if name in self.tensors), None)
+
+    @property
+    def dead_channels(self) -> int | None:
+        """Channels whose running std is about 0."""
+        var = self.tensors.get("running_var")
+        return None if var is None else about_zero(var.double().clamp(min=0).sqrt())
+
+    @property
+    def zero_weights(self) -> int | None:
+        """Channels whose weight is about 0."""
+        weight = self.tensors.get("weight")
+        return None if weight is None or not self.scales else about_zero(weight.double().abs())
+
+
+def about_zero(values: Tensor) -> int:
+    """How many of the values, all >= 0, are at most ABOUT_ZERO of the median of the positive ones."""
+    positive = values[(values > 0) & values.isfinite()]
+    return int((values <= (ABOUT_ZERO * positive.median() if positive.numel() else 0)).sum())
+
+
+def held_by(module: nn.Module) -> Held:
+    """What a module holds. Reads it and changes nothing."""
+    batch = isinstance(module, _BatchNorm)
+    batches = _known(getattr(module, "num_batches_tracked", None))
+    momentum = getattr(module, "momentum", None)
+    var = getattr(module, "running_var", None)
+    return Held(
+        tensors={name: tensor for name in _TENSORS if (tensor := _known(getattr(module, name, None))) is not None},
+        eps=next((_number(getattr(module, name)) for name in _EPS if hasattr(module, name)), None),
+        momentum="cumulative" if batch and momentum is None else _number(momentum),
+        batches=int(batches) if batches is not None and batches.numel() == 1 else None,
+        batch=batch,
+        tracked=var is not None,
+        tracking=bool(module.track_running_stats) if batch else None,
+        scales=isinstance(module, BASES) or isinstance(var, Tensor),
+    )
+
+
+def given_to(function: str, arguments: Mapping[str, Any]) -> Held:
+    """What a functional norm was called with, by the names of `functional.bind`."""
+    return Held(
+        tensors={name: tensor for name in _TENSORS if (tensor := _known(arguments.get(name))) is not None},
+        eps=_number(arguments.get("eps")),
+        momentum=_number(arguments.get("momentum")),
+        tracked=arguments.get("running_mean") is not None,
+        training=KINDS.get(function) == "batch_norm" and bool(arguments.get("training", False)),
+        scales=True,
+    )
+
+
+def _known(value: Any) -> Tensor | None:
+    """A tensor whose values can be read."""
+    if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta or value.is_quantized:
+        return None
+    return value.detach()
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def traps(held: Held | None, calls: int | None, shapes: Sequence[Sequence[int]], samples: int, writers: Sequence[str]) -> tuple[Trap, ...]:
+    """Every trap that one norm is in.
+
+    calls: in one forward; shapes: of its input (N, C, *space), in a forward of so many samples; writers: what writes to its output.
+    """
+    found = [_calls(calls)]
+    if held is not None:
+        found += [check(held) for check in _HELD]
+        # Where N is more than the samples, a sample has several values: a model may flatten its tokens into N.
+        if held.batch and any(math.prod(shape[2:]) == 1 and shape[0] <= samples for shape in shapes):
+            found.append(ONE_VALUE)
+    if writers:
+        found.append(
+            Trap(
+                "written_in_place",
+                f"has its output overwritten in place by {', '.join(sorted(set(writers)))}: a swap keeps that safe, as BatchlessNorm "
+                "returns a new tensor too; but a hook or feature extractor that keeps the output sees it after the write",
+            )
+        )
+    return tuple(trap for trap in found if trap is not None)
+
+
+def _calls(calls: int | None) -> Trap | None:
+    if calls == 0:
+        return Trap("never_called", "is not called by a forward pass in eval mode, so nothing measured says anything about it")
+    if calls is not None and calls > 1:
+        return Trap(
+            "called_repeatedly",
+            f"is called {calls} times in one forward: all calls share one set of statistics, and train mode mixes what it sees in each",
+        )
+    return None
+
+
+ONE_VALUE = Trap(
+    "one_value_per_channel",
+    "gets one value per channel and sample: train mode takes its variance over the batch alone and raises for a batch of 1, "
+    "while eval mode runs",
+)
+
+
+def _initial(held: Held) -> bool:
+    mean, var = held.tensors.get("running_mean"), held.tensors.get("running_var")
+    return mean is not None and var is not None and mean.numel() > 0 and bool((mean == 0).all()) and bool((var == 1).all())
+
+
+def _never_updated(held: Held) -> Trap | None:
+    if _initial(held):
+        return Trap(
+            "never_updated",
+            "has running_mean 0 and running_var 1 in every channel, as they are initialised: it was never trained, "
+            "or its statistics were not loaded",
+        )
+    if held.batches == 0 and "running_var" in held.tensors:
+        return Trap(
+            "not_counted",
+            "has num_batches_tracked 0, yet statistics that are not the initial ones: something set them without counting (weights "
+            "converted from elsewhere, for one), and a swap takes them as they are",
+        )
+    return None
+
+
+def _no_statistics(held: Held) -> Trap | None:
+    if held.training:
+        return Trap(
+            "batch_statistics",
+            "is called with training=True in a forward pass in eval mode: the output for one sample depends on the others",
+        )
+    if held.batch and not held.tracked:
+        return Trap(
+            "no_running_statistics",
+            "keeps no running statistics (track_running_stats=False): it normalizes by each batch's own, in eval mode too, so the output "
+            "for one sample depends on the others",
+        )
+    if held.tracking is False:
+        return Trap(
+            "tracking_switched_off",
+            "has running statistics, but track_running_stats=False: eval mode uses them, train mode no longer updates them",
+        )
+    return None
+
+
+def _momentum(held: Held) -> Trap | None:
+    if held.momentum != "cumulative" or not held.tracked:
+        return None
+    return Trap(
+        "cumulative_momentum",
+        "has momentum=None: its statistics are the plain average of all batches so far, so training on moves them less and less"
+        + (", and the next batch replaces them, as num_batches_tracked is 0" if held.batches == 0 else ""),
+    )
+
+
+def _not_finite(held: Held) -> Trap | None:
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in held.tensors.items()}
+    bad = [f"{count} of {held.tensors[name].numel()} values of {name}" for name, count in counts.items() if count]
+    return Trap("not_finite", f"has {', '.join(bad)} that are not finite") if bad else None
+
+
+_HELD: tuple[Callable[[Held], Trap | None], ...] = (_never_updated, _no_statistics, _momentum, _not_finite)

@@ -1,0 +1,200 @@
+"""A class of somebody's own that is derived from a norm of torch, guards the call of `super().forward(x)`, and keeps its code.
+
+    class Guarded(nn.BatchNorm2d):
+        def forward(self, x):
+            if x.numel() > 0:                 # depends on the data, or on a mask, a rank, the mode: no graph holds all of it
+                return super().forward(x)
+            return x.new_empty(x.shape)
+
+`put_under_super` lets `super().forward` call a layer instead: the object's class becomes one that is derived from its own, with a class
+between the user's and torch's in the order in which Python looks methods up. Every guard and every branch runs as it was written, in eval
+and in train mode, and at every batch size. The tensors that the norm had are gone from the object (its weight and bias are the layer's),
+so code that would read the statistics fails loudly.
+
+`why_not_under_super` says when that is no faithful swap, before anything is changed: the code reads the statistics itself, calls a
+normalizing function besides, or does in a trial not what it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
+
+from normswap.detect.functional import FUNCTIONS
+from normswap.errors import described
+from normswap.models.own_code import TENSORS, base_of, over_layer
+
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_AFFINE = frozenset({"weight", "bias"})
+_EVERYTHING = frozenset({"__dict__", "_buffers", "_parameters", "state_dict", "named_buffers", "buffers"})
+LAYER = "norm"
+_FUNCTIONS = frozenset(name.rpartition(".")[2] for name, _ in FUNCTIONS.values())
+
+
+def as_base(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """The norm that a class derived from `cls` extends, with the same tensors and settings, without what it adds."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
+    layer.__dict__.update({name: module.__dict__[name] for name in ("momentum", "eps", "process_group") if name in module.__dict__})
+    for name in ("weight", "bias"):
+        layer.register_parameter(name, getattr(module, name, None))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if name in module._buffers:
+            layer.register_buffer(name, module._buffers[name])
+    return layer.eval()
+
+
+def put_under_super(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Let the `super().forward` in the class of `module` call `layer`, which comes to stand in `module` under `name`. In place."""
+    for tensor in TENSORS:
+        module._parameters.pop(tensor, None)
+        module._buffers.pop(tensor, None)
+    module.add_module(name, layer)
+    over_layer(module, name)
+
+
+# --- whether it is the same -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a layer can stand under `super().forward` of one module.
+
+    why_not      a clause about its code that goes on from "because"; None if one can
+    passes_on    whether, in every trial, super().forward was given what the module was given
+    """
+
+    why_not: str | None
+    passes_on: bool = False
+
+
+def under_super(module: nn.Module) -> Answer:
+    """Whether a layer can stand under the `super().forward` of a class that is derived from a norm of torch. Changes nothing."""
+    base = base_of(module)
+    if base is None or "forward" in module.__dict__:
+        return Answer("its forward is not that of a class derived from a norm of torch")
+    if isinstance(module, LazyModuleMixin) or hasattr(module, "parametrizations"):
+        return Answer("it is lazy or parametrized")
+    keeps = getattr(module, "running_mean", None) is not None
+    names = set[str]()
+    for function in _functions(type(module), base):
+        if not isinstance(function, types.FunctionType):
+            return Answer(f"its {getattr(function, '__name__', 'forward')} is no function of Python")
+        names |= _named_in(function.__code__)
+    reads = sorted(names & (_STATISTICS | _EVERYTHING | (frozenset() if keeps else _AFFINE)))
+    if reads:
+        return Answer(f"its code reads {_listed(reads)} itself")
+    calls = sorted(names & (_FUNCTIONS | (frozenset() if keeps else {base.__name__})))
+    if calls:
+        return Answer(f"its code calls {_listed(calls)} itself")
+    return _tried(module, base)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _functions(cls: type, base: type) -> Iterator[Any]:
+    """`forward` of the classes before torch's, and every method of theirs that it may call, whatever decorates them."""
+    own = cls.__mro__[: cls.__mro__.index(base)]
+    queue, seen = ["forward"], set[str]()
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for holder in own:
+            held = vars(holder).get(name)
+            held = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
+            if (name == "forward" and held is not None) or isinstance(held, types.FunctionType):
+                function = inspect.unwrap(held)
+                yield function
+                queue += sorted(_named_in(function.__code__)) if isinstance(function, types.FunctionType) else []
+
+
+def _named_in(code: types.CodeType) -> set[str]:
+    """Attributes, globals and words that code names: `x.running_mean`, and getattr(x, "running_mean") too."""
+    names = {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            names |= _named_in(value)
+    return names
+
+
+def _tried(module: nn.Module, base: type[nn.Module]) -> Answer:
+    """Run the code over the norm itself as a layer, beside the code as it is: all has to be the same, in eval and in train mode."""
+    try:
+        plain, over = copy.deepcopy(module), copy.deepcopy(module)
+        layer = as_base(over, base)
+        put_under_super(over, LAYER, layer)
+    except Exception as error:  # the user's class may raise anything
+        return Answer(f"a copy of it cannot be made to try it ({described(error)})")
+    for part in (*plain.modules(), *over.modules()):
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    given: list[Any] = []
+    layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    taken, passes_on = False, True
+    for shape in _shapes(layer):
+        for training in (False, True):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(_like(layer))
+            given.clear()
+            expected, found = (_run(part.train(training), x) for part in (plain, over))
+            if expected is None:  # another shape was expected
+                break
+            if found is None or not _same(expected, found):
+                return Answer("its code reaches the norm otherwise than by super().forward(x)")
+            if not given:
+                mode = "train" if training else "eval"
+                return Answer(f"its code does not call super().forward in {mode} mode" + (" as it does in eval mode" if training else ""))
+            taken = True
+            passes_on = passes_on and all(value is x for value in given)
+    if not taken:
+        return Answer("it takes none of the inputs that it was tried with")
+    return Answer(None, passes_on)
+
+
+def _shapes(layer: nn.Module) -> Iterator[tuple[int, ...]]:
+    size = getattr(layer, "normalized_shape", None)
+    if size is not None:
+        yield from ((3, 5, *size), (1, 5, *size), (3, *size), (3, 2, 4, *size))
+        return
+    channels = cast(int, getattr(layer, "num_features", None) or getattr(layer, "num_channels", 0))
+    for batch in (3, 1):
+        yield from ((batch, channels, *space) for space in ((4, 2), (5,), (), (2, 3, 2)))
+
+
+def _like(layer: nn.Module) -> Tensor:
+    tensors = (t for t in (*layer.buffers(), *layer.parameters()) if t.is_floating_point())
+    return next(tensors, torch.zeros(()))
+
+
+def _run(module: nn.Module, x: Tensor) -> list[Any] | None:
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            return tree_leaves(module(x))
+        except Exception:  # the user's code may raise anything
+            return None
+
+
+def _same(expected: list[Any], found: list[Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        return type(a) is type(b)
+
+    return len(expected) == len(found) and all(map(same, expected, found))

@@ -1,0 +1,370 @@
+"""Folds what any ONNX file holds of normalization into its layers, without the model that it was made from.
+
+1. The file is read and checked, and the shapes of its values are inferred (`normswap.folding.shapes`).
+2. Operators that give what they take are left out of account (`normswap.folding.noops`).
+3. Its affines are found (`normswap.folding.found`) and folded where that is exact (`normswap.folding`).
+4. If any could be, the new graph is shortened (`normswap.lean`) and written in the opset that the file had; if none, the file is copied as
+   it is.
+
+Whether the two files are the same function is for `verify` to say, before the new one gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normswap.errors import ExportError, LoadError, first_line
+from normswap.export import file as onnx_file
+from normswap.export.simplify import lean, norms_stay
+from normswap.parity.result import Legs, Parity
+from normswap.parity.runners import opset_of
+from normswap.parity.taps import Tap
+from normswap.versions import version_of
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from normswap.folding import Fate
+
+OLDEST = 7  # the opset from which on sums and products broadcast
+MODERN = 13  # what every converter can reach
+LISTED = 4  # the IR version from which on a weight need not be among the inputs of its file
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An ONNX file that was folded, or copied because there was nothing to fold.
+
+    before, nodes  how often each operator occurs in the file that came in, and in the one that was written
+    bytes_before, bytes  how large they are, with the files that their weights lie in
+    sites          where each affine went, one `normswap.folding.Fate` each, and each norm that is none
+    notes          why nothing was folded, if that is not for the sites to say
+    parity         what comparing the two files gave, once somebody did
+    legs           everything that the new file was held against
+    taps, original_taps   where in the new file, and in the one that came in, what each affine gives is to be found
+    """
+
+    path: Path
+    before: Mapping[str, int]
+    nodes: Mapping[str, int]
+    bytes_before: int
+    bytes: int
+    sites: tuple[Fate, ...] = ()
+    notes: tuple[str, ...] = ()
+    parity: Parity | None = None
+    legs: Legs = field(default_factory=Legs, repr=False)
+    taps: tuple[Tap, ...] = field(default=(), repr=False)
+    original_taps: tuple[Tap, ...] = field(default=(), repr=False)
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether something could be folded, and nothing was, as it did not pass."""
+        return not self.changed and any(site.reason.startswith("rolled back") for site in self.sites)
+
+    @property
+    def changed(self) -> bool:
+        return any(site.touched or site.rewritten for site in self.sites)
+
+
+def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
+    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why. shorten: the rest of the graph, too.
+
+    Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    from normswap.folding import Constants, noops, shapes, taps
+    from normswap.folding import fold as fold_affines
+    from normswap.folding.find import affines, others
+
+    proto = read(source)
+    before, size = onnx_file.census(proto.graph), _size(source, _external(proto))
+    model = ir.load(str(source))
+    if "ai.onnx" in model.opset_imports:  # the long form of the empty name
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    open_to_callers, notes = _listed(model)
+    constants = Constants(model.graph)
+    if constants.opset < OLDEST:
+        convert = f"`onnx.version_converter.convert_version(model, {MODERN})` makes a newer file of it"
+        reason = f"the file has opset {constants.opset}, and what is older than {OLDEST} is left as it is: {convert}"
+        return _copied(source, target, proto, before, _kept(others(model, (), constants, reason), ()), (reason,))
+    with _unknown(model, open_to_callers):
+        shapes.infer(model)
+    noops.remove(model.graph, constants)
+    found = affines(model.graph, constants)
+    rest = others(model, found, constants)
+    originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}
+    sites = tuple(fold_affines(model.graph, found, constants, undone))
+    kept = _kept(rest, [site.name for site in sites])
+    if not any(site.touched or site.rewritten for site in sites):
+        note = (
+            f"{len(open_to_callers)} of its weights are inputs that a caller may replace: "
+            "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them"
+        )
+        return _copied(source, target, proto, before, (*sites, *kept), (note,) if open_to_callers else ())
+    common.RemoveUnusedNodesPass()(model)
+    constants.settle()
+    if shorten:
+        _shorten(model, open_to_callers)
+    model.metadata_props["normswap_version"] = version_of("normswap")
+    _with_base(model, source)
+    new, tensors = onnx_file.skeleton(model)
+    _as_declared(new, proto)
+    _check(new)
+    nodes = onnx_file.census(new.graph)
+    onnx_file.write(new, tensors, target)
+    fates, places = taps(sites)
+    outside = sum(tensor.nbytes for tensor in tensors.values()) > onnx_file.INLINE_LIMIT
+    after = _size(target, [f"{target.name}.data"] if outside else [])
+    return Folded(target, before, nodes, size, after, (*fates, *kept), notes, taps=places, original_taps=_named(sites, originals))
+
+
+def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
+    """(the weights that a caller may replace, notes). Before IR version 4 all weights were listed as inputs, and none could be replaced."""
+    graph = model.graph
+    names = [str(value.name) for value in graph.inputs if value.name in graph.initializers]
+    if model.ir_version >= LISTED:
+        return names, ()
+    for value in [value for value in graph.inputs if value.name in graph.initializers]:
+        graph.inputs.remove(value)
+    old, model.ir_version = model.ir_version, LISTED
+    return [], (f"IR version {old} lists weights as inputs; the new file has IR version {LISTED}, which does not",) if names else ()
+
+
+def _kept(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> tuple[Fate, ...]:
+    """The norms that are no affines, under names that no affine has."""
+    from normswap.folding import Fate
+
+    names, found = set(taken), []
+    for node, reason in norms:
+        plain = str(node.name or node.outputs[0].name)
+        name = next(name for name in itertools.chain([plain], (f"{plain}_{i}" for i in itertools.count(1))) if name not in names)
+        names.add(name)
+        found.append(Fate(name, left=(f"{node.domain}::{node.op_type}" if node.domain else node.op_type,), reason=reason))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _unknown(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
+    """Forget the values of these weights for a while: a shape, or a sum, that follows from one may be another when it is replaced."""
+    values = {name: model.graph.initializers.pop(name) for name in names}
+    held = {name: value.const_value for name, value in values.items()}
+    for value in values.values():
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            value.const_value = held[name]
+            model.graph.initializers[name] = value
+
+
+def _shorten(model: ir.Model, open_to_callers: Sequence[str]) -> None:
+    """What `export` does to a graph once its norms are folded; names and what others noted in it stay."""
+    names = _interface(model.graph)
+    try:
+        with _unknown(model, open_to_callers), norms_stay(model):
+            lean(model)
+    except Exception as error:  # onnxscript's, of a graph unlike those that it was written for
+        raise ExportError(f"the folded graph cannot be shortened: {first_line(error)}") from error
+    if _interface(model.graph) != names:
+        raise ExportError("the folded graph cannot be shortened: its inputs or outputs would get other names")
+
+
+def _interface(graph: ir.Graph) -> list[str | None]:
+    return [value.name for value in (*graph.inputs, *graph.outputs)]
+
+
+def _as_declared(new: onnx.ModelProto, old: onnx.ModelProto) -> None:
+    """Inputs and outputs as the file has them. Shapes of inner values can be inferred: only those that it had are written again."""
+    declared = {value.name: value for value in (*old.graph.input, *old.graph.output) if value.type.tensor_type.HasField("shape")}
+    for value in (*new.graph.input, *new.graph.output):
+        if value.name in declared:
+            value.CopyFrom(declared[value.name])
+    known = {value.name for value in old.graph.value_info}
+    kept = [value for value in new.graph.value_info if value.name in known]
+    del new.graph.value_info[:]
+    new.graph.value_info.extend(kept)
+
+
+def _named(sites: Sequence[Fate], names: Mapping[bool, Sequence[str]]) -> tuple[Tap, ...]:
+    """Where the file that came in has what each affine takes and gives."""
+    calls: Counter[str] = Counter()
+    found = []
+    for number, site in enumerate(sites):
+        calls[site.name] += 1
+        found += [Tap(site.name, calls[site.name], names[given][number], given) for given in (True, False)]
+    return tuple(found)
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The file without the data of its large tensors."""
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist", hint="give the path of an .onnx file") from None
+    except Exception as error:
+        raise LoadError(
+            f"{path} is not an ONNX file, or it was cut off: {first_line(error)}", hint="write it again from its source"
+        ) from error
+    if not proto.graph.node and not proto.graph.output:
+        raise LoadError(f"{path} is not an ONNX file: it has no graph", hint="give the path of an .onnx file")
+    shaped = all(_has_shape(value) for value in (*proto.graph.input, *proto.graph.output))
+    try:
+        if shaped and not any(_is_of_onnxruntime(node, proto) for node in proto.graph.node):
+            onnx.checker.check_model(str(path))
+        else:
+            onnx.checker.check_model(_checkable(proto))
+    except Exception as error:
+        raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+    _check_external(proto, path)
+    return proto
+
+
+def sizes_known(path: Path) -> bool:
+    """Whether the file says of each input what its rank is, and no size that there cannot be."""
+    import onnx
+
+    inputs = onnx.load(str(path), load_external_data=False).graph.input
+    return all(_has_shape(value) and all(dim.dim_value >= 0 for dim in value.type.tensor_type.shape.dim) for value in inputs)
+
+
+SHAPES = {"Reshape": 0, "Expand": 1, "Tile": 1}  # what leaves a value as it is, where a caller gives the shape (input 1) of the result
+
+
+def shapes_asked(path: Path) -> dict[int, tuple[int, int]]:
+    """(how many numbers, which) for each input of the file that is a shape, by its place: random numbers are none that a value can have."""
+    import onnx_ir as ir
+
+    from normswap.folding import shapes
+
+    model = ir.load(str(path))
+    shapes.infer(model)
+    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    found = {}
+    for place, value in enumerate(inputs):
+        for node, index in value.uses():
+            given = node.inputs[0]
+            if node.op_type in SHAPES and node.domain == "" and index == 1 and given is not None and given.shape is not None:
+                found[place] = len(given.shape), SHAPES[node.op_type]
+    return found
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.HasField("shape"))
+
+
+# Norms that onnxruntime has in ONNX's own domain, in opsets in which ONNX has none of that name.
+OF_ONNXRUNTIME = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
+
+
+def _is_of_onnxruntime(node: onnx.NodeProto, proto: onnx.ModelProto) -> bool:
+    return node.domain in ("", "ai.onnx") and opset_of(proto) < OF_ONNXRUNTIME.get(node.op_type, 0)
+
+
+def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The file with a shape for every input and output, and its operators of onnxruntime's in a domain of their own.
+
+    Files without these shapes, or with such operators, are run by runtimes and refused by ONNX's checker. This is for the checker alone,
+    which reads no tensor that lies elsewhere from here.
+    """
+    import onnx
+
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(proto)
+    for value in (*shaped.graph.input, *shaped.graph.output):
+        if not _has_shape(value):
+            value.type.tensor_type.shape.SetInParent()
+    for node in [node for node in shaped.graph.node if _is_of_onnxruntime(node, proto)]:
+        node.domain = "com.microsoft"
+        if node.domain not in [entry.domain for entry in shaped.opset_import]:
+            shaped.opset_import.append(onnx.helper.make_opsetid(node.domain, 1))
+    outside = [tensor for tensor in shaped.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    listed = {value.name for value in shaped.graph.input}
+    for tensor in outside:
+        shaped.graph.initializer.remove(tensor)
+        if tensor.name not in listed:
+            shaped.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return shaped
+
+
+def _copied(
+    source: Path, target: Path, proto: onnx.ModelProto, before: Mapping[str, int], sites: tuple[Fate, ...], notes: tuple[str, ...]
+) -> Folded:
+    """The same bytes under another name, and those of the files that hold its large tensors."""
+    try:
+        shutil.copyfile(source, target)
+        for name in dict.fromkeys(_external(proto)):
+            with contextlib.suppress(shutil.SameFileError):
+                (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.parent / name, target.parent / name)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
+    size = _size(target, _external(proto))
+    return Folded(target, before, before, size, size, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
+
+
+def _size(path: Path, beside: Iterable[str]) -> int:
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in dict.fromkeys(beside))))
+
+
+def _external(proto: onnx.ModelProto) -> list[str]:
+    """The files that hold its large tensors."""
+    return [entry.value for tensor in _tensors(proto.graph) for entry in tensor.external_data if entry.key == "location"]
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """onnx's checker looks whether the files are there, and not how long they are."""
+    import onnx
+
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        place = path.parent / entries.get("location", "")
+        try:
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            size = place.stat().st_size
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{path} is not a valid ONNX file: {first_line(error)}", hint="write it again from its source") from error
+        if size < end:
+            raise LoadError(
+                f"{path} is not a valid ONNX file: {place} has {size:,} bytes, and {tensor.name} is expected to end at {end:,}",
+                hint="it was cut off: copy it again",
+            )
+
+
+def _with_base(model: ir.Model, source: Path) -> None:
+    """Read what lies in files beside the source: the new file has its own."""
+    import onnx_ir as ir
+
+    ir.external_data.set_base_dir(model.graph, str(source.parent))
+    ir.external_data.load_to_model(model)
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(_checkable(proto))
+    except Exception as error:
+        raise ExportError(f"the folded graph is not valid: {first_line(error)}") from error

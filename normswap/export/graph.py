@@ -1,0 +1,166 @@
+"""The graph that torch.onnx.export makes of a model, in which every use of every tensor is explicit, whatever the Python looks like."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from normswap.errors import ExportError, first_words
+from normswap.export.marks import mark_operator, onnx_mark
+from normswap.export.opset import NO_ONNX, unused
+from normswap.export.quiet import quiet
+from normswap.layer.export_operator import inject_operator
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Dynamic = Literal["batch", "spatial", "none"]
+
+
+def graph_of(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic
+) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
+    """(the graph, the names that its inputs and outputs should have, notes)."""
+    marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
+    choices = [_Choice(None)]
+    if dynamic != "none" and isinstance(model, nn.Module):
+        choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
+    failures: list[Exception] = []
+    for choice in choices:
+        try:
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                program: Any = torch.onnx.export(
+                    model,
+                    args,
+                    kwargs=kwargs,
+                    dynamic_shapes=choice.shapes,
+                    opset_version=opset,
+                    custom_translation_table=marks,
+                    dynamo=True,
+                    verbose=False,
+                )
+            break
+        except Exception as error:
+            failures.append(error)
+    else:
+        raise ExportError(f"torch cannot make an ONNX graph of this model: {_reason(failures[-1])}", hint=NO_ONNX) from failures[-1]
+    notes = []
+    if choices[0].spatial and not choice.spatial:
+        notes.append(f"the spatial axes are fixed, as torch refuses free ones: {_reason(failures[0])}")
+    if len(choices) > 1 and choice.shapes is None:
+        notes.append(f"the batch size is fixed, as torch refuses a free one: {_reason(failures[sum(c.spatial for c in choices)])}")
+    signature = program.exported_program.graph_signature
+    inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+    program.model.meta[READ] = _read(program.exported_program)
+    return program.model, (inputs, _output_names(program.exported_program)), tuple(notes)
+
+
+READ = "normswap.read"  # the names of the model's tensors that its graph reads
+
+
+def _read(program: ExportedProgram) -> frozenset[str]:
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    specs = [s for s in program.graph_signature.input_specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)]
+    return frozenset(str(s.target) for s in specs if users.get(s.arg.name))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What to try as torch's `dynamic_shapes`, and whether it frees more than the batch size."""
+
+    shapes: Any
+    spatial: bool = False
+
+
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}  # by how many there are
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
+    """What to try, best first."""
+    arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    leaves, structure = pytree.tree_flatten(arguments)
+    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
+    batch = next((size for size in sizes if size is not None), None)
+    if batch is None:
+        return [_Choice(None)]
+    same = [size == batch for size in sizes]
+    batches = [same]
+    if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
+        batches.append([i == same.index(True) for i in range(len(same))])
+    choices = [_Choice(pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
+    wider: list[_Choice] = []
+    for sequences in (False, True) if spatial else ():
+        axes = _spatial_axes(leaves, sequences=sequences)
+        both = [({0: "batch"} if free else {}) | more for free, more in zip(same, axes, strict=True)]
+        shapes = pytree.tree_unflatten([found or None for found in both], structure)
+        if any(axes) and shapes not in [choice.shapes for choice in wider]:
+            wider.append(_Choice(shapes, spatial=True))
+    return [*wider, *choices, _Choice(None)]
+
+
+def _spatial_axes(leaves: Sequence[Any], *, sequences: bool) -> list[dict[int, str]]:
+    """For each argument, its axes after the channels, by name. A tensor (N, a, b) is a sequence (N, L, D), or else (N, C, L)."""
+    names: dict[tuple[str, int], str] = {}
+    found = []
+    for leaf in leaves:
+        rank = leaf.dim() if isinstance(leaf, Tensor) else 0
+        floating = rank and leaf.is_floating_point()
+        axes = range(2, rank) if rank > 3 else {3: [1 if sequences else 2] if floating else [], 2: [] if floating else [1]}.get(rank, ())
+        free = {}
+        for axis, name in zip(axes, AXES.get(len(axes), ()), strict=False):
+            size = leaf.shape[axis]
+            again = sum(known == name for known, _ in names)
+            free[axis] = names.setdefault((name, size), f"{name}_{again}" if again else name)
+        found.append(free)
+    return found
+
+
+@functools.cache
+def _onnx_identity() -> Callable[..., Any]:
+    """What torch.onnx makes of the auxiliary term of an exported program, which is for training: its first argument, as it is."""
+    from onnxscript import opset20
+
+    return lambda shift, *rest, **options: opset20.Identity(shift)
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Keys where the model returns a dict or a named tuple, else "output", "output_1" and so on."""
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    structure = program.call_spec.out_spec
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(specs))), structure))[0]]
+    except Exception:  # a container that has no names for its items
+        paths = [()] * len(specs)
+    names: list[str] = []
+    for spec, path in zip(specs, paths, strict=True):
+        if isinstance(spec.arg, ConstantArgument):
+            continue  # torch leaves out what is no tensor
+        words = [key.key if isinstance(key, pytree.MappingKey) else getattr(key, "name", None) for key in path]
+        names.append(unused("_".join(str(word) for word in words if word is not None) or "output", names))
+    return names
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says, in one line: the operator that ONNX lacks, or the line of the model that cannot be traced."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    text = "\n".join(map(str, chain))
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>", text)
+    if missing:
+        return f"ONNX has no operator for {missing[1]}.{missing[2]}"
+    line = next((line for e in chain if not type(e).__module__.startswith("torch.onnx") and (line := first_words(e))), first_words(error))
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    mine = [place for place in places if not any(package in place[0] for package in ("/torch/", "/onnxscript/", "<"))]
+    where = f" ({mine[-1][0]}, line {mine[-1][1]}, in {mine[-1][2]})" if mine else ""
+    return f"{line}{where}"

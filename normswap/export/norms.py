@@ -1,0 +1,132 @@
+"""The norms of a graph: found by their marks, or as the Mul and Add that torch makes of a BatchlessNorm, and folded."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from normswap.export.marks import Site
+from normswap.export.opset import DOMAIN
+from normswap.export.quiet import quiet
+from normswap.export.simplify import lean
+from normswap.layer.batchless_norm import BatchlessNorm
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from normswap.folding import Affine, Constants, Fate
+
+
+UNFOLDED = "nothing is folded here"
+
+
+def shorten(model: ir.Model, *, marked: bool) -> None:
+    """Make the graph as short as it can be with its norms in it. marked: whether the norms are marks, and not arithmetic."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    if not marked:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+        with quiet():
+            optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
+    lean(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def fold_norms(
+    model: ir.Model, sites: Sequence[Site], undone: Mapping[str, str] | None, *, blocked: bool, folded: bool = True
+) -> tuple[list[Fate], Counter[str]]:
+    """Fold every norm where that is exact: where each went, and the operators that there are without them. folded: else none is."""
+    from onnx_ir.passes import common
+
+    from normswap.folding import Constants, fold
+
+    constants = Constants(model.graph)
+    found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
+    affines = [affine for affine in found if affine is not None]
+    skeleton = operators(model.graph, {node for affine in affines for node in affine.nodes})
+    if not folded:
+        undone = {affine.name: UNFOLDED for affine in affines}
+    fates = fold(model.graph, affines, constants, undone, blocked=blocked)
+    common.RemoveUnusedNodesPass()(model)
+    constants.settle()
+    return fates, skeleton
+
+
+def operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.all_nodes() if n not in without)
+
+
+def alike(operators: Counter[str]) -> Counter[str]:
+    """Max(x, a constant) costs what Relu costs, and a MatMul with a bias is a Gemm."""
+    places = {"Max": "Relu", "Gemm": "MatMul"}
+    counts: Counter[str] = Counter()
+    for name, count in operators.items():
+        counts[places.get(name, name)] += count
+    return counts
+
+
+def _marked(node: ir.Node, sites: Sequence[Site]) -> Affine | None:
+    """The affine of a normswap::Affine."""
+    import onnx_ir as ir
+
+    from normswap.folding import Affine
+
+    x = node.inputs[0] if node.domain == DOMAIN else None
+    if x is None:
+        return None
+    site = sites[node.attributes.get_int("site")]
+    assert x.shape is not None
+    rank, norm = len(x.shape), site.norm
+    scale, shift = (t.cpu().numpy() for t in norm.folded(rank))
+    mean, std = (t.detach().expand(norm.mean.shape) for t in norm.statistics(torch.float64))
+    size = (mean.square() + std.square()).sqrt().expand(norm.sizes).reshape(scale.shape).cpu().numpy()
+    double = norm.mean.dtype == torch.float64 or x.dtype == ir.DataType.DOUBLE
+    return Affine(site.name, (node,), scale, shift, size=size, wide=ir.DataType.DOUBLE if double else ir.DataType.FLOAT)
+
+
+def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
+    """The affine that torch has written as (Cast,) Mul, Add (, Cast), if `node` is its Add: a BatchlessNorm of an ExportedProgram."""
+    from normswap.folding import Affine
+    from normswap.folding.affine import only_use
+
+    name = _norm_around(node)
+    if node.op_type != "Add" or name is None:
+        return None
+    product, shift = _and_constant(node, constants)
+    multiply = None if product is None else product.producer()
+    if multiply is None or multiply.op_type != "Mul":
+        return None
+    x, scale = _and_constant(multiply, constants)
+    if x is None or x.shape is None:
+        return None
+    y, nodes, rank, index = node.outputs[0], [multiply, node], len(x.shape), list(multiply.inputs).index(x)
+    casts = x.producer(), next(iter(y.consumers()), None)
+    if only_use(x) and only_use(y) and all(c is not None and c.op_type == "Cast" and _norm_around(c) == name for c in casts):
+        before, after = cast(tuple["ir.Node", "ir.Node"], casts)
+        nodes, index = [before, *nodes, after], 0
+    scale, shift = (a.astype(np.float64).reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, shift))
+    return Affine(name, tuple(nodes), scale, shift, index, wide=x.dtype)
+
+
+def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
+    """The two inputs of a node, the constant one second and as an array; (None, None) unless one of them is constant."""
+    for value, other in (node.inputs, node.inputs[::-1]):
+        array = constants.of(other)
+        if array is not None:
+            return value, array
+    return None, None
+
+
+def _norm_around(node: ir.Node) -> str | None:
+    """The qualified name of the BatchlessNorm that torch traced this node in."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
+    if not scopes or not classes:
+        return None
+    pairs = zip(ast.literal_eval(scopes), ast.literal_eval(classes), strict=False)
+    return next((scope for scope, cls in pairs if cls.startswith(f"{BatchlessNorm.__module__}.BatchlessNorm")), None)

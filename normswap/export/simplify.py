@@ -1,0 +1,236 @@
+r"""What a graph that torch wrote has more than one that a person would write: shapes computed at run time that are known, copies, detours.
+
+    a shape that is known up to one size              a constant with -1 in that place
+    a part of a constant                              that part
+    Reshape, Transpose, Reshape of the two last axes  one Transpose
+    Reshape to the shape that it has                  nothing
+    Concat of a Concat                                one Concat
+    AveragePool of a pointwise convolution            the convolution of the averages, which are fewer
+
+The first two are onnxscript's, which torch runs as well, but without the sizes that ONNX itself can tell; the others are here. All are
+exact but for the order in which the last one adds up:
+
+    mean(W x + b) = W mean(x) + b        W is 1x1: it does not see neighbours; the mean of b is b
+
+The convolution then has as many times less to multiply as there are fewer averages: 4 times in the transitions of a DenseNet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from normswap.export.quiet import quiet
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+_ROUNDS = 8  # far more than are needed: one makes room for the next
+_PICKS = ("Gather", "Slice")  # what they take of a constant is smaller than it
+_HIDDEN = "normswap.hidden"
+
+
+def lean(model: ir.Model) -> None:
+    """Shorten the graph, in place. Its inputs, its outputs and its functions stay as they are, and so does every node of a domain that ONNX
+    does not know."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    with _through(model.graph):
+        for _ in range(_ROUNDS):
+            before = model.graph.num_nodes()
+            with quiet():
+                common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+                # A function stays one, as a runtime may have a kernel of its name.
+                optimizer.optimize_ir(model, should_fold=lambda node: True if _is_smaller(node) else None, inline=False)
+                common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            changed = [node for node in list(model.graph) if node.domain == "" and node.op_type in _RULES and _RULES[node.op_type](node)]
+            common.RemoveUnusedNodesPass()(model)
+            if not changed and model.graph.num_nodes() == before:
+                break
+
+
+@contextlib.contextmanager
+def _through(graph: ir.Graph) -> Iterator[None]:
+    """Put away the outputs that nothing computes, inputs or constants: onnx_ir would rename those, and put an Identity behind them."""
+    hidden = {index: value for index, value in enumerate(graph.outputs) if value.producer() is None}
+    for index in reversed(hidden):
+        del graph.outputs[index]
+    try:
+        yield
+    finally:
+        for index, value in hidden.items():
+            graph.outputs.insert(index, value)
+            if value.const_value is not None and not value.is_graph_input():
+                graph.initializers[str(value.name)] = value
+
+
+@contextlib.contextmanager
+def norms_stay(model: ir.Model) -> Iterator[None]:
+    """What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same, in float32."""
+    left = [node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
+    for node in left:
+        node.domain = _HIDDEN
+    model.opset_imports[_HIDDEN] = 1
+    try:
+        yield
+    finally:
+        for node in left:
+            node.domain = ""
+        model.opset_imports.pop(_HIDDEN, None)
+
+
+def _is_smaller(node: ir.Node) -> bool:
+    """Whether it takes a part of a constant: a file that holds the part is not larger for it."""
+    data, result = (node.inputs[0] if node.inputs else None), node.outputs[0]
+    if node.domain != "" or node.op_type not in _PICKS or data is None or data.const_value is None or result.shape is None:
+        return False
+    sizes = [size for size in result.shape if isinstance(size, int)]
+    return len(sizes) == len(result.shape) and math.prod(sizes) <= data.const_value.size
+
+
+def _reshape(node: ir.Node) -> bool:
+    return _same_shape(node) or _transposition(node)
+
+
+def _same_shape(node: ir.Node) -> bool:
+    """Reshape to the shape that its input has."""
+    x, y = node.inputs[0], node.outputs[0]
+    if x is None or x.shape is None or y.shape is None or y.is_graph_output() or len(x.shape) != len(y.shape):
+        return False
+    known = [isinstance(a, int) and a == b for a, b in zip(x.shape, y.shape, strict=True)]
+    if known.count(False) > 1:  # one size is what the others leave of the whole
+        return False
+    _replace(y, x)
+    return True
+
+
+def _transposition(node: ir.Node) -> bool:
+    """(..., a, b) to (-1, a, b) to (-1, b, a) to (..., b, a): what torch makes of a transposition if it does not know the rank."""
+    import onnx_ir as ir
+
+    y, middle = node.outputs[0], node.inputs[0]
+    transpose = _only(middle, "Transpose")
+    first = None if transpose is None else _only(transpose.inputs[0], "Reshape")
+    x = None if first is None else first.inputs[0]
+    if transpose is None or first is None or x is None or x.shape is None or y.shape is None:
+        return False
+    source, target, between = list(x.shape), list(y.shape), _numbers(first.inputs[1])
+    if list(transpose.attributes.get_ints("perm", ())) != [0, 2, 1] or between is None or len(between) != 3 or len(source) < 3:
+        return False
+    a, b = source[-2:]
+    if not (isinstance(a, int) and isinstance(b, int) and [int(n) for n in between[1:]] == [a, b] and target[-2:] == [b, a]):
+        return False
+    known = [isinstance(m, int) and m == n for m, n in zip(source[:-2], target[:-2], strict=False)]
+    if len(source) != len(target) or known.count(False) > 1:
+        return False
+    rank = len(source)
+    new = ir.Node("", "Transpose", [x], [ir.AttrInt64s("perm", [*range(rank - 2), rank - 1, rank - 2])], name=node.name)
+    new.outputs[0].shape, new.outputs[0].type = ir.Shape([*source[:-2], b, a]), y.type
+    node.prepend(new)
+    _replace(y, new.outputs[0])
+    return True
+
+
+def _gather_elements(node: ir.Node) -> bool:
+    """GatherElements of constants, which ONNX's reference implementation cannot compute where it picks more than one of each."""
+    import numpy as np
+    import onnx_ir as ir
+
+    data, indices = (_numbers(value) for value in node.inputs)
+    y, graph = node.outputs[0], node.graph
+    if data is None or indices is None or indices.size > data.size or graph is None or y.is_graph_output():
+        return False
+    axis = node.attributes.get_int("axis", 0) % data.ndim
+    part = data[tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))]
+    picked = np.take_along_axis(part, indices, axis)
+    value = ir.Value(name=y.name, shape=ir.Shape(picked.shape), type=y.type, const_value=ir.tensor(picked, name=y.name))
+    _replace(y, value)
+    graph.register_initializer(value)
+    return True
+
+
+def _concat(node: ir.Node) -> bool:
+    """Concat of a Concat along the same axis."""
+    import onnx_ir as ir
+
+    axis, y = node.attributes.get_int("axis"), node.outputs[0]
+    inner = [_only(value, "Concat") for value in node.inputs]
+    inner = [n if n is not None and n.attributes.get_int("axis") == axis else None for n in inner]
+    if not any(inner):
+        return False
+    parts = [part for value, n in zip(node.inputs, inner, strict=True) for part in ([value] if n is None else n.inputs)]
+    new = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)], name=node.name)
+    new.outputs[0].shape, new.outputs[0].type = y.shape, y.type
+    node.prepend(new)
+    _replace(y, new.outputs[0])
+    return True
+
+
+def _average_pool(node: ir.Node) -> bool:
+    """AveragePool of a pointwise convolution, where that leaves less to compute."""
+    import onnx_ir as ir
+
+    y = node.outputs[0]
+    conv = _only(node.inputs[0], "Conv")
+    weight = None if conv is None else conv.inputs[1]
+    if conv is None or weight is None or weight.const_value is None:
+        return False
+    outputs, inputs, *kernel = weight.const_value.shape.numpy()
+    group = conv.attributes.get_int("group", 1)
+    strides, taps = node.attributes.get_ints("strides", ()), node.attributes.get_ints("kernel_shape", ())
+    fewer = math.prod(strides)
+    plain = all(size == 1 for size in (*kernel, *conv.attributes.get_ints("strides", ()))) and not _pads(conv)
+    inside = not _pads(node) and node.attributes.get_int("ceil_mode", 0) == 0
+    means = inside or node.attributes.get_int("count_include_pad", 0) == 0  # of the input alone, not of zeros around it
+    saved = outputs * inputs * (1 - 1 / fewer)  # multiplications at each place of the input
+    added = (inputs * group - outputs) * math.prod(taps) / fewer
+    x, pooled = conv.inputs[0], node.inputs[0]
+    if x is None or pooled is None or not (plain and means and fewer > 1 and saved > added):
+        return False
+    pool = ir.Node("", "AveragePool", [x], list(node.attributes.values()), name=node.name)
+    later = ir.Node("", "Conv", [pool.outputs[0], *conv.inputs[1:]], list(conv.attributes.values()), name=conv.name)
+    if y.shape is not None:
+        pool.outputs[0].shape = ir.Shape([y.shape[0], inputs * group, *y.shape[2:]])
+    pool.outputs[0].type, later.outputs[0].shape, later.outputs[0].type = x.type, y.shape, y.type
+    node.prepend([pool, later])
+    _replace(y, later.outputs[0])
+    return True
+
+
+_RULES = {"Reshape": _reshape, "GatherElements": _gather_elements, "Concat": _concat, "AveragePool": _average_pool}
+
+
+def _pads(node: ir.Node) -> bool:
+    return any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+
+def _only(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """What computes the value, if it is of this type and nothing else reads the value."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.domain != "" or node.op_type != op_type:
+        return None
+    return node if len(value.uses()) == 1 and not value.is_graph_output() and node.graph is not None else None
+
+
+def _numbers(value: ir.Value | None) -> np.ndarray | None:
+    import onnx_ir as ir
+
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads `old` read `new`, and remove what computed it. An output of the graph keeps its name."""
+    import onnx_ir as ir
+
+    node = old.producer()
+    assert node is not None
+    assert node.graph is not None
+    if old.is_graph_output():
+        old.name, new.name = new.name, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    node.graph.remove(node, safe=True)

@@ -1,0 +1,331 @@
+"""Files and directories that appear under their names whole or not at all.
+
+Whatever ends the program, also SIGKILL or a full disk: what stood under a name stands there still, or what is new stands there whole. So
+nothing is moved out of the way first: a new directory and the old one change places, in one step of the file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import filecmp
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from normswap.errors import NormswapError, UsageError, first_line
+from normswap.files import interrupts
+
+# Every name that is ever written into a directory. One that holds anything else is somebody's.
+OURS = frozenset(
+    {"recipe.json", "report.json", "report.html", "model.safetensors", "model.pt", "model.pt2", "model.onnx", "model.onnx.data"}
+)
+LARGEST_JSON = 64 << 20  # bytes of a recipe or report; one of 10,000 layers has 5 MB
+
+
+def check(path: Path) -> None:
+    """Raise UsageError unless a directory may appear at `path`: nothing is there, or it is empty, or it holds what we wrote and no more."""
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} exists and is not a directory", hint="choose another directory with -o")
+    others = _others(path) if path.is_dir() else []
+    if others:
+        what = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        raise UsageError(f"{path} holds files that normswap did not write, and would be replaced: {what}", hint="choose another directory")
+
+
+def _others(path: Path) -> list[str]:
+    """What is in a directory and is not ours."""
+    entries = sorted(entry.name for entry in path.iterdir())
+    others = [name for name in entries if name not in OURS]
+    if not others and entries and not any(_says_so(path / name) for name in ("recipe.json", "report.json")):
+        return entries
+    return others
+
+
+def _says_so(path: Path) -> bool:
+    """Whether a recipe or report names the normswap that wrote it."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "version" in content and ("normswap" in content or "normswap" in (content.get("versions") or ()))
+
+
+def read_json(path: Path) -> object:
+    """What a file of JSON holds. Raises OSError, or ValueError for what is no JSON of a size and depth that we would have written."""
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; expected {LARGEST_JSON:,} at most")
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return content
+
+
+@contextlib.contextmanager
+def directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its name when the block ends well, and is gone when it does not.
+
+    What `path` held before is replaced, if `check` allows it.
+    """
+    path = Path(os.path.abspath(path))
+    recover(path)
+    check(path)
+    with _scratch(path) as partial:
+        partial.chmod(0o777 & ~_umask())  # it was made private
+        yield partial
+        for file in partial.iterdir():
+            _finish(file)
+        _sync(partial)
+        interrupts.check()
+        with _alone_in(path.parent):
+            _take_the_place_of(partial, path)
+            _sync(path.parent)
+
+
+@contextlib.contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not.
+
+    Files that were written next to it (the external data of a large ONNX file) come along, under another name where theirs is taken: two
+    files cannot be replaced in one step, so the old pair stays whole until the new one is.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; expected the name of a file to write")
+    with _scratch(path) as scratch:
+        partial = scratch / path.name
+        yield partial
+        interrupts.check()
+        with _alone_in(path.parent):
+            before = _data_of(path)
+            _place_data(scratch, path)
+            _finish(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+            for name in before - _data_of(path):
+                (path.parent / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(name: str) -> Iterator[None]:
+    """What a library raises while it writes a file, as an error that names the file: each has its own type for a full disk."""
+    try:
+        yield
+    except NormswapError:
+        raise
+    except Exception as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise NormswapError(f"{name} cannot be written: {why}", hint=_ROOM) from error
+
+
+_ROOM = "is there room on the disk, and may you write there?"
+
+
+# -- temporary directories -----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path`. What earlier runs for the same name left, as they were killed, is removed."""
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone_in(path.parent):  # so that no other run takes this one for dead before it is locked
+            _remove_left_over(path)
+            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+            lock = _lock(partial)
+    _OURS.add(partial)
+    try:
+        yield partial
+    except OSError as error:
+        if error.filename is None or partial not in Path(os.fsdecode(error.filename)).parents:
+            raise
+        with writing(Path(os.fsdecode(error.filename)).name):
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _unlock(lock)
+        _OURS.discard(partial)
+
+
+_OURS: set[Path] = set()  # the temporary directories of this process, which nobody else writes into
+
+
+def _remove_left_over(path: Path) -> None:
+    aside = _left_over(path, "old") if os.path.lexists(path) else []
+    for entry in (*_left_over(path, "partial"), *aside):
+        if (lock := _lock(entry)) is not None:
+            shutil.rmtree(entry, ignore_errors=True)
+            _unlock(lock)
+
+
+def _left_over(path: Path, suffix: str) -> list[Path]:
+    """The temporary directories beside `path` that were made for it."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.{suffix}")
+    try:
+        found = [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]
+    except OSError:
+        return []
+    return sorted(entry for entry in found if entry.is_dir() and not entry.is_symlink())
+
+
+def _lock(directory: Path, *, wait: bool = False) -> int | None:
+    """A lock on a directory that ends with this process, however that ends; None if another one has it, or there are no such locks here."""
+    try:
+        import fcntl
+
+        opened = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Two runs into one directory end one after the other. A temporary directory is locked already, by the run that made it."""
+    lock = None if directory in _OURS else _lock(directory, wait=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def _finish(path: Path) -> None:
+    """Readable as the umask says, and on the disk."""
+    path.chmod(0o666 & ~_umask())  # safetensors makes its files private
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a directory, on the disk. Not every file system can do that to a directory."""
+    is_directory = path.is_dir()
+    try:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError:
+        if not is_directory:
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# -- a directory in the place of another ---------------------------------------------------------------------------------------------------
+
+
+def _take_the_place_of(new: Path, path: Path) -> None:
+    """`new` gets the name `path`; what had that name before is called `new` then."""
+    try:
+        os.rename(new, path)  # nothing is there, or an empty directory
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _exchange(new, path)
+    if others := _others(new):  # somebody put it there while we worked
+        _exchange(new, path)
+        raise UsageError(
+            f"{path} holds files that normswap did not write, and would be replaced: {others[0]}", hint="choose another directory"
+        )
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Two directories change names, in one step where the system can do that."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(os.fsencode(new), os.fsencode(path), 2)  # RENAME_SWAP
+        else:
+            failed = libc.renameat2(-100, os.fsencode(new), -100, os.fsencode(path), 2)  # from AT_FDCWD, RENAME_EXCHANGE
+        number = ctypes.get_errno() if failed else 0
+    except (OSError, AttributeError, TypeError):  # no C library, or one without the function
+        number = errno.ENOSYS
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        _exchange_in_steps(new, path)
+    elif number:
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def _exchange_in_steps(new: Path, path: Path) -> None:
+    """Where there is no such step. Killed after the first one, `recover` undoes it."""
+    aside = new.with_suffix(".old")  # `new` has a name of its own, so this one is free too
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
+    os.rename(aside, new)
+
+
+def recover(path: Path) -> None:
+    """Give `path` back what it held, if a run was killed while it was about to replace it, on a system that cannot do so in one step."""
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path):
+        return
+    for entry in _left_over(path, "old"):
+        with _alone_in(path.parent):
+            if not os.path.lexists(path):
+                entry.rename(path)
+
+
+# -- files beside a file -------------------------------------------------------------------------------------------------------------------
+
+
+def _data_of(path: Path) -> set[str]:
+    """The files beside the ONNX file at `path` that hold weights of it and were written by us."""
+    name = re.compile(rf"{re.escape(path.name)}(\.\d+)?\.data")
+    ours = {entry.name for entry in path.parent.iterdir() if name.fullmatch(entry.name)}
+    if not ours or not path.is_file():
+        return set()
+    from normswap.files import external_data
+
+    return ours & set(external_data.locations(path))
+
+
+def _place_data(scratch: Path, path: Path) -> None:
+    """Move what was written beside the new file to where it belongs. The file that is there still needs what it refers to."""
+    moved = {}
+    written = sorted(entry.relative_to(scratch) for entry in scratch.rglob("*") if entry.is_file() and entry != scratch / path.name)
+    for name in written:
+        target = path.parent / name
+        if target.is_file() and filecmp.cmp(scratch / name, target, shallow=False):
+            continue
+        number = 0
+        while os.path.lexists(target):
+            target = path.with_name(f"{path.name}{f'.{number}' if number else ''}.data")
+            number += 1
+        if target != path.parent / name:
+            moved[str(name)] = target.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _finish(scratch / name)
+        os.rename(scratch / name, target)
+    if moved:
+        from normswap.files import external_data
+
+        external_data.move(scratch / path.name, moved)

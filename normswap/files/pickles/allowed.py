@@ -1,0 +1,98 @@
+"""What is reviewed: where classes may come from, and the functions and plain objects that a model may hold."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# Where nn.Module classes may come from. Importing one of these modules defines classes and does nothing else: no scripts (the
+# convert_* files of transformers), no compilers of code (torch.fx, torch.jit, torch.package), nothing quantised. Of transformers,
+# not the four families whose forward fetches compiled kernels from the hub.
+PLACES = re.compile(
+    r"""torch\.nn\.modules\.[a-z]\w*
+    | torchvision\.(models|ops)(\._?[a-z]\w*)*
+    | timm\.(models|layers)(\._?[a-z]\w*)*
+    | transformers\.(activations|pytorch_utils|modeling_layers|models\.(?!rwkv|yoso|sam3_video|mra\b)\w+\.modeling_\w+)
+    | normswap(\.(?!cli)[a-z]\w*)+""",
+    re.VERBOSE,
+)
+CONFIGS = re.compile(r"transformers\.models\.\w+\.configuration_\w+")
+# Never, whatever the user trusts: instances of these carry code of their own.
+CODE_CARRIERS = re.compile(r"torch\.(jit|fx|package|export|ao|_\w+)(\..*)?")
+# Classes that may be kept as a value, hence be called with anything: their constructors only make layers.
+VALUE_CLASSES = re.compile(
+    r"torch\.nn\.modules\.(activation|batchnorm|instancenorm|normalization|linear|conv|dropout|pooling|flatten)\.\w+"
+    r"|timm\.layers\.(norm|norm_act|activations|activations_me|frozen_bn|filter_response_norm|evo_norm)\.\w+"
+    r"|timm\.models\.nextvit\.Next(Conv|Transformer)Block"
+)
+
+# Functions that a model may keep as an attribute and call: tensor mathematics, harmless with any arguments.
+FUNCTIONS = frozenset(
+    {"torch._C._nn.gelu", "torch._C._nn.silu", "torch.tanh", "torch.sigmoid", "torch.relu"}
+    | {
+        f"torch.nn.functional.{name}"
+        for name in [
+            "celu",
+            "elu",
+            "gelu",
+            "glu",
+            "hardshrink",
+            "hardsigmoid",
+            "hardswish",
+            "hardtanh",
+            "leaky_relu",
+            "logsigmoid",
+            "mish",
+            "prelu",
+            "relu",
+            "relu6",
+            "rrelu",
+            "selu",
+            "sigmoid",
+            "silu",
+            "softmax",
+            "softplus",
+            "softshrink",
+            "softsign",
+            "tanh",
+            "tanhshrink",
+            "layer_norm",
+            "group_norm",
+            "batch_norm",
+            "instance_norm",
+            "rms_norm",
+            "normalize",
+            "dropout",
+            "interpolate",
+            "max_pool2d",
+            "avg_pool2d",
+            "adaptive_avg_pool2d",
+            "adaptive_max_pool2d",
+        ]
+    }
+    | {"torchvision.ops.boxes.box_iou", "torchvision.models.optical_flow.raft._pass_through_h"}
+)
+
+# Plain data that models carry: instantiated without a constructor, filled from a dict of data.
+OBJECTS = frozenset(
+    {
+        "torchvision.models.detection._utils.BoxCoder",
+        "torchvision.models.detection._utils.BoxLinearCoder",
+        "torchvision.models.detection._utils.Matcher",
+        "torchvision.models.detection._utils.SSDMatcher",
+        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+        "torchvision.models.detection.image_list.ImageList",
+        "torchvision.ops.poolers.LevelMapper",
+        "timm.models._features.FeatureInfo",
+        "transformers.generation.configuration_utils.GenerationConfig",
+        "normswap.layer.batchless_norm.Source",
+        "normswap.layer.coupling.Observer",
+    }
+)
+# The one hook that may be in a file: that of a conv or linear whose input a coupled BatchlessNorm takes note of.
+HOOK = "normswap.layer.coupling.Observer"
+
+DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
+STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes)
+TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})

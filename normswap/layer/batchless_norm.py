@@ -1,0 +1,606 @@
+"""BatchlessNorm: normalization by learned statistics instead of those of the batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import UsageError
+from normswap.layer import coupling, formulas, gradient_trend, optimizer_step, sample_limit
+from normswap.layer.coupling import Coupled
+from normswap.layer.export_operator import in_graph
+from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
+from normswap.layer.fsdp import is_part
+from normswap.layer.gradient_trend import Lean
+from normswap.layer.sample_limit import Held
+from normswap.layer.train_pass import Given, passed
+
+Aux = Literal["auto", "explicit", "none"]
+AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
+KNOWN = 10**9
+MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
+PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a BatchlessNorm was made from, apart from its tensors: enough to build the source layer again.
+
+    cls         the source's class          eps      the constant that it adds to the variance
+    attributes  its plain attributes, as found
+    parameters, buffers   name -> dtype of its tensors
+    """
+
+    cls: type[nn.Module]
+    eps: float
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, torch.dtype] = field(default_factory=dict)
+    buffers: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that broadcasts `sizes` on `axes` against x. ValueError if x has not exactly these sizes there, or is not floating."""
+    ndim = x.dim()
+    if any(not -ndim <= axis < ndim or x.shape[axis] != size for axis, size in zip(axes, sizes, strict=True)):
+        raise ValueError(
+            f"BatchlessNorm has {' x '.join(map(str, sizes))} channels on axis {', '.join(map(str, axes))}, "
+            f"but its input has the shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():  # the result would be rounded to x's dtype
+        raise ValueError(f"BatchlessNorm takes floating-point inputs, but its input is {x.dtype}")
+    return formulas.axes_shape(sizes, axes, ndim)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """x * scale + shift, which have the sizes of x on the axes."""
+    shape = _shape(x, scale.shape, axes)
+    return formulas.applied(x, scale.view(shape), shift.view(shape))
+
+
+Misfit = tuple[Tensor, Tensor, Tensor]  # (d, r, f) of `formulas.misfit`, as shaped there
+
+
+def _gradients(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    parameter: Tensor,
+    mask: Tensor | None,
+    options: Mapping[str, Any],
+    found: Misfit | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(r of the misfit of x, the gradient of its NLL by mean, by the std's parameter), with no history; the gradients in their shapes.
+
+    found: the misfit of x, if it is known.
+    """
+    _shape(x, options["sizes"], options["axes"])
+    shape = formulas.axes_shape(mean.shape, options["axes"], x.dim())
+    mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
+    if found is None:
+        counted = None if mask is None else _mask_of(x, mask, options["axes"])
+        found = formulas.misfit(formulas.sums(x.detach(), mean, counted), std, eps=options["eps"])
+    d, r, f = found
+    modes = {name: options[name] for name in ("stats", "reduction")}
+    by_mean, by_parameter = formulas.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
+    flat = [axis % x.dim() for axis in options["axes"]]
+    sizes = [shape[axis] for axis in flat]
+    by_mean, by_parameter = (formulas.weighed(t.view(sizes), options["share"]) for t in (by_mean, by_parameter))
+    return r, by_mean, by_parameter
+
+
+def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """`mask`, whose axes are the first of those of x that are not channels, with 1 on the others."""
+    free = [axis for axis in range(x.dim()) if axis not in {a % x.dim() for a in axes}]
+    sizes = tuple(x.shape[axis] for axis in free)
+    if mask.dtype != torch.bool or mask.dim() > len(free) or any(m != s for m, s in zip(mask.shape, sizes, strict=False)):
+        raise ValueError(
+            f"the mask of a BatchlessNorm is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {sizes}, or the first "
+            f"of these axes: those of its input {tuple(x.shape)} that are not channels"
+        )
+    return mask.view(formulas.axes_shape(tuple(mask.shape), free[: mask.dim()], x.dim()))
+
+
+def _passed(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    trained: tuple[Tensor, Tensor] | None,
+    more: Given,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    coupled: Coupled | None,
+    found: Misfit | None = None,
+    lean: Lean | None = None,
+    held: Held | None = None,
+    samples: tuple[int, ...] = (),
+    **options: Any,
+) -> Tensor:
+    """The output of a layer in train mode. trained: (mean, the std's parameter) if the NLL gives them a gradient; more: who else gets one.
+
+    found: the misfit of x, if it is known.
+    """
+    shape = _shape(x, options["sizes"], options["axes"])
+    _, *by = (None,) if trained is None else _gradients(x, mean, std, trained[1], mask, options, found)
+    if torch.compiler.is_exporting():  # to a graph of operators, which has no autograd.Function
+        slope, shift = (t.expand(options["sizes"]) for t in formulas.affine_of(mean, std, weight, bias))
+        if trained is not None:
+            shift = in_graph(shift, *trained, *by, **{name: options[name] for name in ("form", "stats", "rate")})
+        return formulas.applied(x, slope.view(shape), shift.view(shape))
+    given = (*zip(trained or (), by, strict=True), *more)
+    axes = tuple(axis % x.dim() for axis in options["axes"])
+    mean, std = (t.view(formulas.axes_shape(t.shape, axes, x.dim())) for t in (mean, std))
+    counted = None if mask is None else _mask_of(x, mask, axes)
+    kinds: dict[str, Any] = {"held": held, "samples": samples, "coupled": coupled, "lean": lean}
+    return passed(x, mean, std, weight, bias, axes=axes, shape=shape, given=given, mask=counted, scale=scale, **kinds)
+
+
+def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: Given, **options: Any) -> optimizer_step.Term:
+    r, *by = _gradients(x, mean, std, parameter, mask, options)
+    value = formulas.gaussian_nll_of(r, reduction=options["reduction"])
+    return optimizer_step.Term(value, (mean, parameter, *(t for t, _ in more)), (*by, *(by for _, by in more)))
+
+
+def _refuse_traces(x: Any, why: str) -> None:
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+        raise UsageError(
+            f"a BatchlessNorm that {why} cannot be traced in train mode: no graph would move its statistics",
+            hint='trace in eval mode, or convert with coupling="none"',
+        )
+
+
+# Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
+torch.fx.wrap("_affine")
+torch.fx.wrap("_passed")
+
+
+class BatchlessNorm(nn.Module):
+    r"""Normalize each channel by a learned mean and standard deviation.
+
+        y = weight * (x - sg(mean)) / sg(std) + bias          sg: no gradient passes
+
+    Train and eval mode compute the same function (but for a layer with a `guard`), and each sample's output depends on that sample alone.
+    The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`,
+    whose gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
+
+    Args:
+        num_features: the number of channels, or one size per channel axis.
+        channel_axis: the axis, or ascending axes, of the input on which the channels lie. Default 1: (N, C, *space), any rank.
+            Negative axes count from the end: -1 for (N, ..., C).
+        shared_axes: those of the channel axes on which mean and std have size 1, shared by weights and biases that still differ.
+        affine: whether there are weight and bias. Without them they are 1 and 0.
+        std: how the standard deviation is stored: "log" (log_std; its curvature does not depend on the scale), "abs" (abs_std) or
+            "inv" (inv_std). See `formulas.std_of`.
+        reduction: of the NLL, "mean" over everything (the source's) or "sum" over channels.
+        aux: how the NLL joins the task's loss in train mode. "none": not by itself, add `nll(x)`. "auto": its gradient is added to those of
+            `mean` and the std's parameter, with weight 1, whenever a gradient comes back to the layer's output. "explicit": the loss adds
+            `normswap.aux_loss(model)`.
+        stats: the gradient that "auto" and "explicit" give: "natural", with which the statistics are BatchNorm's running averages, or
+            "raw", that of `nll`. See `formulas.nll_gradients` and `stepping`.
+        momentum: the rate of the natural statistics, as BatchNorm's.
+        dtype: of the parameters, at least float32.
+
+    Shape: x (N, C, *space) of any float dtype, C on `channel_axis`; y the same shape, dtype and memory format. Parameters: the sizes
+    of the channel axes, and 1 on the shared ones for mean and std.
+
+    Parameters stay in float32 when the model is moved to half precision, as a variance above 65504 is not a float16; the output
+    has the input's dtype.
+
+    Raises ValueError, when built, for an unknown `std`, `reduction`, `aux` or `stats` or wrong axes, and when called for a wrong shape.
+
+    Source: Berger & Uc Cetina, "Batchless Normalization", arXiv:2212.14729.
+    """
+
+    mean: nn.Parameter
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
+
+    run: (
+        optimizer_step.Run
+    )  # what belongs to a run and not to the layer: not in the state dict, and but for its pace neither copied nor pickled
+
+    # Class attributes, so that layers pickled before they existed have them.
+    aux: Aux = "none"
+    stats: Stats = "natural"
+    momentum: float = MOMENTUM
+    units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
+    steps: Tensor | None
+    guarded: bool = False  # whether no sample passes on more than a limit in train mode, once `stepped`, see `guard`
+    pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
+    stepped: bool = False  # whether an optimizer has moved the statistics
+    calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        channel_axis: int | Sequence[int] = 1,
+        shared_axes: Sequence[int] = (),
+        affine: bool = True,
+        std: StdForm = "log",
+        reduction: Reduction = "mean",
+        aux: Aux = "none",
+        stats: Stats = "natural",
+        momentum: float = MOMENTUM,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        axes = (channel_axis,) if isinstance(channel_axis, int) else tuple(channel_axis)
+        if std not in STD_FORMS:
+            raise ValueError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
+        for name, value, known in (("reduction", reduction, REDUCTIONS), ("aux", aux, AUXES), ("stats", stats, STATS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+        if len(sizes) != len(axes) or any(size < 1 for size in sizes):
+            raise ValueError(f"num_features {sizes} must give one positive size for each of the channel axes {axes}")
+        if any((a < 0) == (b < 0) and a >= b for a, b in itertools.pairwise(axes)):
+            raise ValueError(f"channel_axis {axes} must be distinct and ascending")
+        if not set(shared_axes) <= set(axes):
+            raise ValueError(f"shared_axes {tuple(shared_axes)} are not all channel axes; the channel axes are {axes}")
+        self.num_features = num_features
+        self.channel_axis = axes
+        self.shared_axes = tuple(shared_axes)
+        self.affine = affine
+        self.std = std
+        self.reduction = reduction
+        self.aux, self.stats, self.momentum = aux, stats, momentum
+        self.source: Source | None = None
+        like = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        shape = tuple(1 if axis in self.shared_axes else size for size, axis in zip(sizes, axes, strict=True))
+        self.mean = nn.Parameter(torch.zeros(shape, **like))  # type: ignore[arg-type]
+        self.register_parameter(PARAMETER_OF_FORM[std], nn.Parameter(formulas.parameter_of(torch.ones(shape, **like), std)))  # type: ignore[arg-type]
+        self.register_parameter("weight", nn.Parameter(torch.ones(sizes, **like)) if affine else None)  # type: ignore[arg-type]
+        self.register_parameter("bias", nn.Parameter(torch.zeros(sizes, **like)) if affine else None)  # type: ignore[arg-type]
+        # What the source layer measured, so that `revert` can give back an untrained layer bit for bit. Part of the state dict, hence
+        # of every checkpoint; never read by forward.
+        self.register_buffer("source_mean", None)
+        self.register_buffer("source_var", None)
+        self.register_buffer("source_batches", None)
+        # Of a layer that is coupled or guarded: the steps of training that input_mean is the mean of, from KNOWN on if that was good from
+        # the start. With it a run that goes on from a checkpoint does what it would have done.
+        self.register_buffer("steps", None)
+        optimizer_step.watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in self.__dict__.items() if name != "run"}
+        return own if self.run.pace == 1 else {**own, "pace": self.run.pace}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pace = state.get("pace", 1.0)
+        super().__setstate__({name: value for name, value in state.items() if name != "pace"})  # type: ignore[no-untyped-call]
+        optimizer_step.watch(self)
+        self.run.pace = float(pace)
+
+    @property
+    def std_parameter(self) -> nn.Parameter:
+        """The parameter that stores the standard deviation: `log_std`, `abs_std` or `inv_std`."""
+        return cast(nn.Parameter, getattr(self, PARAMETER_OF_FORM[self.std]))
+
+    @torch.no_grad()
+    def as_recorded(self) -> Tensor:
+        """For each channel, whether the std is still that of the recorded variance: its rounding is what is stored."""
+        exact, source = self._recorded(), cast(Source, self.source)
+        # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so their dtypes are no witness.
+        stored = exact.to(torch.promote_types(source.buffers["running_var"], torch.float32))
+        return stored.to(self.std_parameter.dtype) == self.std_parameter
+
+    @torch.no_grad()
+    def unrounded(self) -> Tensor | None:
+        """The std's parameter in float64, as it was before it was rounded to what is stored; None if no source is recorded.
+
+        A channel that was trained since has what is stored.
+        """
+        if self.source is None or self.source_var is None:
+            return None
+        return torch.where(self.as_recorded(), self._recorded(), self.std_parameter.double())
+
+    def _recorded(self) -> Tensor:
+        """The parameter, in float64, of the std that was recorded."""
+        std = formulas.std_of_variance(cast(Tensor, self.source_var), cast(Source, self.source).eps)
+        return formulas.parameter_of(std, self.std)
+
+    @property
+    def producer(self) -> nn.Module | None:
+        """The conv or linear to whose weight the statistics are coupled."""
+        return self.pair[0] if self.pair else None
+
+    @property
+    def tracked(self) -> nn.Parameter | None:
+        """`input_mean`, the mean input of the producer, of a coupled layer."""
+        return self._parameters.get("input_mean")
+
+    @property
+    def steering(self) -> nn.Parameter | None:
+        """`trend`: (slope, level) of the gradient over the normalized input, stacked: of a layer that was told to `steer`."""
+        return self._parameters.get("trend")
+
+    @property
+    def _steers(self) -> bool:
+        return self.aux == "auto" and self.steering is not None and self._learns and torch.is_grad_enabled()
+
+    @property
+    def follows(self) -> nn.Module | None:
+        """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen.
+
+        None while its weight is computed from others, as pruning and parametrizations do that came after the swap: what a step made of
+        it is not known before the next forward pass.
+        """
+        producer = self._watched
+        return None if producer is None or "weight" not in producer._parameters else producer
+
+    @property
+    def observes(self) -> bool:
+        """Whether the producer tells its mean input."""
+        return self._watched is not None and self.aux != "none"
+
+    @property
+    def _watched(self) -> nn.Module | None:
+        frozen = not all(tensor.requires_grad for tensor in self._held)
+        return None if frozen or not self.training else self.producer
+
+    @property
+    def _learns(self) -> bool:
+        return any(tensor.requires_grad for tensor in self._held)
+
+    @property
+    def _held(self) -> list[Tensor]:
+        """Mean and the std's parameter as they are held: a tracer hands out proxies instead. A replica of nn.DataParallel has tensors."""
+        held: Mapping[str, Any] = self._parameters if "mean" in self._parameters else self.__dict__
+        return [held[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
+
+    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True, known: bool = True) -> None:
+        """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
+
+            mean = <W, input_mean> + b + offset        units: offset and std in units of the norm of each filter of W
+
+        In train mode the gradient of the task passes through W, and mean and std move with W when an optimizer steps; their values do not
+        change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
+        forward pre-hook and is otherwise untouched.
+
+        input_mean: (input channels, *kernel); known: whether it is measured, and moves by the momentum. Else it becomes the mean over the
+        first steps. Raises ValueError for another shape, or a producer with other outputs than channels here.
+        """
+        shape, sizes = coupling.input_shape(producer), (coupling.outputs_of(producer),)
+        if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
+            raise ValueError(
+                f"a {type(producer).__name__} with {sizes[0]} outputs and inputs {shape} cannot be coupled to a layer with statistics of "
+                f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
+            )
+        self.decouple()
+        self.units, self.pair = units, (producer,)
+        self.steps = torch.tensor(KNOWN if known else 0, device=self.mean.device)
+        self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
+        producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
+
+    def decouple(self) -> None:
+        """Back to statistics of its own: the same function, without the gradient."""
+        for producer in self.pair:
+            coupling.release(producer, self)
+        self.pair = ()
+        self._parameters.pop("input_mean", None)
+        self.steps = self.steps if self.guarded else None
+
+    def guard(self) -> None:
+        """From the first step on, let no sample pass on more than a limit in train mode. See `guard`."""
+        self.guarded = True
+        self.steps = torch.tensor(0, device=self.mean.device) if self.steps is None else self.steps
+
+    def steer(self) -> None:
+        """Take away what BatchNorm's gradient lacks, its mean and its part along the normalized input, by feedback. See `feedback`.
+
+        In train mode with aux="auto", as the statistics are trained. The function is the same. It starts from 0, which takes nothing away.
+        """
+        self.trend = nn.Parameter(torch.zeros(2, *self.mean.shape).to(self.mean), requires_grad=self._learns)
+
+    def unsteer(self) -> None:
+        self._parameters.pop("trend", None)
+
+    def make_plain(self) -> None:
+        """Without what is a matter of a training run: no producer, no feedback, no guard. The function and its statistics are the same."""
+        self.decouple()
+        self.unsteer()
+        self.guarded, self.steps = False, None
+
+    def _coupled(self) -> Coupled | None:
+        """The producer, if the gradient passes through its weight and bias: in train mode."""
+        producer, tracked = self.follows, self.tracked
+        if producer is None or tracked is None or not torch.is_grad_enabled():
+            return None
+        if is_part(cast(Tensor, producer.weight)) and not is_part(self.mean):
+            raise UsageError(
+                f"a BatchlessNorm of {self.num_features} channels is coupled to a conv or linear in another unit of fully_shard. "
+                "Its gradient passes through that weight, of which there is only a part here while the norm runs",
+                hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
+            )
+        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self._eps)
+
+    def anchor(self) -> tuple[Tensor, Tensor]:
+        """What `optimizer_step.follow` has to know of the producer before its weight is moved."""
+        producer, tracked = self.pair[0], cast(nn.Parameter, self.tracked)
+        moving, size = coupling.place(producer, tracked)
+        return moving.detach(), size.detach()
+
+    @property
+    def _eps(self) -> float:
+        """What the source adds to the variance."""
+        return EPS if self.source is None else self.source.eps
+
+    def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
+
+        Of a coupled layer, too: the gradient of its producer is a matter of the forward pass alone.
+        """
+        mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
+        return mean, formulas.std_of(parameter, self.std)
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) of the same map as y = x * scale + shift. The gradient reaches weight and bias only."""
+        mean, std = self.statistics()
+        return formulas.affine_of(mean.detach(), std.detach(), self.weight, self.bias)
+
+    @torch.no_grad()
+    def folded(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """`affine_map` computed in float64 and shaped to broadcast against an input with `ndim` dimensions."""
+        # exp in float64: rounding it to float32 first is the largest error of the whole fold
+        mean, std = self.statistics(torch.float64)
+        weight, bias = (None if t is None else t.double() for t in (self.weight, self.bias))
+        scale, shift = (t.expand(self.sizes) for t in formulas.affine_of(mean, std, weight, bias))
+        shape = formulas.axes_shape(self.sizes, self.channel_axis, ndim)
+        return scale.reshape(shape), shift.reshape(shape)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each channel axis."""
+        return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            scale, shift = self.affine_map()
+            return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+        mean, std = (t.detach() for t in self.statistics())
+        guards = self.guarded and self.stepped and self._learns
+        options = self._options()
+        looked: dict[str, Any] = self._looked_at(input, mean, std, options["share"], guards=guards) if guards or self._steers else {}
+        trained, more = self._observed(input, std, options) if self._learns and self.aux != "none" else (None, ())
+        coupled = self._coupled()
+        if coupled is not None:
+            _refuse_traces(input, "is coupled to its producer")
+        told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked}
+        return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **told, **options)
+
+    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, share: float, *, guards: bool) -> dict[str, Any]:
+        """What guard and feedback see in x."""
+        _refuse_traces(x, "is guarded" if guards else "has feedback")
+        _shape(x, self.sizes, self.channel_axis)
+        mean, std = (t.view(formulas.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
+        mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
+        looked: dict[str, Any] = {}
+        if guards:
+            # One after the other lie samples before the channels, and what belongs to a sample behind them. With channels on the last axis
+            # it cannot be seen which of the others are the samples (a transformer may have its batch second): each place is one.
+            samples = tuple(range(min(axis % x.dim() for axis in self.channel_axis)))
+            held, sums = sample_limit.held(x.detach(), mean, std, samples, mask)
+            looked = {"samples": samples, "held": held}
+            self.run.factor = held.factor
+        else:
+            sums = formulas.sums(x.detach(), mean, mask)
+        d, r, _ = looked["found"] = formulas.misfit(sums, std, eps=self._eps)
+        if self._steers:
+            trend = cast(nn.Parameter, self.steering)
+            looked["lean"] = gradient_trend.lean(trend, d / std, r + 1, sums[2], std, share)
+        return looked
+
+    def _observed(self, x: Tensor, std: Tensor, options: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor] | None, Given]:
+        """((mean, the std's parameter), what else is given a gradient), if a backward pass is to train them, after note was taken of x."""
+        if "mean" not in self._parameters:
+            optimizer_step.refuse_replicas()
+        optimizer_step.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
+        mean, parameter, run = self.mean, self.std_parameter, self.run
+        more = self._input_seen(x, options["share"])
+        if self.aux == "explicit":
+            if optimizer_step.counts(x):
+                optimizer_step.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
+            return None, ()
+        optimizer_step.owe(run)
+        if not torch.is_grad_enabled():
+            return None, ()
+        optimizer_step.watch_passes(self)
+        return (mean, parameter), more
+
+    def _input_seen(self, x: Tensor, share: float) -> Given:
+        """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""
+        tracked, run = self.tracked, self.run
+        if tracked is None or self._watched is None:
+            return ()
+        _refuse_traces(x, "is coupled to its producer")
+        seen = run.input_seen()
+        if seen is None:
+            raise UsageError(
+                f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
+                hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
+            )
+        by = formulas.weighed(tracked.detach() - seen.to(tracked.dtype), share if x.numel() else 0)
+        return ((tracked, by if run.mask is None else by * run.mask.any()),)
+
+    def _options(self) -> dict[str, Any]:
+        share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)
+        return {
+            "sizes": self.sizes,
+            "axes": self.channel_axis,
+            "form": self.std,
+            "stats": self.stats,
+            "reduction": self.reduction,
+            "rate": self.momentum,
+            "eps": self._eps,
+            "share": share,
+        }
+
+    def nll(self, x: Tensor, *, gauge: bool = True) -> Tensor:
+        """The Gaussian NLL of x under the statistics, a scalar; the gradient reaches `mean` and the std's parameter, never x.
+
+        See `formulas.gaussian_nll` for the formula.
+        """
+        _shape(x, self.sizes, self.channel_axis)
+        shape = formulas.axes_shape(self.mean.shape, self.channel_axis, x.dim())
+        mean, std = self.statistics()
+        return formulas.gaussian_nll(x, mean.view(shape), std.view(shape), reduction=self.reduction, gauge=gauge)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store (mean, std), computed in float64 and rounded once. Shapes: that of `mean`."""
+        self.mean.copy_(mean)
+        self.std_parameter.copy_(formulas.parameter_of(std.double(), self.std))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The function does not depend on them: the state of a coupled layer fits a plain one, and the other way round.
+        for name, held in (("input_mean", self.tracked), ("trend", self.steering), ("steps", self.steps)):
+            given = state_dict.pop(f"{prefix}{name}", None)
+            if held is not None:
+                state_dict[f"{prefix}{name}"] = held.detach() if given is None else given
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.steps is not None and not self.steps.is_meta:
+            self.stepped = bool(self.steps % KNOWN)
+
+    def extra_repr(self) -> str:
+        shared = f", shared_axes={self.shared_axes}" if self.shared_axes else ""
+        trained = "" if self.aux == "none" else f", aux={self.aux!r}, stats={self.stats!r}, momentum={self.momentum}"
+        coupled = "" if self.producer is None else f", coupled to a {type(self.producer).__name__}"
+        return f"{self.num_features}, channel_axis={self.channel_axis}{shared}, affine={self.affine}, std={self.std!r}{trained}{coupled}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchlessNorm:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize):
+                return tensor.to(moved.device, torch.float32 if tensor.dtype.itemsize > 4 else tensor.dtype)
+            return moved
+
+        # Children (a source layer's own activation) follow the model's dtype as ever; only these parameters do not.
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
+
+class BatchlessNormAct(BatchlessNorm):
+    """BatchlessNorm followed by the dropout and activation that the source layer applied itself (timm's norm-act layers).
+
+        y = act(drop(norm(x)))
+
+    `drop` and `act` are the source's own modules under the source's own names, so their state-dict keys stay.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.act(self.drop(super().forward(x))))

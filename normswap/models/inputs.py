@@ -1,0 +1,256 @@
+"""Example inputs: given, read from the command line or a file, or inferred from the model's own layers.
+
+as_inputs(x)     a tensor, a tuple, or a dict of keyword arguments
+infer(model)     the first shape that the model accepts, or None
+parse(specs)     --input 1x3x224x224[:dtype], or a .pt or .npz file
+as_batches(...)  a list in such a file, for a model: batches, or the arguments of one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import random
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from normswap.errors import SwapError, UsageError, first_line
+from normswap.models import archives
+from normswap.models.copying import shadow
+
+SEED = 0
+_SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
+_EXPECTED = "expected a shape such as 1x3x224x224, with a dtype if it is not float32: 1x128:int64, or a .pt or .npz file"
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ["float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool", "complex64"]
+}
+_DTYPES |= {"half": torch.float16, "float": torch.float32, "double": torch.float64, "int": torch.int32, "long": torch.int64}
+
+# Sizes of images and clips that models are trained on, the likeliest first. 8 and 28 are the digits of scikit-learn and of MNIST.
+_IMAGE_SIZES = (224, 64, 32, 28, 8, 96, 128, 256, 299, 384, 448, 512, 16)
+_CLIPS = ((16, 112), (16, 224), (8, 64), (14, 224), (32, 224), (8, 16))  # frames, height and width
+_LENGTHS = (256, 64, 32, 16, 128, 512, 1024, 4096, 16000)
+_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with: model(*args, **kwargs)."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "given"  # 'given', 'inferred', or 'program': the example inputs that an ExportedProgram carries
+    listed: tuple[Any, ...] = ()  # what a list in a file held, of which args or kwargs are a first guess; see `as_batches`
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """A tensor is the one argument, a tuple is the arguments, a dict is the keyword arguments."""
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return Inputs((example_inputs,))
+    if isinstance(example_inputs, tuple):
+        return Inputs(example_inputs)
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        return Inputs(kwargs=dict(example_inputs))
+    raise UsageError(
+        f"example inputs are a tensor, a tuple or a dict of keyword arguments, not a {type(example_inputs).__name__}",
+        hint="a model that takes one list is called with ([a, b],)",
+    )
+
+
+# --- inferred -------------------------------------------------------------------------------------------------------------------------
+
+
+def infer(model: nn.Module) -> Inputs | None:
+    """The first guess that a forward of the model accepts. The model, its statistics and the random state stay as they were."""
+    trial = _trial(model)
+    if trial is None:
+        return None
+    for guess in _guesses(model):
+        if _accepts(trial, guess):
+            return Inputs((guess,), origin="inferred")
+    return None
+
+
+def _trial(model: nn.Module) -> nn.Module | None:
+    """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
+    try:
+        trial = shadow(model)
+    except SwapError:  # locks, handles: not to be copied, so not to be tried
+        return None
+    for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return trial
+
+
+def _accepts(trial: nn.Module, guess: Tensor) -> bool:
+    devices = [guess.device] if guess.device.type == "cuda" else []
+    state = random.getstate(), np.random.get_state()
+    with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trial(guess)
+        except Exception:  # any complaint is a no
+            return False
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+    return True
+
+
+def _guesses(model: nn.Module) -> Iterator[Tensor]:
+    first = next((module for module in model.modules() if _shapes(module) is not None), None)
+    if first is None:
+        return
+    weight = next(first.parameters())
+    for shape in _fitting(model, first, list(_shapes(first) or ())):
+        if isinstance(first, nn.Embedding | nn.EmbeddingBag):
+            yield make(shape, torch.int64, high=first.num_embeddings).to(weight.device)
+        else:
+            yield make(shape, weight.dtype).to(weight.device)
+
+
+def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
+    """Batches of one that this layer could come first for; None if it says nothing about its input."""
+    match module:
+        case nn.Conv2d() | nn.ConvTranspose2d():
+            return [(1, module.in_channels, size, size) for size in _IMAGE_SIZES]
+        case nn.Conv1d() | nn.ConvTranspose1d():
+            return [(1, module.in_channels, length) for length in _LENGTHS]
+        case nn.Conv3d() | nn.ConvTranspose3d():
+            return [(1, module.in_channels, frames, size, size) for frames, size in _CLIPS]
+        case nn.Linear():
+            return [(1, module.in_features), (1, _TOKENS, module.in_features)]
+        case nn.RNNBase():
+            return [(1, _TOKENS, module.input_size)]
+        case nn.Embedding() | nn.EmbeddingBag():
+            return [(1, min(_TOKENS, module.num_embeddings))]
+        case nn.modules.batchnorm._BatchNorm() if module.affine:
+            return [(1, module.num_features, *rest) for rest in ((), (16,), (32, 32), (8, 16, 16))]
+    return None
+
+
+def _fitting(model: nn.Module, first: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """The ladder; then, for images before a fixed linear, every size up to 64 that is on no ladder."""
+    yield from shapes
+    if isinstance(first, nn.Conv2d) and any(isinstance(module, nn.Linear) for module in model.modules()):
+        yield from ((1, first.in_channels, size, size) for size in range(4, 65) if size not in _IMAGE_SIZES)
+
+
+def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = 10, seed: int = SEED) -> Tensor:
+    """Standard normal numbers; small non-negative integers below `high`; fair coins. The same ones every time."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype is torch.bool:
+        return torch.randint(0, 2, tuple(shape), generator=generator).bool()
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.randint(0, high, tuple(shape), generator=generator).to(dtype)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), generator=generator, dtype=wide).to(dtype)  # so that every width has the same numbers
+
+
+# --- from the command line ------------------------------------------------------------------------------------------------------------
+
+
+def parse(specs: Sequence[str], option: str = "--input") -> Inputs:
+    """Each spec is one positional argument; a file holds all of them. option: what the message of an error calls them."""
+    files = [spec for spec in specs if Path(spec).suffix in (".pt", ".pth", ".npz", ".npy")]
+    if files and len(specs) > 1:
+        raise UsageError(
+            f"--input {files[0]} is a file, which holds all inputs, but there are {len(specs)} --input", hint="give one file or only shapes"
+        )
+    if files:
+        return _from_file(Path(files[0]), option)
+    return Inputs(tuple(_from_spec(spec, SEED + index) for index, spec in enumerate(specs)))
+
+
+def _from_spec(spec: str, seed: int) -> Tensor:
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(f"--input {spec} is not a shape", hint=_EXPECTED)
+    name = match["dtype"] or "float32"
+    if name not in _DTYPES:
+        raise UsageError(f"--input {spec}: there is no dtype {name}", hint=f"choose from {', '.join(_DTYPES)}")
+    shape = [int(size) for size in match["shape"].split("x")]
+    if math.prod(shape) > 2**31:
+        raise UsageError(f"--input {spec} has {math.prod(shape)} elements", hint="an example may be small: one image, one sentence")
+    return make(shape, _DTYPES[name], seed=seed)
+
+
+def _from_file(path: Path, option: str) -> Inputs:
+    if not path.is_file():
+        raise UsageError(f"{option} {path}: there is no such file", hint=_EXPECTED)
+    if (problem := archives.problem(path)) is not None:
+        raise UsageError(f"{option} {path} is not read: {problem}", hint="save it without compression: numpy.savez or torch.save")
+    try:
+        numpy = path.suffix in (".npz", ".npy")
+        found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a dozen types, for a damaged file
+        raise UsageError(
+            f"{option} {path} cannot be read: {first_line(error)}",
+            hint="torch.save tensors, a tuple or dict of them, or a list of batches; or numpy.savez arrays",
+        ) from error
+    if isinstance(found, list) and not found:
+        hint = "a list holds batches: tensors, tuples of arguments or dicts of keyword arguments"
+        raise UsageError(f"{option} {path} holds an empty list", hint=hint)
+    if isinstance(found, list):
+        first = tuple(found) if isinstance(found[0], Tensor) else tuple(found[0]) if isinstance(found[0], list) else found[0]
+        return dataclasses.replace(as_inputs(first), listed=tuple(found))
+    return as_inputs(found)
+
+
+SAMPLES = 32  # in a batch that is made of single samples
+
+
+def as_batches(found: Sequence[Any], model: nn.Module, where: str) -> list[Any]:
+    """What a list in a file holds, for this model: batches, as in Python. where: the file, for messages.
+
+    Samples of a data set, whose labels are single numbers, are put together to batches. Tensors alone that cannot be batches, as one is
+    not like the other, are the arguments of one; raises UsageError if they may be either.
+    """
+    if all(map(_is_sample, found)):
+        return [default_collate(list(found[i : i + SAMPLES])) for i in range(0, len(found), SAMPLES)]
+    if len(found) == 1 or not all(isinstance(value, Tensor) for value in found):
+        return list(found)
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+    if least > 1 or len({(value.dtype, value.shape[1:]) for value in found}) > 1:
+        return [tuple(found)]
+    if len(found) <= most:
+        raise UsageError(
+            f"{where} holds a list of {len(found)} tensors of one kind, which {type(model).__name__} may take as {len(found)} batches or "
+            f"as the {len(found)} arguments of one",
+            hint="save a list of tuples, [(a,), (b,)], for batches; a tuple, (a, b), or a dict of keyword arguments for one",
+        )
+    return list(found)
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether it is one sample of a data set and no batch: a tuple, list or dict with a number beside tensors."""
+    parts = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (tuple, list)) else []
+    numbers = [type(part) in (int, float) or (isinstance(part, Tensor) and part.dim() == 0) for part in parts]
+    return any(numbers) and all(number or isinstance(part, Tensor) for number, part in zip(numbers, parts, strict=True))
+
+
+def _from_numpy(path: Path) -> Any:
+    found = np.load(path, allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return torch.from_numpy(found)
+    with found:
+        arrays = {name: torch.from_numpy(found[name]) for name in found.files}
+    named = arrays and all(name.isidentifier() and not re.fullmatch(r"arr_\d+", name) for name in arrays)
+    return arrays if named else tuple(arrays.values())

@@ -1,0 +1,65 @@
+"""An ExportedProgram as the graph module that it is, and a rewritten graph module as an ExportedProgram again."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
+
+from normswap.errors import SwapError, UsageError
+from normswap.models import wellformed
+from normswap.models.inputs import Inputs
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
+
+
+def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
+    """The model itself, or the graph module of an ExportedProgram. Raises SwapError for names and nesting that nothing can work on."""
+    if isinstance(model, ExportedProgram):
+        names = itertools.chain(model.state_dict, model.constants)
+        if (problem := wellformed.problem_of_names(names)) is not None:
+            raise SwapError(f"the program {problem[0]}", hint=problem[1])
+        return model.module()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a model is a torch.nn.Module or an ExportedProgram, not {type(model).__name__}: {str(model)[:60]!r}")
+    if (problem := wellformed.problem(model)) is not None:
+        raise SwapError(f"the model {problem[0]}", hint=problem[1])
+    return model
+
+
+def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:
+    """`swapped` as the kind that `model` is: exported again if `model` is an ExportedProgram, with the same dynamic axes."""
+    if not isinstance(model, ExportedProgram):
+        return cast(M, swapped)
+    try:
+        program = torch.export.export(swapped, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_shapes(model, inputs))
+    except Exception as error:  # torch.export raises what its tracer raises
+        raise SwapError(f"the rewritten program cannot be exported again: {str(error).splitlines()[0]}") from error
+    return cast(M, program)
+
+
+def _dynamic_shapes(program: ExportedProgram, inputs: Inputs) -> Any:
+    """Dim.DYNAMIC on every axis of an input whose size the program left open."""
+    names = set(program.graph_signature.user_inputs)
+    values = iter([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names])
+
+    def axes(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        value = next(values)
+        return {axis: Dim.DYNAMIC for axis, size in enumerate(getattr(value, "shape", ())) if isinstance(size, torch.SymInt)}
+
+    shapes = tree_map(axes, (inputs.args, dict(inputs.kwargs)))
+    args, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", shapes)
+    return {**dict(zip(_positional_names(program, len(args)), args, strict=True)), **kwargs}
+
+
+def _positional_names(program: ExportedProgram, count: int) -> list[str]:
+    import inspect
+
+    parameters = list(inspect.signature(program.module().forward).parameters)
+    return parameters[:count]

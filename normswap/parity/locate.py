@@ -1,0 +1,151 @@
+"""Where two models that differ start to differ: the first layer, or node of an ONNX file, of which the values are not the same.
+
+Both run in float64 at one probe, and everything that each computes is paired: by name, and what has no name in common by aligning the two
+sequences of (what computes it, shape). A pair that differs is passed over if what reads it agrees again, after HEALED steps at most: there,
+something was folded into its neighbour, and the function is the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.models.copying import uncompiled
+from normswap.models.float64 import in_float64
+from normswap.parity import second_look
+from normswap.parity.probes import Probe
+from normswap.parity.result import Located
+from normswap.parity.runners import Runner, onnx_float64_runner, onnx_runner, sampled
+from normswap.parity.taps import Tap, key
+
+HEALED = 3
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What one layer or node gives at one call.
+
+    kind: its class, or the operator. reads: the numbers of the values that it takes, as far as they are known. label: its name for people.
+    """
+
+    name: str
+    kind: str
+    tensor: Tensor
+    reads: frozenset[int]
+    label: str
+
+
+def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Probe, limit: float) -> Located | None:
+    """The first place at which the error is above `limit`; None if there is none, or one of the two cannot be watched."""
+    try:
+        ours, theirs = _values(reference, probe), _values(candidate, probe)
+    except Exception:  # whether it can be run is for the comparison to say
+        return None
+    pairs = _pairs(ours, theirs, alike=isinstance(reference, Path) == isinstance(candidate, Path))
+    errors = {a: _error(ours[a], theirs[b]) for a, b in pairs}
+    readers: dict[int, list[int]] = {}
+    for number in errors:
+        for read in ours[number].reads:
+            readers.setdefault(read, []).append(number)
+    for a, b in pairs:
+        if not errors[a] <= limit and not _heals(a, errors, readers, limit):
+            by = "name" if ours[a].name == theirs[b].name else "place"
+            return Located(ours[a].label, theirs[b].label, errors[a], probe.name, by)
+    return None
+
+
+def _heals(number: int, errors: dict[int, float], readers: dict[int, list[int]], limit: float, steps: int = HEALED) -> bool:
+    """Whether a value that differs is read by something that agrees."""
+    found = readers.get(number, [])
+    return any(errors[n] <= limit or (steps > 1 and _heals(n, errors, readers, limit, steps - 1)) for n in found)
+
+
+def _values(model: nn.Module | Path, probe: Probe) -> list[_Value]:
+    """Everything that a model computes, in order; of large tensors a sample."""
+    wide = second_look.widened(probe)
+    return _of_module(model, wide) if isinstance(model, nn.Module) else _of_file(model, probe, wide)
+
+
+def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
+    twin, dtype = second_look.nudged(model, None), second_look.own_dtype(model, [probe])
+    found: list[_Value] = []
+    given: list[Tensor] = []  # kept, so that no other tensor gets the id of one
+    numbers: dict[int, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.is_nested:
+                reads = frozenset(numbers[id(x)] for x in args if isinstance(x, Tensor) and id(x) in numbers)
+                found.append(_Value(name, type(module).__name__, sampled(output), reads - {len(found)}, name))
+                numbers[id(output)] = len(found) - 1
+                given.append(output)
+
+        return record
+
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_hook(watch(name))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), in_float64(dtype):
+        torch.manual_seed(0)
+        twin(*probe.args, **probe.kwargs)
+    return found
+
+
+def _of_file(path: Path, probe: Probe, wide: Probe) -> list[_Value]:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type != "Constant" and node.output[:1] != [""]]
+    weights = {tensor.name for tensor in graph.initializer}
+    taps = [Tap(node.output[0], 1, node.output[0]) for node in nodes]
+    ways: list[tuple[Callable[[], Runner], Probe]] = [
+        (lambda: onnx_float64_runner(path, taps), wide),
+        (lambda: onnx_runner(path, "disabled", taps), probe),  # for an operator that onnx's evaluator does not have
+    ]
+    for make, at in ways:
+        try:
+            given = make()(at)[1]
+            break
+        except Exception as error:
+            failure = error
+    else:
+        raise failure
+    found: list[_Value] = []
+    numbers: dict[str, int] = {}
+    for node in nodes:
+        value = given.get(key(node.output[0], 1))
+        if value is not None:
+            reads = frozenset(numbers[name] for name in node.input if name in numbers)
+            numbers[node.output[0]] = len(found)
+            weight = next((f" of {name}" for name in node.input if name in weights), "")
+            found.append(_Value(node.output[0], node.op_type, value, reads, f"{node.output[0]} ({node.op_type}{weight})"))
+    return found
+
+
+def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> list[tuple[int, int]]:
+    """Which value of one is which of the other. alike: whether both are modules, or both files."""
+    by_name: dict[str, list[int]] = {}
+    for number, value in enumerate(theirs):
+        by_name.setdefault(value.name, []).append(number)
+    named = {number: by_name[value.name].pop(0) for number, value in enumerate(ours) if by_name.get(value.name)}
+    names = {ours[number].name for number in named}
+
+    def tokens(values: Sequence[_Value]) -> list[str]:
+        return [v.name if v.name in names else f"{v.kind if alike else ''} {tuple(v.tensor.shape)}" for v in values]
+
+    blocks = difflib.SequenceMatcher(None, tokens(ours), tokens(theirs), autojunk=False).get_matching_blocks()
+    placed = {block.a + i: block.b + i for block in blocks for i in range(block.size) if ours[block.a + i].name not in names}
+    return sorted({**placed, **named}.items())
+
+
+def _error(a: _Value, b: _Value) -> float:
+    if a.tensor.shape != b.tensor.shape:
+        return float("inf")
+    _, relative, _, mismatches = second_look.error(b.tensor, a.tensor, None)
+    return float("inf") if mismatches else 0.0 if relative != relative else relative

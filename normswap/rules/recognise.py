@@ -1,0 +1,274 @@
+"""Finds out what a layer normalizes by running it: by structure, not by the name of its class.
+
+A copy of the layer with random parameters is run on random data in float64, its own dropout and activation (`drop`, `act`, `activation`)
+left out, and its output is compared with what each candidate would give before its weight and bias,
+
+    (x - m) / sqrt(v + eps)      m, v: mean and variance of one sample's x over the candidate's axes       layer_norm, group_norm
+    (x - m) / (sqrt(v) + eps)    v with or without Bessel's correction                                     layer_norm
+    x / sqrt(r + eps)            r: its mean square                                                        rms_norm
+    x / sqrt(v + eps)            the variance without the mean, in timm with the count - 1 as divisor      simple_norm
+    x / sqrt(r + eps)            r: the mean square of one channel over space                              filter_response_norm
+    x                            nothing at all                                                            affine
+
+up to one weight and one bias per channel, fitted by least squares. Only an exact fit is a match, so a layer that does anything else (a
+gate, a residual, an activation under another name) is none. What its parameters are called, whether it multiplies by weight or by
+1 + weight, and in which order it casts do not matter. eps is one of the numbers that the layer has as attributes, or a customary one.
+
+`probe_fixed` does the same for a layer that normalizes by running statistics: these are drawn at random, and it has to use them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from normswap.models.float64 import in_float64
+
+EXACT = 1e-9  # relative; float64 leaves 1e-14, and an eps that is wrong by 1e-6 leaves 1e-6
+_CUSTOMARY_EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
+AFTER = ("drop", "act", "activation")
+ANY = 7  # channels to try a layer with that has no size of its own
+
+
+@dataclass(frozen=True)
+class Normalizes:
+    """What a layer was found to compute.
+
+    axis: where its channels lie, -1 or 1, or (-2, -1) for one weight per head and channel, as channels then has two sizes. groups: of
+    channels that share statistics. sized: whether the layer says how many channels it has; channels means nothing if not.
+    """
+
+    kind: str
+    axis: int | tuple[int, ...]
+    channels: int | tuple[int, ...]
+    eps: float
+    groups: int = 1
+    sized: bool = True
+
+
+_FOUND: dict[Hashable, Normalizes | None] = {}  # by what a layer is, apart from the values of its tensors
+
+
+def probe(module: nn.Module) -> Normalizes | None:
+    """What `module` normalizes, or None if it is no known normalization. Takes some milliseconds for the first of its kind."""
+    kind = _kind(module)
+    if kind not in _FOUND:
+        _FOUND[kind] = _probe(module)
+    return _FOUND[kind]
+
+
+def _kind(module: nn.Module) -> Hashable:
+    def fixed(value: object) -> Hashable:
+        return value if isinstance(value, (int, float, str, bool, type(None), torch.Size)) else (type(value), id(value))
+
+    own = (*module._parameters.items(), *module._buffers.items())
+    return (
+        type(module),
+        tuple((name, fixed(value)) for name, value in sorted(vars(module).items()) if not name.startswith("_") and name != "training"),
+        tuple((name, None if tensor is None else (tensor.shape, tensor.is_meta)) for name, tensor in own),
+        tuple((name, type(child)) for name, child in module._modules.items()),
+    )
+
+
+def _probe(module: nn.Module) -> Normalizes | None:
+    bare = bare_copy(module)
+    if bare is None:
+        return None
+    numbers = [v for v in vars(module).values() if type(v) is int and 1 < v < 1 << 20]
+    numbers += [v[-1] for v in vars(module).values() if isinstance(v, (tuple, list)) and v and type(v[-1]) is int and v[-1] > 1]
+    pairs = {tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 2}
+    # One number for all channels (ScaleNorm) says nothing of how many there are.
+    sizes = sorted({n for p in module.parameters(recurse=False) if p.dim() < 2 and (n := p.numel()) > 1} | {*numbers}, reverse=True)
+    layouts: list[tuple[int | tuple[int, ...], tuple[int, ...]]] = [((-2, -1), pair) for pair in sorted(pairs)]
+    layouts += [(axis, (channels,)) for channels in sizes for axis in (-1, 1)]
+    if (shape := getattr(module, "input_shape", None)) is not None:  # it says how many channels each axis could have
+        layouts = [(-1, (shape[-1],)), (1, (shape[1],))]
+    for axis, channels in layouts:
+        if found := _along(bare, module, axis, channels):
+            return found
+    if layouts:
+        return None
+    # A layer without a size takes any: then two sizes have to give the same answer.
+    free = [_along(bare, module, -1, (channels,)) for channels in (ANY, ANY + 4)]
+    if free[0] is None or free[1] is None or dataclasses.replace(free[1], channels=ANY) != free[0]:
+        return None
+    return dataclasses.replace(free[0], sized=False)
+
+
+def bare_copy(module: nn.Module) -> nn.Module | None:
+    """A copy in eval mode without its own dropout and activation; None for a layer that cannot be copied, and so cannot be tried.
+
+    Its parameters are drawn at random: a gate that is still 0 must not hide. So those that have no values yet get some; buffers cannot.
+    """
+    if any(buffer.is_meta for buffer in module.buffers()):
+        return None
+    try:
+        bare = copy.deepcopy(module).eval()
+    except Exception:
+        return None
+    if any(parameter.is_meta for parameter in bare.parameters()):
+        bare.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            if parameter.is_floating_point() and not is_lazy(parameter):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for name in AFTER:
+        if isinstance(bare._modules.get(name), nn.Module):
+            bare._modules[name] = nn.Identity()
+    return bare
+
+
+def _shapes(axis: int | tuple[int, ...], channels: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Inputs to try: with a sequence, then with space around the channels."""
+    return ((3, *channels, 4, 2), (3, *channels, 5)) if axis == 1 else ((3, 5, *channels), (3, 2, 4, *channels))
+
+
+def _along(bare: nn.Module, module: nn.Module, axis: int | tuple[int, ...], channels: tuple[int, ...]) -> Normalizes | None:
+    generator = torch.Generator().manual_seed(0)
+    axes = (axis,) if isinstance(axis, int) else axis
+    last = tuple(range(-len(axes), 0))
+    for shape in _shapes(axis, channels):
+        # Two calls on data of two kinds: a factor that a layer takes from the whole batch would pass for a part of the weight in one.
+        xs = [torch.randn(shape, generator=generator, dtype=torch.float64) * scale + mean for scale, mean in ((2, 0.7), (0.5, -1.1))]
+        ys = [_run(bare, module, x) for x in xs]
+        if any(y is None for y in ys):
+            continue
+        rows = math.prod(channels)
+        y = torch.cat([y.movedim(axes, last).reshape(-1, rows) for y in ys if y is not None])
+        for candidates in zip(*(_candidates(module, x, axes) for x in xs), strict=True):
+            z = torch.cat([z.movedim(axes, last).reshape(-1, rows) for *_, z in candidates])
+            if _fits(z, y):
+                kind, eps, groups, _ = candidates[0]
+                return Normalizes(kind, axis, channels[0] if isinstance(axis, int) else channels, eps, groups)
+    return None
+
+
+def _run(bare: nn.Module, module: nn.Module, x: Tensor) -> Tensor | None:
+    device = next((t.device for t in (*bare.parameters(), *bare.buffers())), torch.device("cpu"))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
+            y = bare(x.to(device))
+    except Exception:  # another shape was expected
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape or not bool(y.isfinite().all()):
+        return None
+    return y.cpu().double()
+
+
+def returns_otherwise(module: nn.Module) -> str | None:
+    """How the output of `module` differs from one tensor of its input's shape, whichever shape it takes; None if it does not."""
+    bare = bare_copy(module)
+    if bare is None:
+        return None
+    heads = tuple(v for name in ("num_heads", "head_dim") if type(v := getattr(module, name, None)) is int)
+    sizes = {p.numel() for p in module.parameters(recurse=False)} | {v for v in vars(module).values() if type(v) is int and 1 < v < 1 << 20}
+    shapes = [shape for n in sorted(sizes, reverse=True) for axis in (-1, 1) for shape in _shapes(axis, (n,))]
+    shapes += [(3, 5, *heads)] if len(heads) == 2 else []
+    how: str | None = None
+    for shape in shapes:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
+                y = bare(torch.randn(shape, dtype=torch.float64))
+        except Exception:  # another shape was expected
+            continue
+        if isinstance(y, Tensor) and y.shape == shape:  # the others were broadcast
+            return None
+        other = "a tensor of another shape than its input's, as BatchlessNorm does not"
+        how = f"returns {other if isinstance(y, Tensor) else f'a {type(y).__name__}, and not one tensor as BatchlessNorm does'}"
+    return how
+
+
+def _epsilons(module: nn.Module) -> Iterable[float]:
+    return dict.fromkeys((*(v for v in vars(module).values() if type(v) is float and 0 <= v < 0.1), *_CUSTOMARY_EPS))
+
+
+def _candidates(module: nn.Module, x: Tensor, axes: tuple[int, ...]) -> Iterator[tuple[str, float, int, Tensor]]:
+    """(kind, eps, groups, the normalized x) of every known formula."""
+    yield "affine", 0.0, 1, x
+    channels = x.shape[axes[-1]]
+    numbers = {v for v in vars(module).values() if type(v) is int and 0 < v <= channels and channels % v == 0}
+    over = [axes[-1:], *([axes] if len(axes) > 1 else [])]
+    for eps in _epsilons(module):
+        for dims in over:
+            centred, square = x - x.mean(dims, keepdim=True), x.square().mean(dims, keepdim=True)
+            yield "rms_norm", eps, 1, x / (square + eps).sqrt()
+            for correction in (0, 1):
+                variance = x.var(dims, correction=correction, keepdim=True)
+                for root in ((variance + eps).sqrt(), variance.sqrt() + eps):
+                    yield "layer_norm", eps, 1, centred / root
+                yield "simple_norm", eps, 1, x / (variance + eps).sqrt()
+        if axes == (1,):
+            space = tuple(range(2, x.dim()))
+            yield "filter_response_norm", eps, 1, x / (x.square().mean(space, keepdim=True) + eps).sqrt()
+            for groups in sorted({1, channels, *numbers}):
+                parts = x.reshape(x.shape[0], groups, -1)
+                centred = parts - parts.mean(-1, keepdim=True)
+                yield "group_norm", eps, groups, (centred / (parts.var(-1, correction=0, keepdim=True) + eps).sqrt()).reshape(x.shape)
+        elif axes == (-1,):
+            for groups in sorted({*numbers, *(channels // n for n in numbers)} - {1, channels}):
+                parts = x.reshape(*x.shape[:-1], groups, -1)
+                centred = parts - parts.mean(-1, keepdim=True)
+                yield "layer_norm", eps, groups, (centred / (parts.var(-1, correction=0, keepdim=True) + eps).sqrt()).flatten(-2)
+                yield "rms_norm", eps, groups, (parts / (parts.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+
+
+def _fits(z: Tensor, y: Tensor) -> bool:
+    """Whether y = a z + b with one a and b per column, exactly. A constant y fits everything, and so proves nothing."""
+    centred, target = z - z.mean(0), y - y.mean(0)
+    slope = (centred * target).sum(0) / centred.square().sum(0).clamp(min=1e-300)
+    residual = (target - slope * centred).abs().max()
+    return bool(target.abs().max() > 0) and bool(residual <= EXACT * target.abs().max())
+
+
+def probe_fixed(module: nn.Module) -> float | None:
+    """The eps with which `module` computes BatchNorm by its running statistics, in train mode too; None if it does not.
+
+    Of a module with BatchNorm's tensors under BatchNorm's names. A copy is given random statistics, weights and biases.
+    """
+    kind = ("fixed", _kind(module))
+    if kind not in _FIXED:
+        _FIXED[kind] = _probe_fixed(module)
+    return _FIXED[kind]
+
+
+_FIXED: dict[Hashable, float | None] = {}
+
+
+def _probe_fixed(module: nn.Module) -> float | None:
+    bare = bare_copy(module)
+    tensors = {n: getattr(bare, n, None) for n in ("running_mean", "running_var", "weight", "bias")}
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    if bare is None or not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.dim() != 1 or mean.shape != var.shape:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                drawn = torch.rand(tensor.shape, generator=generator) + 0.3
+                tensor.copy_(drawn if name == "running_var" else drawn - 0.9)
+    known = {n: None if t is None else t.detach().cpu().double() for n, t in tensors.items()}
+    for shape in ((3, len(mean), 4, 2), (3, len(mean), 5), (3, len(mean))):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        ys = [_run(bare.train(mode), module, x) for mode in (False, True)]
+        if any(y is None for y in ys):
+            continue
+        for eps in _epsilons(module):
+            column = (1, -1, *(1 for _ in shape[2:]))
+            m, v, w, b = (None if t is None else t.reshape(column) for t in known.values())
+            assert m is not None
+            assert v is not None
+            expected = (x - m) / (v + eps).sqrt() * (1 if w is None else w) + (0 if b is None else b)
+            unchanged = all(t is None or torch.equal(t.detach().cpu().double(), cast(Tensor, known[n])) for n, t in tensors.items())
+            if unchanged and all(bool((cast(Tensor, y) - expected).abs().max() <= EXACT * expected.abs().max()) for y in ys):
+                return eps
+        return None
+    return None

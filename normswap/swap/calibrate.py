@@ -1,0 +1,467 @@
+"""data -> statistics, stratum by stratum: for layers whose source took its statistics from each sample, so that no file holds them.
+
+A stratum is a set of layers none of which feeds another of them. They are calibrated in the order of execution, each on what the already
+swapped layers before it produce; until its turn comes a layer computes what its source would. Per channel,
+
+    mean, std        those of the layer's input x over all calibration data
+    weight, bias     the least-squares fit of weight * (x - mean) / std + bias to what the source put out in the original model
+
+so that each layer also takes back, as far as a map per channel can, the error that those before it have made (`moments.py`).
+
+Layers that have statistics already (BatchNorm) can be re-estimated on the way: `exact` gives them those of the data, and changes weight and
+bias so that the function stays; `adapt` keeps weight and bias, so the function follows the data. Channels without a spread keep what they
+had. As the function stays, layers that are re-estimated exactly do not start a stratum of their own.
+
+One pass over the data per stratum through both models, each forward stopped when the stratum has been seen; one more forward, of the
+first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its
+"attention_mask" is 0 do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from normswap.errors import UsageError, described
+from normswap.layer import formulas
+from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
+from normswap.models.copying import set_eval, uncompiled
+from normswap.swap.moments import Moments
+
+MASK = "attention_mask"
+FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
+
+# Beyond these a Fit has a remark.
+POOR = 0.5  # error
+OUTLIERS = 30.0  # max_kurtosis
+FIRST = 5.0  # first_position
+FEW = 100  # samples
+
+Reestimate = Literal["exact", "adapt"]
+REESTIMATE: tuple[Reestimate, ...] = ("exact", "adapt")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one layer could be calibrated.
+
+    error           relative l2 distance of the layer's output to its source's, on the calibration data
+    samples         how many values each channel's statistics rest on
+    flat_channels   channels whose std is (almost) 0     max_kurtosis   the largest of the channels' kurtoses; 3 is normal
+    first_position  rms of x at position 0 of a sequence over the rms elsewhere, None without one: large where it is an outlier
+    how             "fit" (a layer without statistics), "exact" or "adapt" (re-estimated)
+    channels        how many the layer has     kept_channels   those that kept the statistics they had
+    remarks         what of this is bad, in words; empty if nothing is
+    """
+
+    name: str
+    stratum: int
+    error: float
+    samples: int
+    flat_channels: int
+    max_kurtosis: float
+    first_position: float | None
+    how: str = "fit"
+    channels: int = 0
+    kept_channels: int = 0
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass
+class _Site:
+    name: str
+    layer: BatchlessNorm
+    source: nn.Module
+    moments: Moments
+    how: Literal["fit", "exact", "adapt"] = "fit"
+    calls: int = 0  # in one forward
+    stratum: int = 0
+    done: bool = False
+    kept: int = 0
+    inside: bool = False  # the source in the original model runs
+    before_act: Tensor | None = None  # what its own activation got there
+    first: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum of squares and count at position 0
+    total: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+
+class _Enough(Exception):
+    """Stops a forward once the stratum has seen all that it will see."""
+
+
+def calibrate(
+    model: nn.Module,
+    original: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    reestimate: Mapping[str, Reestimate] | None = None,
+    alone: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Fit, ...]:
+    """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
+
+    original: the model that `model` was made from, in eval mode; a copy that nobody else uses. reestimate: layers that have statistics
+    already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. alone: calibrate each layer as if it
+    were the only one that is swapped, on what the original's layers produce; one pass does for all of them, and the fits say stratum 1.
+    progress(done, total) is told after each forward, in strata times batches. Raises UsageError if there is no batch, the model does not
+    take them, or a layer cannot be fitted.
+    """
+    batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
+    modules, sources = dict(model.named_modules()), dict(original.named_modules())
+    tied = _tied(model)
+    sites, kept = [], []
+    for name, how in {**dict.fromkeys(names, "fit"), **(reestimate or {})}.items():
+        layer = modules[name]
+        assert isinstance(layer, BatchlessNorm)
+        reason = _why_not(layer, how, tied)
+        if reason is not None and how == "fit":
+            raise UsageError(f"{name} {reason}", hint="exclude it from the conversion")
+        if reason is not None:
+            kept.append(_kept(name, how, layer, reason))
+            continue
+        sites.append(_Site(name, layer, sources[name], Moments.empty(math.prod(layer.sizes)), how))  # type: ignore[arg-type]
+    with _Calibration(model, original, sites, alone) as calibration:
+        return (*calibration.run(batches, progress), *kept)
+
+
+def _tied(model: nn.Module) -> dict[int, str]:
+    """The parameters that more than one module holds: id -> their names."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return {key: " and ".join(names) for key, names in owners.items() if len(names) > 1}
+
+
+def _why_not(layer: BatchlessNorm, how: str, tied: Mapping[int, str]) -> str | None:
+    """Why this layer cannot be given a weight and a bias of its own, or None."""
+    if how == "adapt":
+        return None
+    if layer.weight is None or layer.bias is None:
+        return "has no weight and bias that could keep its function"
+    for parameter in (layer.weight, layer.bias):
+        if id(parameter) in tied:
+            return f"shares a parameter: {tied[id(parameter)]} are one, and calibration would change all"
+    if layer.source is not None and not {"weight", "bias"} <= layer.source.parameters.keys() | layer.source.buffers.keys():
+        return f"was made from a {layer.source.cls.__name__} without weight or bias, which could not be given back"
+    return None
+
+
+def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
+    channels = math.prod(layer.sizes)
+    return Fit(name, 0, 0.0, 0, 0, math.nan, None, how, channels, channels, (f"keeps its statistics: {reason}",))
+
+
+class _NotPlain(Exception):
+    """A layer gets something in whose values no calibration can look."""
+
+
+class _Calibration:
+    """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
+
+    def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site], alone: bool) -> None:
+        self.model, self.original, self.sites, self.alone = model, original, sites, alone
+        self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
+        self.labels: _Labels | None = None
+        self.stratum = 0
+        self.pending = 0
+        self.standing_in = False
+        self.mask: Tensor | None = None
+        self.handles: list[Any] = []
+        self.training = {module: module.training for module in model.modules()}
+
+    def __enter__(self) -> _Calibration:
+        set_eval(self.model)
+        self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
+        self.handles += [site.layer.register_forward_pre_hook(self._guard(site), with_kwargs=True) for site in self.sites]
+        for site in self.sites:
+            self.handles += [
+                site.source.register_forward_pre_hook(self._enter(site)),
+                site.source.register_forward_hook(self._target(site)),
+            ]
+            after = _after(site)
+            if after is not None:
+                self.handles.append(after.register_forward_pre_hook(self._before_act(site), prepend=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module, flag in self.training.items():
+            module.training = flag
+
+    def run(self, batches: Iterable[Any], progress: Callable[[int, int], None]) -> tuple[Fit, ...]:
+        unseen = self._find_strata(batches) if self.sites else ()
+        if self.alone:
+            for site in self.sites:
+                site.stratum = 1
+        strata = max((site.stratum for site in self.sites), default=0)
+        passes = len(batches) if isinstance(batches, Sized) else None
+        for self.stratum in range(1, strata + 1):
+            count = 0
+            for batch in batches:
+                self._forward(batch)
+                count += 1
+                if passes is not None:
+                    progress((self.stratum - 1) * passes + count, strata * passes)
+            passes = count
+            for site in self.sites:
+                if site.stratum == self.stratum:
+                    _store(site)
+        return (*(_fit(site) for site in sorted(self.sites, key=lambda s: s.stratum)), *unseen)
+
+    def _find_strata(self, batches: Iterable[Any]) -> list[Fit]:
+        """Gives what is to be said of layers that the data do not reach."""
+        first = next(iter(batches), None)
+        if first is None:
+            raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
+        with _Labels() as self.labels:
+            self._forward(first)
+        self.labels = None
+        unseen = [site for site in self.sites if not site.calls]
+        unfit = [site.name for site in unseen if site.how == "fit"]
+        if unfit:
+            raise UsageError(
+                f"{', '.join(unfit)} see no data: no forward pass on the calibration data reaches them",
+                hint="exclude them from the conversion",
+            )
+        self.sites = [site for site in self.sites if site.calls]
+        return [_kept(site.name, site.how, site.layer, "no forward pass on the data reaches it") for site in unseen]
+
+    def _forward(self, batch: Any) -> None:
+        args, kwargs = arguments_of(batch, self.model)
+        mask = kwargs.get(MASK)
+        self.mask = mask.bool() if isinstance(mask, Tensor) else None
+        self.targets = {}
+        try:
+            for model in (self.original, self.model) if self.labels is None else (self.model,):
+                self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
+                with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]), uncompiled():
+                    own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
+                    model(*own_args, **own_kwargs)
+        except _NotPlain as error:
+            raise UsageError(str(error), hint="exclude it from the conversion") from error
+        except Exception as error:  # the user's model may raise anything
+            raise UsageError(
+                f"the model does not take the calibration data: {described(error)}",
+                hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
+            ) from error
+
+    def _enter(self, site: _Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            site.inside, site.before_act = not self.standing_in, None
+
+        return hook
+
+    def _before_act(self, site: _Site) -> Callable[..., None]:
+        """On the activation that belongs to the source, which the layer keeps: it is to get the same."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if site.inside and site.before_act is None:
+                site.before_act = args[0].clone()  # it may work in place
+
+        return hook
+
+    def _target(self, site: _Site) -> Callable[..., None]:
+        """On the source, in the original model: keeps what it puts out, but not when it stands in for the layer."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.labels is None and site.stratum == self.stratum and not self.standing_in:
+                # a copy, as whoever reads the output may work in place
+                self.targets.setdefault(site.name, []).append(output.clone() if site.before_act is None else site.before_act)
+                self._seen()
+            site.inside = False
+
+        return hook
+
+    def _guard(self, site: _Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+                    raise _NotPlain(f"{site.name} is called inside torch.vmap or the like, so it cannot be calibrated")
+                if isinstance(x, Tensor) and x.is_nested:
+                    raise _NotPlain(f"{site.name} is called on a nested tensor, so it cannot be calibrated")
+
+        return hook
+
+    def _hook(self, site: _Site) -> Callable[..., Tensor | None]:
+        """On the layer: records its input, and answers what its source would until it is calibrated."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if site.done:
+                return None
+            self.standing_in = True
+            y: Tensor = site.source(x)
+            self.standing_in = False
+            if self.labels is not None:
+                site.calls += 1
+                site.stratum = max(site.stratum, self.labels.of(x) + 1)
+                if site.how != "exact":
+                    self.labels.mark(y, site.stratum)
+            elif site.stratum == self.stratum:
+                _record(site, x, self.targets[site.name].pop(0), self.mask)
+                self._seen()
+            return y
+
+        return hook
+
+    def _seen(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            raise _Enough
+
+
+class _Labels(TorchFunctionMode):
+    """Labels each tensor with the number of the last stratum that it depends on. Tensors are kept alive, so that no id is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: dict[int, tuple[Tensor, int]] = {}
+
+    def of(self, value: Any) -> int:
+        return max((self.labels[id(t)][1] for t in tree_leaves(value) if id(t) in self.labels), default=0)
+
+    def mark(self, value: Any, label: int) -> None:
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                self.labels[id(tensor)] = (tensor, label)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        label = self.of((args, kwargs))
+        if label:
+            self.mark(result, label)
+            if args and getattr(func, "__name__", "") in ("__setitem__",):
+                self.mark(args[0], label)
+        return result
+
+
+def arguments_of(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """How a batch is passed to the model. Of a pair that a data set yields, (input, label), only what the model takes is passed."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    if not isinstance(batch, (tuple, list)):
+        return (batch,), {}
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+    return tuple(batch) if variadic else tuple(batch)[: len(parameters)], {}
+
+
+def _record(site: _Site, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+    axes = [axis % x.dim() for axis in site.layer.channel_axis]
+    rows_x, rows_y = (t.movedim(axes, list(range(-len(axes), 0))).reshape(-1, site.moments.mean.numel()) for t in (x, y))
+    sequence = x.dim() == 3 and axes == [2]
+    masked = mask is not None and sequence and mask.shape == x.shape[:2]
+    if masked:
+        assert mask is not None
+        keep = mask.reshape(-1).to(rows_x.device)
+        rows_x, rows_y = rows_x[keep], rows_y[keep]
+    if sequence:
+        first = x[:, 0].double()
+        site.first[0] += first.square().sum().item()
+        site.first[1] += first.numel()
+        site.total[0] += rows_x.double().square().sum().item()
+        site.total[1] += rows_x.numel()
+    site.moments.add(rows_x, rows_y)
+
+
+def _after(site: _Site) -> nn.Module | None:
+    """The first module of the source's own that its normalized x goes through and that the layer keeps, if there is one."""
+    parts = [site.source._modules.get(name) for name in ("drop", "act", "activation")] if isinstance(site.layer, BatchlessNormAct) else []
+    return next((part for part in parts if part is not None), None)
+
+
+@torch.no_grad()
+def _store(site: _Site) -> None:
+    """The statistics of the data; then weight and bias for the map that the layer is to have under the statistics as they were stored."""
+    layer = site.layer
+    mean, std = _pooled(site.moments, layer)
+    before = [t.clone() for t in (layer.mean, layer.std_parameter, layer.weight, layer.bias) if t is not None]
+    flat = _is_flat(mean, std)
+    scale, shift = (t.to(layer.mean.device) for t in site.moments.line()) if site.how == "fit" else _map(layer)
+    layer.set_statistics(mean, torch.where(std > 0, std, 1.0))  # a constant channel has scale 0, so any std will do
+    if site.how != "adapt":
+        assert layer.weight is not None
+        assert layer.bias is not None
+        stored = [t.expand(layer.sizes) for t in layer.statistics(torch.float64)]
+        weight, bias = formulas.affine_under(scale.reshape(layer.sizes), shift.reshape(layer.sizes), *stored)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    if site.how != "fit":
+        after = [t for t in (layer.mean, layer.std_parameter, layer.weight, layer.bias) if t is not None]
+        for old, new in zip(before, after, strict=True):
+            new.copy_(torch.where(flat, old, new))
+        site.kept = int(flat.expand(layer.sizes).sum())
+    site.done = True
+
+
+def _pooled(moments: Moments, layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """(mean, std) of x in the shape of the layer's, on its device: over the channels that share them, too."""
+    mean, square = (t.reshape(layer.sizes) for t in (moments.mean, moments.std**2 + moments.mean**2))
+    shared = [axis for axis, (size, own) in enumerate(zip(layer.sizes, layer.mean.shape, strict=True)) if own != size]
+    if not shared:
+        return mean.to(layer.mean.device), moments.std.reshape(layer.sizes).to(layer.mean.device)
+    pooled = mean.mean(shared, keepdim=True)
+    std = (square.mean(shared, keepdim=True) - pooled**2).clamp(min=0).sqrt()
+    return pooled.to(layer.mean.device), std.to(layer.mean.device)
+
+
+def _map(layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the layer in float64, in the shape of its channels."""
+    mean, std = layer.statistics(torch.float64)
+    weight, bias = (None if t is None else t.double() for t in (layer.weight, layer.bias))
+    scale, shift = formulas.affine_of(mean, std, weight, bias)
+    return scale.expand(layer.sizes), shift.expand(layer.sizes)
+
+
+def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
+    return std <= FLAT * torch.maximum(std.max(), mean.abs())
+
+
+@torch.no_grad()
+def _fit(site: _Site) -> Fit:
+    moments = site.moments
+    flat = _is_flat(moments.mean, moments.std)
+    kurtosis = moments.kurtosis[~flat]
+    rest = site.total[1] - site.first[1]
+    elsewhere = ((site.total[0] - site.first[0]) / rest) ** 0.5 if rest > 0 else 0.0
+    scale, shift = (t.reshape(-1).cpu() for t in _map(site.layer))
+    fit = Fit(
+        name=site.name,
+        stratum=site.stratum,
+        error=moments.error(scale, shift),
+        samples=moments.count,
+        flat_channels=int(flat.sum()),
+        max_kurtosis=kurtosis.max().item() if kurtosis.numel() else float("nan"),
+        first_position=(site.first[0] / site.first[1]) ** 0.5 / elsewhere if elsewhere > 0 else None,
+        how=site.how,
+        channels=len(flat),
+        kept_channels=site.kept,
+    )
+    return replace(fit, remarks=tuple(_remarks(fit)))
+
+
+def _remarks(fit: Fit) -> Iterator[str]:
+    if fit.error > POOR:
+        yield f"its output is {fit.error:.0%} away from the original layer's"
+    if fit.flat_channels:
+        kept = ", and keep the statistics they had" if fit.kept_channels else ""
+        yield f"{fit.flat_channels} of {fit.channels} channels do not vary{kept}"
+    if fit.max_kurtosis > OUTLIERS:
+        yield f"a few outliers make up the variance of a channel (kurtosis {fit.max_kurtosis:.0f}; 3 is normal)"
+    if fit.first_position is not None and fit.first_position > FIRST:
+        yield f"position 0 of the sequence is an outlier, {fit.first_position:.0f} times as large as the others"
+    if fit.samples < FEW:
+        yield f"its statistics rest on {fit.samples} values per channel"

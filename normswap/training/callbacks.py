@@ -1,0 +1,136 @@
+"""What the callbacks of every trainer do: tell the layers, check the optimizer, clip, and read the drift."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from normswap.errors import UsageError
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.optimizer_step import MARK, STATISTICS
+from normswap.training.drift import drift
+from normswap.training.loss import attach, layers_of
+
+PREFIX = "normswap/"
+
+
+class Advice(NamedTuple):
+    """How to say it to a trainer.   groups: give it `param_groups`.   unclipped: let it not clip.   clipped: where it does now."""
+
+    groups: str
+    unclipped: str
+    clipped: str
+
+
+def check_max_norm(max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UsageError(f"max_grad_norm is {max_grad_norm!r}; expected a number above 0, or None for no clipping")
+
+
+def tell(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
+    """`attach`, where the term is automatic; where it is explicit it is part of the loss, and there is nothing to tell."""
+    if any(layer.aux == "auto" for layer in layers_of(model).values()):
+        attach(model, scaler=scaler, accumulate=accumulate)
+
+
+def check(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips: bool) -> None:
+    """Warn of what a trainer would do to the statistics of `model` that param_groups would not have done.
+
+    Natural statistics step by themselves, in whichever group they are: no weight decay reaches them.
+    """
+    groups: dict[nn.Parameter, Mapping[str, Any]] = {p: g for o in optimizers for g in o.param_groups for p in g["params"]}
+    trained = {name: layer for name, layer in layers_of(model).items() if layer.aux != "none" and _trains(layer)}
+    left = [name for name, layer in trained.items() if not any(p in groups for p in _statistics(layer))]
+    if left:
+        _warn(
+            f"no optimizer holds the statistics of {_names(left)}, so they stay as they are. {advice.groups}. "
+            "Or freeze them, if that is meant: layer.mean.requires_grad_(False), and its std"
+        )
+    raw = [(name, p) for name, layer in trained.items() if layer.stats == "raw" for p in _statistics(layer)]
+    like_weights = {name: groups[p] for name, p in raw if p in groups and groups[p].get(MARK) != STATISTICS}
+    if like_weights:
+        decays = sorted({float(group.get("weight_decay") or 0.0) for group in like_weights.values()})
+        _warn(
+            f'the statistics of {_names(list(like_weights))} were converted with stats="raw" and are in a group with weights, '
+            f'with weight_decay {", ".join(map(str, decays))}. {advice.groups}. Or convert with stats="natural"'
+        )
+    if clips and trained:
+        _warn(
+            f"{advice.clipped} clips the gradients of all parameters together. Those of the statistics have the units of the activations "
+            f"and would decide the norm of all. Say {advice.unclipped} and NormswapCallback(max_grad_norm=...), which clips the others only"
+        )
+
+
+def check_decay(model: nn.Module, optimizer: Any, advice: Advice) -> None:
+    """Warn of weight decay on weights and biases of layers."""
+    decays = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+    decayed = [name for name, layer in layers_of(model).items() if any(id(p) in decays for p in (layer.weight, layer.bias))]
+    if decayed:
+        _warn(f"weight decay reaches the weights of {_names(decayed)}, which are norms. {advice.groups}")
+
+
+def before_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None, *, max_grad_norm: float | None, share: float = 1.0
+) -> dict[str, Tensor]:
+    """Right before a step: unscale, clip all but the statistics, and return what to log.
+
+    share: how much of the loss the backward passes since the last step were, as `attach` has it; the automatic term is divided by it.
+    """
+    if scaler is not None and scaler.is_enabled() and scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+        scaler.unscale_(optimizer)
+    layers = layers_of(model)
+    if share != 1:
+        _multiply([layer for layer in layers.values() if layer.aux == "auto"], 1 / share)
+    values = {
+        f"{PREFIX}{name}/{what}": value
+        for name, d in drift(model).items()
+        for what, value in (("mean_z", d.mean_z), ("mean_z2-1", d.mean_z2), ("held", d.held))
+        if value is not None
+    }
+    if max_grad_norm is not None:
+        own = {id(p) for layer in layers.values() for p in (*_statistics(layer), layer.tracked, layer.steering)}
+        others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+        values[f"{PREFIX}grad_norm"] = torch.nn.utils.clip_grad_norm_(others, max_grad_norm)
+    return values
+
+
+def unchanged(model: nn.Module) -> None:
+    """What was written to the gradients of the statistics until now left their values as they were."""
+    for layer in layers_of(model).values():
+        passes = layer.run.passes
+        if passes is not None and passes.grad is not None:
+            passes.version = passes.grad._version
+
+
+@torch.no_grad()
+def _multiply(layers: Iterable[BatchlessNorm], factor: float) -> None:
+    for layer in layers:
+        passes = layer.run.passes
+        version = None if passes is None or passes.grad is None else passes.grad._version
+        for parameter in (*_statistics(layer), layer.tracked):  # the gradient of the trend is of what passed, and that is whole
+            if parameter is not None and parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        if passes is not None and passes.grad is not None and version is not None:
+            passes.version += passes.grad._version - version  # this change is meant; any other is still seen
+
+
+def _statistics(layer: BatchlessNorm) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.mean, layer.std_parameter
+
+
+def _trains(layer: BatchlessNorm) -> bool:
+    return any(p.requires_grad for p in _statistics(layer))
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(name or "the model" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)

@@ -1,0 +1,120 @@
+"""The documentation runs: Python blocks are executed, command lines name commands and options that exist."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from doc_blocks import blocks
+
+from normswap.cli.app import app
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+COMMANDS = typer.main.get_command(app)
+
+
+def command_lines(page: str) -> list[str]:
+    """Every `normswap ...` in a block of code, without the remark that may follow after two spaces."""
+    code = re.findall(r"^```sh\n(.*?)^```$|^ {4}([^\n]*)$", page, re.MULTILINE | re.DOTALL)
+    return re.findall(r"(?:^|&& (?:\.venv/bin/)?)(normswap .*?)(?: {2,}.*)?$", "\n".join(a or b for a, b in code), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs(page: Path, tmp_path: Path) -> None:
+    """All blocks of a page, as one script, where only the fixtures are at hand."""
+    (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    script = "\n".join(blocks(page, "python"))
+    if re.search("torchvision|lightning", script):  # on a CPU build of torch, torchvision does not import without it
+        script = f"import sys\nsys.path.append({str(REPOSITORY / 'tests/support')!r})\nimport torchvision_shim\n{script}"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+PATHS = [
+    block
+    for page, language in (("training", "python"), ("training", "py"), ("private", "python"))
+    for block in blocks(REPOSITORY / f"docs/{page}.md", language)
+    if "normswap.verify(" in block
+]
+
+
+def unbound(script: str) -> set[str]:
+    """The names that a script reads and never binds, anywhere."""
+    nodes = list(ast.walk(ast.parse(script)))
+    bound = {alias.asname or alias.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}
+    bound |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | {
+        n.arg for n in nodes if isinstance(n, ast.arg)
+    }
+    bound |= {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    return {n.id for n in nodes if isinstance(n, ast.Name)} - bound - set(dir(builtins))
+
+
+@pytest.mark.parametrize("block", PATHS)
+def test_a_path_from_model_to_file_is_short_and_whole(block: str) -> None:
+    """`test_python_runs` runs it, after the others of its page, and test_distributed.py the one of several processes; here: it needs
+    nothing of them."""
+    assert unbound(block) == set()
+    assert sum(bool(line.strip()) for line in block.splitlines()) < 30
+    for step in ("normswap.convert(", "parity.passed", "normswap.param_groups(", "normswap.export_onnx(", "normswap.verify("):
+        assert step in block
+
+
+def test_the_paths_are_found() -> None:
+    assert len(PATHS) == 5  # a loop, transformers, Lightning, several processes, Opacus
+    assert unbound("import a.b as c, d.e\ndef f(x): return c, d, f, x, y, print") == {"y"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_name_what_exists(page: Path) -> None:
+    for line in command_lines(page.read_text()):
+        _, name, *words = shlex.split(line)
+        if name == "COMMAND":
+            continue
+        command = COMMANDS.commands[name]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        used = {word.strip("[]") for word in words if word.strip("[").startswith("-")}
+        assert used <= known, line
+
+
+def test_command_lines_are_found() -> None:
+    text = "    normswap inspect SRC     what is there\n```sh\nA && .venv/bin/normswap convert x -o out/\n```\nthe `normswap x`"
+    assert command_lines(text) == ["normswap inspect SRC", "normswap convert x -o out/"]
+
+
+def test_every_command_and_exit_code_is_documented() -> None:
+    documented = (REPOSITORY / "docs/cli.md").read_text()
+    for name in COMMANDS.commands:  # type: ignore[attr-defined]
+        assert f"    normswap {name} " in documented
+    for code in (0, 1, 2, 3, 130):
+        assert f"| {code} |" in documented
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = {
+            re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+        }
+        assert not anchor or anchor in headings, link
+
+
+def test_the_readme_commands_use_the_tested_versions() -> None:
+    convert, test = blocks(REPOSITORY / "README.md", "sh")
+    for command in (convert, test):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
+        assert len(command.splitlines()) == 1
+    assert test.endswith("&& .venv/bin/python -m pytest -n 2\n")  # .ci/run splits it there

@@ -1,0 +1,86 @@
+"""Streaming moments: any split of the data gives the same numbers, and those are numpy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from normswap.swap.moments import Moments
+
+CHANNELS = 3
+
+
+def _data(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, CHANNELS, generator=generator, dtype=torch.float64) * torch.tensor([0.01, 1.0, 50.0]) + torch.tensor(
+        [100.0, 0.0, -3.0]
+    )
+    return x, x * torch.tensor([3.0, -2.0, 0.5]) + torch.randn(rows, CHANNELS, generator=generator, dtype=torch.float64)
+
+
+def _of(x: Tensor, y: Tensor, sizes: list[int]) -> Moments:
+    moments = Moments.empty(CHANNELS)
+    for part_x, part_y in zip(x.split(sizes), y.split(sizes), strict=True):
+        moments.add(part_x, part_y)
+    return moments
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 3), st.integers(0, 9))
+def test_any_split_gives_the_same_moments(sizes: list[int], seed: int) -> None:
+    x, y = _data(sum(sizes), seed)
+    split, whole = _of(x, y, sizes), _of(x, y, [sum(sizes)])
+    assert split.count == whole.count
+    for name in ("mean", "mean_y", "m2", "m3", "m4", "y2", "xy"):
+        mine, theirs = getattr(split, name), getattr(whole, name)
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item()), name
+
+
+def test_the_statistics_are_numpys() -> None:
+    x, y = _data(257, 0)
+    moments = _of(x, y, [100, 57, 100])
+    assert np.allclose(moments.mean, x.numpy().mean(0), rtol=1e-12)
+    assert np.allclose(moments.std, x.numpy().std(0), rtol=1e-12)
+    z = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
+    assert np.allclose(moments.kurtosis, (z**4).mean(0), rtol=1e-9)
+
+
+def test_the_fit_is_the_least_squares_one() -> None:
+    x, y = _data(301, 1)
+    moments = _of(x, y, [301])
+    weight, bias, error = moments.fit()
+    z = ((x - moments.mean) / moments.std).numpy()
+    residuals = 0.0
+    for channel in range(CHANNELS):
+        design = np.stack([z[:, channel], np.ones(len(z))], 1)
+        solution, residual, *_ = np.linalg.lstsq(design, y[:, channel].numpy(), rcond=None)
+        assert np.allclose([weight[channel], bias[channel]], solution, rtol=1e-9)
+        residuals += residual[0]
+    assert error == pytest.approx((residuals / (y**2).sum().item()) ** 0.5, rel=1e-9)
+
+
+def test_an_exact_map_is_fitted_exactly() -> None:
+    x, _ = _data(50, 2)
+    assert _of(x, x * 3 - 1, [50]).fit()[2] < 1e-7
+
+
+def test_a_constant_channel_has_weight_0() -> None:
+    x, y = _data(20, 3)
+    x[:, 1] = 7.0
+    weight, _, error = _of(x, y, [20]).fit()
+    assert weight[1] == 0
+    assert weight[0] != 0
+    assert np.isfinite(error)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = _data(64, 4)
+    whole = _of(x, y, [64])
+    monkeypatch.setattr("normswap.swap.moments.CHUNK", 10)
+    chunked = _of(x.float(), y.float(), [64])
+    assert torch.allclose(chunked.m2, whole.m2, rtol=1e-4)
+    assert chunked.count == 64
