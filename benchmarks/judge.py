@@ -11,7 +11,7 @@ faults      small nets, each with every kind of planted fault (fixtures/faults.p
 torchvision, timm, transformers, random, real
             conversions that are right: every refusal is listed with its reason
 
-Each model runs in a process of its own. A result is appended to build/judge.jsonl as soon as it is there; interrupted with Ctrl-C, the next
+Each model runs in a process of its own. A result is appended to results/judge.jsonl as soon as it is there; interrupted with Ctrl-C, the next
 run goes on where this one stopped. To put together what two machines have measured, append one's file to the other's. A conversion that
 takes more than --seconds of processor time counts as refused.
 """
@@ -44,7 +44,7 @@ from normswap.api.fold import fold_onnx
 from normswap.errors import ExportError
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RAW, PAGE = ROOT / "build/judge.jsonl", ROOT / "benchmarks/results/judge.json", ROOT / "docs/judge.md"
+RESULTS, RAW, PAGE = ROOT / "benchmarks/results/judge.jsonl", ROOT / "benchmarks/results/judge.json", ROOT / "docs/judge.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.judge report -->", "<!-- end -->"
 WITH_FILES = ("random", "real")  # the slices in which a file is made of each model as well, unless --onnx asks for all
 MUST = 20  # times the noise: from here on a fault must be caught
