@@ -17,7 +17,7 @@ from normswap.files import atomic, external_data
 from normswap.models.inputs import Inputs, parse
 from normswap.parity.judge import Judgement, judge
 from normswap.parity.probes import Probe
-from normswap.parity.result import Legs
+from normswap.parity.result import Comparisons
 from normswap.parity.runners import onnx_inputs, onnx_runner
 from normswap.parity.taps import Tap
 
@@ -60,7 +60,7 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
 
     tried = 0
 
-    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Legs]]:
+    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Comparisons]]:
         nonlocal tried
         tried += 1
         if tried > 1 and not (plain := measured(undone, shorten=False)).passed:
@@ -79,11 +79,11 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
         return dataclasses.replace(found, result=(result, legs))
 
-    def measured(undone: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Legs]]:
+    def measured(undone: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
         clear(partial)
         result = fold(path, partial, undone=undone, shorten=shorten)
         if not result.changed:
-            return Attempt((result, Legs()), True)
+            return Attempt((result, Comparisons()), True)
         legs, _ = legs_of(judged(()), partial, baseline=path)
         moved = [site for site in result.sites if site.touched or site.rewritten]
         return attempt_of((result, legs), moved, undone, result.taps, partial, lambda: judged(result.original_taps))

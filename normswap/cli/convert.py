@@ -25,7 +25,7 @@ from normswap.files.load import load
 from normswap.files.recipe import read_recipe, save, seal
 from normswap.models.inputs import parse
 from normswap.models.programs import as_module
-from normswap.parity.result import Legs, ParityError, raise_for
+from normswap.parity.result import Comparisons, ParityError, raise_for
 from normswap.report.conversion import Report, report
 from normswap.report.onnx import export_facts
 from normswap.swap.calibrate import Reestimate
@@ -114,7 +114,7 @@ def convert_files(
                 parities.update(of_file.parities)
                 not_run = of_file.not_run
                 facts = export_facts(exported)
-        legs = Legs(parities, not_run)
+        legs = Comparisons(parities, not_run)
         if legs.failed is not None:
             for file in partial.iterdir():
                 file.unlink()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from normswap.errors import ExportError, LoadError, first_line
 from normswap.export import file as onnx_file
 from normswap.export.simplify import lean, norms_stay
-from normswap.parity.result import Legs, Parity
+from normswap.parity.result import Comparisons, Parity
 from normswap.parity.runners import opset_of
 from normswap.parity.taps import Tap
 from normswap.versions import version_of
@@ -60,7 +60,7 @@ class Folded:
     sites: tuple[Fate, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
-    legs: Legs = field(default_factory=Legs, repr=False)
+    legs: Comparisons = field(default_factory=Comparisons, repr=False)
     taps: tuple[Tap, ...] = field(default=(), repr=False)
     original_taps: tuple[Tap, ...] = field(default=(), repr=False)
 

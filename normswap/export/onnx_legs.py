@@ -11,7 +11,7 @@ from normswap.export import cuda
 from normswap.export.rollback import Attempt
 from normswap.export.to_onnx import Export
 from normswap.parity.judge import LEVELS, MORE_LEVELS, Judgement, compare, runtime
-from normswap.parity.result import Legs, Parity, raise_for
+from normswap.parity.result import Comparisons, Parity, raise_for
 from normswap.parity.runners import REFERENCE
 from normswap.parity.taps import Tap
 
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 def legs_of(
     judgement: Judgement, path: Path, *, dynamic: bool = True, baseline: Path | None = None, thorough: bool = False
-) -> tuple[Legs, tuple[str, ...]]:
+) -> tuple[Comparisons, tuple[str, ...]]:
     """(what comes of an ONNX file in onnxruntime, notes). baseline: the file before anything was folded in it.
 
     At the levels at which nothing and everything is optimised; `thorough`: at all levels, and at the example in onnx's evaluator.
@@ -47,10 +47,10 @@ def legs_of(
             not_run[runtime(REFERENCE)] = parity.failure
         else:
             parities[runtime(REFERENCE)] = parity
-    return Legs(parities, not_run), notes
+    return Comparisons(parities, not_run), notes
 
 
-def with_provider(result: Export, legs: Legs, judgement: Judgement, baseline: Path | None = None) -> tuple[Export, Legs]:
+def with_provider(result: Export, legs: Comparisons, judgement: Judgement, baseline: Path | None = None) -> tuple[Export, Comparisons]:
     """On CUDA as well, where there is one."""
     known = result.cuda
     if known is None:
@@ -62,7 +62,7 @@ def with_provider(result: Export, legs: Legs, judgement: Judgement, baseline: Pa
         result = dataclasses.replace(result, cuda=dataclasses.replace(known, why=legs.not_run[runtime(LEVELS[-1])]))
     name = runtime(cuda.PROVIDER)
     not_run = {} if measured or result.cuda is None else {name: result.cuda.why}
-    return result, Legs({**legs.parities, **measured}, {**legs.not_run, **not_run})
+    return result, Comparisons({**legs.parities, **measured}, {**legs.not_run, **not_run})
 
 
 def on_provider(
@@ -83,19 +83,19 @@ def on_provider(
     return dataclasses.replace(result, cuda=known), {parity.candidate: parity}
 
 
-def check_legs(legs: Legs) -> None:
+def check_legs(legs: Comparisons) -> None:
     """Raise ParityError for the first that failed."""
     if legs.failed is not None:
         raise_for(legs.failed)
 
 
-def last_word(legs: Legs) -> Parity | None:
+def last_word(legs: Comparisons) -> Parity | None:
     """That of onnxruntime as people use it, or of whatever could run the file."""
     return legs.parities.get(runtime(LEVELS[-1])) or next(iter(reversed(list(legs.parities.values()))), None)
 
 
 def attempt_of(
-    result: tuple[R, Legs],
+    result: tuple[R, Comparisons],
     fates: Sequence[Fate],
     undone: Mapping[str, str],
     taps: Sequence[Tap],
@@ -103,7 +103,7 @@ def attempt_of(
     judgement: Callable[[], Judgement],
     *,
     dynamic: bool = True,
-) -> Attempt[tuple[R, Legs]]:
+) -> Attempt[tuple[R, Comparisons]]:
     """What `settle` has to know of a file. The values at the norms are compared only if an output is wrong."""
     legs = result[1]
     if legs.failed is None:

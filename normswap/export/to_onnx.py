@@ -38,7 +38,7 @@ from normswap.export.norms import alike, fold_norms, operators, shorten
 from normswap.export.opset import ATTENTION_OPSET, DEFAULT_OPSET, TORCH_OPSET, attends
 from normswap.export.ort_fused import fuse
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.parity.result import Legs, Parity
+from normswap.parity.result import Comparisons, Parity
 from normswap.parity.taps import Tap
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Export:
     parity: Parity | None = None
     target: Target = "portable"
     cuda: Cuda | None = None
-    legs: Legs = field(default_factory=Legs, repr=False)
+    legs: Comparisons = field(default_factory=Comparisons, repr=False)
     taps: tuple[Tap, ...] = field(default=(), repr=False)
 
     @property

@@ -21,7 +21,7 @@ from normswap.models.inputs import Inputs
 from normswap.models.programs import Model, as_module
 from normswap.parity.judge import CAP, LEVELS, Judgement, compare, judge, runtime
 from normswap.parity.probes import LARGE, Probe, probes, resized
-from normswap.parity.result import Legs
+from normswap.parity.result import Comparisons
 from normswap.parity.runners import REFERENCE
 
 
@@ -35,7 +35,7 @@ def verified_export(
     thorough: bool = False,
     dynamic: bool | Dynamic = True,
     **options: Any,
-) -> tuple[Export, Legs]:
+) -> tuple[Export, Comparisons]:
     """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are undone.
 
     half: in float16, held against the model in float64 by the limits of float16. Inputs are not scaled by 1000: its range is small.
@@ -68,7 +68,7 @@ def verified_export(
         # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
         baseline = before if not half and program.write_baseline(before) else None
 
-        def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
+        def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Comparisons]]:
             result = first
             if undone:
                 clear(path)

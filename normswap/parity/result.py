@@ -135,7 +135,7 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Legs:
+class Comparisons:
     """Everything that one model was held against, each by its name.
 
     parities  what was measured, in order
