@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from normswap.api import convert as pipeline
+from normswap.api.convert import Conversion, plan
 from normswap.detect.sites import Plan, Rule, Site, Swap
 from normswap.errors import LoadError, UnsafePickleError, UsageError
 from normswap.files import atomic
@@ -44,13 +44,13 @@ from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
 
 
-def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
+def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
 
     What is written is read back, and held against the model bit for bit, before it is there. Of a model that torch.compile or
     DistributedDataParallel wrapped, what they wrapped.
     """
-    conversion = model if isinstance(model, pipeline.Conversion) else None
+    conversion = model if isinstance(model, Conversion) else None
     module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
     with atomic.directory(Path(directory)) as partial:
         save_directory(module, partial, inputs=recorded(conversion.inputs) if conversion else ())
@@ -167,7 +167,7 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
         else:
             others.append(site.name)
     if others:
-        planned = pipeline.plan(model, restored(recipe.inputs), approximate=True, rules=rules)  # the inputs tell what no weight tells
+        planned = plan(model, restored(recipe.inputs), approximate=True, rules=rules)  # the inputs tell what no weight tells
         swaps += [swap for swap in planned.swaps if swap.name in others]
     return Plan(tuple(swaps), (), "names")
 

@@ -1,26 +1,25 @@
-"""`normswap export`, and `normswap.export_onnx`: an ONNX file that was held against the model before it is there."""
+"""A model as an ONNX file without its normalization: `normswap.export_onnx`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normswap.api import convert as pipeline
-from normswap.api.verify import inputs_of, load_any
+from normswap.api.convert import Conversion, given_to
+from normswap.api.verify import inputs_of
 from normswap.errors import UsageError
 from normswap.export.onnx_legs import check_legs, last_word
 from normswap.export.to_onnx import Dynamic, Export, Target
 from normswap.export.verified import verified_export
 from normswap.files import atomic
-from normswap.models.inputs import Inputs, parse
+from normswap.models.inputs import Inputs
 from normswap.models.programs import Model, as_module
 from normswap.parity.result import ParityError
 
 
 def export_onnx(
-    model: Model | pipeline.Conversion[Any],
+    model: Model | Conversion[Any],
     example_inputs: Any = None,
     path: str | Path = "model.onnx",
     *,
@@ -43,12 +42,12 @@ def export_onnx(
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
-    conversion = model if isinstance(model, pipeline.Conversion) else None
+    conversion = model if isinstance(model, Conversion) else None
     source: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
     judgement = None
     if example_inputs is not None:
-        inputs = pipeline.given_to(source, example_inputs)
+        inputs = given_to(source, example_inputs)
     else:
         if conversion is not None and conversion.drift is None:  # an approximate model is held against itself
             judgement = conversion.judgement
@@ -76,20 +75,3 @@ def export_onnx(
                 error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
             raise
     return dataclasses.replace(result, path=Path(path), parity=last_word(legs), legs=legs)
-
-
-def export_files(
-    source: str,
-    output: Path,
-    *,
-    arch: str | None = None,
-    inputs: Sequence[str] = (),
-    trust_packages: Sequence[str] = (),
-    trust: bool = False,
-    **options: Any,
-) -> Export:
-    """`export_onnx` for the command line: SRC is a converted directory, or any model. options: as of `export_onnx`."""
-    given = parse(inputs) if inputs else None
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
-    known = given or inputs_of(source, as_module(model))
-    return export_onnx(model, known, output, **options)

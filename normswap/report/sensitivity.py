@@ -13,7 +13,8 @@ from normswap.versions import versions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from normswap.api.sensitivity import Choice, Measurement, Sensitivity
+    from normswap.api.measurements import Measurement
+    from normswap.api.sensitivity import Choice, Sensitivity
 
 SENSITIVITY_VERSION = 1
 

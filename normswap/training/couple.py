@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from normswap.detect.sites import Site
-from normswap.errors import UsageError, described
+from normswap.errors import described
 from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
 from normswap.models.copying import HOOKS, copy_for_running
@@ -66,12 +66,6 @@ class Pair:
     producer: str | None = None
     reason: str | None = None
     start: str | None = None
-
-
-def check(word: str) -> None:
-    """Raise UsageError for a word that is none of the known ones."""
-    if word not in COUPLINGS:
-        raise UsageError(f"coupling is {word!r}; expected one of {', '.join(map(repr, COUPLINGS))}")
 
 
 def couple(

@@ -7,17 +7,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from normswap.detect.sites import Swap
-from normswap.errors import UsageError
 from normswap.layer import optimizer_step
-from normswap.layer.batchless_norm import AUXES, MOMENTUM, Aux, BatchlessNorm
-from normswap.layer.formulas import STATS, Stats
-
-
-def check(aux: str, stats: str) -> None:
-    """Raise UsageError for a word that is none of the known ones."""
-    for name, value, known in (("aux", aux, AUXES), ("stats", stats, STATS)):
-        if value not in known:
-            raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm
+from normswap.layer.formulas import Stats
 
 
 def prepare(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux: Aux, stats: Stats) -> None:

@@ -869,7 +869,7 @@ def test_without_matplotlib(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error: a plot needs matplotlib, which is not installed\nhint: pip install 'normswap[docs]'" in result.stderr
     monkeypatch.undo()
-    script = "import sys; sys.modules['matplotlib'] = None\nfrom normswap.cli import app\napp(sys.argv[1:])"
+    script = "import sys; sys.modules['matplotlib'] = None\nfrom normswap.cli.app import app\napp(sys.argv[1:])"
     arguments = ("landscape", str(saved / "net.pt"), "--data", str(saved / "data"))
     measured = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert (measured.returncode, measured.stderr) == (0, "")

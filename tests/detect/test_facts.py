@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import normswap
 from fixtures.nets import case, randomise
-from normswap.api import convert as pipeline
+from normswap.api.convert import inspect
 from normswap.cli.app import app
 from normswap.detect.facts import Facts
 from normswap.detect.facts import facts as watch
@@ -31,7 +31,7 @@ DIGITS = str(Path(__file__).parents[2] / "fixtures" / "digits_cnn.pt")
 
 
 def facts(model: Any, *inputs: Any, **options: Any) -> dict[str, Facts]:
-    return {known.name: known for known in pipeline.inspect(model, inputs or None, **options)[1]}
+    return {known.name: known for known in inspect(model, inputs or None, **options)[1]}
 
 
 def texts(known: Facts) -> dict[str, str]:
@@ -478,7 +478,7 @@ def test_what_folds_is_what_the_exporter_folds(name: str, tmp_path: Path) -> Non
 
 def test_what_an_approximate_conversion_would_swap() -> None:
     model = case("other_norms").make()
-    plan, _ = pipeline.inspect(model, (X,))
+    plan, _ = inspect(model, (X,))
     assert [swap.name for swap in plan.swaps] == ["1"]
     wider = normswap.plan(model, (X,), approximate=True)
     found = facts(model, X)
@@ -528,7 +528,7 @@ def test_resnet() -> None:
     from torchvision.models import resnet18
 
     model = randomise(resnet18(weights=None), 0).eval()
-    plan, found = pipeline.inspect(model, (torch.randn(1, 3, 32, 32),))
+    plan, found = inspect(model, (torch.randn(1, 3, 32, 32),))
     assert [known.name for known in found] == [swap.name for swap in plan.swaps]
     assert all(known.folds_into == swap.producer for known, swap in zip(found, plan.swaps, strict=True))
     by_name = {known.name: known for known in found}
