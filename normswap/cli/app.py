@@ -205,6 +205,7 @@ def convert(
     """
     with _work(debug) as progress:
         from normswap.cli.convert import convert_files
+        from normswap.report.conversion import calibration_table, report_table
 
         report, directory = convert_files(
             source,
@@ -229,7 +230,7 @@ def convert(
     if as_json:
         _print_json(report.json())
     else:
-        _print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}", second=report.calibration_table())
+        _print_table(report_table(report), report.summary(), f"  written to {directory}{os.sep}", second=calibration_table(report))
 
 
 @app.command()
@@ -251,6 +252,7 @@ def inspect(
     """
     with _work(debug):
         from normswap.cli.inspect import inspect_files
+        from normswap.report.conversion import report_table
 
         report = inspect_files(
             source,
@@ -265,7 +267,7 @@ def inspect(
     if as_json:
         _print_json(report.json())
     else:
-        _print_table(report.table(), report.summary())
+        _print_table(report_table(report), report.summary())
 
 
 @app.command()
@@ -364,7 +366,7 @@ def fold(
     """
     with _work(debug):
         from normswap.api.fold import fold_onnx
-        from normswap.report.fold import fold_json, fold_summary, fold_table, operators_table
+        from normswap.report.onnx import fold_json, fold_summary, fold_table, operators_table
 
         result = fold_onnx(source, output, inputs=inputs or ())
     if as_json:
@@ -436,7 +438,7 @@ def sensitivity(
     """
     with _work(debug), _bar() as progress:
         from normswap.cli.sensitivity import sensitivity_files
-        from normswap.report.sensitivity import sensitivity_json, sensitivity_summary, sensitivity_table
+        from normswap.report.studies import sensitivity_json, sensitivity_summary, sensitivity_table
 
         found = sensitivity_files(
             source,
@@ -512,7 +514,7 @@ def landscape(
     """
     with _work(debug), _bar() as progress:
         from normswap.cli.landscape import landscape_files
-        from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
+        from normswap.report.studies import landscape_json, landscape_summary, landscape_table
 
         found = landscape_files(
             source,

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from normswap.api import convert as pipeline
 from normswap.api.directory import check_same, opened, recorded
 from normswap.cli.data import all_rules, batches_of
+from normswap.export.to_onnx import Export
 from normswap.export.verified import verified_export
 from normswap.files import atomic, interrupts
 from normswap.files.load import load
@@ -26,8 +27,8 @@ from normswap.files.recipe import read_recipe, save, seal
 from normswap.models.inputs import parse
 from normswap.models.programs import as_module
 from normswap.parity.result import Legs, ParityError
-from normswap.report.conversion import Report, report
-from normswap.report.onnx import export_facts
+from normswap.report import page
+from normswap.report.conversion import Report
 from normswap.swap.calibrate import Reestimate
 from normswap.training.couple import Coupling
 
@@ -98,7 +99,7 @@ def convert_files(
         parities = {"torch": conversion.parity}
         if conversion.drift is not None:
             parities["drift"] = conversion.drift
-        facts: dict[str, Any] | None = None
+        written: Export | None = None
         not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if onnx else "no ONNX file was asked for"}
         if all(parities.values()):
             with clock("save"):
@@ -108,29 +109,28 @@ def convert_files(
                 judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
                 conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
-                    exported, of_file = verified_export(
+                    written, of_file = verified_export(
                         conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options
                     )
                 parities.update(of_file.parities)
                 not_run = of_file.not_run
-                facts = export_facts(exported)
         legs = Legs(parities, not_run)
         if legs.failed is not None:
             for file in partial.iterdir():
                 file.unlink()
         files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
-        result = report(
+        result = Report(
             source,
             conversion.plan,
             legs.parities,
             not_run=legs.not_run,
-            onnx=facts,
+            onnx=written,
             seconds=clock.seconds,
             files=files,
-            fits=map(dataclasses.asdict, conversion.fits),
+            fits=conversion.fits,
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / PAGE).write_text(result.html(), encoding="utf-8")
+        (partial / PAGE).write_text(page.html(result), encoding="utf-8")
         if legs.failed is None:
             seal(partial)
     if legs.failed is not None:

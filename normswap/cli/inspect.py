@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from normswap.api import convert as pipeline
 from normswap.cli.data import all_rules
 from normswap.files.load import load
 from normswap.models.inputs import parse
-from normswap.report.conversion import Report, report
+from normswap.report.conversion import Report
 
 
 def inspect_files(
@@ -28,4 +27,4 @@ def inspect_files(
     loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
     given = parse(inputs) if inputs else None
     plan, facts = pipeline.inspect(loaded.model, given, include=include, exclude=exclude, rules=known)
-    return report(source, plan, facts=map(dataclasses.asdict, facts))
+    return Report(source, plan, facts=facts)
