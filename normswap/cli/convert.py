@@ -18,6 +18,7 @@ from normswap.files import interrupts
 
 if TYPE_CHECKING:
     from normswap.api.convert import Conversion
+    from normswap.export.to_onnx import Export
     from normswap.report.conversion import Report
 
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
@@ -44,11 +45,13 @@ def convert(
     proves that too.
     """
     with work(debug) as progress:
+        from normswap.report.conversion import calibration_table, report_table
+
         report, directory = convert_to_directory(source, output, options, progress)
     if as_json:
         print_json(report.json())
     else:
-        print_table(report.table(), report.summary(), f"  written to {directory}{os.sep}", second=report.calibration_table())
+        print_table(report_table(report), report.summary(), f"  written to {directory}{os.sep}", second=calibration_table(report))
 
 
 def convert_to_directory(
@@ -74,8 +77,8 @@ def convert_to_directory(
     from normswap.files import atomic
     from normswap.files.recipe import seal
     from normswap.parity.result import Comparisons, ParityError, raise_for
-    from normswap.report.conversion import report
-    from normswap.report.onnx import export_facts
+    from normswap.report import page
+    from normswap.report.conversion import Report
 
     if output is not None:
         atomic.check(output)
@@ -107,7 +110,7 @@ def convert_to_directory(
         parities = {"torch": conversion.parity}
         if conversion.drift is not None:
             parities["drift"] = conversion.drift
-        facts: dict[str, Any] | None = None
+        written: Export | None = None
         not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if options.onnx else "no ONNX file was asked for"}
         if all(parities.values()):
             with clock("save"):
@@ -117,28 +120,27 @@ def convert_to_directory(
                 judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
                 conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
-                    exported, of_file = verified_export(
+                    written, of_file = verified_export(
                         conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **options.export_options()
                     )
                 parities.update(of_file.parities)
                 not_run = of_file.not_run
-                facts = export_facts(exported)
         comparisons = Comparisons(parities, not_run)
         if comparisons.failed is not None:
             for file in partial.iterdir():
                 file.unlink()
-        result = report(
+        result = Report(
             source,
             conversion.plan,
             comparisons.parities,
             not_run=comparisons.not_run,
-            onnx=facts,
+            onnx=written,
             seconds=clock.seconds,
             files=sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE}),
-            fits=map(dataclasses.asdict, conversion.fits),
+            fits=conversion.fits,
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / PAGE).write_text(result.html(), encoding="utf-8")
+        (partial / PAGE).write_text(page.html(result), encoding="utf-8")
         if comparisons.failed is None:
             seal(partial)
     try:

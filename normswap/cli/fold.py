@@ -25,7 +25,7 @@ def fold(
     """
     with work(debug):
         from normswap.api.fold import fold_onnx
-        from normswap.report.fold import fold_json, fold_summary, fold_table, operators_table
+        from normswap.report.onnx import fold_json, fold_summary, fold_table, operators_table
 
         result = fold_onnx(source, output, inputs=inputs)
     if as_json:

@@ -12,17 +12,15 @@ def inspect(source: Source, *, running: Running, selecting: Selecting, as_json: 
     Lists every normalization of a model: what would happen to it, and why not. Changes and writes nothing.
     """
     with work(debug):
-        import dataclasses
-
         from normswap.api.convert import inspect
         from normswap.cli.data import loaded, parsed, rules_of
-        from normswap.report.conversion import report
+        from normswap.report.conversion import Report, report_table
 
         rules = rules_of(selecting.rules)
         model = loaded(source, running).model
         plan, facts = inspect(model, parsed(running.inputs), include=selecting.include, exclude=selecting.exclude, rules=rules)
-        result = report(source, plan, facts=map(dataclasses.asdict, facts))
+        report = Report(source, plan, facts=facts)
     if as_json:
-        print_json(result.json())
+        print_json(report.json())
     else:
-        print_table(result.table(), result.summary())
+        print_table(report_table(report), report.summary())

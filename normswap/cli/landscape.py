@@ -59,7 +59,7 @@ def landscape(
         from normswap.cli.data import batches_of, function_of, opened
         from normswap.errors import UsageError, one_of
         from normswap.files import atomic
-        from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
+        from normswap.report.studies import landscape_json, landscape_summary, landscape_table
 
         for form in forms or ():
             one_of("--as", form, FORMS)

@@ -45,7 +45,7 @@ def sensitivity(
     with work(debug) as progress:
         from normswap.api.sensitivity import sensitivity
         from normswap.cli.data import batches_of, function_of, loaded, parsed, rules_of
-        from normswap.report.sensitivity import sensitivity_json, sensitivity_summary, sensitivity_table
+        from normswap.report.studies import sensitivity_json, sensitivity_summary, sensitivity_table
 
         given = parsed(running.inputs)
         model = loaded(source, running).model

@@ -32,7 +32,7 @@ from normswap.api.landscape import Landscape, Line, Loss
 from normswap.cli.app import app
 from normswap.errors import SwapError, UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
+from normswap.report.studies import landscape_json, landscape_summary, landscape_table
 
 MODULE = importlib.import_module("normswap.api.landscape")
 F64 = torch.float64

@@ -29,7 +29,7 @@ from normswap.detect.sites import Site
 from normswap.errors import SwapError, UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import ParityError
-from normswap.report.sensitivity import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
+from normswap.report.studies import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
 from normswap.rules import DEFAULT_RULES
 from normswap.swap import calibrate
 

@@ -26,7 +26,7 @@ from normswap.cli.app import app
 from normswap.errors import ExportError, LoadError, UsageError
 from normswap.export.any_file import Folded, fold
 from normswap.parity.result import ParityError
-from normswap.report.fold import fold_json, fold_summary
+from normswap.report.onnx import fold_json, fold_summary
 
 # -- what folds -----------------------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from normswap.export.to_onnx import export
 from normswap.folding import remainder
 from normswap.parity.judge import compare, judge
 from normswap.parity.result import ParityError
-from normswap.report.fold import fold_json, fold_summary
+from normswap.report.onnx import fold_json, fold_summary
 
 # -- which folds -------------------------------------------------------------------------------------------------------------------------
 
