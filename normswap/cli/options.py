@@ -114,10 +114,9 @@ class Exporting:
     """What an ONNX file is."""
 
     target: Annotated[
-        Literal["portable", "ort-cpu", "ort-fused"],
+        Literal["portable", "cuda"],
         typer.Option(
-            help="What the ONNX file is written for: portable, operators of ONNX alone; ort-cpu, the same in the form that is fastest in "
-            "onnxruntime on a CPU; ort-fused, also onnxruntime's own operators."
+            help="What the ONNX file is written for: portable, ONNX operators alone; cuda, also onnxruntime's own, each with its meaning."
         ),
     ] = "portable"
     opset: Annotated[int | None, typer.Option(metavar="N", help="ONNX opset to write; default 20, or 23 for its Attention.")] = None
