@@ -32,9 +32,9 @@ from normswap.models.copying import on_meta, shadow
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import as_module, like
-from normswap.parity.judge import NOTHING_FINITE, Judgement, compare, judge
+from normswap.parity.judge import Judgement, compare, judge
 from normswap.parity.probes import Probe
-from normswap.parity.result import Parity, ParityError
+from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
@@ -156,9 +156,9 @@ def convert(
         stats=stats,
         coupling=coupling,
     )
-    check(conversion.parity)
+    raise_for(conversion.parity)
     if conversion.drift is not None:
-        check(
+        raise_for(
             conversion.drift,
             "approximate, and further from the original than max_drift allows",
             "allow more, calibrate on more or other data, or exclude the layers of which `normswap sensitivity` says that they cost most",
@@ -330,33 +330,6 @@ def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iter
     sites = [s.name for s in decided.swaps]
     reference = judge(with_layers(shadow(module), decided), (), {}, sites=sites, asked=asked)
     return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
-
-
-def check(
-    parity: Parity,
-    failed: str = "not the same function",
-    hint: str = "exclude the layer that differs, or report this with the model's architecture",
-) -> None:
-    """Raise ParityError unless the measurement passed. failed: what the candidate is if not; hint: what to do then."""
-    if parity.passed:
-        return
-    bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
-    if parity.failure is not None or bad is None:
-        what = parity.failure or "nothing was compared"
-    elif bad.problem is not None:
-        what = f"{bad.name} {bad.problem}"
-        if bad.unjudged is not None or bad.problem == NOTHING_FINITE:
-            failed = "not judged"
-            hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
-    else:
-        ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
-        what = (
-            f"{ran}first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
-            f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
-        )
-        if not bad.float64 and not bad.non_finite and math.isfinite(bad.noise):
-            what += f", as the original itself is {bad.noise:.3g} off there"
-    raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)
 
 
 def _plan(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from normswap.api import convert as pipeline
-from normswap.api.sources import Model, inputs_of, load_any
+from normswap.api.verify import inputs_of, load_any
 from normswap.errors import UsageError
 from normswap.export.onnx_legs import check_legs, last_word
 from normswap.export.to_onnx import Dynamic, Export, Target
 from normswap.export.verified import verified_export
 from normswap.files import atomic
 from normswap.models.inputs import Inputs, parse
-from normswap.models.programs import as_module
+from normswap.models.programs import Model, as_module
 from normswap.parity.result import ParityError
 
 

@@ -25,7 +25,7 @@ from normswap.files.load import load
 from normswap.files.recipe import read_recipe, save, seal
 from normswap.models.inputs import parse
 from normswap.models.programs import as_module
-from normswap.parity.result import Comparisons, ParityError
+from normswap.parity.result import Comparisons, ParityError, raise_for
 from normswap.report.conversion import Report, report
 from normswap.report.onnx import export_facts
 from normswap.swap.calibrate import Reestimate
@@ -135,7 +135,7 @@ def convert_files(
             seal(partial)
     if legs.failed is not None:
         try:
-            pipeline.check(legs.failed)
+            raise_for(legs.failed)
         except ParityError as error:
             error.hint = f"{output / PAGE} has every measurement; nothing else was written"
             raise

@@ -10,10 +10,11 @@ from torch import nn
 
 from normswap.api import convert as pipeline
 from normswap.api.landscape import STEPS, Landscape, Mode, called_with, check_plot, landscape
-from normswap.api.sources import Model, load_any
+from normswap.api.verify import load_any
 from normswap.cli.data import batches_of, function_of
 from normswap.errors import UsageError
 from normswap.files import atomic
+from normswap.models.programs import Model
 
 Form = Literal["original", "converted", "coupled"]
 

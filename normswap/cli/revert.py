@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from normswap.api import convert as pipeline
 from normswap.api.directory import load
-from normswap.api.sources import factory_of, inputs_of
-from normswap.api.verify import verify
+from normswap.api.verify import factory_of, inputs_of, verify
 from normswap.errors import UsageError
 from normswap.files import atomic
 from normswap.files.recipe import read_recipe
+from normswap.parity.result import raise_for
 from normswap.swap.apply import revert
 
 
@@ -38,7 +37,7 @@ def revert_files(
     if isinstance(converted, ExportedProgram):
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
-    pipeline.check(verify(converted, model, inputs_of(source, converted)))
+    raise_for(verify(converted, model, inputs_of(source, converted)))
     with atomic.file(output) as partial, atomic.writing(str(output)):
         if output.suffix == ".safetensors":
             from safetensors.torch import save_model

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from normswap.api import convert as pipeline
 from normswap.export import cuda
 from normswap.export.rollback import Attempt
 from normswap.export.to_onnx import Export
 from normswap.parity.judge import LEVELS, MORE_LEVELS, Judgement, compare, runtime
-from normswap.parity.result import Comparisons, Parity
+from normswap.parity.result import Comparisons, Parity, raise_for
 from normswap.parity.runners import REFERENCE
 from normswap.parity.taps import Tap
 
@@ -87,7 +86,7 @@ def on_provider(
 def check_legs(legs: Comparisons) -> None:
     """Raise ParityError for the first that failed."""
     if legs.failed is not None:
-        pipeline.check(legs.failed)
+        raise_for(legs.failed)
 
 
 def last_word(legs: Comparisons) -> Parity | None:

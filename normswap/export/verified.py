@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.api.sources import Model
 from normswap.export.float16 import arguments, halved
 from normswap.export.onnx_legs import attempt_of, clear, legs_of, with_provider
 from normswap.export.rollback import Attempt, settle
 from normswap.export.to_onnx import Dynamic, Export, Program
 from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs
-from normswap.models.programs import as_module
+from normswap.models.programs import Model, as_module
 from normswap.parity.judge import CAP, LEVELS, Judgement, compare, judge, runtime
 from normswap.parity.probes import LARGE, Probe, probes, resized
 from normswap.parity.result import Comparisons

@@ -42,7 +42,7 @@ from normswap.errors import UsageError, described
 from normswap.models.copying import shadow, to_float64
 from normswap.parity import second_look
 from normswap.parity.probes import Probe, probes
-from normswap.parity.result import Difference, Parity
+from normswap.parity.result import NOTHING_FINITE, Difference, Parity
 from normswap.parity.runners import BY_POSITION, REFERENCE, Runner, Values, module_runner, onnx_dtypes, onnx_float64_runner, onnx_runner
 from normswap.parity.second_look import Key, Rerun
 from normswap.parity.taps import Tap
@@ -53,7 +53,6 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch
 CAP = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 CHAOS = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
 NOISE_FACTOR = 10
-NOTHING_FINITE = "has no finite value to compare"
 LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
 MORE_LEVELS = ("disabled", "basic", "extended", "all")
 

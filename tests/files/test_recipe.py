@@ -24,7 +24,7 @@ from torch.optim import swa_utils
 import normswap
 from fixtures.nets import case, randomise
 from normswap import BatchlessNorm
-from normswap.api.sources import load_any
+from normswap.api.verify import load_any
 from normswap.cli.convert import convert_files
 from normswap.errors import LoadError, SwapError, UsageError
 from normswap.files.load import load as load_source

@@ -147,4 +147,4 @@ def test_a_file_that_saturates_is_decided_in_float64(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "faulty.onnx")
     assert not normswap.verify(path, tmp_path / "faulty.onnx", X)
     with pytest.raises(ParityError):
-        normswap.api.convert.check(normswap.verify(model, tmp_path / "faulty.onnx", X))  # type: ignore[attr-defined]
+        normswap.parity.result.raise_for(normswap.verify(model, tmp_path / "faulty.onnx", X))  # type: ignore[attr-defined]
