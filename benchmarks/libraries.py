@@ -46,7 +46,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fixtures.nets import randomise
 from normswap.api.convert import attempt, plan
 from normswap.detect.sites import Plan, Skip, Swap
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.result import Difference, Parity
@@ -241,7 +241,7 @@ def measure(case: Case) -> Record:
         approximate = [s.name for s in decided.swaps if s.preserves == "approximate"]
         if approximate and "rounding" in record["parity"]:  # where convert stops
             converted = swap(model, decided)
-            fits = calibrate(converted, shadow(model), approximate, calibration)
+            fits = calibrate(converted, copy_for_running(model), approximate, calibration)
             asked = [Probe("example", *arguments_of(batch, model)) for batch in calibration[:1]]
             drift = compare(judge(model, (), {}, asked=asked), converted, tolerance=float("inf"), original=model)
         if drift is not None:

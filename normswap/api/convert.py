@@ -28,7 +28,7 @@ from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import STD_FORMS, Stats
-from normswap.models.copying import on_meta, shadow
+from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import as_module, like
@@ -253,7 +253,7 @@ def attempt(
     fits: tuple[Fit, ...] = ()
     coupled: tuple[Pair, ...] = ()
     if reestimate == "exact":
-        fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
+        fits = calibrate(swapped, with_layers(copy_for_running(module), exact), (), batches, reestimate=others, progress=progress)
     modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
     if not (names or reestimate == "adapt"):
         coupled = _coupled(coupling, model, swapped, exact, inputs, batches)
@@ -262,7 +262,7 @@ def attempt(
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits, pairs=coupled)
     del swapped
     approximated = swap(module, decided, std=std)
-    reference = with_layers(shadow(module), decided)
+    reference = with_layers(copy_for_running(module), decided)
     fits = calibrate(approximated, reference, names, batches, reestimate=others, progress=progress)
     drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
     if reestimate == "adapt":
@@ -328,7 +328,7 @@ def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iter
     names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
     sites = [s.name for s in decided.swaps]
-    reference = judge(with_layers(shadow(module), decided), (), {}, sites=sites, asked=asked)
+    reference = judge(with_layers(copy_for_running(module), decided), (), {}, sites=sites, asked=asked)
     return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
 
 

@@ -36,7 +36,7 @@ from normswap.files.recipe import (
 from normswap.files.recipe import save as save_directory
 from normswap.files.recipe_checks import builds_without_code, is_trusted
 from normswap.models import own_code
-from normswap.models.copying import copy_with, on_meta, shadow
+from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs, make
 from normswap.models.programs import as_module
 from normswap.rules import DEFAULT_RULES
@@ -188,7 +188,7 @@ def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inpu
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    copied = shadow(model)  # which is in eval mode, and whose buffers may change
+    copied = copy_for_running(model)  # which is in eval mode, and whose buffers may change
     args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_flatten
 from normswap.api import convert as pipeline
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.models.programs import as_module
 from normswap.parity.probes import Probe
 from normswap.parity.runners import Runner, Values, module_runner
@@ -259,7 +259,7 @@ class _Work:
                 candidate = self.prove()
             else:
                 chosen = replace(self.plan, swaps=tuple(swaps))
-                candidate, reference = swap(self.module, chosen), with_layers(shadow(self.module), chosen)
+                candidate, reference = swap(self.module, chosen), with_layers(copy_for_running(self.module), chosen)
                 stage = f"{TOGETHER}: calibrating {len(approximate)}"
                 calibrate(candidate, reference, approximate, self.batches, progress=lambda *count: self.progress(stage, *count))
             stage = f"{TOGETHER}: measuring {len(approximate)}" if approximate else "exact swaps" if names else "the original"
@@ -271,7 +271,7 @@ class _Work:
         if not names:
             return
         chosen = replace(self.plan, swaps=tuple(self.swaps[name] for name in names))
-        calibrated, reference = swap(self.module, chosen), with_layers(shadow(self.module), chosen)
+        calibrated, reference = swap(self.module, chosen), with_layers(copy_for_running(self.module), chosen)
         stage = "calibrating"
         fits = calibrate(calibrated, reference, names, self.batches, alone=True, progress=lambda *count: self.progress(stage, *count))
         errors = {fit.name: fit.error for fit in fits}
@@ -284,7 +284,7 @@ class _Work:
             self.state.add((name,), self._measure((name,), candidate, tick), errors[name])
 
     def _measure(self, names: tuple[str, ...], candidate: nn.Module, tick: Callable[[], None]) -> Measurement:
-        candidate = shadow(candidate)
+        candidate = copy_for_running(candidate)
         run = module_runner(candidate, ())
         sums: dict[str, _Sums] = {}
         for i, probe in enumerate(self.original.probes):
@@ -320,7 +320,7 @@ class _Original:
     """The floating outputs of the original on each batch: computed once and kept as far as they fit into CACHE."""
 
     def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
-        self.run: Runner = module_runner(shadow(module), ())
+        self.run: Runner = module_runner(copy_for_running(module), ())
         self.probes = [Probe(f"batch {i}", *arguments_of(batch, module)) for i, batch in enumerate(batches, 1)]
         masks = [probe.kwargs.get(MASK) for probe in self.probes]
         self.masks = [mask.bool() if isinstance(mask, Tensor) else None for mask in masks]

@@ -19,7 +19,7 @@ from normswap.detect.handwritten import HAND_WRITTEN, Found, Shapes, find
 from normswap.detect.sites import Call, Forward, Site
 from normswap.detect.super_calls import under_super
 from normswap.errors import SwapError
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.models.own_code import NotTraceableError, base_forward, base_of, graphs_of, place_of
 
 
@@ -90,7 +90,7 @@ def writes_its_own(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
         return False
     try:
-        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), None))
+        return any(call.layer is not None or call.needs_shape for call in _agreed(copy_for_running(module), None))
     except (NotTraceableError, SwapError):
         return False
 

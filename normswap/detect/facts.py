@@ -25,7 +25,7 @@ from normswap.detect.handwritten import HAND_WRITTEN
 from normswap.detect.hazards import Held, Momentum, Trap, given_to, held_by, traps
 from normswap.detect.sites import Forward, Plan, Site, Skip, Swap
 from normswap.errors import SwapError, described
-from normswap.models.copying import shadow, uncompiled
+from normswap.models.copying import copy_for_running, uncompiled
 
 _PRODUCES = re.compile(r"(conv(_transpose)?[123]d|convolution|linear|addmm)(\.\w+)?$")  # torch's functions and aten's
 
@@ -178,7 +178,7 @@ def _watched(model: nn.Module, sites: Sequence[Site], arguments: Forward | None)
     if arguments is None:
         return {}, "no example inputs are known, so no forward pass was watched"
     try:
-        copied = shadow(model)
+        copied = copy_for_running(model)
     except SwapError as error:
         return {}, error.message
     watch = _Watch(copied, sites)

@@ -35,7 +35,7 @@ from normswap.detect.handwritten import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDU
 from normswap.detect.sites import Forward, Site, Trace
 from normswap.detect.super_calls import under_super
 from normswap.errors import SwapError, described
-from normswap.models.copying import shadow, unclear_names, uncompiled
+from normswap.models.copying import copy_for_running, unclear_names, uncompiled
 from normswap.models.own_code import BASES, is_emptied, place_of
 
 PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -163,7 +163,7 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
     elif "forward" in model.__dict__:
         notes.append("torch.fx cannot trace the model: it reads the forward of the class, and this object has one of its own")
     else:
-        copied = shadow(model)
+        copied = copy_for_running(model)
         tracer = _Tracer(copied, _Names(copied, decided))
         for name, module in copied.named_modules():
             if not tracer.is_leaf_module(module, name):  # the hooks of a leaf are not run; those of others would be handed proxies to keep
@@ -175,20 +175,20 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
             notes.append(f"torch.fx could not trace the model: {described(error)}")
         else:
-            return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, shadow(model), forward)
+            return _result(names, _see_graph(copied, graph, tracer.names, tracer.seen), "fx", notes, copy_for_running(model), forward)
     arguments = forward()
     if arguments is None:
         notes.append(
             "no example inputs are known, so no forward pass was watched: calls and functional norms are unknown; give example inputs"
         )
         return _result(names, None, "names", notes, model, forward)
-    copied = shadow(model)  # a new one: the tracer may have left proxies in the other
+    copied = copy_for_running(model)  # a new one: the tracer may have left proxies in the other
     seen, failed = _Watch(copied, _Names(copied, decided)).run(*arguments)
     if failed is not None:
         notes.append(
             f"the forward pass stopped early, so calls after that point were not seen: {described(failed)}; give inputs that it takes"
         )
-    return _result(names, seen, "walk", notes, shadow(model), forward)
+    return _result(names, seen, "walk", notes, copy_for_running(model), forward)
 
 
 def _result(

@@ -97,7 +97,7 @@ def _restore_attributes(source: fx.GraphModule, target: fx.GraphModule, memo: di
             target.__dict__[name] = copy.deepcopy(value, memo)
 
 
-def shadow(
+def copy_for_running(
     model: M,
     of_buffers: Callable[[Tensor], Tensor] = torch.clone,
     of_parameters: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
@@ -161,7 +161,7 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.to(wide, copy=True)
 
 
-def carry(source: nn.Module, target: nn.Module) -> None:
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     """Hooks and the training flag of `source`, onto `target`. The dictionaries are copies: removing a hook here leaves it there.
 
     The hooks themselves are still the source's; whoever puts `target` into a copy of a model copies them through its memo.

@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 
 from normswap.errors import SwapError, UsageError, first_line
 from normswap.models import archives
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 
 SEED = 0
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
@@ -87,7 +87,7 @@ def infer(model: nn.Module) -> Inputs | None:
 def _trial(model: nn.Module) -> nn.Module | None:
     """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
     try:
-        trial = shadow(model)
+        trial = copy_for_running(model)
     except SwapError:  # locks, handles: not to be copied, so not to be tried
         return None
     for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes

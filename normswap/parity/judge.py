@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError, described
-from normswap.models.copying import shadow, to_float64
+from normswap.models.copying import copy_for_running, to_float64
 from normswap.parity import second_look
 from normswap.parity.probes import Probe, probes
 from normswap.parity.result import NOTHING_FINITE, Difference, Parity
@@ -136,7 +136,10 @@ def judge(
                 onnx_float64_runner(reference, taps)
                 if isinstance(reference, Path)
                 else module_runner(
-                    shadow(wide or reference, to_float64), sites, in_float64=second_look.own_dtype(wide or reference, asked), inputs=inputs
+                    copy_for_running(wide or reference, to_float64),
+                    sites,
+                    in_float64=second_look.own_dtype(wide or reference, asked),
+                    inputs=inputs,
                 )
             ),
             [second_look.widened(probe) for probe in asked],
@@ -154,7 +157,7 @@ def judge(
         seen = onnx_dtypes(reference)
         tensors: Sequence[Tensor] = ()
     else:
-        run = module_runner(shadow(reference), sites, dtypes=computed_in, inputs=inputs)
+        run = module_runner(copy_for_running(reference), sites, dtypes=computed_in, inputs=inputs)
         own = _run_all(lambda: run, usable, dropped, "")
         tensors = second_look.tensors(reference)
         seen = {t.dtype for t in tensors}
@@ -212,7 +215,7 @@ def _rerun(
         amount = None if shared is None else second_look.rounded_by(judged, shared, eps, second_look.CHOICE)
         return module_runner(second_look.nudged(judged, amount), sites, in_float64=dtype, inputs=inputs)
 
-    return Rerun(in_float64, lambda: module_runner(shadow(module), sites, inputs=inputs))
+    return Rerun(in_float64, lambda: module_runner(copy_for_running(module), sites, inputs=inputs))
 
 
 def _useless(truth: _Truth, cap: float) -> str | None:
@@ -332,7 +335,7 @@ class _Rows:
 
 def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:
     foreign = None if original is None else {id(t): n for n, t in (*original.named_parameters(), *original.named_buffers())}
-    return module_runner(shadow(candidate), sites, foreign=foreign)
+    return module_runner(copy_for_running(candidate), sites, foreign=foreign)
 
 
 def _parts(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.layer.batchless_norm import PARAMETER_OF_FORM, BatchlessNorm
-from normswap.models.copying import shadow, to_float64
+from normswap.models.copying import copy_for_running, to_float64
 from normswap.parity.probes import Probe
 from normswap.parity.runners import Runner, Values
 
@@ -113,9 +113,9 @@ def nudged(model: nn.Module, amount: Amount | None) -> nn.Module:
         return wide + size * reach * (2 * torch.rand(wide.shape, generator=generator, dtype=wide.dtype) - 1).to(wide.device)
 
     if amount is None:
-        twin = shadow(model, to_float64)
+        twin = copy_for_running(model, to_float64)
     else:
-        twin = shadow(model, moved, lambda parameter: nn.Parameter(moved(parameter), requires_grad=False))
+        twin = copy_for_running(model, moved, lambda parameter: nn.Parameter(moved(parameter), requires_grad=False))
     for module, source in zip(twin.modules(), model.modules(), strict=False):
         if isinstance(module, BatchlessNorm) and isinstance(source, BatchlessNorm):
             exact = source.unrounded()

@@ -22,7 +22,7 @@ from normswap.detect.sites import Rule, Site
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm, Source
 from normswap.layer.formulas import StdForm
-from normswap.models.copying import carry
+from normswap.models.copying import copy_hooks
 from normswap.rules import plain
 
 NO_STATISTICS = (
@@ -96,7 +96,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
         parameters={name: p.dtype for name, p in module._parameters.items() if p is not None},
         buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
     )
-    carry(module, layer)
+    copy_hooks(module, layer)
     # Children (a norm-act's activation, an observer that a hook calls) and attributes that others set on the layer stay in their places.
     layer._modules.update(module._modules)
     settings = {*cast("list[str]", getattr(module, "__constants__", ())), "eps"}

@@ -11,7 +11,7 @@ from torch import nn
 from normswap.detect.sites import Site
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
 from normswap.layer.formulas import StdForm
-from normswap.models.copying import carry
+from normswap.models.copying import copy_hooks
 
 
 def per_sample(site: Site) -> str:
@@ -43,5 +43,5 @@ def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], s
             setattr(layer, name, module._modules.get(name) or nn.Identity())
         if isinstance(activation := module._modules.get("activation"), nn.Module):  # transformers' name for `act`
             layer.act = activation
-    carry(module, layer)
+    copy_hooks(module, layer)
     return layer

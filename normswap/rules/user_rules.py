@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normswap.detect.sites import Rule, Site
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.copying import HOOKS, carry
+from normswap.models.copying import HOOKS, copy_hooks
 from normswap.models.spec import SPEC, imported
 from normswap.rules.batch_norm import layer_with
 from normswap.rules.per_sample import uncalibrated
@@ -44,7 +44,7 @@ def batchless_from_statistics(
     """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in (weight, bias)]
     layer = layer_with(BatchlessNorm, mean.reshape(-1), variance.reshape(-1), eps, std, *flat, channel_axis=channel_axis)
-    carry(module, layer)
+    copy_hooks(module, layer)
     return layer
 
 
@@ -115,7 +115,7 @@ def checked(rule: Rule) -> Rule:
         if site.module is not None:
             layer.training = site.module.training
             if not any(getattr(layer, hooks) for hooks in HOOKS):
-                carry(site.module, layer)
+                copy_hooks(site.module, layer)
         return cast(nn.Module, layer)
 
     def inexact(site: Site) -> str:

@@ -20,7 +20,7 @@ from normswap.detect.super_calls import put_under_super
 from normswap.errors import SwapError
 from normswap.layer import coupling, formulas
 from normswap.layer.batchless_norm import BatchlessNorm, Source
-from normswap.models.copying import carry, copy_with, on_meta
+from normswap.models.copying import copy_hooks, copy_with, on_meta
 from normswap.models.own_code import BASES, TENSORS, base_forward, base_of, graphs_of, rewrite
 
 M = TypeVar("M", bound=nn.Module)
@@ -238,7 +238,7 @@ def _source_of(layer: BatchlessNorm, source: Source) -> nn.Module:
             module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
     for name, child in layer._modules.items():
         module.add_module(name, child)
-    carry(layer, module)
+    copy_hooks(layer, module)
     return module
 
 

@@ -23,7 +23,7 @@ from normswap.detect.sites import Site
 from normswap.errors import UsageError, described
 from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.models.copying import HOOKS, shadow
+from normswap.models.copying import HOOKS, copy_for_running
 
 Coupling = Literal["auto", "none"]
 COUPLINGS: tuple[Coupling, ...] = ("auto", "none")
@@ -85,7 +85,7 @@ def couple(
     modules = dict(model.named_modules())
     reasons = {s.name: _why_not(s, modules) for s in sites}
     wanted = {s.name: cast(str, s.producer) for s in sites if reasons[s.name] is None}
-    seen = _See(shadow(model), wanted)
+    seen = _See(copy_for_running(model), wanted)
     try:
         failed = seen.run([(args, kwargs)], data=False) or seen.run(batches, data=True)
     finally:
