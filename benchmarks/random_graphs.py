@@ -29,7 +29,7 @@ from fixtures.random_graphs import Expected, RandomGraph, generate
 from normswap.api.convert import attempt, plan
 from normswap.detect.sites import Plan, Site, Skip, Swap
 from normswap.models.programs import as_module
-from normswap.parity.judge import NOISE_FACTOR
+from normswap.parity.limits import NOISE_FACTOR
 from normswap.parity.result import Difference, Parity
 from normswap.swap.apply import revert, swap
 

@@ -32,8 +32,9 @@ from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import as_module, like
-from normswap.parity.judge import Judgement, compare, judge
+from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
@@ -257,7 +258,7 @@ def attempt(
     modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
     if not (names or reestimate == "adapt"):
         coupled = _coupled(coupling, model, swapped, exact, inputs, batches)
-    parity = compare(judgement, swapped, sites=sites, original=module)
+    parity = compare(judgement, swapped, original=module)
     if not (names or reestimate == "adapt") or not parity:
         return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits, pairs=coupled)
     del swapped
@@ -329,7 +330,7 @@ def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iter
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
     sites = [s.name for s in decided.swaps]
     reference = judge(with_layers(copy_for_running(module), decided), (), {}, sites=sites, asked=asked)
-    return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
+    return compare(reference, candidate, tolerance=limit, original=module)
 
 
 def _plan(

@@ -15,10 +15,11 @@ from normswap.export.onnx_legs import attempt_of, check_legs, clear, last_word, 
 from normswap.export.rollback import Attempt, settle
 from normswap.files import atomic, external_data
 from normswap.models.inputs import Inputs, parse
-from normswap.parity.judge import Judgement, judge
+from normswap.parity.judge import judge
 from normswap.parity.probes import Probe
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons
-from normswap.parity.runners import onnx_inputs, onnx_runner
+from normswap.parity.run_onnx import onnx_inputs, onnx_runner
 from normswap.parity.taps import Tap
 
 SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
@@ -56,7 +57,7 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         known = given or _declared(path)
         if known is None:
             raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
-        return judge(path, known.args, known.kwargs, taps=taps)
+        return judge(path, known.args, known.kwargs)
 
     tried = 0
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 from normswap.export import cuda
 from normswap.export.rollback import Attempt
 from normswap.export.to_onnx import Export
-from normswap.parity.judge import LEVELS, MORE_LEVELS, Judgement, compare, runtime
+from normswap.parity.judge import compare
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, Parity, raise_for
-from normswap.parity.runners import REFERENCE
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, REFERENCE, runtime
 from normswap.parity.taps import Tap
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def legs_of(
             break
         parities[runtime(level)] = parity
     if not_run or thorough:
-        only = None if not_run else ["example"]
-        parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=only, baseline=baseline)
+        known = judgement if not_run else judgement.at(["example"])
+        parity = compare(known, path, level=REFERENCE, only_like_example=not dynamic, baseline=baseline)
         if parity.failure is not None and not not_run:
             not_run[runtime(REFERENCE)] = parity.failure
         else:
@@ -104,18 +105,14 @@ def attempt_of(
     *,
     dynamic: bool = True,
 ) -> Attempt[tuple[R, Comparisons]]:
-    """What `settle` has to know of a file. The values at the norms are compared only if an output is wrong."""
+    """What `settle` has to know of a file."""
     legs = result[1]
     if legs.failed is None:
         return Attempt(result, True)
-    level = next(level for level in (*MORE_LEVELS, REFERENCE, cuda.PROVIDER) if runtime(level) == legs.failed.candidate)
-    names = list(dict.fromkeys(tap.name for tap in taps))
-    sites = compare(judgement(), path, level=level, only_like_example=not dynamic, sites=names, taps=taps, again=False).sites
     return Attempt(
         result,
         False,
         folded=[fate.name for fate in fates if fate.name not in undone],  # what stays is written otherwise, too
-        suspects=[d.name for d in sites if not d.passed and d.problem is None],
         why=_broken(legs.failed),
     )
 

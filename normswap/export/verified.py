@@ -19,10 +19,12 @@ from normswap.export.to_onnx import Dynamic, Export, Program
 from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs
 from normswap.models.programs import Model, as_module
-from normswap.parity.judge import CAP, LEVELS, Judgement, compare, judge, runtime
+from normswap.parity.judge import compare, judge
+from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons
-from normswap.parity.runners import REFERENCE
+from normswap.parity.run_onnx import LEVELS, REFERENCE, runtime
 
 
 def verified_export(
@@ -45,7 +47,7 @@ def verified_export(
     held = judged() if judgement is None or half else judgement
     notes = list[str]()
     if half:
-        noise = max((truth.noise for outputs in held.outputs.values() for truth in outputs.values()), default=0.0)
+        noise = max((truth.noise for key, truth in held.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
@@ -101,7 +103,7 @@ def _judged(
     if half:
         module, given, wide = halved(module), arguments(given), module
     usual = [probe for probe in probes(*given) if not (half and probe.name.endswith(LARGE))] if asked is None else asked(*given)
-    return judge(module, *given, wide=wide, asked=usual, sites=sites, inputs=inputs_too)
+    return judge(module, *given, unrounded=wide, asked=usual, sites=sites)
 
 
 def _is_free(result: Export) -> bool:
