@@ -10,13 +10,12 @@ from typing import Any
 from normswap.api import convert as pipeline
 from normswap.api.verify import inputs_of, load_any
 from normswap.errors import UsageError
-from normswap.export.onnx_legs import check_legs, last_word
 from normswap.export.to_onnx import Dynamic, Export, Target
-from normswap.export.verified import verified_export
+from normswap.export.verified import main_result, verified_export
 from normswap.files import atomic
 from normswap.models.inputs import Inputs, parse
 from normswap.models.programs import Model, as_module
-from normswap.parity.result import ParityError
+from normswap.parity.result import ParityError, raise_for
 
 
 def export_onnx(
@@ -33,13 +32,12 @@ def export_onnx(
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
-    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone; "ort-cpu", the same in the
-    form that is fastest in onnxruntime on a CPU; "ort-fused", also those of onnxruntime in which two are one, each with its meaning for
-    other runtimes (`normswap.fused`). opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is
-    one operator there. dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other
-    sizes than the example's), or "none" (False). half: weights, inputs and outputs in float16. external_data: the weights in a file beside
-    it, `<path>.data`; None: if one file cannot hold them. thorough: verify at every optimisation level of onnxruntime, and in onnx's own
-    evaluator.
+    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone, in the form that is fastest
+    wherever it was measured; "cuda", also those of onnxruntime in which two are one, each with its meaning for other runtimes. opset: that
+    of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there. dynamic: what to leave free:
+    "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the example's), or "none" (False). half:
+    weights, inputs and outputs in float16. external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold
+    them. thorough: verify at every optimisation level of onnxruntime, and in onnx's own evaluator.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
@@ -69,13 +67,14 @@ def export_onnx(
             thorough=thorough,
         )
         try:
-            check_legs(legs)
+            if legs.failed is not None:
+                raise_for(legs.failed)
         except ParityError as error:
             if half and legs.failed is not None:
                 noise = max((d.noise for d in legs.failed.outputs), default=float("nan"))
                 error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
             raise
-    return dataclasses.replace(result, path=Path(path), parity=last_word(legs), legs=legs)
+    return dataclasses.replace(result, path=Path(path), parity=main_result(legs), legs=legs)
 
 
 def export_files(

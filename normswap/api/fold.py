@@ -11,16 +11,14 @@ import torch
 
 from normswap.errors import ExportError, UsageError
 from normswap.export.any_file import Folded, fold, shapes_asked, sizes_known
-from normswap.export.onnx_legs import attempt_of, check_legs, clear, last_word, legs_of
-from normswap.export.rollback import Attempt, settle
+from normswap.export.verified import Attempt, clear, comparisons, main_result, measured, search
 from normswap.files import atomic, external_data
 from normswap.models.inputs import Inputs, parse
 from normswap.parity.judge import judge
 from normswap.parity.probes import Probe
 from normswap.parity.reference import Judgement
-from normswap.parity.result import Comparisons
+from normswap.parity.result import Comparisons, raise_for
 from normswap.parity.run_onnx import onnx_inputs, onnx_runner
-from normswap.parity.taps import Tap
 
 SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
 
@@ -53,7 +51,7 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         external_data.check(path)
 
     @functools.cache
-    def judged(taps: tuple[Tap, ...]) -> Judgement:
+    def judged() -> Judgement:
         known = given or _declared(path)
         if known is None:
             raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
@@ -61,35 +59,36 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
 
     tried = 0
 
-    def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Folded, Comparisons]]:
+    def attempt(kept: Mapping[str, str]) -> Attempt[tuple[Folded, Comparisons]]:
         nonlocal tried
         tried += 1
-        if tried > 1 and not (plain := measured(undone, shorten=False)).passed:
+        if tried > 1 and not (plain := tried_with(kept, shorten=False)).passed:
             return plain  # a file that is wrong although the rest stays as it is is not measured twice
         try:
-            shorter = measured(undone, shorten=True)
+            shorter = tried_with(kept, shorten=True)
             if shorter.passed:
                 return shorter
             why = shorter.why
         except ExportError as error:
             why = error.message
-        found = measured(undone, shorten=False)
+        found = tried_with(kept, shorten=False)
         result, legs = found.result
         if not found.passed:
             return found
         result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
         return dataclasses.replace(found, result=(result, legs))
 
-    def measured(undone: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
+    def tried_with(kept: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
         clear(partial)
-        result = fold(path, partial, undone=undone, shorten=shorten)
+        result = fold(path, partial, kept=kept, shorten=shorten)
         if not result.changed:
             return Attempt((result, Comparisons()), True)
-        legs, _ = legs_of(judged(()), partial, baseline=path)
+        legs, _ = comparisons(judged(), partial, baseline=path)
         moved = [site for site in result.sites if site.touched or site.rewritten]
-        return attempt_of((result, legs), moved, undone, result.taps, partial, lambda: judged(result.original_taps))
+        return measured((result, legs), moved, kept)
 
     with atomic.file(output) as partial:
-        result, legs = settle(attempt).result
-        check_legs(legs)
-    return dataclasses.replace(result, path=output, parity=last_word(legs), legs=legs)
+        result, legs = search(attempt).result
+        if legs.failed is not None:
+            raise_for(legs.failed)
+    return dataclasses.replace(result, path=output, parity=main_result(legs), legs=legs)

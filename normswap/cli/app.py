@@ -112,16 +112,14 @@ class Target(str, Enum):
     """What an ONNX file is written for."""
 
     portable = "portable"
-    ort_cpu = "ort-cpu"
-    ort_fused = "ort-fused"
+    cuda = "cuda"
 
 
 For = Annotated[
     Target,
     typer.Option(
         "--target",
-        help="What the ONNX file is written for: portable, operators of ONNX alone; ort-cpu, the same in the form that is fastest in "
-        "onnxruntime on a CPU; ort-fused, also onnxruntime's own operators.",
+        help="What the ONNX file is written for: portable, operators of ONNX alone; cuda, also onnxruntime's own, each with its meaning.",
     ),
 ]
 TrustPackage = Annotated[

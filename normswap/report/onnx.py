@@ -11,8 +11,7 @@ from normswap.report.words import by_text, listed
 
 if TYPE_CHECKING:
     from normswap.export.cuda import Cuda
-    from normswap.export.to_onnx import Export
-    from normswap.folding import Fate
+    from normswap.export.to_onnx import Export, Outcome
 
 
 def export_facts(exported: Export) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def export_summary(result: Export) -> str:
     return "\n".join([*lines, *(f"  note: {note}" for note in result.notes)])
 
 
-def fates_json(sites: Iterable[Fate]) -> list[dict[str, Any]]:
+def fates_json(sites: Iterable[Outcome]) -> list[dict[str, Any]]:
     """Where each norm went. docs/report.md documents it."""
     return [{"name": site.name, "how": site.how, "into": list(site.into), "left": list(site.left), "reason": site.reason} for site in sites]
 

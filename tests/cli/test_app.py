@@ -156,9 +156,9 @@ def test_export_says_what_it_knows_of_cuda(converted: Path, tmp_path: Path) -> N
 
 
 def test_export_for_onnxruntime(converted: Path, tmp_path: Path) -> None:
-    result = run("export", converted, "-o", tmp_path / "m.onnx", "--target", "ort-fused", "--json")
+    result = run("export", converted, "-o", tmp_path / "m.onnx", "--target", "cuda", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["target"] == "ort-fused"
+    assert json.loads(result.stdout)["target"] == "cuda"
     assert [function.name for function in onnx.load(tmp_path / "m.onnx").functions] == ["FusedConv"]
 
 
@@ -172,10 +172,10 @@ def test_export_in_float16_with_free_axes(converted: Path, tmp_path: Path) -> No
 
 
 def test_convert_takes_the_same_options(tmp_path: Path) -> None:
-    result = run("convert", DIGITS, "-o", tmp_path / "out", "--fp16", "--target", "ort-fused", "--opset", "21", "--json")
+    result = run("convert", DIGITS, "-o", tmp_path / "out", "--fp16", "--target", "cuda", "--opset", "21", "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)["onnx"]
-    assert (facts["target"], facts["opset"]) == ("ort-fused", 21)
+    assert (facts["target"], facts["opset"]) == ("cuda", 21)
     assert facts["notes"] == ["nothing was fused: there is no two-dimensional Conv in float32 that a Relu alone reads"]
 
 

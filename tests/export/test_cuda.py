@@ -17,10 +17,11 @@ from torch import nn
 from benchmarks import cuda_kernels
 from normswap.errors import UsageError
 from normswap.export import cuda
-from normswap.export.onnx_legs import on_provider
 from normswap.export.to_onnx import Export, export
+from normswap.export.verified import with_provider
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.judge import judge
+from normswap.parity.result import Comparisons
 from normswap.report.onnx import cuda_json, cuda_lines
 
 PAGE = """
@@ -215,8 +216,8 @@ def placed(path: Path, provider: str) -> tuple[Export, dict[str, Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.GELU(), norm(5), nn.Linear(5, 4), norm(4), nn.GELU(), norm(4)).eval()
     x = torch.randn(2, 7)
-    result, legs = on_provider(export(model, (x,), {}, path), judge(model, (x,), {}), provider)
-    return result, dict(legs)
+    result, found = with_provider(export(model, (x,), {}, path), Comparisons(), judge(model, (x,), {}), provider)
+    return result, dict(found.parities)
 
 
 def test_a_run_where_every_node_is_on_the_provider(tmp_path: Path) -> None:
@@ -269,5 +270,5 @@ def test_integers_elsewhere_are_no_matter(tmp_path: Path) -> None:
 
 
 def test_a_target_that_there_is_not(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'ort-cpu', 'ort-fused'"):
+    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'cuda'"):
         export(net(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx", target="gpu")  # type: ignore[arg-type]

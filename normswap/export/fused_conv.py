@@ -1,4 +1,4 @@
-r"""--target ort-fused: operators of onnxruntime's own in which two are one, each with its meaning in the file.
+r"""The target "cuda": operators of onnxruntime's own in which two are one, each with its meaning in the file.
 
     com.microsoft::FusedConv(x, W, b) = Relu(Conv(x, W, b))
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN, NAME, VERSION = "com.microsoft", "FusedConv", 1
+FUSED = f"{DOMAIN}::{NAME}"
 INTS = ("dilations", "kernel_shape", "pads", "strides")
 
 

@@ -1,4 +1,4 @@
-"""--target ort-fused: onnxruntime runs its own kernel, and every other runtime what the file says that it means."""
+"""--target cuda: onnxruntime runs its own kernel, and every other runtime what the file says that it means."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def net(bias: bool = True) -> nn.Module:
 
 
 def written(path: Path, model: nn.Module) -> Export:
-    return export(model, (torch.randn(2, 3, 12, 16),), {}, path, target="ort-fused")
+    return export(model, (torch.randn(2, 3, 12, 16),), {}, path, target="cuda")
 
 
 def kernels(path: Path, x: Tensor, level: str = "ORT_DISABLE_ALL") -> list[str]:
@@ -66,7 +66,7 @@ def test_onnxruntime_runs_its_kernel_and_others_the_function(bias: bool, path: P
     model, x = net(bias), torch.randn(3, 3, 12, 16)
     model(x)
     result = written(path, model)
-    assert result.target == "ort-fused"
+    assert result.target == "cuda"
     assert result.nodes[FUSED] == 3
     assert (result.nodes["Conv"], result.nodes["Relu"]) == (4, 2)  # those of the sums
     assert (result.residue, result.extra, result.notes) == ((), {}, ())
@@ -110,7 +110,7 @@ def test_a_whole_net(path: Path) -> None:
     from torchvision.models import resnet18
 
     model, x = normalised(resnet18(num_classes=10)).eval(), torch.randn(2, 3, 64, 48)
-    result = normswap.export_onnx(model, x, path, target="ort-fused")
+    result = normswap.export_onnx(model, x, path, target="cuda")
     assert (result.nodes[FUSED], result.nodes["Conv"], result.nodes["Relu"]) == (9, 11, 8)
     assert (len(result.folded), result.extra) == (20, {})
     assert result.cuda is not None
@@ -153,9 +153,9 @@ def test_a_conv_that_something_else_reads_stays(path: Path) -> None:
 
 def test_other_dtypes_and_other_numbers_of_axes_stay(path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).eval()
-    assert FUSED not in export(model, (torch.randn(2, 3, 9, 8),), {}, path, target="ort-fused", half=True).nodes
+    assert FUSED not in export(model, (torch.randn(2, 3, 9, 8),), {}, path, target="cuda", half=True).nodes
     line = nn.Sequential(nn.Conv1d(3, 5, 3), nn.ReLU()).eval()
-    assert FUSED not in export(line, (torch.randn(2, 3, 9),), {}, path, target="ort-fused").nodes
+    assert FUSED not in export(line, (torch.randn(2, 3, 9),), {}, path, target="cuda").nodes
 
 
 def test_the_default_has_operators_of_onnx_alone(path: Path) -> None:
@@ -166,6 +166,6 @@ def test_the_default_has_operators_of_onnx_alone(path: Path) -> None:
 
 
 def test_an_old_opset_is_refused(path: Path) -> None:
-    with pytest.raises(UsageError, match="the target 'ort-fused' cannot be converted to opset 17") as caught:
-        export(net(), (torch.randn(2, 3, 12, 16),), {}, path, target="ort-fused", opset=17)
+    with pytest.raises(UsageError, match="the target 'cuda' cannot be converted to opset 17") as caught:
+        export(net(), (torch.randn(2, 3, 12, 16),), {}, path, target="cuda", opset=17)
     assert caught.value.hint == "opset 18 and above can be"
