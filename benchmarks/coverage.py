@@ -343,7 +343,7 @@ def _convert(case: Case, model: nn.Module, arguments: tuple[Any, ...], record: R
         heads, sites = Heads(model).eval(), [f"detector.{s.name}" for s in decided.swaps]
         if unseen := _unseen(heads, resized):
             findings.append(f"the comparison of the heads does not reach {len(unseen)} layers, {unseen[0]} the first")
-        parity = measured(compare(judge(heads, (resized,), {}, sites=sites), Heads(converted).eval(), sites=sites))
+        parity = measured(compare(judge(heads, (resized,), {}, sites=sites), Heads(converted).eval()))
         parity["of"] = f"backbone and heads on {_shapes((resized,))}"
     if parity is not None and not parity["passed"]:
         findings.append(f"parity failed, first at {parity['first bad']}")

@@ -30,7 +30,7 @@ from normswap.api.convert import convert_unchecked, plan
 from normswap.api.request import Request
 from normswap.detect.sites import Plan, Site, Skip, Swap
 from normswap.models.programs import as_module
-from normswap.parity.judge import NOISE_FACTOR
+from normswap.parity.limits import NOISE_FACTOR
 from normswap.parity.result import Difference, Parity
 from normswap.swap.apply import revert, swap
 

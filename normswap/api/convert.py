@@ -33,8 +33,9 @@ from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import Model, as_module, like
-from normswap.parity.judge import Judgement, compare, judge
+from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
@@ -228,7 +229,7 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
         fits = calibrate(converted, _reference(module, exact), (), batches, reestimate=reestimated, progress=progress)
     prepare(converted, module, exact.swaps, aux=request.aux, stats=request.stats)
     pairs = _coupled(model, request, converted, exact, inputs, batches) if same_function else ()
-    parity = compare(judgement, converted, sites=sites, original=module)
+    parity = compare(judgement, converted, original=module)
     if same_function or not parity:
         return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, fits=fits, pairs=pairs)
 
@@ -308,7 +309,7 @@ def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iter
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
     sites = [s.name for s in planned.swaps]
     reference = judge(_reference(module, planned), (), {}, sites=sites, asked=asked)
-    return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
+    return compare(reference, candidate, tolerance=limit, original=module)
 
 
 def _plan(module: nn.Module, resolve: Resolve, selection: Selection, *, approximate: bool, calibrated: bool = False) -> Plan:

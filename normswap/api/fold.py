@@ -15,10 +15,11 @@ from normswap.export.any_file import Folded, fold, shapes_asked, sizes_known
 from normswap.export.verified import Attempt, clear, comparisons, main_result, measured, search
 from normswap.files import atomic, external_data
 from normswap.models.inputs import Inputs, as_inputs, parse
-from normswap.parity.judge import Judgement, judge
+from normswap.parity.judge import judge
 from normswap.parity.probes import Probe
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, raise_for
-from normswap.parity.runners import onnx_inputs, onnx_runner
+from normswap.parity.run_onnx import onnx_inputs, onnx_runner
 
 SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
 

@@ -42,7 +42,7 @@ from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.copying import copy_with, uncompiled
 from normswap.parity.probes import Probe
-from normswap.parity.runners import OwnTensors
+from normswap.parity.run_torch import OwnTensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,8 +34,8 @@ from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import Model, as_module
-from normswap.parity.probes import Probe
-from normswap.parity.runners import Runner, Values, module_runner
+from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.run_torch import module_runner
 from normswap.rules import DEFAULT_RULES
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.calibrate import MASK, arguments_of, calibrate

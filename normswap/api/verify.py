@@ -19,10 +19,11 @@ from normswap.files.load import load as load_source
 from normswap.files.recipe import read_recipe, sites_of
 from normswap.models.inputs import Inputs, as_inputs, infer
 from normswap.models.programs import Model, as_module
-from normswap.parity.judge import LEVELS, MORE_LEVELS, SAME, compare, judge
+from normswap.parity.judge import compare, judge
+from normswap.parity.limits import SAME
 from normswap.parity.locate import locate
 from normswap.parity.result import Parity
-from normswap.parity.runners import onnx_inputs
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, onnx_inputs
 
 
 def verify(
@@ -62,7 +63,7 @@ def verify(
     if isinstance(b, Path):
         levels = MORE_LEVELS if thorough else LEVELS
     baseline = a if isinstance(a, Path) else None
-    parities = [compare(judgement, b, sites=sites, tolerance=tolerance, level=level, baseline=baseline) for level in levels]
+    parities = [compare(judgement, b, tolerance=tolerance, level=level, baseline=baseline) for level in levels]
     parity = next((parity for parity in parities if not parity), parities[-1])
     bad = next((d for d in parity.outputs if not d.passed and d.problem is None), None)
     if bad is None:

@@ -23,7 +23,7 @@ from normswap.errors import ExportError, LoadError, first_line
 from normswap.export import file as onnx_file
 from normswap.export.simplify import lean, norms_stay
 from normswap.parity.result import Comparisons, Parity
-from normswap.parity.runners import opset_of
+from normswap.parity.run_onnx import opset_of
 from normswap.versions import version_of
 
 if TYPE_CHECKING:

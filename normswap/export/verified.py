@@ -23,10 +23,12 @@ from normswap.export.to_onnx import Export, Program, Settings
 from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs
 from normswap.models.programs import Model, as_module
-from normswap.parity.judge import CAP, LEVELS, MORE_LEVELS, Judgement, compare, judge, runtime
+from normswap.parity.judge import compare, judge
+from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, Parity
-from normswap.parity.runners import REFERENCE
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, REFERENCE, runtime
 
 if TYPE_CHECKING:
     from normswap.folding import Outcome
@@ -55,7 +57,7 @@ def verified_export(
     held = judged() if judgement is None or settings.half else judgement
     notes = list[str]()
     if settings.half:
-        noise = max((truth.noise for outputs in held.outputs.values() for truth in outputs.values()), default=0.0)
+        noise = max((truth.noise for key, truth in held.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
@@ -107,7 +109,7 @@ def _judged(
     if half:
         module, given, wide = halved(module), arguments(given), module
     usual = [probe for probe in probes(*given) if not (half and probe.name.endswith(LARGE))] if asked is None else asked(*given)
-    return judge(module, *given, wide=wide, asked=usual)
+    return judge(module, *given, unrounded=wide, asked=usual)
 
 
 def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judgement, list[str]]:
@@ -153,8 +155,8 @@ def comparisons(
             break
         parities[runtime(level)] = parity
     if not_run or thorough:
-        only = None if not_run else ["example"]
-        parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=only, baseline=baseline)
+        known = judgement if not_run else judgement.at(["example"])
+        parity = compare(known, path, level=REFERENCE, only_like_example=not dynamic, baseline=baseline)
         if parity.failure is not None and not not_run:
             not_run[runtime(REFERENCE)] = parity.failure
         else:

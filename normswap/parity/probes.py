@@ -15,16 +15,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from normswap.models.copying import to_float64
+
 LARGE = " x 1000"  # how the name of the one with large inputs ends
 FLAT = 3.0
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,16 @@ class Probe:
         """The arguments with `function` applied to each tensor."""
         return _mapped((self.args, self.kwargs), function)
 
+    def in_float64(self) -> Probe:
+        args, kwargs = self.mapped(to_float64)
+        return replace(self, args=args, kwargs=kwargs)
+
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Tensor)]
+
+
+# Runs a model at one probe: (its outputs by name, the outputs of the layers that are watched in it by "name@call").
+Runner = Callable[[Probe], tuple[Values, Values]]
 
 
 def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
