@@ -200,7 +200,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
 def convert_unchecked(model: M, request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> Conversion[M]:
     """`convert`, which raises nothing for a model that came out as another function: its parity or its drift failed.
 
-    progress: told (done, total) after each batch of a calibration.
+    progress: called with (done, total) after each batch of a calibration.
     """
     if request.aux == "explicit" and isinstance(model, ExportedProgram):
         raise UsageError(

@@ -47,7 +47,7 @@ from normswap.swap.apply import swap
 def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
 
-    What is written is read back, and held against the model bit for bit, before it is there. Of a model that torch.compile or
+    What is written is read back, and compared with the model bit for bit, before it is there. Of a model that torch.compile or
     DistributedDataParallel wrapped, what they wrapped.
     """
     conversion = model if isinstance(model, Conversion) else None

@@ -50,7 +50,7 @@ def export_onnx(
     if example_inputs is not None:
         inputs = given_to(source, example_inputs)
     else:
-        if conversion is not None and conversion.drift is None:  # an approximate model is held against itself
+        if conversion is not None and conversion.drift is None:  # an approximate model is compared with itself
             judgement = conversion.judgement
         inputs = conversion.inputs if conversion else inputs_of(source, as_module(source))
     if inputs is None:

@@ -64,26 +64,26 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
         except ExportError as error:
             why = error.message
         found = tried_with(kept, shorten=False)
-        result, legs = found.result
+        result, compared = found.result
         if not found.passed:
             return found
         result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
-        return dataclasses.replace(found, result=(result, legs))
+        return dataclasses.replace(found, result=(result, compared))
 
     def tried_with(kept: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
         clear(partial)
         result = fold(source, partial, kept=kept, shorten=shorten)
         if not result.changed:
             return Attempt((result, Comparisons()), True)
-        legs, _ = comparisons(judged(), partial, baseline=source)
+        compared, _ = comparisons(judged(), partial, baseline=source)
         moved = [site for site in result.sites if site.touched or site.rewritten]
-        return measured((result, legs), moved, kept)
+        return measured((result, compared), moved, kept)
 
     with atomic.file(output) as partial:
-        result, legs = search(attempt).result
-        if legs.failed is not None:
-            raise_for(legs.failed)
-    return dataclasses.replace(result, path=output, parity=main_result(legs), legs=legs)
+        result, compared = search(attempt).result
+        if compared.failed is not None:
+            raise_for(compared.failed)
+    return dataclasses.replace(result, path=output, parity=main_result(compared), legs=compared)
 
 
 def _given(inputs: Any) -> Inputs | None:

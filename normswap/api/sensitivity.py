@@ -117,7 +117,7 @@ def sensitivity(
     budget: the most that the chosen layers, swapped together, may change.
     skip_done: a file that each measurement is written to once it is made, and of which none is made again. What it holds has to be of the
         same norms, number of batches and metric; that weights and data are the same is yours to see to.
-    progress: told (stage, done, total) after each forward pass.
+    progress: called with (stage, done, total) after each forward pass.
 
     Needs for each batch one forward pass of the original, two to calibrate all layers, and one per approximate layer. Each set that is
     tried for the budget takes what `convert` takes to calibrate it; there are at most 1 + log2(layers).
@@ -390,7 +390,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
     return number
 
 
-# --- what convert is to be told -----------------------------------------------------------------------------------------------------
+# --- the options of convert that make a choice ---------------------------------------------------------------------------------------
 
 
 def _glob(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.cli.options import Converting, Debug, Exporting, Json, Running, Selecting, Source
-from normswap.cli.terminal import Progress, print_json, print_table, work
+from normswap.cli.terminal import Progress, print_json, print_tables, work
 from normswap.files import interrupts
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def convert(
     if as_json:
         print_json(report.json())
     else:
-        print_table(report_table(report), report.summary(), f"  written to {directory}{os.sep}", second=calibration_table(report))
+        written = f"\n  written to {directory}{os.sep}"
+        print_tables(report_table(report), calibration_table(report), text=report.summary() + written)
 
 
 def convert_to_directory(
@@ -116,7 +117,7 @@ def convert_to_directory(
             with clock("save"):
                 _save(conversion, partial, form, source=source, factory=factory)
             if options.onnx:
-                # An approximate model is held against itself: how far it is from the original is what the drift says.
+                # An approximate model is compared with itself: how far it is from the original is what the drift says.
                 judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
                 conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
@@ -175,7 +176,7 @@ class _Clock:
 
 
 def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str | None) -> None:
-    """Write the model in the form that the original had, read it back, and hold the two against each other. origin: for its recipe."""
+    """Write the model in the form that the original had, read it back, and compare the two. origin: for its recipe."""
     import torch
     from torch.export import ExportedProgram
 

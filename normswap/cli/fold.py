@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from normswap.cli.options import INPUT, Debug, Json, OutputFile
-from normswap.cli.terminal import print_json, print_table, work
+from normswap.cli.terminal import print_json, print_tables, work
 
 
 def fold(
@@ -31,4 +31,4 @@ def fold(
     if as_json:
         print_json(fold_json(source, result))
     else:
-        print_table(fold_table(result), fold_summary(result), second=operators_table(result))
+        print_tables(fold_table(result), operators_table(result), text=fold_summary(result))

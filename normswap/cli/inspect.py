@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normswap.cli.options import Debug, Json, Running, Selecting, Source
-from normswap.cli.terminal import print_json, print_table, work
+from normswap.cli.terminal import print_json, print_tables, work
 
 
 def inspect(source: Source, *, running: Running, selecting: Selecting, as_json: Json = False, debug: Debug = False) -> None:
@@ -23,4 +23,4 @@ def inspect(source: Source, *, running: Running, selecting: Selecting, as_json: 
     if as_json:
         print_json(report.json())
     else:
-        print_table(report_table(report), report.summary())
+        print_tables(report_table(report), text=report.summary())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from normswap.cli.options import Debug, Json, Loading
-from normswap.cli.terminal import print_json, print_table, work
+from normswap.cli.terminal import print_json, print_tables, work
 
 if TYPE_CHECKING:
     from normswap.models.programs import Model
@@ -84,7 +84,8 @@ def landscape(
     if as_json:
         print_json(landscape_json(source, found, loss))
     else:
-        print_table(landscape_table(found), landscape_summary(found), *(() if plot is None else (f"  drawn in {plot}",)))
+        drawn = "" if plot is None else f"\n  drawn in {plot}"
+        print_tables(landscape_table(found), text=landscape_summary(found) + drawn)
 
 
 def _models(model: Model, forms: Sequence[str], batches: Sequence[Any]) -> Iterator[tuple[str, Model]]:

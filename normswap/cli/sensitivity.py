@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from normswap.cli.options import Debug, Json, Running, Selecting, Source
-from normswap.cli.terminal import print_json, print_table, work
+from normswap.cli.terminal import print_json, print_tables, work
 
 
 def sensitivity(
@@ -65,4 +65,4 @@ def sensitivity(
     if as_json:
         print_json(sensitivity_json(source, found))
     else:
-        print_table(sensitivity_table(found), sensitivity_summary(found, data))
+        print_tables(sensitivity_table(found), text=sensitivity_summary(found, data))

@@ -19,9 +19,8 @@ from normswap.errors import NormswapError, shown
 from normswap.files import interrupts
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PARITY_FAILED = 3
@@ -93,27 +92,17 @@ def print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def print_table(table: Table, *lines: str, second: Table | None = None) -> None:
-    """The tables that have rows, then the lines."""
+def print_tables(*tables: Table, text: str) -> None:
+    """The tables that have rows, then the text."""
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
-    for each in (table, second):
-        if each is not None and each.row_count:
-            for column in each.columns:
-                column._cells = [Text(shown(cell.plain, line=True), style=cell.style) for cell in map(_text, column._cells)]
-            console.print(each)
-    say("\n".join(lines))
-
-
-def _text(cell: RenderableType) -> Text:
-    """A str is not read as markup: it may hold the name of a layer."""
-    from rich.text import Text
-
-    return cell if isinstance(cell, Text) else Text(str(cell))
+    for table in tables:
+        if table.row_count:
+            console.print(table)
+    say(text)
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from normswap.cli.options import Debug, Json, Running, Thorough
-from normswap.cli.terminal import PARITY_FAILED, print_json, print_table, work
+from normswap.cli.terminal import PARITY_FAILED, print_json, print_tables, work
 
 
 def verify(
@@ -44,6 +44,6 @@ def verify(
     if as_json:
         print_json(parity_json(parity))
     else:
-        print_table(parity_table(parity), parity_summary(parity))
+        print_tables(parity_table(parity), text=parity_summary(parity))
     if not parity.passed:
         raise typer.Exit(PARITY_FAILED)

@@ -219,7 +219,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("size", [13, 2])
 def test_a_point_is_where_sgd_goes(kind: str, size: int) -> None:
-    """What coupling and feedback make of the gradient, and where coupled statistics move, is what happens in training."""
+    """What coupling and the gradient trend make of the gradient, and where coupled statistics move, is what happens in training."""
     model, batch = MODELS[kind](), images(size, seed=2)[0]
     steps = [0.003, 0.05]
     line = one(model, [batch], None, steps=steps)
@@ -459,7 +459,7 @@ def test_a_model_that_writes_into_its_input_gets_the_same_one_each_time() -> Non
 
 
 def stops_in_the_middle(model: nn.Module) -> nn.Module:
-    """After backward and before the step: gradients, and what coupling and feedback have seen."""
+    """After backward and before the step: gradients, and what coupling and the gradient trend have seen."""
     x, y = images(7, seed=9)[0]
     F.cross_entropy(model.train()(x), y).backward()  # type: ignore[no-untyped-call]
     model.get_submodule("second").eval()

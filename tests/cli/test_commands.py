@@ -76,7 +76,7 @@ def test_a_float64_model_is_verified_where_it_can_run(tmp_path: Path) -> None:
     assert list(report.parities) == ["torch", "onnx's reference evaluator"]
     assert all(report.parities.values())
     assert report.onnx is not None
-    assert "onnxruntime cannot run this file" in report.onnx["notes"][0]
+    assert "onnxruntime cannot run this file" in report.onnx.notes[0]
     assert normswap.verify(tmp_path / "net.pt", directory)
 
 
