@@ -49,7 +49,7 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
     given = parse(inputs) if inputs else None
     path = Path(source)
     if path.is_file():
-        external_data.check(path)
+        external_data.check_locations(path)
 
     @functools.cache
     def judged(taps: tuple[Tap, ...]) -> Judgement:

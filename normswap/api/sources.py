@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from normswap.api.directory import load, restored
 from normswap.files import atomic
-from normswap.files.load import build
+from normswap.files.build import build
 from normswap.files.load import load as load_source
 from normswap.files.recipe import read_recipe
 from normswap.models.inputs import Inputs, infer

@@ -99,7 +99,7 @@ def _open(side: Model | str | Path, **loading: Any) -> nn.Module | Path:
     if Path(side).suffix == ".onnx":
         if not Path(side).is_file():
             raise LoadError(f"{side} does not exist", hint="give the path of an .onnx file")
-        external_data.check(Path(side))
+        external_data.check_locations(Path(side))
         return Path(side)
     if not _takes_arch(str(side)):
         loading = {**loading, "arch": None}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normswap.errors import NormswapError, shown
-from normswap.files import interrupts
+from normswap.files import atomic
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
@@ -565,7 +565,7 @@ def _work(debug: bool) -> Iterator[Progress]:
     """
     try:
         # models print while they load, and torch's exporter prints its progress
-        with contextlib.redirect_stdout(sys.stderr), interrupts.remembered():
+        with contextlib.redirect_stdout(sys.stderr), atomic.remember_interrupts():
             yield _progress()
     except NormswapError as error:
         _fail(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "", code=error.exit_code, debug=debug)

@@ -20,9 +20,10 @@ from normswap.api import convert as pipeline
 from normswap.api.directory import check_same, opened, recorded
 from normswap.cli.data import all_rules, batches_of
 from normswap.export.verified import verified_export
-from normswap.files import atomic, interrupts
+from normswap.files import atomic
+from normswap.files.converted import save
 from normswap.files.load import load
-from normswap.files.recipe import read_recipe, save, seal
+from normswap.files.recipe import read_recipe, seal
 from normswap.models.inputs import parse
 from normswap.models.programs import as_module
 from normswap.parity.result import Legs, ParityError
@@ -66,7 +67,7 @@ def convert_files(
     Raises ParityError after writing a directory that holds the report alone.
     """
     if output is not None:
-        atomic.check(output)
+        atomic.check_output_dir(output)
     given = parse(inputs) if inputs else None
     known = all_rules(rules)
     clock = _Clock(progress)
@@ -150,7 +151,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[Advance]:
-        interrupts.check()
+        atomic.raise_if_interrupted()
         start = time.perf_counter()
         with self.progress(stage) as advance:
             yield advance
