@@ -17,28 +17,16 @@ from normswap.api.convert import Conversion, plan
 from normswap.detect.sites import Plan, Rule, Site, Swap
 from normswap.errors import LoadError, UnsafePickleError, UsageError
 from normswap.files import atomic
-from normswap.files.load import build
+from normswap.files.build import build, builds_without_code
+from normswap.files.converted import WEIGHTS, difference, load_weights, same_bits, unwrapped
+from normswap.files.converted import save as save_directory
 from normswap.files.load import load as load_source
-from normswap.files.recipe import (
-    RECIPE,
-    WEIGHTS,
-    Recipe,
-    check_files,
-    difference,
-    frozen_of,
-    load_weights,
-    read_recipe,
-    same_bits,
-    seal,
-    training_of,
-    unwrapped,
-)
-from normswap.files.recipe import save as save_directory
-from normswap.files.recipe_checks import builds_without_code, is_trusted
+from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
 from normswap.models import own_code
 from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs, make
 from normswap.models.programs import as_module
+from normswap.models.spec import is_within
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
@@ -208,7 +196,7 @@ def _rules_of(recipe: Recipe, directory: Path, trust: bool, packages: tuple[str,
         hint = "pass the rules that it was converted with: normswap.load(directory, rules=(MY_RULE, *normswap.DEFAULT_RULES))"
         if entry["rule"] is None:
             raise LoadError(f"{where}, and does not say where that rule can be imported", hint=hint)
-        if not (trust or is_trusted(entry["rule"], packages) or _is_imported(entry["rule"])):
+        if not (trust or is_within(entry["rule"].partition(":")[0], packages) or _is_imported(entry["rule"])):
             package = entry["rule"].partition(":")[0].partition(".")[0]
             raise LoadError(
                 f"{where}, and to import {entry['rule']!a} is to run code of its choice",

@@ -40,7 +40,7 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
     given = _given(inputs)
     source, output = Path(source), Path(path)
     if source.is_file():
-        external_data.check(source)
+        external_data.check_locations(source)
 
     @functools.cache
     def judged() -> Judgement:

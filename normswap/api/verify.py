@@ -14,7 +14,7 @@ from normswap.api.convert import given_to
 from normswap.api.directory import load, restored
 from normswap.errors import LoadError, UsageError
 from normswap.files import atomic, external_data
-from normswap.files.load import build
+from normswap.files.build import build
 from normswap.files.load import load as load_source
 from normswap.files.recipe import read_recipe, sites_of
 from normswap.models.inputs import Inputs, as_inputs, infer
@@ -112,7 +112,7 @@ def _opened(side: Model | str | Path, arch: str | None, trust_packages: Sequence
     if path.suffix == ".onnx":
         if not path.is_file():
             raise LoadError(f"{side} does not exist", hint="give the path of an .onnx file")
-        external_data.check(path)
+        external_data.check_locations(path)
         return path
     takes_arch = path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")  # the other side may need no --arch
     return as_module(load_any(str(side), arch=arch if takes_arch else None, trust_packages=trust_packages, trust=trust))

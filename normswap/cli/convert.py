@@ -14,7 +14,7 @@ import typer
 
 from normswap.cli.options import Converting, Debug, Exporting, Json, Running, Selecting, Source
 from normswap.cli.terminal import Progress, print_json, print_tables, work
-from normswap.files import interrupts
+from normswap.files import atomic
 
 if TYPE_CHECKING:
     from normswap.api.convert import Conversion
@@ -75,14 +75,13 @@ def convert_to_directory(
     from normswap.api.request import Request
     from normswap.cli.data import batches_of, loaded, parsed, rules_of
     from normswap.export.verified import verified_export
-    from normswap.files import atomic
     from normswap.files.recipe import seal
     from normswap.parity.result import Comparisons, ParityError, raise_for
     from normswap.report import page
     from normswap.report.conversion import Report
 
     if output is not None:
-        atomic.check(output)
+        atomic.check_output_dir(output)
     given, rules = parsed(options.inputs), rules_of(options.rules)
     clock = _Clock(progress)
     with clock("load"):
@@ -162,7 +161,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[Callable[[int, int], None]]:
-        interrupts.check()
+        atomic.raise_if_interrupted()
         start = time.perf_counter()
         self.progress(stage, 0, None)
 
@@ -181,8 +180,8 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
     from torch.export import ExportedProgram
 
     from normswap.api.directory import check_same, opened, recorded
-    from normswap.files import atomic
-    from normswap.files.recipe import read_recipe, save
+    from normswap.files.converted import save
+    from normswap.files.recipe import read_recipe
     from normswap.models.programs import as_module
 
     model, name = conversion.model, None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from normswap.errors import NormswapError, shown
-from normswap.files import interrupts
+from normswap.files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ def work(debug: bool) -> Iterator[Progress]:
     """
     try:
         # models print while they load, and torch's exporter prints its progress
-        with contextlib.redirect_stdout(sys.stderr), interrupts.remembered(), _progress() as progress:
+        with contextlib.redirect_stdout(sys.stderr), atomic.remember_interrupts(), _progress() as progress:
             yield progress
     except NormswapError as error:
         _fail(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "", code=error.exit_code, debug=debug)

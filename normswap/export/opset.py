@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from normswap.export.quiet import quiet
 from normswap.models.copying import uncompiled
+from normswap.models.quiet import quiet
 
 DEFAULT_OPSET = 20
 TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself

@@ -27,8 +27,8 @@ from normswap import BatchlessNorm
 from normswap.api.verify import load_any
 from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.errors import LoadError, SwapError, UsageError
+from normswap.files.converted import unwrapped
 from normswap.files.load import load as load_source
-from normswap.files.recipe import unwrapped
 from normswap.models.inputs import make
 
 
