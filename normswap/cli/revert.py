@@ -15,7 +15,7 @@ from normswap.api.verify import verify
 from normswap.errors import UsageError
 from normswap.files import atomic
 from normswap.files.recipe import read_recipe
-from normswap.swap.apply import revert
+from normswap.swap.revert import revert
 
 
 def revert_files(

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from normswap.detect.facts import Facts
-from normswap.detect.hazards import Trap
+from normswap.detect.hazards import Hazard
 from normswap.detect.sites import Plan, Rule, Site, Skip, Swap
 from normswap.parity.result import Difference, Located, Parity
 from normswap.report.conversion import Report, report
@@ -67,7 +67,7 @@ FITS = (
 
 
 def known(name: str, *warnings: tuple[str, str], **options: Any) -> dict[str, Any]:
-    return dataclasses.asdict(Facts(name, warnings=tuple(Trap(*warning) for warning in warnings), **options))
+    return dataclasses.asdict(Facts(name, warnings=tuple(Hazard(*warning) for warning in warnings), **options))
 
 
 TWICE, DEAD = ("called_repeatedly", "is called twice"), ("not_finite", "is not finite")
