@@ -32,7 +32,8 @@ from normswap.detect.sites import Plan, Site, Skip, Swap
 from normswap.models.programs import as_module
 from normswap.parity.limits import NOISE_FACTOR
 from normswap.parity.result import Difference, Parity
-from normswap.swap.apply import revert, swap
+from normswap.swap.apply import swap
+from normswap.swap.revert import revert
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build/random_graphs.jsonl"

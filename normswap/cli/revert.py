@@ -42,7 +42,7 @@ def revert_directory(source: str, output: Path, loading: Loading, *, skip: bool 
     from normswap.files import atomic
     from normswap.files.recipe import read_recipe
     from normswap.parity.result import raise_for
-    from normswap.swap.apply import revert
+    from normswap.swap.revert import revert
 
     recipe = read_recipe(Path(source))
     converted = opened(source, loading)

@@ -17,13 +17,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from normswap.detect.sites import Site
 from normswap.errors import described
 from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.models.copying import HOOKS, copy_for_running
+from normswap.models.copying import copy_for_running
+from normswap.models.torch_private import HOOKS
+from normswap.models.watching import forward
 
 Coupling = Literal["auto", "none"]
 COUPLINGS: tuple[Coupling, ...] = ("auto", "none")
@@ -195,9 +196,7 @@ class _See:
         try:
             for args, kwargs in passes:
                 self.known = {}
-                args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
-                with torch.no_grad(), torch.random.fork_rng(devices=[]), _Through(self.known):
-                    self.model(*args, **kwargs)
+                forward(self.model, args, kwargs, within=_Through(self.known))
         except Exception as error:  # the user's model may raise anything
             return described(error)
         finally:

@@ -1,4 +1,4 @@
-"""What inspect knows of each norm, each trap where it is and where it is not, and that nothing is changed by looking."""
+"""What inspect knows of each norm, each hazard where it is and where it is not, and that nothing is changed by looking."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def facts(model: Any, *inputs: Any, **options: Any) -> dict[str, Facts]:
 
 
 def texts(known: Facts) -> dict[str, str]:
-    return {trap.code: trap.text for trap in known.warnings}
+    return {hazard.code: hazard.text for hazard in known.warnings}
 
 
 def trained(norm: Any, batches: int = 3) -> Any:
@@ -64,7 +64,7 @@ def filled(norm: Any, name: str, index: Any, value: float) -> Any:
     return norm
 
 
-# -- traps that are read off the layer -----------------------------------------------------------------------------------------
+# -- hazards that are read off the layer -----------------------------------------------------------------------------------------
 
 FRESH = (
     "has running_mean 0 and running_var 1 in every channel, as they are initialised: it was never trained, or its statistics were "
@@ -195,7 +195,7 @@ def test_tokens_that_are_flattened_into_the_batch_are_many_values() -> None:
     assert texts(known) == {}
 
 
-# -- traps that take a look at the model ---------------------------------------------------------------------------------------
+# -- hazards that take a look at the model ---------------------------------------------------------------------------------------
 
 
 def test_calls() -> None:
@@ -646,7 +646,7 @@ def test_the_table_when_no_forward_runs() -> None:
 
 def test_every_warning_is_documented(repository: Path) -> None:
     source = (repository / "normswap/detect/hazards.py").read_text()
-    codes = set(re.findall(r'Trap\(\s*"(\w+)"', source))
+    codes = set(re.findall(r'Hazard\(\s*"(\w+)"', source))
     assert len(codes) == 11
     assert codes == set(re.findall(r"^    (\w+) {2,}\S", source.partition('"""\n')[0], re.MULTILINE))
     assert codes == set(re.findall(r"^\| `(\w+)` \|", (repository / "docs/inspect.md").read_text(), re.MULTILINE))
