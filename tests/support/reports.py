@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from normswap.detect.facts import Facts
-from normswap.detect.hazards import Trap
+from normswap.detect.hazards import Hazard
 from normswap.detect.sites import Plan, Rule, Site, Skip, Swap
 from normswap.export.cuda import Cuda, Missing
 from normswap.export.to_onnx import Export
@@ -82,11 +82,11 @@ FITS = (
 )
 
 
-def known(name: str, *warnings: Trap, **options: Any) -> Facts:
+def known(name: str, *warnings: Hazard, **options: Any) -> Facts:
     return Facts(name, warnings=warnings, **options)
 
 
-TWICE, DEAD = Trap("called_repeatedly", "is called twice"), Trap("not_finite", "is not finite")
+TWICE, DEAD = Hazard("called_repeatedly", "is called twice"), Hazard("not_finite", "is not finite")
 
 
 FACTS = (
