@@ -40,7 +40,6 @@ from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
 from normswap.training import couple as pairs
-from normswap.training import modes
 from normswap.training.couple import Coupling, Pair
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
@@ -216,8 +215,7 @@ def attempt(
         raise UsageError(
             "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
         )
-    modes.check(aux, stats)
-    pairs.check(coupling)
+    pairs.check_modes(aux, stats, coupling)
     if aux == "explicit" and isinstance(model, ExportedProgram):
         raise UsageError(
             'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
@@ -254,7 +252,7 @@ def attempt(
     coupled: tuple[Pair, ...] = ()
     if reestimate == "exact":
         fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
-    modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
+    pairs.set_modes(swapped, module, exact.swaps, aux=aux, stats=stats)
     if not (names or reestimate == "adapt"):
         coupled = _coupled(coupling, model, swapped, exact, inputs, batches)
     parity = compare(judgement, swapped, sites=sites, original=module)
@@ -267,7 +265,7 @@ def attempt(
     drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
     if reestimate == "adapt":
         decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
-    modes.prepare(approximated, module, decided.swaps, aux=aux, stats=stats)
+    pairs.set_modes(approximated, module, decided.swaps, aux=aux, stats=stats)
     coupled = _coupled(coupling, model, approximated, decided, inputs, batches)
     return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits, coupled)
 
