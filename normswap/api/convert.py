@@ -41,9 +41,8 @@ from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
-from normswap.training.couple import Coupling, Pair
+from normswap.training.couple import Coupling, Pair, set_modes
 from normswap.training.couple import couple as couple_to_producers
-from normswap.training.modes import prepare
 
 M = TypeVar("M", bound=Model)
 Resolve = Callable[[], Inputs | None]
@@ -227,7 +226,7 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
     fits: tuple[Fit, ...] = ()
     if request.reestimate == "exact":
         fits = calibrate(converted, _reference(module, exact), (), batches, reestimate=reestimated, progress=progress)
-    prepare(converted, module, exact.swaps, aux=request.aux, stats=request.stats)
+    set_modes(converted, module, exact.swaps, aux=request.aux, stats=request.stats)
     pairs = _coupled(model, request, converted, exact, inputs, batches) if same_function else ()
     parity = compare(judgement, converted, original=module)
     if same_function or not parity:
@@ -239,7 +238,7 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
     drift = _drift(module, planned, converted, batches, math.inf if request.max_drift is None else request.max_drift)
     if request.reestimate == "adapt":
         planned = dataclasses.replace(planned, swaps=tuple(_adapted(s) for s in planned.swaps))
-    prepare(converted, module, planned.swaps, aux=request.aux, stats=request.stats)
+    set_modes(converted, module, planned.swaps, aux=request.aux, stats=request.stats)
     pairs = _coupled(model, request, converted, planned, inputs, batches)
     return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, drift, fits, pairs)
 

@@ -75,14 +75,11 @@ class Report:
         }[self.status]
 
     @property
-    def residue(self) -> list[str]:
-        """What of the norms is left in the ONNX file, and why. In words."""
-        return [] if self.onnx is None else residue_lines(self.onnx)
-
-    @property
-    def cuda(self) -> list[str]:
-        """How the ONNX file runs on CUDA, in words."""
-        return [] if self.onnx is None else cuda_lines(self.onnx.cuda)
+    def onnx_lines(self) -> list[tuple[str, str]]:
+        """(topic, line): what of the norms is left in the ONNX file and why, and how the file runs on CUDA. In words."""
+        if self.onnx is None:
+            return []
+        return [*(("onnx", line) for line in residue_lines(self.onnx)), *(("cuda", line) for line in cuda_lines(self.onnx.cuda))]
 
     def json(self) -> dict[str, Any]:
         """Strict JSON, keys in the documented order."""
@@ -111,8 +108,7 @@ class Report:
     def summary(self) -> str:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *comparisons_summary(self.parities, self.not_run)]
-        lines += [f"  onnx: {line}" for line in self.residue]
-        lines += [f"  cuda: {line}" for line in self.cuda]
+        lines += [f"  {topic}: {line}" for topic, line in self.onnx_lines]
         approximate = sum(known.approximate for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
