@@ -52,15 +52,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.errors import NormswapError, UsageError, described
 from normswap.models.copying import copy_for_running
-from normswap.parity.comparison import Comparison, Findings
+from normswap.parity.comparison import Findings, LimitOf, compare_at
 from normswap.parity.limits import SCALE_SHARE, Limit, Precision, coarsest
 from normswap.parity.noise import baseline_of, precision_limit
 from normswap.parity.probes import Probe, Runner, probes
-from normswap.parity.reference import Judgement, Key, Reference, Truth, by_key, truth_of
+from normswap.parity.reference import Judgement, Key, Reference, Tensors, Truth, keyed, truth_of
 from normswap.parity.result import Parity
 from normswap.parity.run_onnx import onnx_dtypes, onnx_runner, runtime
 from normswap.parity.run_torch import OwnTensors, module_runner
@@ -89,10 +89,10 @@ def judge(
     asked = list(probes(args, kwargs)) if asked is None else list(asked)
     dropped: list[str] = []
     computed_in: set[torch.dtype] = set()
-    in_float64: dict[str, dict[Key, Tensor]] | None = None
+    in_float64: dict[str, Tensors] | None = None
     try:
         in_float64 = _run_all(lambda: known.float64_runner(asked), [probe.in_float64() for probe in asked], dropped, " in float64")
-    except UsageError as error:
+    except NormswapError as error:
         # Int8 kernels, say. Then the reference in its own dtype is the truth.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
     usable = [probe for probe in asked if in_float64 is None or probe.name in in_float64]
@@ -127,7 +127,7 @@ def judge(
     )
 
 
-def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[str], how: str = "") -> dict[str, dict[Key, Tensor]]:
+def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[str], how: str = "") -> dict[str, Tensors]:
     """What the reference gives at each probe, by its name. Without the example nothing can be judged; any other is dropped and named."""
     found = {}
     try:
@@ -141,7 +141,7 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
         ) from error
     for probe in asked:
         try:
-            found[probe.name] = by_key(probe, (), run(probe))
+            found[probe.name] = keyed(probe, run(probe))
         except Exception as error:  # the user's model may raise anything
             if probe.name == "example":
                 raise UsageError(
@@ -152,7 +152,7 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
     return found
 
 
-def _reach(found: Iterable[Mapping[Key, Tensor]]) -> dict[tuple[str, bool], float]:
+def _reach(found: Iterable[Tensors]) -> dict[tuple[str, bool], float]:
     """The largest finite number of each tensor at any of these probes."""
     reach: dict[tuple[str, bool], float] = {}
     for values in found:
@@ -188,37 +188,38 @@ def compare(
     takes no other batch size. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a
     failure. baseline: the file before anything was folded in it.
     """
-    fitting = [probe for probe in judgement.probes if probe.like_example or not only_like_example]
-    comparison = Comparison(judgement, candidate, [probe for probe in fitting if isinstance(candidate, Path) or not probe.flat])
+    is_file = isinstance(candidate, Path)
+    fitting = [p.name for p in judgement.probes if (p.like_example or not only_like_example) and (is_file or not p.flat)]
+    held = judgement.at(fitting, sites=not is_file)
     findings, noise = Findings(), dict[Key, float]()
-    noisy: Callable[[], Runner] | None = judgement.reference.own_runner
+    noisy: Callable[[], Runner] | None = held.reference.own_runner
     if isinstance(candidate, Path):
         make, noisy = functools.partial(onnx_runner, candidate, level), None
         if baseline is not None and tolerance is None:
-            known = baseline_of(judgement, baseline, level, comparison.probes)
+            known = baseline_of(held, baseline, level)
             noise, findings.failure, findings.passes = dict(known.noise), known.wrong, known.passes
             noisy = functools.partial(onnx_runner, baseline, level)
     else:
-        make = functools.partial(_own_runner, candidate, judgement.reference.sites, original)
-        if judgement.float64 and tolerance is None:
+        make = functools.partial(_own_runner, candidate, held.reference.sites, original)
+        if held.float64 and tolerance is None:
             try:
-                findings.function, findings.passes = rows_of_module(comparison, candidate)
+                findings.function, findings.passes = rows_of_module(held, candidate)
             except Exception as error:  # whether it can be run at all is for its own dtype to say
                 findings.notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
-    limit = precision_limit(judgement, noise) if tolerance is None else _fixed_limit(tolerance)
+    limit = precision_limit(held, noise) if tolerance is None else _fixed_limit(tolerance)
     if findings.failure is None:
         try:
             run = make()
-            for probe in comparison.probes:
-                findings.precision |= comparison.rows(probe, comparison.by_key(probe, run(probe)), limit)
+            for probe in held.probes:
+                findings.precision |= compare_at(held, probe, held.by_key(probe, run(probe)), limit)
                 findings.passes += 1
         except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
             findings.failure = f"the candidate raised {described(error)}"
     if findings.failure is None and tolerance is None:
-        look_again(comparison, findings, noisy)
-        if judgement.float64:
-            look_at_unjudged(comparison, findings)
-    return verdict(comparison, findings, runtime(level) if isinstance(candidate, Path) else str(judgement.precision.dtype))
+        look_again(held, candidate, findings, noisy)
+        if isinstance(candidate, Path) and held.float64:
+            look_at_unjudged(held, candidate, findings)
+    return verdict(held, findings, runtime(level) if is_file else str(held.precision.dtype), is_file=is_file)
 
 
 def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:
@@ -229,5 +230,5 @@ def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module 
     return module_runner(copied, sites, functools.partial(OwnTensors, foreign))
 
 
-def _fixed_limit(tolerance: float) -> Callable[[Key, Truth], Limit]:
+def _fixed_limit(tolerance: float) -> LimitOf:
     return lambda key, truth: Limit(truth.noise, tolerance)

@@ -8,16 +8,16 @@ by chance, so before a failure it is measured again, at inputs that differ in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from normswap.errors import described
-from normswap.parity.comparison import Comparison, Rows
+from normswap.parity.comparison import LimitOf, Rows, compare_at
 from normswap.parity.limits import Limit
 from normswap.parity.measure import error
-from normswap.parity.probes import Probe, Runner
+from normswap.parity.probes import Runner
 from normswap.parity.reference import Baseline, Judgement, Key, Truth
 from normswap.parity.result import NOTHING_FINITE
 from normswap.parity.rounding import moved_probe
@@ -28,7 +28,7 @@ SAMPLES = 3  # inputs near a probe
 INPUT_ULPS = 4  # how far they are from it, in units of the last place
 
 
-def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> Callable[[Key, Truth], Limit]:
+def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> LimitOf:
     """The limit of each tensor in a candidate's own precision. noise: where it is not that of the reference."""
 
     def limit(key: Key, truth: Truth) -> Limit:
@@ -40,53 +40,50 @@ def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> Callabl
     return limit
 
 
-def baseline_of(judgement: Judgement, path: Path, level: str, probes: Sequence[Probe]) -> Baseline:
+def baseline_of(judgement: Judgement, path: Path, level: str) -> Baseline:
     """What a runtime makes of a file before anything was folded in it. Measured once for each level."""
     known = judgement.baselines.get((path, level))
-    if known is None or not {probe.name for probe in probes} <= {key.probe for key in known.noise}:
-        known = judgement.baselines[path, level] = _measured(Comparison(judgement, path, probes), path, level)
+    if known is None or not {probe.name for probe in judgement.probes} <= {key.probe for key in known.noise}:
+        known = judgement.baselines[path, level] = _measured(judgement, path, level)
     return known
 
 
-def _measured(comparison: Comparison, path: Path, level: str) -> Baseline:
+def _measured(judgement: Judgement, path: Path, level: str) -> Baseline:
     rows: Rows = {}
     try:
         run = onnx_runner(path, level)
-        for probe in comparison.probes:
-            rows |= comparison.rows(probe, comparison.by_key(probe, run(probe)), precision_limit(comparison.judgement, {}))
+        for probe in judgement.probes:
+            rows |= compare_at(judgement, probe, judgement.by_key(probe, run(probe)), precision_limit(judgement, {}))
     except Exception as error:
         return Baseline({}, f"before anything was folded, the file raised {described(error)}", 0)
     noise = {key: row.max_rel for key, row in rows.items()}
     doubted = {key: row for key, row in rows.items() if row.problem not in (None, NOTHING_FINITE) or not (row.passed or row.unjudged)}
     if not doubted:
-        return Baseline(noise, None, len(comparison.probes))
-    same = rows_of_file(comparison.at({key.probe for key in doubted}), path)
+        return Baseline(noise, None, len(judgement.probes))
+    same = rows_of_file(judgement.at({key.probe for key in doubted}), path)
     wrong = None
     for key, row in doubted.items():
         if row.problem is not None or row.non_finite or not is_same(same, key):
             what = row.problem or (f"has {row.non_finite} non-finite mismatches" if row.non_finite else f"is {row.max_rel:.1e} off")
             wrong = f"{row.name} at the probe {row.probe!r} {what} before anything was folded: torch.onnx.export wrote another function"
             break
-    return Baseline(noise, wrong, 3 * len(comparison.probes))
+    return Baseline(noise, wrong, 3 * len(judgement.probes))
 
 
-def noise_nearby(comparison: Comparison, run: Runner, in_float64: Runner | None) -> dict[Key, float]:
+def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -> dict[Key, float]:
     """The largest error of each tensor at SAMPLES inputs that are the probe's but for the last digits.
 
     run: what the noise is of. in_float64: the reference; without it, an error is the distance from what `run` gives at the probe itself.
     """
     found: dict[Key, float] = {}
-    for probe in comparison.probes:
-        at_probe = run(probe) if in_float64 is None else None
+    for probe in judgement.probes:
         size = INPUT_ULPS * max((torch.finfo(t.dtype).eps for t in probe.tensors() if t.is_floating_point()), default=0.0)
-        for seed in range(SAMPLES):
-            near = moved_probe(probe, size, seed)
-            given = at_probe if in_float64 is None else in_float64(near.in_float64())
-            assert given is not None
-            values = comparison.by_key(probe, run(near))
-            for key, truth in comparison.by_key(probe, given).items():
-                value = values.get(key)
-                if value is not None and truth.shape == value.shape:
-                    noise = error(value, truth).max_rel
+        near = [moved_probe(probe, size, seed) for seed in range(SAMPLES)]
+        truths = [run(probe)] * SAMPLES if in_float64 is None else [in_float64(moved.in_float64()) for moved in near]
+        for moved, truth in zip(near, truths, strict=True):
+            values = judgement.by_key(probe, run(moved))
+            for key, value in judgement.by_key(probe, truth).items():
+                if key in values and values[key].shape == value.shape:
+                    noise = error(values[key], value).max_rel
                     found[key] = max(found.get(key, 0.0), 0.0 if math.isnan(noise) else noise)
     return found

@@ -34,9 +34,9 @@ Values = dict[str, Tensor]
 class Probe:
     """One set of arguments for a forward pass.
 
-    like_example: it has the example's shapes. scaled: its floats are larger or smaller than the example's. flat: its floats are all the
-    same, so that sums cancel and borders show; a candidate that has its weights elsewhere than the reference (an ONNX file) is held to it,
-    if it is one that the reference itself computes well.
+    like_example   whether it has the example's shapes
+    scaled         whether its floats are larger or smaller than the example's
+    flat           whether its floats are all the same, so that sums cancel and borders show; for ONNX files, whose weights are other ones
     """
 
     name: str
@@ -63,6 +63,7 @@ Runner = Callable[[Probe], tuple[Values, Values]]
 
 
 def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
+    """The example first, then those made of it."""
     leaves, _ = tree_flatten((args, dict(kwargs)))
     batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}
     batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,14 @@ class Key(NamedTuple):
     probe: str
     name: str
     site: bool = False
+
+
+Tensors = dict[Key, Tensor]
+
+
+def keyed(probe: Probe, found: tuple[Values, Values]) -> Tensors:
+    """What a runner gave at a probe."""
+    return {Key(probe.name, name, site): value for site, values in zip((False, True), found, strict=True) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -144,25 +152,29 @@ class Judgement:
     float64: bool = True
     baselines: dict[tuple[Path, str], Baseline] = field(default_factory=dict, repr=False)
 
-    def truths_at(self, probe: Probe, *, sites: bool = False) -> dict[Key, Truth]:
-        """Of the outputs at one probe, and with `sites` of the compared layers."""
-        return {key: truth for key, truth in self.truths.items() if key.probe == probe.name and key.site <= sites}
+    def truths_at(self, probe: Probe) -> dict[Key, Truth]:
+        return {key: truth for key, truth in self.truths.items() if key.probe == probe.name}
 
-    def at(self, names: Sequence[str]) -> Judgement:
-        """The same at fewer probes."""
-        return replace(self, probes=[probe for probe in self.probes if probe.name in names])
+    def at(self, names: Collection[str], *, sites: bool = True) -> Judgement:
+        """The same at fewer probes. sites: whether the outputs of layers are compared, or only those of the model."""
+        truths = {key: truth for key, truth in self.truths.items() if key.probe in names and key.site <= sites}
+        return replace(self, probes=[probe for probe in self.probes if probe.name in names], truths=truths)
 
     def passed_on(self, candidate: nn.Module) -> Judgement:
         """The same, which lets go of the reference: where it would be run again, a candidate is that was found to be the same function."""
         return replace(self, reference=Reference(candidate, self.reference.sites), baselines={})
 
+    def by_key(self, probe: Probe, found: tuple[Values, Values]) -> Tensors:
+        """What a run gave at a probe. The outputs of an ONNX file have positions; they get the names that the reference has for its own."""
+        outputs, sites = found
+        names = [key.name for key in self.truths_at(probe) if not key.site]
+        if any(name.startswith(BY_POSITION) for name in (*names, *outputs)):
+            outputs = dict(zip([*names, *list(outputs)[len(names) :]], outputs.values(), strict=False))
+        return keyed(probe, (outputs, sites))
 
-def by_key(probe: Probe, names: Sequence[str], found: tuple[Values, Values]) -> dict[Key, Tensor]:
-    """What a run gave at a probe.
-
-    names: those that the reference has for its outputs. The outputs of an ONNX file have positions instead, and get these names in order.
-    """
-    outputs, sites = found
-    if any(name.startswith(BY_POSITION) for name in (*names, *outputs)):
-        outputs = dict(zip([*names, *list(outputs)[len(names) :]], outputs.values(), strict=False))
-    return {Key(probe.name, name): value for name, value in outputs.items()} | {Key(probe.name, n, True): v for n, v in sites.items()}
+    def in_float64(self, run: Runner, probes: Sequence[Probe] | None = None) -> Tensors:
+        """What a runner in float64 gives. probes: in place of those of the judgement, with their names."""
+        found: Tensors = {}
+        for probe in self.probes if probes is None else probes:
+            found |= self.by_key(probe, run(probe.in_float64()))
+        return found

@@ -6,24 +6,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from normswap.parity.comparison import Comparison, Findings
+from torch import nn
+
+from normswap.parity.comparison import Findings
 from normswap.parity.noise import SAMPLES, noise_nearby
 from normswap.parity.probes import Runner
+from normswap.parity.reference import Judgement
 from normswap.parity.same_function import is_same, rows_of_file
 
 
-def look_again(comparison: Comparison, findings: Findings, noisy: Callable[[], Runner] | None) -> None:
+def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Findings, noisy: Callable[[], Runner] | None) -> None:
     """Measure again how precise what failed for that alone may be.
 
     noisy: makes a runner of the model or file whose noise is the limit; then noise is measured at more inputs. Without it, a file that is
     the same function in float64 passes with an error of CAP.
     """
-    judgement, rows = comparison.judgement, findings.precision
+    rows = findings.precision
     failing = {key for key, row in rows.items() if not row.passed and row.problem is None and not row.non_finite}
     others = [row for key, row in rows.items() if key not in failing]
     if not failing or not all(row.passed for row in (*others, *findings.function.values())):
         return
-    looked = comparison.at({key.probe for key in failing})
+    looked = judgement.at({key.probe for key in failing})
     if noisy is not None:
         in_float64 = judgement.reference.unrounded_runner(judgement.probes) if judgement.float64 else None
         noise = noise_nearby(looked, noisy(), in_float64)
@@ -31,19 +34,18 @@ def look_again(comparison: Comparison, findings: Findings, noisy: Callable[[], R
             limit = judgement.precision.limit(max(rows[key].noise, noise.get(key, 0.0)))
             rows[key] = replace(rows[key], noise=limit.noise, tolerance=max(limit.tolerance, rows[key].tolerance), unjudged=limit.unjudged)
         findings.passes += 2 * SAMPLES * len(looked.probes)
-    elif isinstance(comparison.candidate, Path) and judgement.float64:
-        same = rows_of_file(looked, comparison.candidate)
+    elif isinstance(candidate, Path) and judgement.float64:
+        same = rows_of_file(looked, candidate)
         for key in failing:
             if is_same(same, key):
                 rows[key] = replace(rows[key], tolerance=max(rows[key].tolerance, judgement.precision.cap))
         findings.passes += 2 * len(looked.probes)
 
 
-def look_at_unjudged(comparison: Comparison, findings: Findings) -> None:
+def look_at_unjudged(judgement: Judgement, path: Path, findings: Findings) -> None:
     """Outputs of a file of which no input tells how precise they are: whether they are the same function can still be told."""
-    candidate = comparison.candidate
     judged = {key.name for key, row in findings.precision.items() if row.unjudged is None}
     lost = {key.name for key in findings.precision} - judged
-    if lost and isinstance(candidate, Path):
-        findings.function |= {key: row for key, row in rows_of_file(comparison, candidate).items() if key.name in lost}
-        findings.passes += 2 * len(comparison.probes)
+    if lost:
+        findings.function |= {key: row for key, row in rows_of_file(judgement, path).items() if key.name in lost}
+        findings.passes += 2 * len(judgement.probes)

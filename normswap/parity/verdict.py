@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from normswap.parity.comparison import Comparison, Findings
+from normswap.parity.comparison import Findings
 from normswap.parity.measure import ratio
-from normswap.parity.reference import Key
+from normswap.parity.reference import Judgement, Key
 from normswap.parity.result import NOTHING_FINITE, Difference, Parity
 
 
-def verdict(comparison: Comparison, findings: Findings, name: str) -> Parity:
+def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: bool) -> Parity:
     """One Difference for each output, and one for each compared layer over all its calls. name: of the candidate."""
-    judgement, is_file = comparison.judgement, isinstance(comparison.candidate, Path)
     rows = [*findings.function.items(), *findings.precision.items()]
     if is_file:  # in float64 it is run last, if at all
         rows = [*findings.precision.items(), *findings.function.items()]
     outputs = [(key, row) for key, row in rows if not key.site]
     sites = [(key, row) for key, row in rows if key.site]
-    truths = [truth for probe in comparison.probes for truth in judgement.truths_at(probe, sites=True).values()]
     failure = findings.failure
     if failure is None and not outputs:
         failure = "nothing was compared: the model returns no tensor"
-    elif failure is None and not any(truth.value.numel() for truth in truths):
+    elif failure is None and not any(truth.value.numel() for truth in judgement.truths.values()):
         failure = "nothing was compared: every tensor that the model returns is empty"
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
     for of_call in _telling(sites, keep=False):
@@ -36,7 +33,7 @@ def verdict(comparison: Comparison, findings: Findings, name: str) -> Parity:
         sites=tuple(sorted(map(_worst, by_site.values()), key=lambda row: order.get(row.name, 0))),
         failure=failure,
         candidate=name,
-        probes=tuple(probe.name for probe in comparison.probes),
+        probes=tuple(probe.name for probe in judgement.probes),
         dropped=(*dropped, *findings.notes),
         unjudged=_unjudged([row for _, row in (*outputs, *sites)]),
         forward_passes=judgement.passes + findings.passes,
