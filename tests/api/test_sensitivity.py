@@ -35,7 +35,7 @@ from normswap.swap import calibrate
 
 MODULE = importlib.import_module("normswap.api.sensitivity")
 APPROXIMATE = ("1", "7", "9")
-RENAMED = dataclasses.replace(next(rule for rule in DEFAULT_RULES if rule.kind == "layer_norm"), kind="renamed")
+RENAMED = dataclasses.replace(next(rule for rule in DEFAULT_RULES if rule.kind == "layer_norm" and rule.build), kind="renamed")
 
 
 def conv_net() -> nn.Sequential:
