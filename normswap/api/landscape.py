@@ -56,7 +56,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Point:
-    """At x - step g. loss and change are inf where they are not finite.
+    """The loss and the gradient after one step, at x' = x - step g. loss and change are inf where they are not finite.
 
     distance    |x' - x|: |step g|, up to rounding
     loss        L(x')
@@ -382,7 +382,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def _finite(value: float) -> float:
-    """NaN is as bad as inf."""
+    """The value; inf for NaN, which is as bad."""
     return value if math.isfinite(value) else math.inf
 
 
@@ -410,7 +410,7 @@ def _draw(found: Landscape, path: Path) -> None:
 
 
 def _lines(axis: Axes, found: Landscape, names: Sequence[str], value: Callable[[Point], float]) -> None:
-    """A gap where a value is infinite."""
+    """Draw one value of each model and batch against the step, with a gap where it is infinite."""
     seen = set[str]()
     for line in found.lines:
         points = sorted(line.points, key=lambda p: p.step)

@@ -156,7 +156,7 @@ def sensitivity(
 
 
 def value(measured: Measurement, by: By) -> float:
-    """What ranks: NaN and a missing metric count as infinitely bad."""
+    """The figure of a measurement by which layers are ranked; NaN and a missing metric count as infinitely bad."""
     found: float | None = getattr(measured, by)
     return math.inf if found is None or math.isnan(found) else found
 
@@ -233,7 +233,7 @@ class _Study:
         return first(fits), self.measured(first(fits)), tried
 
     def measured(self, names: tuple[str, ...]) -> Measurement:
-        """Of the model in which the named layers are swapped, all together. Measured once."""
+        """The measurement of the model in which the named layers are swapped, all together; made once."""
         if names not in self.done.rows:
             swaps = [self.swaps[name] for name in names]
             approximate = [s.name for s in swaps if s.preserves == "approximate"]
@@ -251,7 +251,7 @@ class _Study:
         return self.done.rows[names]
 
     def _measure_alone(self, names: Sequence[str]) -> None:
-        """Each layer on its own, all of them calibrated in one pass, as each sees what the original produces."""
+        """Measure each layer swapped on its own. All are calibrated in one pass, as each sees what the original's layers produce."""
         if not names:
             return
         chosen = replace(self.plan, swaps=tuple(self.swaps[name] for name in names))
@@ -333,7 +333,7 @@ class _Original:
 
 
 class _Sums:
-    """Of one output over the batches, in float64."""
+    """Sums and maxima of the error and of the original's values of one output, over the batches, in float64."""
 
     def __init__(self) -> None:
         self.d2 = self.y2 = self.d = self.y = 0.0
@@ -394,7 +394,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
 
 
 def _glob(name: str) -> str:
-    """A glob that this name answers to, and no other."""
+    """A glob that matches this name and no other."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
@@ -404,7 +404,7 @@ Globs = tuple[str, ...]
 def _globs(
     plan: Callable[[Sequence[str], Sequence[str], bool], Plan], names: Sequence[str], approximate: bool
 ) -> tuple[Globs, Globs] | tuple[None, None]:
-    """The fewest include and exclude globs under which `convert` swaps exactly these; tried out, as a name may be that of a kind, too."""
+    """The fewest include and exclude globs with which `convert` swaps exactly these; tried out, as a kind may be called like a layer."""
     ours = tuple(map(_glob, names))
     rest = tuple(_glob(s.name) for s in plan((), (), approximate).swaps if s.name not in names)
     for include, exclude in sorted([((), rest), (ours, ()), (ours, rest)], key=lambda globs: len(globs[0]) + len(globs[1])):
