@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
 from normswap.api.request import Request, Selection
 from normswap.detect.facts import Facts, facts
@@ -33,6 +32,7 @@ from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import Model, as_module, like
+from normswap.models.torch_private import tree_map_only
 from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.reference import Judgement
