@@ -10,8 +10,9 @@ with nothing in their place. Biases that are zero, as they are before training, 
 model has none. Operators are counted with those of subgraphs and without Constants, which compute nothing; "onnxruntime" counts those of
 the graph that it runs, at ORT_ENABLE_ALL. A tool should find no more to remove in our file than in the one without norms.
 
-Latency is that of one onnxruntime session for each file, with one thread, in seconds of that thread. "ort-cpu" is the file for that target,
-where it is another than the portable one. In each round all of them have a turn, in an order that rotates;
+Latency is that of one onnxruntime session for each file, with one thread, in seconds of that thread. In the rows of November 2026
+"ort-cpu" is what the target "portable" is now, and "ours" had a maximum in the place of a norm and its ReLU between convolutions, as the
+target "cuda" still has; where the two are the same file, there is one. In each round all of them have a turn, in an order that rotates;
 what is shown is the median over rounds of the ratio of ours to a peer's, so that a slower minute counts for both.
 
 Each row is written to build/onnx_latency.jsonl as soon as it is there; a run that was interrupted goes on where it stopped. Rows that
@@ -46,9 +47,9 @@ from torch import nn
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
 from normswap.export import file as onnx_file
 from normswap.export.opset import DEFAULT_OPSET
-from normswap.export.quiet import quiet
 from normswap.export.to_onnx import export
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RAW, PAGE = ROOT / "build/onnx_latency.jsonl", ROOT / "benchmarks/results/onnx_latency.json", ROOT / "docs/benchmarks.md"
@@ -77,7 +78,7 @@ def script(proto: Any) -> Any:
 
 TOOLS: Mapping[str, Callable[[Any], Any]] = {"onnxslim": slim, "onnxsim": sim, "onnxscript": script}
 PEERS = ("torch", *TOOLS)
-OURS = ("ours", "ort-cpu")
+OURS = ("ours", "ort-cpu")  # the second in old rows alone
 FILES = (*OURS, "skeleton", *PEERS)
 VERSIONS = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxslim", "onnxsim", "normswap")
 
@@ -165,12 +166,10 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
         warnings.simplefilter("ignore")
         paths = {file: Path(directory) / f"{file}.onnx" for file in FILES}
         row["norms"] = len(export(model, (x,), {}, paths["ours"], opset=DEFAULT_OPSET).sites)
-        export(model, (x,), {}, paths["ort-cpu"], target="ort-cpu", opset=DEFAULT_OPSET)
-        own = ["ours"] if paths["ours"].read_bytes() == paths["ort-cpu"].read_bytes() else ["ours", "ort-cpu"]
         exported_by_torch(original, x, paths["torch"])
         export(with_norms(original, lambda channels, axis: Nothing()), (x,), {}, paths["skeleton"], opset=DEFAULT_OPSET)
         del model, original
-        counts = {file: count(onnx.load(str(paths[file]))) for file in (*own, "skeleton", "torch")}
+        counts = {file: count(onnx.load(str(paths[file]))) for file in ("ours", "skeleton", "torch")}
         for tool, apply in TOOLS.items():
             try:
                 result = applied(apply, paths["torch"])
@@ -187,7 +186,7 @@ def measure(name: str, signs: bool, latency: bool) -> Row:
             row[file] = {"nodes": counts[file], "bytes": paths[file].stat().st_size, "onnxruntime": count(onnx.load(str(optimized)))}
         other = inputs((3, *shape[1:])).numpy()
         want = run(sessions["torch"], other)
-        for file in set(counts) - {"skeleton"} - (set(own) if layers else set()):
+        for file in set(counts) - {"skeleton"} - ({"ours"} if layers else set()):
             row[file]["error"] = error([torch.from_numpy(a) for a in run(sessions[file], other)], [torch.from_numpy(a) for a in want])
         row["latency"] = {str(batch): interleaved(sessions, inputs((batch, *shape[1:])).numpy()) for batch in BATCHES} if latency else None
     return row

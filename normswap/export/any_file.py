@@ -14,25 +14,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap.errors import ExportError, LoadError, first_line
 from normswap.export import file as onnx_file
 from normswap.export.simplify import lean, norms_stay
-from normswap.parity.result import Legs, Parity
-from normswap.parity.runners import opset_of
-from normswap.parity.taps import Tap
+from normswap.parity.result import Comparisons, Parity
+from normswap.parity.run_onnx import opset_of
 from normswap.versions import version_of
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from normswap.folding import Fate
+    from normswap.folding import Outcome
 
 OLDEST = 7  # the opset from which on sums and products broadcast
 MODERN = 13  # what every converter can reach
@@ -45,11 +43,10 @@ class Folded:
 
     before, nodes  how often each operator occurs in the file that came in, and in the one that was written
     bytes_before, bytes  how large they are, with the files that their weights lie in
-    sites          where each affine went, one `normswap.folding.Fate` each, and each norm that is none
+    sites          where each affine went, one `normswap.folding.Outcome` each, and each norm that is none
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
     legs           everything that the new file was held against
-    taps, original_taps   where in the new file, and in the one that came in, what each affine gives is to be found
     """
 
     path: Path
@@ -57,12 +54,10 @@ class Folded:
     nodes: Mapping[str, int]
     bytes_before: int
     bytes: int
-    sites: tuple[Fate, ...] = ()
+    sites: tuple[Outcome, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
-    legs: Legs = field(default_factory=Legs, repr=False)
-    taps: tuple[Tap, ...] = field(default=(), repr=False)
-    original_taps: tuple[Tap, ...] = field(default=(), repr=False)
+    legs: Comparisons = field(default_factory=Comparisons, repr=False)
 
     @property
     def rolled_back(self) -> bool:
@@ -74,15 +69,15 @@ class Folded:
         return any(site.touched or site.rewritten for site in self.sites)
 
 
-def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
-    """Write `source`, folded, to `target`. undone: affines that stay as they are, by name, and why. shorten: the rest of the graph, too.
+def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
+    """Write `source`, folded, to `target`. kept: affines that stay as they are, by name, and why. shorten: the rest of the graph, too.
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from normswap.folding import Constants, noops, shapes, taps
+    from normswap.folding import Constants, noops, shapes
     from normswap.folding import fold as fold_affines
     from normswap.folding.find import affines, others
 
@@ -96,21 +91,20 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     if constants.opset < OLDEST:
         convert = f"`onnx.version_converter.convert_version(model, {MODERN})` makes a newer file of it"
         reason = f"the file has opset {constants.opset}, and what is older than {OLDEST} is left as it is: {convert}"
-        return _copied(source, target, proto, before, _kept(others(model, (), constants, reason), ()), (reason,))
+        return _copied(source, target, proto, before, _other_norms(others(model, (), constants, reason), ()), (reason,))
     with _unknown(model, open_to_callers):
         shapes.infer(model)
     noops.remove(model.graph, constants)
     found = affines(model.graph, constants)
     rest = others(model, found, constants)
-    originals = {True: [str(affine.x.name) for affine in found], False: [str(affine.y.name) for affine in found]}
-    sites = tuple(fold_affines(model.graph, found, constants, undone))
-    kept = _kept(rest, [site.name for site in sites])
+    sites = tuple(fold_affines(model.graph, found, constants, kept))
+    others_kept = _other_norms(rest, [site.name for site in sites])
     if not any(site.touched or site.rewritten for site in sites):
         note = (
             f"{len(open_to_callers)} of its weights are inputs that a caller may replace: "
             "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them"
         )
-        return _copied(source, target, proto, before, (*sites, *kept), (note,) if open_to_callers else ())
+        return _copied(source, target, proto, before, (*sites, *others_kept), (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
     constants.settle()
     if shorten:
@@ -122,10 +116,9 @@ def fold(source: Path, target: Path, *, undone: Mapping[str, str] | None = None,
     _check(new)
     nodes = onnx_file.census(new.graph)
     onnx_file.write(new, tensors, target)
-    fates, places = taps(sites)
     outside = sum(tensor.nbytes for tensor in tensors.values()) > onnx_file.INLINE_LIMIT
     after = _size(target, [f"{target.name}.data"] if outside else [])
-    return Folded(target, before, nodes, size, after, (*fates, *kept), notes, taps=places, original_taps=_named(sites, originals))
+    return Folded(target, before, nodes, size, after, (*sites, *others_kept), notes)
 
 
 def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
@@ -140,16 +133,16 @@ def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
     return [], (f"IR version {old} lists weights as inputs; the new file has IR version {LISTED}, which does not",) if names else ()
 
 
-def _kept(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> tuple[Fate, ...]:
+def _other_norms(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> tuple[Outcome, ...]:
     """The norms that are no affines, under names that no affine has."""
-    from normswap.folding import Fate
+    from normswap.folding import Outcome
 
     names, found = set(taken), []
     for node, reason in norms:
         plain = str(node.name or node.outputs[0].name)
         name = next(name for name in itertools.chain([plain], (f"{plain}_{i}" for i in itertools.count(1))) if name not in names)
         names.add(name)
-        found.append(Fate(name, left=(f"{node.domain}::{node.op_type}" if node.domain else node.op_type,), reason=reason))
+        found.append(Outcome(name, left=(f"{node.domain}::{node.op_type}" if node.domain else node.op_type,), reason=reason))
     return tuple(found)
 
 
@@ -194,16 +187,6 @@ def _as_declared(new: onnx.ModelProto, old: onnx.ModelProto) -> None:
     kept = [value for value in new.graph.value_info if value.name in known]
     del new.graph.value_info[:]
     new.graph.value_info.extend(kept)
-
-
-def _named(sites: Sequence[Fate], names: Mapping[bool, Sequence[str]]) -> tuple[Tap, ...]:
-    """Where the file that came in has what each affine takes and gives."""
-    calls: Counter[str] = Counter()
-    found = []
-    for number, site in enumerate(sites):
-        calls[site.name] += 1
-        found += [Tap(site.name, calls[site.name], names[given][number], given) for given in (True, False)]
-    return tuple(found)
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -300,7 +283,7 @@ def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _copied(
-    source: Path, target: Path, proto: onnx.ModelProto, before: Mapping[str, int], sites: tuple[Fate, ...], notes: tuple[str, ...]
+    source: Path, target: Path, proto: onnx.ModelProto, before: Mapping[str, int], sites: tuple[Outcome, ...], notes: tuple[str, ...]
 ) -> Folded:
     """The same bytes under another name, and those of the files that hold its large tensors."""
     try:
@@ -312,7 +295,7 @@ def _copied(
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
     size = _size(target, _external(proto))
-    return Folded(target, before, before, size, size, tuple(replace(site, takes=None, gives=None) for site in sites), notes)
+    return Folded(target, before, before, size, size, sites, notes)
 
 
 def _size(path: Path, beside: Iterable[str]) -> int:

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from normswap.errors import ExportError, first_words
 from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.opset import NO_ONNX, unused
-from normswap.export.quiet import quiet
 from normswap.layer.export_operator import inject_operator
+from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,10 +27,24 @@ if TYPE_CHECKING:
 Dynamic = Literal["batch", "spatial", "none"]
 
 
-def graph_of(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic
-) -> tuple[ir.Model, tuple[list[str], list[str]], tuple[str, ...]]:
-    """(the graph, the names that its inputs and outputs should have, notes)."""
+@dataclass(frozen=True)
+class Graph:
+    """What torch.onnx.export made of a model.
+
+    input_names, output_names  what the inputs and outputs should be called
+    reads  the names of the model's tensors that the graph reads
+    notes  what was asked for and is not so, and why
+    """
+
+    model: ir.Model
+    input_names: list[str]
+    output_names: list[str]
+    reads: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
+    """Raises ExportError if torch cannot make a graph of the model."""
     marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
     choices = [_Choice(None)]
     if dynamic != "none" and isinstance(model, nn.Module):
@@ -59,16 +73,13 @@ def graph_of(
         notes.append(f"the spatial axes are fixed, as torch refuses free ones: {_reason(failures[0])}")
     if len(choices) > 1 and choice.shapes is None:
         notes.append(f"the batch size is fixed, as torch refuses a free one: {_reason(failures[sum(c.spatial for c in choices)])}")
-    signature = program.exported_program.graph_signature
-    inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
-    program.model.meta[READ] = _read(program.exported_program)
-    return program.model, (inputs, _output_names(program.exported_program)), tuple(notes)
+    exported = program.exported_program
+    specs = exported.graph_signature.input_specs
+    inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+    return Graph(program.model, inputs, _output_names(exported), _reads(exported), tuple(notes))
 
 
-READ = "normswap.read"  # the names of the model's tensors that its graph reads
-
-
-def _read(program: ExportedProgram) -> frozenset[str]:
+def _reads(program: ExportedProgram) -> frozenset[str]:
     users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
     specs = [s for s in program.graph_signature.input_specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)]
     return frozenset(str(s.target) for s in specs if users.get(s.arg.name))

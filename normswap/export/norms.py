@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from normswap.export.fused_conv import FUSED
 from normswap.export.marks import Site
 from normswap.export.opset import DOMAIN
-from normswap.export.quiet import quiet
 from normswap.export.simplify import lean
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from normswap.folding import Affine, Constants, Fate
+    from normswap.folding import Affine, Constants, Outcome
 
 
 UNFOLDED = "nothing is folded here"
@@ -38,9 +39,12 @@ def shorten(model: ir.Model, *, marked: bool) -> None:
 
 
 def fold_norms(
-    model: ir.Model, sites: Sequence[Site], undone: Mapping[str, str] | None, *, blocked: bool, folded: bool = True
-) -> tuple[list[Fate], Counter[str]]:
-    """Fold every norm where that is exact: where each went, and the operators that there are without them. folded: else none is."""
+    model: ir.Model, sites: Sequence[Site], kept: Mapping[str, str] | None, *, spatial_thresholds: bool, folded: bool = True
+) -> tuple[list[Outcome], Counter[str]]:
+    """Fold every norm where that is exact: where each went, and the operators that there are without them.
+
+    kept: norms that are not folded, by name, and why; if not `folded`, none is. spatial_thresholds: as of `normswap.folding.fold`.
+    """
     from onnx_ir.passes import common
 
     from normswap.folding import Constants, fold
@@ -50,11 +54,11 @@ def fold_norms(
     affines = [affine for affine in found if affine is not None]
     skeleton = operators(model.graph, {node for affine in affines for node in affine.nodes})
     if not folded:
-        undone = {affine.name: UNFOLDED for affine in affines}
-    fates = fold(model.graph, affines, constants, undone, blocked=blocked)
+        kept = {affine.name: UNFOLDED for affine in affines}
+    outcomes = fold(model.graph, affines, constants, kept, spatial_thresholds=spatial_thresholds)
     common.RemoveUnusedNodesPass()(model)
     constants.settle()
-    return fates, skeleton
+    return outcomes, skeleton
 
 
 def operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
@@ -62,11 +66,12 @@ def operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]
 
 
 def alike(operators: Counter[str]) -> Counter[str]:
-    """Max(x, a constant) costs what Relu costs, and a MatMul with a bias is a Gemm."""
-    places = {"Max": "Relu", "Gemm": "MatMul"}
+    """Max(x, a constant) costs what Relu costs, a MatMul with a bias is a Gemm, and a FusedConv is a Conv and a Relu."""
+    places = {"Max": ("Relu",), "Gemm": ("MatMul",), FUSED: ("Conv", "Relu")}
     counts: Counter[str] = Counter()
     for name, count in operators.items():
-        counts[places.get(name, name)] += count
+        for plain in places.get(name, (name,)):
+            counts[plain] += count
     return counts
 
 

@@ -1,4 +1,8 @@
-"""An ONNX file, held against the model it was made from; folds that break it are undone."""
+"""An ONNX file, held against the model it was made from in each runtime that can run it; folds that break it are left out.
+
+A fold is exact, but may cost more digits than a file has. Which one does is found by measuring (`search`): a list of folds that fails is
+halved until one of them is left, as `git bisect` does with commits.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,31 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from normswap.api.sources import Model
+from normswap.export import cuda
 from normswap.export.float16 import arguments, halved
-from normswap.export.onnx_legs import attempt_of, clear, legs_of, with_provider
-from normswap.export.rollback import Attempt, settle
-from normswap.export.to_onnx import Dynamic, Export, Program
+from normswap.export.to_onnx import Export, Program, Settings
 from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs
-from normswap.models.programs import as_module
-from normswap.parity.judge import CAP, LEVELS, Judgement, compare, judge, runtime
+from normswap.models.programs import Model, as_module
+from normswap.parity.judge import compare, judge
+from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
-from normswap.parity.result import Legs
-from normswap.parity.runners import REFERENCE
+from normswap.parity.reference import Judgement
+from normswap.parity.result import Comparisons, Parity
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, REFERENCE, runtime
+
+if TYPE_CHECKING:
+    from normswap.folding import Outcome
+
+T = TypeVar("T")
+MEASURED = 24  # how often a file is folded and measured at most, and once more for what is returned
 
 
 def verified_export(
@@ -32,60 +43,58 @@ def verified_export(
     path: Path,
     *,
     judgement: Judgement | None = None,
-    half: bool = False,
     thorough: bool = False,
-    dynamic: bool | Dynamic = True,
     **options: Any,
-) -> tuple[Export, Legs]:
-    """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are undone.
+) -> tuple[Export, Comparisons]:
+    """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are left out.
 
-    half: in float16, held against the model in float64 by the limits of float16. Inputs are not scaled by 1000: its range is small.
-    thorough: verified at every optimisation level, and in onnx's evaluator. judgement: of the model, if it was judged before.
+    judgement: of the model, if it was judged before. thorough: verified at every optimisation level, and in onnx's evaluator. options:
+    those of `Settings`. With `half`, the file is held against the model in float64 by the limits of float16, and inputs are not scaled by
+    1000, as the range of float16 is small.
     """
-    judged = functools.partial(_judged, model, inputs, half=half)
-    held = judged() if judgement is None or half else judgement
+    settings = Settings(**options)
+    judged = functools.partial(_judged, model, inputs, half=settings.half)
+    held = judged() if judgement is None or settings.half else judgement
     notes = list[str]()
-    if half:
-        noise = max((truth.noise for outputs in held.outputs.values() for truth in outputs.values()), default=0.0)
+    if settings.half:
+        noise = max((truth.noise for key, truth in held.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
-        options["metadata"] = {"normswap_recipe": recipe_hash(model), **options.get("metadata", {})}
-    program = Program(model, inputs.args, inputs.kwargs, half=half, dynamic=dynamic, **options)
+        settings = dataclasses.replace(settings, metadata={"normswap_recipe": recipe_hash(model), **settings.metadata})
+    program = Program(model, inputs.args, inputs.kwargs, settings)
     clear(path)
     first = program.write(path)
-    others: tuple[Judgement, list[str]] | None = None
-    if _is_free(first):
-        others = _other_sizes(judged, first)
-        if others[1] and isinstance(model, nn.Module):
-            notes.append(f"fixed: {', '.join(others[1])}; the model itself runs at no other size that was tried")
-            program = Program(model, inputs.args, inputs.kwargs, half=half, dynamic="batch", **options)
+    others: Judgement | None = None
+    if any(axis for found in first.free for axis in found):  # more is free than the batch size
+        others, refused = _other_sizes(judged, first)
+        if refused and isinstance(model, nn.Module):
+            notes.append(f"fixed: {', '.join(refused)}; the model itself runs at no other size that was tried")
+            program = Program(model, inputs.args, inputs.kwargs, dataclasses.replace(settings, dynamic="batch"))
             first, others = program.write(path), None
-        elif others[1]:
-            notes.append(f"not verified: other sizes of {', '.join(others[1])}; the model runs at none that was tried")
+        elif refused:
+            notes.append(f"not verified: other sizes of {', '.join(refused)}; the model runs at none that was tried")
             others = None
     with tempfile.TemporaryDirectory(prefix=".baseline-", dir=path.parent) as folder:
         before = Path(folder) / "baseline.onnx"
         # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
-        baseline = before if not half and program.write_baseline(before) else None
+        baseline = before if not settings.half and program.write_baseline(before) else None
 
-        def attempt(undone: Mapping[str, str]) -> Attempt[tuple[Export, Legs]]:
+        def attempt(kept: Mapping[str, str]) -> Attempt[tuple[Export, Comparisons]]:
             result = first
-            if undone:
+            if kept:
                 clear(path)
-                result = program.write(path, undone)
-            legs, said = legs_of(held, path, dynamic=result.dynamic, baseline=baseline, thorough=thorough)
+                result = program.write(path, kept)
+            found, said = comparisons(held, path, dynamic=result.dynamic, baseline=baseline, thorough=thorough)
             if others is not None:
-                level = LEVELS[-1] if runtime(LEVELS[-1]) in legs.parities else REFERENCE
-                other = {f"{runtime(level)}, other sizes": compare(others[0], path, level=level, baseline=baseline)}
-                legs = dataclasses.replace(legs, parities={**other, **legs.parities})
+                level = LEVELS[-1] if runtime(LEVELS[-1]) in found.parities else REFERENCE
+                other = {f"{runtime(level)}, other sizes": compare(others, path, level=level, baseline=baseline)}
+                found = dataclasses.replace(found, parities={**other, **found.parities})
             result = dataclasses.replace(result, notes=(*result.notes, *notes, *said))
-            result, legs = with_provider(result, legs, held, baseline)
-            names = list(dict.fromkeys(site.name for site in result.sites))
-            tapped = functools.partial(judged, sites=names, inputs_too=True)
-            return attempt_of((result, legs), result.sites, undone, result.taps, path, tapped, dynamic=result.dynamic)
+            result, found = with_provider(result, found, held, baseline=baseline)
+            return measured((result, found), result.sites, kept)
 
-        return settle(attempt).result
+        return search(attempt).result
 
 
 def _judged(
@@ -94,20 +103,13 @@ def _judged(
     asked: Callable[[tuple[Any, ...], Mapping[str, Any]], list[Probe]] | None = None,
     *,
     half: bool,
-    sites: Sequence[str] = (),
-    inputs_too: bool = False,
 ) -> Judgement:
     """What the model gives, or what it gives in float16. asked: makes the probes, in place of the usual ones."""
     module, given, wide = as_module(model), (inputs.args, dict(inputs.kwargs)), None
     if half:
         module, given, wide = halved(module), arguments(given), module
     usual = [probe for probe in probes(*given) if not (half and probe.name.endswith(LARGE))] if asked is None else asked(*given)
-    return judge(module, *given, wide=wide, asked=usual, sites=sites, inputs=inputs_too)
-
-
-def _is_free(result: Export) -> bool:
-    """Whether more than the batch size is."""
-    return any(axis for found in result.free for axis in found)
+    return judge(module, *given, unrounded=wide, asked=usual)
 
 
 def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judgement, list[str]]:
@@ -122,3 +124,136 @@ def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judg
     usable = {probe.name for probe in judgement.probes}
     seen = {axis for axis, probe in others if probe.name in usable}
     return judgement, [axis for axis in dict.fromkeys(axis for axis, _ in others) if axis not in seen]
+
+
+def clear(path: Path) -> None:
+    """Take away what an attempt before this one has written."""
+    for file in (path, path.with_name(f"{path.name}.data")):
+        file.unlink(missing_ok=True)
+
+
+# -- in each runtime -------------------------------------------------------------------------------------------------------------------
+
+
+def comparisons(
+    judgement: Judgement, path: Path, *, dynamic: bool = True, baseline: Path | None = None, thorough: bool = False
+) -> tuple[Comparisons, tuple[str, ...]]:
+    """(an ONNX file in onnxruntime against what it was made from, notes). baseline: the file before anything was folded in it.
+
+    At the levels at which nothing and everything is optimised; `thorough`: at all levels, and at the example in onnx's evaluator.
+    """
+    parities, not_run = dict[str, Parity](), dict[str, str]()
+    notes: tuple[str, ...] = ()
+    levels = MORE_LEVELS if thorough else LEVELS
+    for level in levels:
+        parity = compare(judgement, path, level=level, only_like_example=not dynamic, baseline=baseline)
+        if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
+            # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
+            reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
+            not_run |= {runtime(name): reason for name in levels if runtime(name) not in parities}
+            notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
+            break
+        parities[runtime(level)] = parity
+    if not_run or thorough:
+        known = judgement if not_run else judgement.at(["example"])
+        parity = compare(known, path, level=REFERENCE, only_like_example=not dynamic, baseline=baseline)
+        if parity.failure is not None and not not_run:
+            not_run[runtime(REFERENCE)] = parity.failure
+        else:
+            parities[runtime(REFERENCE)] = parity
+    return Comparisons(parities, not_run), notes
+
+
+def with_provider(
+    result: Export, found: Comparisons, judgement: Judgement, provider: str = cuda.PROVIDER, *, baseline: Path | None = None
+) -> tuple[Export, Comparisons]:
+    """Where onnxruntime has the provider, one more comparison, and where each kernel ran; elsewhere both say that it was not run."""
+    if result.cuda is None:
+        return result, found
+    why = found.not_run.get(runtime(LEVELS[-1])) or cuda.unavailable(result.path, provider)
+    if why is not None:
+        known = dataclasses.replace(result.cuda, why=why)
+        return dataclasses.replace(result, cuda=known), Comparisons(found.parities, {**found.not_run, runtime(provider): why})
+    parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic, baseline=baseline)
+    if parity.failure is None:
+        arrays = [tensor.numpy(force=True) for tensor in judgement.probes[0].tensors()]
+        placed = cuda.run(result.path, arrays, {site.name: site.left for site in result.sites}, provider=provider)
+        result = dataclasses.replace(result, cuda=dataclasses.replace(result.cuda, run=placed, why=""))
+    return result, Comparisons({**found.parities, parity.candidate: parity}, found.not_run)
+
+
+def main_result(found: Comparisons) -> Parity | None:
+    """The comparison in onnxruntime as people use it, or in whatever could run the file."""
+    return found.parities.get(runtime(LEVELS[-1])) or next(iter(reversed(list(found.parities.values()))), None)
+
+
+# -- which folds are left out ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """One file that was folded and measured.
+
+    result  the file, for the caller
+    passed  whether it is the same function
+    folded  the names of what was folded in it, in order
+    why     what the measurement found, in words; "" if it passed
+    """
+
+    result: T
+    passed: bool
+    folded: Sequence[str] = ()
+    why: str = ""
+
+
+def measured(result: tuple[T, Comparisons], outcomes: Sequence[Outcome], kept: Mapping[str, str]) -> Attempt[tuple[T, Comparisons]]:
+    """What `search` has to know of a file. kept: what was not to be folded."""
+    failed = result[1].failed
+    if failed is None:
+        return Attempt(result, True)
+    return Attempt(result, False, [outcome.name for outcome in outcomes if outcome.name not in kept], _broken(failed))
+
+
+def search(attempt: Callable[[Mapping[str, str]], Attempt[T]]) -> Attempt[T]:
+    """The attempt with the most folds that passed, made last; the first one if none did.
+
+    attempt: folds and measures, but for what it is given, by name, and why. To find one fold in n that breaks the file takes about
+    log2(n) + 3 of them.
+    """
+    latest = attempt({})
+    names, kept, good, tries = list(dict.fromkeys(latest.folded)), dict[str, str](), 0, 2
+    if latest.passed or not names or not attempt(_rest(names, latest)).passed:
+        return latest
+    first = latest
+    while not latest.passed and good < len(names) and tries < MEASURED:
+        # The file passes with the first `good` folds and without the others, and fails with all of them.
+        high = len(names)
+        while high - good > 1 and tries < MEASURED:
+            middle = (good + high) // 2
+            tried, tries = attempt({**kept, **_rest(names[middle:], latest)}), tries + 1
+            if tried.passed:
+                good = middle
+            else:
+                high, latest = middle, tried
+        if high - good > 1:
+            break
+        kept[names[good]] = f"rolled back: folded, {latest.why}"
+        good, latest, tries = high, attempt(kept), tries + 1
+    if latest.passed:
+        return latest
+    latest = attempt({**kept, **_rest(names[good:], latest)})
+    return latest if latest.passed else first
+
+
+def _rest(names: Sequence[str], failed: Attempt[T]) -> dict[str, str]:
+    """Why none of these is folded, if which of them it was is not found."""
+    return dict.fromkeys(names, f"rolled back: with this one or others folded, {failed.why}")
+
+
+def _broken(parity: Parity) -> str:
+    bad = next((d for d in parity.outputs if not d.passed), None)
+    if parity.failure is not None or bad is None:
+        return f"{parity.candidate}: {parity.failure}"
+    if bad.problem is not None or bad.non_finite:
+        return f"{bad.name} in {parity.candidate} {bad.problem or f'has {bad.non_finite} non-finite mismatches'}"
+    return f"{bad.name} in {parity.candidate} was {bad.max_rel:.1e} off, where at most {bad.tolerance:.1e} passes"

@@ -1,16 +1,8 @@
-"""Exact rewrites that make an affine vanish from an ONNX graph, one per file.
+"""Exact rewrites that make an affine vanish from an ONNX graph: this room imports nothing of ours, and `export` alone imports it.
 
-`Affine` is what they work on, and `fold` (decide.py) tries them in order:
-
-    into_producer     into the linear layer right before it, whatever its scale
-    into_consumers    into all that reads it
-    stream_shift      its scale into all that reads it, its shift into what comes before it
-    threshold         through a ReLU, which becomes a maximum, into all that reads that
-    into_producers    into all that it is computed from
-    scale_alone       its scale, so that an Add remains
-    remainder         what is left: one BatchNormalization, or a Mul and an Add
-
-All but the first and the last are changes of basis (`basis.py`): one pass over the graph with a rule for each operator (`operators.py`).
+`Affine` is what they work on, and `fold` (decide.py) tries them in order: into the linear layer right before it (into_producer.py), into
+what reads it or what it is computed from (ways.py), and what is left is one BatchNormalization, or a Mul and an Add (write.py). All but the
+first and the last are changes of basis (basis.py): one pass over the graph with a rule for each operator (spread.py).
 
 Importing this package imports onnx_ir: do it inside a function.
 """
@@ -18,6 +10,6 @@ Importing this package imports onnx_ir: do it inside a function.
 from __future__ import annotations
 
 from normswap.folding.affine import Affine, Constants, note_precise
-from normswap.folding.decide import Fate, fold, taps
+from normswap.folding.decide import Outcome, fold
 
-__all__ = ["Affine", "Constants", "Fate", "fold", "note_precise", "taps"]
+__all__ = ["Affine", "Constants", "Outcome", "fold", "note_precise"]

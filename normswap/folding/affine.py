@@ -73,20 +73,9 @@ class Affine:
         if y.is_graph_output() and not value.is_graph_output():
             y.name, value.name = value.name, y.name
         ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
-        y.meta[_REPLACEMENT] = value
         for node in reversed(self.nodes):
             assert node.graph is not None
             node.graph.remove(node, safe=True)
-
-
-_REPLACEMENT = "normswap.replacement"
-
-
-def replacement(value: ir.Value) -> ir.Value:
-    """What has taken the place of `value` in its graph; itself if nothing has."""
-    while _REPLACEMENT in value.meta:
-        value = value.meta[_REPLACEMENT]
-    return value
 
 
 class Constants:

@@ -13,14 +13,14 @@ for each:
     anything else       has a = 1, c = 0 on all sides
 
 An affine y = s x + t is gone once y' = x', that is, a_y = s a_x and c_y = s c_x + t. `Change` is one attempt to get there: it is told
-where to start, follows the rules, and either ends with every operator's rule kept, or raises Conflict, and nothing has changed. The graph
-itself is rewritten once, after the last attempt (`spread.write`), so every weight is computed from the original one and rounded once.
+where to start (`ways.py`), follows the rules, and either ends with every operator's rule kept, or raises Conflict, and nothing has changed.
+The graph itself is rewritten once, after the last attempt (`write.py`), so every weight is computed from the original one and rounded once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,10 +123,10 @@ class Bases:
 
     constants: Constants
     affines: Mapping[ir.Node, Affine]  # by each of their nodes
-    undone: Mapping[ir.Node, Affine] = field(default_factory=dict)  # those around which nothing may change
+    kept: Mapping[ir.Node, Affine] = field(default_factory=dict)  # those around which nothing may change
     known: dict[Slot, Basis] = field(default_factory=dict)
     gone: set[Affine] = field(default_factory=set)
-    blocked: bool = False  # whether what lies between convolutions is to stay in a layout that has no maximum with a constant
+    spatial_thresholds: bool = True  # whether a ReLU on (N, C, H, W) may become a maximum with a constant
 
     def of(self, slot: Slot) -> Basis:
         found = self.known.get(slot)
@@ -147,7 +147,7 @@ class Change:
         self.new: dict[Slot, Basis] = {}
         self.gone: set[Affine] = set()
         self.nodes: dict[ir.Node, None] = {}  # those with a rule that something changed around
-        self._queue: deque[ir.Node] = deque()
+        self.queue: deque[ir.Node] = deque()  # those around which something changed, and whose rule was not asked since
 
     def of(self, slot: Slot) -> Basis:
         found = self.new.get(slot)
@@ -182,24 +182,25 @@ class Change:
             if slot.is_graph_output():
                 raise Conflict("an output of the model is next to it")
             producer = slot.producer()
-            self._queue.extend(node for node in (producer, *slot.consumers()) if node is not None)
+            self.queue.extend(node for node in (producer, *slot.consumers()) if node is not None)
         else:
-            self._queue.append(slot.node)
-
-    def run(self) -> None:
-        """Follow the rules until every node keeps its own. Raises Conflict."""
-        from normswap.folding import spread
-
-        while self._queue:
-            node = self._queue.popleft()
-            self.nodes[node] = None
-            spread.spread(node, self)
-        for node in self.nodes:
-            spread.check(node, self)
+            self.queue.append(slot.node)
 
     def accept(self) -> None:
         self.bases.known.update(self.new)
         self.bases.gone |= self.gone
+
+
+Rule = Callable[[ir.Node, Change], None]  # stores the other values around a node as its operator asks; raises Conflict
+
+
+def give_shift(node: ir.Node, shift: Array, change: Change) -> None:
+    """Let the output of a layer without a bias have the shift that its input gives it. Raises Conflict if it has another."""
+    y = node.outputs[0]
+    if not change.fixed(y):
+        change.set(y, change.of(y).shifted(shift if shift.any() else np.zeros((1,) * shift.ndim)))
+    elif not close(*np.broadcast_arrays(shift, change.of(y).shift)):
+        raise Conflict(f"{called(node)} has no bias to take a shift")
 
 
 def rank_of(slot: Slot) -> int:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from normswap.folding import einsum, into_consumers, into_producer, into_producers, remainder, scale_alone, spread, stream_shift, threshold
-from normswap.folding.affine import Affine, Constants, replacement
-from normswap.folding.basis import Bases, Basis, Change, Conflict, Imprecise
+from normswap.folding import einsum, into_producer, ways, write
+from normswap.folding.affine import Affine, Constants
+from normswap.folding.basis import Bases, Change, Conflict, Imprecise
 from normswap.folding.linear import FLOATS, describe
-from normswap.parity.taps import Tap
 
 Attempt = Callable[[Affine, Bases], Change]
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
-    ("into_consumers", into_consumers.attempt),
-    ("stream_shift", stream_shift.attempt),
-    ("threshold", threshold.attempt),
-    ("into_producers", into_producers.attempt),
+    ("into_consumers", ways.into_consumers),
+    ("stream_shift", ways.stream_shift),
+    ("threshold", ways.threshold),
+    ("into_producers", ways.into_producers),
 )
-TOLD = ("threshold", "into_producers")  # whose refusals make up the reason: those that can do the most, forwards and backwards
+REASONS_FROM = ("threshold", "into_producers")  # whose refusals make up the reason: those that can do the most, forwards and backwards
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcome:
     """Where one affine went.
 
     how     the rewrite that it went by, "" if none
@@ -34,8 +32,6 @@ class Fate:
     left    the operators that remain of it
     reason  why anything remains, else ""
     rewritten  whether what remains of it is computed by other nodes than before
-    takes, gives   the values of the graph that hold what the affine takes and gives, and in which basis; for `taps`. None of what it took
-            if that is not computed any more
     """
 
     name: str
@@ -43,8 +39,6 @@ class Fate:
     into: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     reason: str = ""
-    takes: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
-    gives: tuple[ir.Value, Basis] | None = field(default=None, repr=False, compare=False)
     rewritten: bool = field(default=False, repr=False, compare=False)
 
     @property
@@ -53,98 +47,61 @@ class Fate:
         return bool(self.how or self.into)
 
 
-def taps(fates: Sequence[Fate]) -> tuple[tuple[Fate, ...], tuple[Tap, ...]]:
-    """(the fates without the values of the graph, which may go now; where to find in the file what each affine takes and gives)."""
-    calls: Counter[str] = Counter()
-    found = []
-    for fate in fates:
-        calls[fate.name] += 1
-        for given, place in ((True, fate.takes), (False, fate.gives)):
-            if place is not None:
-                value, basis = place
-                found.append(Tap(fate.name, calls[fate.name], str(value.name), given, basis.scale, basis.shift))
-    return tuple(replace(fate, takes=None, gives=None) for fate in fates), tuple(found)
-
-
 def fold(
     graph: ir.Graph,
     affines: Sequence[Affine],
     constants: Constants,
-    undone: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
     *,
-    blocked: bool = False,
-) -> list[Fate]:
+    spatial_thresholds: bool = True,
+) -> list[Outcome]:
     """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph.
 
-    undone: affines that stay as they are, by name, and why: nothing may change around them, either.
-    blocked: let no ReLU on (N, C, H, W) become a maximum. onnxruntime on a CPU stores what lies between convolutions in blocks of channels
-    (NCHWc); it takes a BatchNormalization and its ReLU there in one step, but leaves that layout for a maximum and comes back after it.
+    kept: affines that stay as they are, by name, and why: nothing may change around them, either.
+    spatial_thresholds: whether a ReLU on (N, C, H, W) may become a maximum. onnxruntime on a CPU stores what lies between convolutions in
+    blocks of channels (NCHWc); it takes a BatchNormalization and its ReLU there in one step, but leaves that layout for a maximum and comes
+    back after it.
     """
-    undone = {} if undone is None else undone
-    fates: dict[Affine, Fate] = {}
-    given = {affine: affine.x for affine in affines}
-    nowhere: set[Affine] = set()  # those of which what they took is not computed any more
-    slots = {affine: affine.y for affine in affines}  # whose basis is that of what the affine gives
+    kept = {} if kept is None else kept
+    outcomes: dict[Affine, Outcome] = {}
     with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
         for affine in affines:
-            x = affine.x
-            layer = into_producer.fold(affine, constants) if affine.name not in undone else None
+            layer = into_producer.fold(affine, constants) if affine.name not in kept else None
             if layer is not None:
-                slots[affine] = x
-                nowhere.add(affine)
-                fates[affine] = Fate(affine.name, "into_producer", (layer,))
-        unfit = {a: undone[a.name] for a in affines if a.name in undone}
+                outcomes[affine] = Outcome(affine.name, "into_producer", (layer,))
+        unfit = {a: kept[a.name] for a in affines if a.name in kept}
         stay = {node: affine for affine in unfit for node in affine.nodes}
-        unfit |= {a: reason for a in affines if a not in fates and a not in unfit and (reason := _unfit(a)) is not None}
-        left = [affine for affine in affines if affine not in fates and affine not in unfit]
-        bases = Bases(constants, {node: affine for affine in left for node in affine.nodes}, undone=stay, blocked=blocked)
+        unfit |= {a: reason for a in affines if a not in outcomes and a not in unfit and (reason := _unfit(a)) is not None}
+        left = [affine for affine in affines if affine not in outcomes and affine not in unfit]
+        bases = Bases(
+            constants, {node: affine for affine in left for node in affine.nodes}, kept=stay, spatial_thresholds=spatial_thresholds
+        )
         for affine in left:
-            fates[affine] = _decide(affine, bases)
+            outcomes[affine] = _decide(affine, bases)
         for affine in left:
-            if not fates[affine].how and not fates[affine].into and not _touched(affine, bases):
+            if not outcomes[affine].how and not outcomes[affine].into and not _touched(affine, bases):
                 layer = into_producer.fold(affine, constants, adding=True)
                 if layer is not None:
-                    nowhere.add(affine)
-                    fates[affine] = Fate(affine.name, "", (layer,), ("Add",), fates[affine].reason)
-        left = [affine for affine in left if not fates[affine].left]
-        pending = [(affine, *remainder.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
-        spread.write(bases)
+                    outcomes[affine] = Outcome(affine.name, "", (layer,), ("Add",), outcomes[affine].reason)
+        left = [affine for affine in left if not outcomes[affine].left]
+        pending = [(affine, *write.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
+        write.write(bases)
         names = {str(node.name) for node in graph.all_nodes()}
         for affine, scale, shift in pending:
             if affine in bases.gone and affine.has_two_names():
-                remainder.write(affine, np.ones((1,) * scale.ndim), np.zeros((1,) * shift.ndim), constants, names)
+                write.write_remainder(affine, np.ones((1,) * scale.ndim), np.zeros((1,) * shift.ndim), constants, names)
             elif affine in bases.gone:
                 affine.replace_by(affine.x)
             else:
-                fates[affine] = replace(fates[affine], left=remainder.write(affine, scale, shift, constants, names))
+                outcomes[affine] = replace(outcomes[affine], left=write.write_remainder(affine, scale, shift, constants, names))
         for affine, reason in unfit.items():
             operations = [node for node in affine.nodes if node.op_type != "Cast"]
             known = all(node.domain == "" for node in operations)  # then it is left as it is
             types = tuple(node.op_type for node in operations)
             if not known:
-                types = remainder.write(affine, affine.scale, affine.shift, constants, names)
-            fates[affine] = Fate(affine.name, left=types, reason=reason)
-    same = Basis(np.ones(()), np.zeros(()))
-
-    def held(value: ir.Value) -> tuple[ir.Value, Basis]:
-        return replacement(value), bases.known.get(value, same)
-
-    by_value = {affine.y: affine for affine in affines}
-    return [
-        replace(
-            fates[a],
-            takes=None if a in nowhere else held(_source(given[a], by_value, slots)),
-            gives=held(slots[a]),
-            rewritten=a.nodes[0].graph is None,
-        )
-        for a in affines
-    ]
-
-
-def _source(value: ir.Value, by_value: Mapping[ir.Value, Affine], slots: Mapping[Affine, ir.Value]) -> ir.Value:
-    """The slot of a value that an affine takes: that of the affine which gives it, if one does."""
-    affine = by_value.get(value)
-    return value if affine is None else slots[affine]
+                types = write.write_remainder(affine, affine.scale, affine.shift, constants, names)
+            outcomes[affine] = Outcome(affine.name, left=types, reason=reason)
+    return [replace(outcomes[affine], rewritten=affine.nodes[0].graph is None) for affine in affines]
 
 
 def _touched(affine: Affine, bases: Bases) -> bool:
@@ -158,24 +115,24 @@ def _touched(affine: Affine, bases: Bases) -> bool:
     return any(slot in bases.known for slot in slots)
 
 
-def _decide(affine: Affine, bases: Bases) -> Fate:
+def _decide(affine: Affine, bases: Bases) -> Outcome:
     reasons: list[str] = []
     for how, attempt in ATTEMPTS:
         try:
             return _accepted(affine, how, attempt(affine, bases))
         except Conflict as conflict:
-            if how in TOLD or isinstance(conflict, Imprecise):
+            if how in REASONS_FROM or isinstance(conflict, Imprecise):
                 reasons.append(str(conflict))
     reason = "; ".join(dict.fromkeys(reasons))
-    if not remainder.batch_normalizes(affine):
+    if not write.batch_normalizes(affine):
         try:
-            return Fate(affine.name, reason=reason, into=_accepted(affine, "scale_alone", scale_alone.attempt(affine, bases)).into)
+            return Outcome(affine.name, reason=reason, into=_accepted(affine, "scale_alone", ways.scale_alone(affine, bases)).into)
         except Conflict:
             pass
-    return Fate(affine.name, reason=reason)
+    return Outcome(affine.name, reason=reason)
 
 
-def _accepted(affine: Affine, how: str, change: Change) -> Fate:
+def _accepted(affine: Affine, how: str, change: Change) -> Outcome:
     constants = change.bases.constants
     takes = [node for node in change.nodes if node not in change.bases.affines]
     if affine.spare is not None:
@@ -184,7 +141,7 @@ def _accepted(affine: Affine, how: str, change: Change) -> Fate:
             raise Conflict(f"{more / 1000:,.0f} kB of weights that others use, too, would be stored a second time")
     change.accept()
     layers = (node.name for node in takes if einsum.holds_a_constant(node, constants) or describe(node, constants) is not None)
-    return Fate(affine.name, how, tuple(str(name) for name in layers))
+    return Outcome(affine.name, how, tuple(str(name) for name in layers))
 
 
 def _unfit(affine: Affine) -> str | None:

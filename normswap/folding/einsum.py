@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from normswap.folding.affine import Array, Constants, called
-from normswap.folding.basis import Basis, Change, Conflict, close, rank_of
+from normswap.folding.basis import Basis, Change, Conflict, give_shift, rank_of
 
 
 def spread(node: ir.Node, change: Change) -> None:
@@ -84,10 +84,7 @@ def _linear(node: ir.Node, change: Change, term: str, held: str, out: str, place
         raise Conflict(f"{called(node)} adds up an axis of its input alone")
     _along(node, change.of(x), term, held)
     answer = _aligned(_response(change.of(x).shift, array, term, held, out), "".join(letter for letter in out if letter in held), out)
-    if not change.fixed(y):
-        change.set(y, change.of(y).shifted(answer if answer.any() else np.zeros((1,) * len(out))))
-    elif not close(*np.broadcast_arrays(answer, change.of(y).shift)):
-        raise Conflict(f"{called(node)} has no bias to take a shift")
+    give_shift(node, answer, change)
     change.hold(x)
     _along(node, change.of(y), out, held)
     if not change.of(y).scale.all() or not change.of(x).scale.all():

@@ -21,7 +21,7 @@ from normswap.folding import layouts
 from normswap.folding.affine import Affine, Constants, fits, only_use
 from normswap.folding.basis import Basis, Conflict
 from normswap.folding.linear import Linear, describe, vector
-from normswap.folding.spread import set_bias
+from normswap.folding.write import set_bias
 
 
 def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str | None:

@@ -11,14 +11,13 @@ there is a Conflict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from normswap.folding.affine import Array, called
-from normswap.folding.basis import Basis, Change, Conflict, Slot, rank_of, sizes_of
+from normswap.folding.basis import Basis, Change, Conflict, Rule, Slot, rank_of, sizes_of
 
 Sizes = Sequence[int | str | None]
 
@@ -309,9 +308,6 @@ def _apart(array: Array, axis: int) -> tuple[int, ...]:
     return (*array.shape[:axis], 1, *array.shape[axis + 1 :])
 
 
-Spread = Callable[[ir.Node, Change], Any]
-
-
 def move(node: ir.Node, change: Change) -> None:
     """Transpose, Reshape and the like."""
     x, y = change.bases.slot(node, 0), node.outputs[0]
@@ -323,4 +319,4 @@ def move(node: ir.Node, change: Change) -> None:
         change.set(x, Basis(backward(node, basis.scale), backward(node, basis.shift)))
 
 
-SPREAD: dict[str, Spread] = {**dict.fromkeys(_MOVES, move), **dict.fromkeys(("Slice", "Gather", "Split"), take), "Concat": concat}
+RULES: dict[str, Rule] = {**dict.fromkeys(_MOVES, move), **dict.fromkeys(("Slice", "Gather", "Split"), take), "Concat": concat}

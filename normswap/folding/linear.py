@@ -77,9 +77,9 @@ class Linear:
         total = np.concatenate(parts) if 0 not in summed else np.sum(parts, axis=0)
         return np.asarray(self.factor * total.reshape(self.outputs))
 
-    def rebased(self, bias_of: Array, scale: Array, shift: Array, out_scale: Array, out_shift: Array) -> Array:
-        """(b + W c - q) / p for the bias b."""
-        return np.broadcast_to((bias_of + self.response(shift) - out_shift) / out_scale, (self.outputs,))
+    def rebased(self, shift: Array, out_scale: Array, out_shift: Array) -> Array:
+        """The bias in the new bases, (b + W c - q) / p."""
+        return np.broadcast_to((self.bias + self.response(shift) - out_shift) / out_scale, (self.outputs,))
 
     def weight_factor(self, scale: Array, out_scale: Array) -> tuple[Array, Array]:
         """What the view of the weight is multiplied by, in two steps."""
@@ -88,7 +88,7 @@ class Linear:
     def holds(self, scale: Array, shift: Array, out_scale: Array, out_shift: Array) -> bool:
         """Whether the dtype holds the weight and the bias in the new bases."""
         array = _array(self.weight)
-        bias = self.rebased(self.bias, scale, shift, out_scale, out_shift)
+        bias = self.rebased(shift, out_scale, out_shift)
         factors = self.weight_factor(scale, out_scale)
         return fits(np.abs(bias), array.dtype, zero_below=True) and fits_product(array.reshape(self.view), *factors)
 
@@ -123,6 +123,11 @@ def why_not(node: ir.Node, constants: Constants) -> str:
     return f"the bias of {name} varies along more than the channels"
 
 
+def is_padded(node: ir.Node) -> bool:
+    """Whether a convolution or a pool sees anything around its input."""
+    return any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+
 def _array(value: ir.Value) -> Array:
     tensor = tensor_of(value)
     assert tensor is not None
@@ -136,12 +141,11 @@ def _conv(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
     group = node.attributes.get_int("group", 1)
     outputs, inputs, *kernel = weight.shape
     ones, rank = (1,) * len(kernel), weight.ndim
-    border = any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     view, in_shape, out_shape = weight.shape, (1, inputs, *ones), (outputs, 1, *ones)
     if group > 1:
         view = (group, outputs // group, inputs, *kernel)
         in_shape, out_shape = (group, 1, inputs, *ones), (group, outputs // group, 1, *ones)
-    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=border)
+    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=is_padded(node))
 
 
 def _conv_transpose(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:

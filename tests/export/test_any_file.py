@@ -26,7 +26,7 @@ from normswap.cli.app import app
 from normswap.errors import ExportError, LoadError, UsageError
 from normswap.export.any_file import Folded, fold
 from normswap.parity.result import ParityError
-from normswap.report.fold import fold_json, fold_summary
+from normswap.report.onnx import fold_json, fold_summary
 
 # -- what folds -----------------------------------------------------------------------------------------------------------------------
 
@@ -82,9 +82,9 @@ def test_a_norm_of_an_older_opset_is_in_inference_mode(opset: int, tmp_path: Pat
     ],
 )
 def test_the_evaluator_is_corrected_where_it_is_wrong(body: str, opset: int, corrected: bool) -> None:
-    from normswap.parity.runners import _corrected
+    from normswap.parity.run_onnx import corrected_operators
 
-    assert bool(_corrected(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
+    assert bool(corrected_operators(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
 
 
 @pytest.mark.parametrize("case", FOLDS)
@@ -262,7 +262,7 @@ def test_a_norm_that_stays_is_not_folded_by_what_shortens(tmp_path: Path) -> Non
     source = saved(tmp_path / "in.onnx", proto)
     both = fold(source, tmp_path / "out.onnx")
     assert both.nodes == {"Conv": 2}
-    one = fold(source, tmp_path / "out.onnx", undone={both.sites[0].name: "for the test"})
+    one = fold(source, tmp_path / "out.onnx", kept={both.sites[0].name: "for the test"})
     assert one.nodes == {"Conv": 2, "BatchNormalization": 1}
 
 
@@ -371,7 +371,7 @@ def test_a_fold_that_is_wrong_is_undone(tmp_path: Path, monkeypatch: pytest.Monk
     (site,) = result.sites
     assert site.left == ("BatchNormalization",)
     assert site.reason.startswith("rolled back: folded, #0 in onnxruntime (disabled) was ")
-    assert site.reason.endswith("(no layer by itself differs)")
+    assert site.reason.endswith(" passes")
     assert fold_json(str(source), result)["status"] == "rolled back"
     assert fold_summary(result).startswith("nothing was folded: what could be was rolled back, as it did not pass\n")
     assert target.read_bytes() == source.read_bytes()
@@ -381,7 +381,7 @@ def test_what_fails_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from normswap.folding.linear import Linear
 
     monkeypatch.setattr(Linear, "response", lambda self, shift: np.zeros(self.outputs))
-    monkeypatch.setattr("normswap.api.fold.settle", lambda attempt: attempt({}))  # finds nothing that could be undone
+    monkeypatch.setattr("normswap.api.fold.search", lambda attempt: attempt({}))  # finds nothing that could be undone
     source = saved(tmp_path / "in.onnx", FOLDS["norm, conv"][0])
     with pytest.raises(ParityError):
         fold_onnx(str(source), tmp_path / "out.onnx", inputs=["2x3x6x5"])

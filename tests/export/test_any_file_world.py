@@ -19,7 +19,7 @@ from normswap.api.fold import fold_onnx
 from normswap.cli.app import app
 from normswap.errors import LoadError, UsageError
 from normswap.export.any_file import Folded, fold
-from normswap.folding import Fate
+from normswap.folding import Outcome
 
 RNG = np.random.default_rng(67)
 X = RNG.standard_normal((2, 3, 6, 5)).astype(np.float32)
@@ -43,7 +43,7 @@ def opsets(path: Path) -> dict[str, int]:
     return {o.domain: o.version for o in onnx.load(path).opset_import}
 
 
-def only(result: Folded) -> Fate:
+def only(result: Folded) -> Outcome:
     (site,) = result.sites
     return site
 

@@ -17,10 +17,11 @@ from torch import nn
 from benchmarks import cuda_kernels
 from normswap.errors import UsageError
 from normswap.export import cuda
-from normswap.export.onnx_legs import on_provider
 from normswap.export.to_onnx import Export, export
+from normswap.export.verified import with_provider
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.judge import judge
+from normswap.parity.result import Comparisons
 from normswap.report.onnx import cuda_json, cuda_lines
 
 PAGE = """
@@ -168,7 +169,7 @@ def test_a_node_without_a_kernel_is_named(tmp_path: Path) -> None:
     names = {node.name for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert {m.node for m in found.without_kernel} <= names
     assert str(found.without_kernel[0]) == f"MaxPool {found.without_kernel[0].node} (float32, opset 22)"
-    assert cuda_lines(cuda_json(dataclasses.replace(found, why="onnxruntime has no CUDAExecutionProvider here")))[1] == (
+    assert cuda_lines(dataclasses.replace(found, why="onnxruntime has no CUDAExecutionProvider here"))[1] == (
         f"without a kernel: {found.without_kernel[0]}, {found.without_kernel[1]}"
     )
 
@@ -215,8 +216,8 @@ def placed(path: Path, provider: str) -> tuple[Export, dict[str, Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.GELU(), norm(5), nn.Linear(5, 4), norm(4), nn.GELU(), norm(4)).eval()
     x = torch.randn(2, 7)
-    result, legs = on_provider(export(model, (x,), {}, path), judge(model, (x,), {}), provider)
-    return result, dict(legs)
+    result, found = with_provider(export(model, (x,), {}, path), Comparisons(), judge(model, (x,), {}), provider)
+    return result, dict(found.parities)
 
 
 def test_a_run_where_every_node_is_on_the_provider(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_run_that_fell_back_does_not_count_as_passed(tmp_path: Path) -> None:
     assert result.cuda.run is not None
     assert result.cuda.status == "partly"
     assert len(result.cuda.run.elsewhere) == result.cuda.run.floating
-    told = cuda_lines(cuda_json(result.cuda))
+    told = cuda_lines(result.cuda)
     assert told[0].startswith("ran, but not on CUDA: ")
 
 
@@ -250,7 +251,7 @@ def test_without_a_provider_nothing_is_run_and_it_says_so(tmp_path: Path) -> Non
     assert (result.cuda.status, result.cuda.why) == ("not run", "onnxruntime has no CUDAExecutionProvider here")
     told = cuda_json(result.cuda)
     assert (told["status"], told["elsewhere"], told["kernels"]) == ("not run", [], {})
-    assert cuda_lines(told)[0].startswith("not run: onnxruntime has no CUDAExecutionProvider here; ")
+    assert cuda_lines(result.cuda)[0].startswith("not run: onnxruntime has no CUDAExecutionProvider here; ")
 
 
 def test_a_run_without_floating_point_nodes_does_not_count() -> None:
@@ -269,5 +270,5 @@ def test_integers_elsewhere_are_no_matter(tmp_path: Path) -> None:
 
 
 def test_a_target_that_there_is_not(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'ort-cpu', 'ort-fused'"):
+    with pytest.raises(UsageError, match="the target is 'gpu'; expected one of 'portable', 'cuda'"):
         export(net(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx", target="gpu")  # type: ignore[arg-type]

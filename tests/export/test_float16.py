@@ -179,11 +179,11 @@ def test_a_wrong_fold_is_rolled_back(path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_wrong_file_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from normswap.folding import into_producer, remainder
+    from normswap.folding import into_producer, write
 
-    write = remainder.write
+    written = write.write_remainder
     monkeypatch.setattr(into_producer, "set_bias", lambda node, bias: None)
-    monkeypatch.setattr(remainder, "write", lambda affine, scale, shift, *rest: write(affine, scale, shift + 1, *rest))
+    monkeypatch.setattr(write, "write_remainder", lambda affine, scale, shift, *rest: written(affine, scale, shift + 1, *rest))
     with pytest.raises(ParityError, match=r"converted, but onnxruntime .* is not the same function"):
         exported("conv", path)
     assert not path.exists()

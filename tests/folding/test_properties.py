@@ -19,23 +19,24 @@ from onnx_ir.passes import common
 
 from fixtures import random_onnx
 from fixtures.random_graphs import generate
-from normswap.api.convert import attempt
+from normswap.api.convert import convert_unchecked
+from normswap.api.request import Request
 from normswap.errors import ExportError
 from normswap.export.to_onnx import export
-from normswap.folding import Affine, Constants, Fate, fold
+from normswap.folding import Affine, Constants, Outcome, fold
 from normswap.folding.basis import Bases, Change, Conflict
 from normswap.folding.find import affines
-from normswap.parity.runners import _corrected
+from normswap.parity.run_onnx import corrected_operators
 
 EXACT = 1e-10
 
 
-def folded(proto: onnx.ModelProto) -> tuple[list[Fate], onnx.ModelProto]:
+def folded(proto: onnx.ModelProto) -> tuple[list[Outcome], onnx.ModelProto]:
     model = ir.from_proto(proto)
     constants = Constants(model.graph)
-    fates = fold(model.graph, affines(model.graph, constants), constants)
+    outcomes = fold(model.graph, affines(model.graph, constants), constants)
     common.RemoveUnusedNodesPass()(model)
-    return fates, ir.to_proto(model)
+    return outcomes, ir.to_proto(model)
 
 
 def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> float:
@@ -64,12 +65,12 @@ def number_of(proto: onnx.ModelProto) -> int:
 @given(st.randoms(use_true_random=False))
 def test_random_graphs_keep_their_function(r: random.Random) -> None:
     proto = random_onnx.generate(r)
-    fates, after = folded(proto)
+    outcomes, after = folded(proto)
     assert difference(proto, after) <= EXACT, onnx.printer.to_text(proto)
     assert number_of(after) <= number_of(proto)
     assert [value.name for value in after.graph.output] == [value.name for value in proto.graph.output]
-    for fate in fates:
-        assert bool(fate.left) == bool(fate.reason), fate
+    for outcome in outcomes:
+        assert bool(outcome.left) == bool(outcome.reason), outcome
 
 
 @settings(
@@ -78,11 +79,11 @@ def test_random_graphs_keep_their_function(r: random.Random) -> None:
 @given(st.randoms(use_true_random=False))
 def test_random_graphs_that_move_values_keep_their_function(r: random.Random) -> None:
     proto = random_onnx.generate(r, moving=True)
-    fates, after = folded(proto)
+    outcomes, after = folded(proto)
     assert difference(proto, after) <= EXACT, onnx.printer.to_text(proto)
     assert number_of(after) <= number_of(proto)
-    for fate in fates:
-        assert bool(fate.left) == bool(fate.reason), fate
+    for outcome in outcomes:
+        assert bool(outcome.left) == bool(outcome.reason), outcome
 
 
 def older(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto | None:
@@ -113,13 +114,13 @@ def test_graphs_of_older_opsets_keep_their_function(opset: int) -> None:
         proto = older(random_onnx.generate(random.Random(number), moving=bool(number % 3)), opset)
         if proto is None:
             continue
-        fates, after = folded(proto)
-        ways.update(fate.how for fate in fates)
+        outcomes, after = folded(proto)
+        ways.update(outcome.how for outcome in outcomes)
         x = np.random.default_rng(5).standard_normal([d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim])
         after.ir_version = 8
         onnx.checker.check_model(after)
         with np.errstate(all="ignore"):
-            want, got = (onnx.reference.ReferenceEvaluator(p, new_ops=_corrected(p)).run(None, {"x": x}) for p in (proto, after))
+            want, got = (onnx.reference.ReferenceEvaluator(p, new_ops=corrected_operators(p)).run(None, {"x": x}) for p in (proto, after))
         for a, b in zip(want, got, strict=True):
             assert np.abs(a - b).max() <= EXACT * max(float(np.abs(a).max()), 1e-6), onnx.printer.to_text(proto)
     for way in ("into_producer", "into_consumers", "stream_shift", "into_producers", *["threshold"] * (opset > 7)):
@@ -131,8 +132,8 @@ def test_every_operator_that_moves_values_is_passed() -> None:
     passed: Counter[str] = Counter()
     for number in range(800):
         proto = random_onnx.generate(random.Random(number), moving=True)
-        fates, _ = folded(proto)
-        gone = {name for fate in fates if not fate.left for name in _around(proto, fate.name)}
+        outcomes, _ = folded(proto)
+        gone = {name for outcome in outcomes if not outcome.left for name in _around(proto, outcome.name)}
         passed.update(gone)
     for operator in ("Neg", "Abs", "Tile", "CumSum", "DepthToSpace", "SpaceToDepth", "Einsum"):
         assert passed[operator], passed
@@ -156,7 +157,9 @@ def test_a_shared_value_is_not_stored_with_a_shift_that_costs_its_digits() -> No
 def test_every_way_is_taken_and_refused() -> None:
     ways: Counter[str] = Counter()
     for number in range(250):
-        ways.update(fate.how or ("stays" if fate.left else "nothing") for fate in folded(random_onnx.generate(random.Random(number)))[0])
+        ways.update(
+            outcome.how or ("stays" if outcome.left else "nothing") for outcome in folded(random_onnx.generate(random.Random(number)))[0]
+        )
     for way in ("into_producer", "into_consumers", "stream_shift", "threshold", "into_producers", "stays"):
         assert ways[way] >= 5, ways
 
@@ -184,14 +187,14 @@ def keeps_its_function(r: random.Random, directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own
         # `convert` refuses a network that rounds to near its limit, which is no matter here.
-        model = attempt(graph.make(torch.float64), inputs).model
+        model = convert_unchecked(graph.make(torch.float64), Request(example_inputs=inputs, coupling="none")).model
         try:
             result = export(model, inputs, {}, directory / "folded.onnx")
         except ExportError:
             return  # it branches on its data, or has an operator that ONNX lacks
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("normswap.folding.decide.ATTEMPTS", ())
-            patch.setattr("normswap.folding.scale_alone.attempt", refuse)
+            patch.setattr("normswap.folding.ways.scale_alone", refuse)
             patch.setattr("normswap.folding.into_producer.fold", lambda affine, constants, adding=False: None)
             plain = export(model, inputs, {}, directory / "plain.onnx")
     assert plain.folded == ()

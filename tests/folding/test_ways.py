@@ -14,7 +14,7 @@ from onnx import parser
 from onnx.numpy_helper import from_array
 from onnx_ir.passes import common
 
-from normswap.folding import Constants, Fate, fold
+from normswap.folding import Constants, Outcome, fold
 from normswap.folding.find import affines
 
 RNG = np.random.default_rng(6)
@@ -48,17 +48,17 @@ def parsed(body: str, constants: Mapping[str, np.ndarray], inputs: str, outputs:
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 
-def folded(proto: onnx.ModelProto) -> tuple[list[Fate], onnx.ModelProto]:
+def folded(proto: onnx.ModelProto) -> tuple[list[Outcome], onnx.ModelProto]:
     """Fold the affines whose name starts with n, as those of norms; others are part of the net."""
     model = ir.from_proto(proto)
     constants = Constants(model.graph)
     found = [affine for affine in affines(model.graph, constants) if str(affine.y.name).startswith("n")]
     names = [value.name for value in model.graph.outputs]
-    fates = fold(model.graph, found, constants)
+    outcomes = fold(model.graph, found, constants)
     common.RemoveUnusedNodesPass()(model)
     for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
-    return fates, ir.to_proto(model)
+    return outcomes, ir.to_proto(model)
 
 
 def operators(proto: onnx.ModelProto) -> Counter[str]:
@@ -639,22 +639,22 @@ STAY: dict[str, tuple] = {
 def test_vanishes(case: str) -> None:
     body, constants, inputs, ways, *outputs = VANISH[case]
     before = parsed(body, constants, inputs, *outputs)
-    fates, after = folded(before)
-    assert [fate.how or None for fate in fates] == ways, fates
-    gone = [fate for fate in fates if fate.how]
-    assert all(fate.left == () and fate.reason == "" and fate.into for fate in gone)
+    outcomes, after = folded(before)
+    assert [outcome.how or None for outcome in outcomes] == ways, outcomes
+    gone = [outcome for outcome in outcomes if outcome.how]
+    assert all(outcome.left == () and outcome.reason == "" and outcome.into for outcome in gone)
     own = Counter({"Relu": operators(before)["Relu"], "Max": 0})
     now = operators(after)
     assert now["Relu"] + now["Max"] == own["Relu"]
-    expected = operators(before) - Counter(Mul=len(gone), Add=sum(_shifts(before, fate) for fate in gone))
+    expected = operators(before) - Counter(Mul=len(gone), Add=sum(_shifts(before, outcome) for outcome in gone))
     now["Relu"] += now.pop("Max", 0)
     assert +now == +expected
     assert_same(before, after)
 
 
-def _shifts(proto: onnx.ModelProto, fate: Fate) -> int:
-    """Whether this affine is a Mul and an Add: fates have the name of the first node, or of its output."""
-    first = next(node for node in proto.graph.node if fate.name in (node.name, *node.output))
+def _shifts(proto: onnx.ModelProto, outcome: Outcome) -> int:
+    """Whether this affine is a Mul and an Add: outcomes have the name of the first node, or of its output."""
+    first = next(node for node in proto.graph.node if outcome.name in (node.name, *node.output))
     return int(first.output[0].endswith(("scaled", "scaled2")))
 
 
@@ -662,13 +662,13 @@ def _shifts(proto: onnx.ModelProto, fate: Fate) -> int:
 def test_stays(case: str) -> None:
     body, constants, inputs, reason, *outputs = STAY[case]
     before = parsed(body, constants, inputs, *outputs)
-    fates, after = folded(before)
-    assert len(fates) == 1
-    assert fates[0].left
-    assert not fates[0].how
-    assert reason in fates[0].reason
+    outcomes, after = folded(before)
+    assert len(outcomes) == 1
+    assert outcomes[0].left
+    assert not outcomes[0].how
+    assert reason in outcomes[0].reason
     by_channel = "in space" not in case and "finite" not in case and inputs != CUBE
-    assert len(fates[0].left) == 1 or not by_channel  # BatchNormalization, or what it was
+    assert len(outcomes[0].left) == 1 or not by_channel  # BatchNormalization, or what it was
     if "finite" not in case:
         assert_same(before, after)
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from benchmarks.onnx_skeletons import NETS, PreActivation, leaves, random_norm, with_norms, without_its_operators
 from normswap.export.to_onnx import export
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.parity.judge import LEVELS
 from normswap.parity.probes import Probe
-from normswap.parity.runners import onnx_runner
+from normswap.parity.run_onnx import LEVELS, onnx_runner
 
 SHAPE = (4, 3, 9, 8)
 ODD = (math.nan, math.inf, -math.inf)
@@ -107,7 +106,7 @@ def test_no_fold_moves_them(case: str, tmp_path: Path) -> None:
     make, ways = FOLDS[case]
     torch.manual_seed(0)
     model = with_norms(make(), random_norm(signs=False))
-    written = export(model, (torch.randn(2, *SHAPE[1:]),), {}, tmp_path / "m.onnx")
+    written = export(model, (torch.randn(2, *SHAPE[1:]),), {}, tmp_path / "m.onnx", target="cuda")
     assert {site.how for site in written.sites} == ways
     for level in LEVELS:
         got, want = outputs(model, tmp_path / "m.onnx", level, SHAPE)
@@ -150,7 +149,7 @@ def test_a_weight_that_is_0_forgets_a_negative_infinity(tmp_path: Path) -> None:
     assert model.norm.weight is not None
     with torch.no_grad():
         model.norm.weight[1] = 0
-    written = export(model, (torch.randn(2, *SHAPE[1:]),), {}, tmp_path / "m.onnx")
+    written = export(model, (torch.randn(2, *SHAPE[1:]),), {}, tmp_path / "m.onnx", target="cuda")
     assert [site.how for site in written.sites] == ["threshold"]
     for level in LEVELS:
         got, want = (values[0] for values in outputs(model, tmp_path / "m.onnx", level, SHAPE))
