@@ -129,7 +129,7 @@ def test_a_file_of_torchs_exporter(tmp_path: Path) -> None:
 
 
 def test_large_weights_stay_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normswap.onnx_file, "INLINE_LIMIT", 100_000)
+    monkeypatch.setattr("normswap.export.file.INLINE_LIMIT", 100_000)
     wide = (tensor("w", 300, 3, 9, 9), *(tensor(name, 300, low=0.5) for name in "stmv"))
     proto = model_of("h = Conv(x, w) y = BatchNormalization(h, s, t, m, v)", *wide, inputs="float[b,3,11,10] x")
     source = tmp_path / "in" / "model.onnx"
@@ -305,7 +305,7 @@ def test_what_cannot_be_shortened_is_folded_all_the_same(kind: str, tmp_path: Pa
         else:
             node.op_type = "Transposition"
 
-    monkeypatch.setattr(normswap.fold, "lean", shorten)
+    monkeypatch.setattr("normswap.export.any_file.simplify", shorten)
     source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
     result = fold_onnx(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}

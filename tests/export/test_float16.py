@@ -341,7 +341,7 @@ def test_a_model_that_does_not_run_in_float16_says_so(path: Path) -> None:
 def test_whole_nets_are_as_near_as_torch_makes_them(name: str, path: Path) -> None:
     """Networks with random weights are ill-conditioned: rounding their weights alone is more than the limit, which refuses some of them."""
     import torchvision
-    from test_export import relative, run
+    from test_to_onnx import relative, run
 
     model = getattr(torchvision.models, name)(num_classes=10)
     with torch.no_grad():
