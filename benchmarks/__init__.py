@@ -1,1 +1,1 @@
-"""Measurements, and the scripts that make them; each writes its results under docs/."""
+"""Measurements, and the scripts that make them; each writes its results under results/; README.md lists them."""

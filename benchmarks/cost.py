@@ -80,11 +80,11 @@ def python_convert() -> None:
 def command() -> None:
     import tempfile
 
-    from normswap.cli.convert import convert_files
+    from normswap.cli.convert import ConvertOptions, convert_to_directory
 
     only_import()
     with tempfile.TemporaryDirectory() as scratch:
-        convert_files("benchmarks.cost:resnet152", Path(scratch) / "out", inputs=["1x3x224x224"])
+        convert_to_directory("benchmarks.cost:resnet152", Path(scratch) / "out", ConvertOptions(inputs=["1x3x224x224"]))
 
 
 PROCESSES: dict[str, Callable[[], None]] = {f.__name__: f for f in (only_import, only_model, one_forward, python_convert, command)}
@@ -103,7 +103,7 @@ def surgery_ratio() -> dict[str, float]:
     """plan + swap (convert without its verification) against copy.deepcopy + torch.fx.symbolic_trace, in seconds."""
     import torch
 
-    from normswap.api import convert as pipeline
+    from normswap.api.convert import plan
     from normswap.swap.apply import swap
 
     model = resnet152()
@@ -111,7 +111,7 @@ def surgery_ratio() -> dict[str, float]:
     ours, theirs = [], []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        swap(model, pipeline.plan(model))
+        swap(model, plan(model))
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
         copy.deepcopy(model)

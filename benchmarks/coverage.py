@@ -59,7 +59,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from benchmarks import libraries
 from benchmarks.libraries import LIBRARIES
 from fixtures.nets import randomise
-from normswap.api.convert import Conversion, attempt, plan
+from normswap.api.convert import Conversion, convert_unchecked, plan
+from normswap.api.request import Request
 from normswap.detect.sites import Plan, Site, Skip, Swap
 from normswap.parity.judge import compare, judge
 from normswap.parity.result import Difference, Parity
@@ -324,7 +325,7 @@ def _convert(case: Case, model: nn.Module, arguments: tuple[Any, ...], record: R
     findings: list[str] = record["findings"]
     parity: Record | None = None
     try:
-        conversion = attempt(model, arguments)
+        conversion = convert_unchecked(model, Request(example_inputs=arguments, coupling="none"))
     except Exception as error:  # whatever it is, it is the finding, unless a detector is merely undecided
         decided = plan(model, arguments)
         if case.family == "detection" and "in float64 and" in str(error):  # the original finds another number of boxes in float64
@@ -342,7 +343,7 @@ def _convert(case: Case, model: nn.Module, arguments: tuple[Any, ...], record: R
         heads, sites = Heads(model).eval(), [f"detector.{s.name}" for s in decided.swaps]
         if unseen := _unseen(heads, resized):
             findings.append(f"the comparison of the heads does not reach {len(unseen)} layers, {unseen[0]} the first")
-        parity = measured(compare(judge(heads, (resized,), {}, sites=sites), Heads(converted).eval(), sites=sites))
+        parity = measured(compare(judge(heads, (resized,), {}, sites=sites), Heads(converted).eval()))
         parity["of"] = f"backbone and heads on {_shapes((resized,))}"
     if parity is not None and not parity["passed"]:
         findings.append(f"parity failed, first at {parity['first bad']}")
@@ -465,7 +466,7 @@ def _planned_calls(decided: Plan) -> dict[str, int]:
 
 def _in_train_mode(model: nn.Module, arguments: tuple[Any, ...], in_eval: Plan, findings: list[str]) -> Record:
     model.train()
-    conversion = attempt(model, arguments)
+    conversion = convert_unchecked(model, Request(example_inputs=arguments, coupling="none"))
     flags = {name: m.training for name, m in model.named_modules()} == {
         name: m.training for name, m in conversion.model.named_modules() if name in dict(model.named_modules())
     }

@@ -32,8 +32,9 @@ import normswap
 from fixtures import hostile, sandbox
 from fixtures.nets import randomise
 from normswap.api.fold import fold_onnx
-from normswap.cli.convert import convert_files
-from normswap.cli.revert import revert_files
+from normswap.cli.convert import ConvertOptions, convert_to_directory
+from normswap.cli.options import Loading
+from normswap.cli.revert import revert_directory
 from normswap.files import atomic
 from normswap.versions import versions
 
@@ -101,7 +102,7 @@ class Writer:
 
 
 def convert(path: Path, seed: int) -> None:
-    convert_files(str(path.parent.parent / f"net{seed}.pt"), path, inputs=[hostile.INPUT], onnx=False)
+    convert_to_directory(str(path.parent.parent / f"net{seed}.pt"), path, ConvertOptions(inputs=[hostile.INPUT], onnx=False))
 
 
 def convert_in_steps(path: Path, seed: int) -> None:
@@ -115,7 +116,7 @@ def save(path: Path, seed: int) -> None:
 
 
 def revert(path: Path, seed: int) -> None:
-    revert_files(str(path.parent.parent / f"converted{seed}"), path)
+    revert_directory(str(path.parent.parent / f"converted{seed}"), path, Loading())
 
 
 def fold(path: Path, seed: int) -> None:
@@ -221,7 +222,8 @@ def kills(workspace: Path) -> list[dict[str, Any]]:
     dice = random.Random(SEED)
     for seed in (OLD, NEW):
         torch.save(net(seed), workspace / f"net{seed}.pt")
-        convert_files(str(workspace / f"net{seed}.pt"), workspace / f"converted{seed}", inputs=[hostile.INPUT], onnx=False)
+        options = ConvertOptions(inputs=[hostile.INPUT], onnx=False)
+        convert_to_directory(str(workspace / f"net{seed}.pt"), workspace / f"converted{seed}", options)
         exported = workspace / f"net{seed}.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -44,9 +44,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixtures.nets import randomise
-from normswap.api.convert import attempt, plan
+from normswap.api.convert import convert_unchecked, plan
+from normswap.api.request import Request
 from normswap.detect.sites import Plan, Skip, Swap
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.result import Difference, Parity
@@ -230,7 +231,8 @@ def measure(case: Case) -> Record:
     record |= {"backend": decided.backend, "notes": list(decided.notes)} | _counted(model, arguments, decided, findings)
     calibration = [arguments, *(redrawn(arguments, case.seed + i) for i in range(1, BATCHES))]
     try:
-        conversion = attempt(model, arguments, calibration=calibration, approximate=True)
+        request = Request(example_inputs=arguments, calibration=calibration, approximate=True, coupling="none")
+        conversion = convert_unchecked(model, request)
     except Exception as error:  # whatever it is, it is the finding
         findings.append(f"convert raised {type(error).__name__}: {error}")
     else:
@@ -241,7 +243,7 @@ def measure(case: Case) -> Record:
         approximate = [s.name for s in decided.swaps if s.preserves == "approximate"]
         if approximate and "rounding" in record["parity"]:  # where convert stops
             converted = swap(model, decided)
-            fits = calibrate(converted, shadow(model), approximate, calibration)
+            fits = calibrate(converted, copy_for_running(model), approximate, calibration)
             asked = [Probe("example", *arguments_of(batch, model)) for batch in calibration[:1]]
             drift = compare(judge(model, (), {}, asked=asked), converted, tolerance=float("inf"), original=model)
         if drift is not None:
@@ -353,7 +355,7 @@ def calmed(case: Case) -> Parity:
         for module in norms(model).values():
             if isinstance(weight := getattr(module, "weight", None), Tensor):
                 weight.mul_(CALM)
-    return attempt(model, arguments).parity
+    return convert_unchecked(model, Request(example_inputs=arguments, coupling="none")).parity
 
 
 def numbers(d: Difference | None) -> Record:

@@ -47,9 +47,9 @@ from torch import nn
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
 from normswap.export.norms import operators
 from normswap.export.opset import DEFAULT_OPSET
-from normswap.export.quiet import quiet
 from normswap.export.to_onnx import export
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.quiet import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RAW, PAGE = ROOT / "build/onnx_latency.jsonl", ROOT / "benchmarks/results/onnx_latency.json", ROOT / "docs/benchmarks.md"

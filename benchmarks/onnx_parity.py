@@ -42,9 +42,11 @@ from normswap.export.to_onnx import export
 from normswap.export.verified import verified_export
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.inputs import Inputs
-from normswap.parity.judge import CAP, Judgement, judge, runtime
+from normswap.parity.judge import judge
+from normswap.parity.limits import CAP
 from normswap.parity.probes import Probe, probes
-from normswap.parity.runners import REFERENCE
+from normswap.parity.reference import Judgement
+from normswap.parity.run_onnx import REFERENCE, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RAW, PAGE = ROOT / "build/onnx_parity.jsonl", ROOT / "benchmarks/results/onnx_parity.json", ROOT / "docs/benchmarks.md"
@@ -86,9 +88,9 @@ def legs(name: str, kind: str) -> Row:
     torch.manual_seed(0)
     model = with_norms(make(), odd_norm(kind))
     judgement = judge(model, (), {}, asked=asked(shape))
-    kept = [p for p in judgement.probes if all(truth.noise <= CAP[torch.float32] for truth in judgement.outputs[p.name].values())]
+    kept = [p for p in judgement.probes if all(truth.noise <= CAP[torch.float32] for truth in judgement.truths_at(p).values())]
     lost = [p.name for p in judgement.probes if p not in kept]
-    judgement.probes = kept
+    judgement = judgement.at([p.name for p in kept])
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         given = Inputs((inputs(shape),))
@@ -123,7 +125,7 @@ def in_half(model: nn.Module, judgement: Judgement) -> float | None:
     with torch.no_grad():
         got = half(x.half() if x.is_floating_point() else x)
     got = [got] if isinstance(got, torch.Tensor) else list(got)
-    pairs = zip(got, judgement.outputs[probe.name].values(), strict=True)
+    pairs = zip(got, judgement.truths_at(probe).values(), strict=True)
     error = max(float((a.double() - b.value).abs().max() / b.value.abs().max()) for a, b in pairs)
     return error if error == error and error < 1 else None
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from normswap.rules.plain import why_not_plain as why_not_plain
     from normswap.rules.user_rules import batchless_from_data as batchless_from_data
     from normswap.rules.user_rules import batchless_from_statistics as batchless_from_statistics
-    from normswap.swap.apply import revert as revert
+    from normswap.swap.revert import revert as revert
     from normswap.training.drift import drift as drift
     from normswap.training.groups import norm_keys as norm_keys
     from normswap.training.groups import param_groups as param_groups
@@ -68,7 +68,7 @@ _HOMES = {
     "Landscape": "api.landscape",
     # convert
     "convert": "api.convert",
-    "revert": "swap.apply",
+    "revert": "swap.revert",
     "save": "api.directory",
     "load": "api.directory",
     "Conversion": "api.convert",

@@ -14,6 +14,8 @@ A message says what is wrong, where (the qualified name of the layer), and what 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 class NormswapError(Exception):
     """The root: catch this to catch everything that normswap raises on purpose."""
@@ -53,6 +55,24 @@ def shown(text: str, *, line: bool = False) -> str:
     on the screen or turn the direction of writing.
     """
     return "".join(c if c.isprintable() or (c == "\n" and not line) else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_of(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise UsageError unless the value of the option `name` is one of the `known` ones."""
+    if value not in (known := tuple(known)):
+        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+
+def few(items: Sequence[str], limit: int = 5) -> str:
+    """The first names of a list, in one line, and how many more there are."""
+    listed = ", ".join(shown(item, line=True) for item in items[:limit])
+    return listed + (f" ... and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def kind_of(thing: object) -> str:
+    """What something is, for a message: `a Tensor`, `an OrderedDict`, `None`."""
+    name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+    return f"a{'n' if name[:1].lower() in 'aeiou' else ''} {name}" if thing is not None else "None"
 
 
 class UsageError(NormswapError):

@@ -1,8 +1,8 @@
-"""The stages in order: read this first.
+"""The stages of a conversion in order: read this first.
 
     trace -> match -> judge -> swap -> compare -> calibrate -> compare
 
-`plan` stops after match, `inspect` goes from there to `facts`; `convert` goes through. `commands` puts `load` in front and `save`,
+`plan` stops after match, and `inspect` goes from there to the facts; `convert` goes through. The command puts `load` in front, and `save`,
 `export` and `report` behind.
 """
 
@@ -21,29 +21,31 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from normswap.api.request import Request, Selection
 from normswap.detect.facts import Facts, facts
 from normswap.detect.match import match
 from normswap.detect.sites import Plan, Rule, Site, Swap, Trace
 from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
-from normswap.layer.formulas import STD_FORMS, Stats
-from normswap.models.copying import on_meta, shadow
+from normswap.layer.formulas import Stats, StdForm
+from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
-from normswap.models.programs import as_module, like
-from normswap.parity.judge import NOTHING_FINITE, Judgement, compare, judge
+from normswap.models.programs import Model, as_module, like
+from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
-from normswap.parity.result import Parity, ParityError
+from normswap.parity.reference import Judgement
+from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.calibrate import REESTIMATE, Fit, Reestimate, arguments_of, calibrate
-from normswap.training import couple as pairs
-from normswap.training import modes
-from normswap.training.couple import Coupling, Pair
+from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
+from normswap.training.couple import Coupling, Pair, set_modes
+from normswap.training.couple import couple as couple_to_producers
 
-M = TypeVar("M", bound="nn.Module | ExportedProgram")
+M = TypeVar("M", bound=Model)
+Resolve = Callable[[], Inputs | None]
 DRIFT_BATCHES = 4
 
 
@@ -51,11 +53,12 @@ DRIFT_BATCHES = 4
 class Conversion(Generic[M]):
     """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
 
-    module: the model itself, or the rewritten graph that an ExportedProgram was made from again.
-    drift: how far the whole model and each swapped layer are from the original on calibration data, of an approximate conversion; else
-    None. parity is then that of the exact swaps alone. fits: how well each layer could be calibrated or re-estimated, if it was.
-    pairs: which layers are coupled to which conv or linear, and why the others are not.
-    judgement: what the original computes, to hold further candidates (an ONNX file) against.
+    module     the model itself, or the rewritten graph that an ExportedProgram was made from again
+    parity     of the exact swaps
+    drift      how far the whole model and each swapped layer are from the original on calibration data; None if all swaps are exact
+    fits       how well each layer could be calibrated or re-estimated, if any was
+    pairs      which layers are coupled to which conv or linear, and why the others are not
+    judgement  what the original computes, to compare further candidates (an ONNX file) with
     """
 
     model: M
@@ -68,9 +71,17 @@ class Conversion(Generic[M]):
     fits: tuple[Fit, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
+    def raise_if_failed(self) -> None:
+        """Raise ParityError unless the model is what it was promised to be: the same function, or no further from it than max_drift."""
+        raise_for(self.parity)
+        if self.drift is not None:
+            failed = "approximate, and further from the original than max_drift allows"
+            hint = "allow more, calibrate on more or other data, or exclude the layers that `normswap sensitivity` says cost most"
+            raise_for(self.drift, failed, hint)
+
 
 def plan(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = (),
@@ -86,18 +97,19 @@ def plan(
 
     Raises UsageError for a glob that matches nothing, and for a rule of your own that breaks its contract.
     """
-    return _plan(as_module(model), _resolver(model, example_inputs), include, exclude, rules, approximate)
+    selection = Selection(include=include, exclude=exclude, rules=rules)
+    return _plan(as_module(model), _resolver(model, example_inputs), selection, approximate=approximate)
 
 
 def inspect(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[Plan, tuple[Facts, ...]]:
-    """`plan`, and what is known of each norm. Runs one forward pass, on a copy."""
+    """`plan`, and what is known of each norm: its shapes, statistics, hazards. Runs one forward pass, on a copy. Raises as `plan` does."""
     module, resolve = as_module(model), _resolver(model, example_inputs)
     rules = all_checked(rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
@@ -109,41 +121,41 @@ def convert(
     model: M,
     example_inputs: Any = None,
     *,
-    calibration: Iterable[Any] | None = None,
-    approximate: bool = False,
-    max_drift: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    calibration: Iterable[Any] | None = Request.calibration,
+    approximate: bool = Request.approximate,
+    max_drift: float | None = Request.max_drift,
+    include: Sequence[str] = Request.include,
+    exclude: Sequence[str] = Request.exclude,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    std: str = "log",
-    reestimate: Reestimate | None = None,
-    aux: Aux = "auto",
-    stats: Stats = "natural",
-    coupling: Coupling = "auto",
+    std: StdForm = Request.std,
+    reestimate: Reestimate | None = Request.reestimate,
+    aux: Aux = Request.aux,
+    stats: Stats = Request.stats,
+    coupling: Coupling = Request.coupling,
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
-    example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer. std: how the layers store
-    it. aux, stats: how their statistics train, in train mode; see BatchlessNorm. coupling: "auto" couples the statistics of each norm
-    that has a conv or linear of its own before it to that one's weight, so that its training is centred as BatchNorm's is, and gives
-    every norm feedback and a guard; see `BatchlessNorm.couple`, `feedback` and `guard`. `pairs` says of each what became of it. "none": the
-    source's plain layer. In eval mode they are the same.
-
-    Norms that take their statistics from each sample (LayerNorm, GroupNorm ...) stay, unless `approximate` or `max_drift` asks for a model
-    that is not the same function: then they are swapped too, with statistics, weight and bias from `calibration`, an iterable of batches
-    (a tensor, a tuple of arguments, or a dict of keyword arguments each). `drift` says how far that is from the original; max_drift is the
-    most that passes, as max|difference| / max|original| of any output or layer.
-
+    example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer.
+    calibration: an iterable of batches, each a tensor, a tuple of arguments, or a dict of keyword arguments.
+    approximate: also swap norms that take their statistics from each sample (LayerNorm, GroupNorm ...), which gives a model that is not the
+        same function. Their statistics, weight and bias come from `calibration`; `drift` says how far the model is from the original.
+    max_drift: approximate, too; the most that passes, as max|difference| / max|original| of any output or layer.
+    include, exclude, rules: as for `plan`.
+    std: how the layers store the standard deviation: as its logarithm ("log"), as it is ("abs"), or as its inverse ("inv").
     reestimate: give layers that have statistics (BatchNorm) those of the calibration data. "exact": weight and bias take up the difference,
-    so the function stays, and is verified to. "adapt": weight and bias stay, so the function follows the data, as in AdaBN (Li et al. 2016,
-    arXiv:1603.04779); that is an approximate conversion, and has to be asked for as one.
+        so the function stays, and is verified to. "adapt": weight and bias stay, so the function follows the data, as in AdaBN (Li et al.
+        2016, arXiv:1603.04779); that is an approximate conversion, and has to be asked for as one.
+    aux, stats: how the statistics train, in train mode; see BatchlessNorm.
+    coupling: "auto" ties the statistics of each norm that has a conv or linear of its own before it to that layer's weight, so that
+        training is centred as BatchNorm's is; takes the trend out of each norm's gradient; and limits what one sample does to it. `pairs`
+        says of each norm what became of it. "none": the source's plain layer. In eval mode they are the same. See `BatchlessNorm.couple`.
 
-    Raises ParityError if the exact swaps do not give the same function within the limits of `verify`, or the drift is above max_drift;
-    UsageError if inputs or calibration data are needed or do not fit; SwapError if the model cannot be copied.
+    dtypes, devices and shapes of parameters stay. Raises ParityError if the exact swaps do not give the same function within the limits of
+    `verify`, or the drift is above max_drift; UsageError if inputs or calibration data are needed or do not fit; SwapError if the model
+    cannot be copied. Source of the layer: docs/method.md.
     """
-    conversion = attempt(
-        model,
-        example_inputs,
+    request = Request(
+        example_inputs=example_inputs,
         calibration=calibration,
         approximate=approximate,
         max_drift=max_drift,
@@ -156,22 +168,16 @@ def convert(
         stats=stats,
         coupling=coupling,
     )
-    check(conversion.parity)
-    if conversion.drift is not None:
-        check(
-            conversion.drift,
-            "approximate, and further from the original than max_drift allows",
-            "allow more, calibrate on more or other data, or exclude the layers of which `normswap sensitivity` says that they cost most",
-        )
+    conversion = convert_unchecked(model, request)
+    conversion.raise_if_failed()
     return conversion
 
 
 def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterable[Any] | None = None) -> tuple[Pair, ...]:
     """Couple a model that is converted already, in place: what `convert` does by itself, for one that `load` gave.
 
-    Each BatchlessNorm that has a conv or linear of its own before it is coupled to that one's weight, and all get feedback and a guard. The
-    function and the parameters stay; what the layers had of these from an earlier run is forgotten. example_inputs, calibration: as for
-    `convert`. Says of each layer what became of it.
+    Function and parameters stay; what the layers kept of an earlier coupling is forgotten. example_inputs, calibration: as for `convert`.
+    Returns for each layer what it was coupled to, or why to nothing.
 
     Raises UsageError if there is no BatchlessNorm, or inputs are needed; SwapError if the model cannot be copied.
     """
@@ -187,101 +193,71 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
     inputs = _needed(resolve())
     for layer in layers:
         layer.make_plain()
-    return pairs.couple(model, sites, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
+    return couple_to_producers(model, sites, inputs.args, inputs.kwargs, (arguments_of(batch, model) for batch in batches))
 
 
-def attempt(
-    model: M,
-    example_inputs: Any = None,
-    *,
-    calibration: Iterable[Any] | None = None,
-    approximate: bool = False,
-    max_drift: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    rules: Sequence[Rule] = DEFAULT_RULES,
-    std: str = "log",
-    reestimate: Reestimate | None = None,
-    aux: Aux = "auto",
-    stats: Stats = "natural",
-    coupling: Coupling = "none",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Conversion[M]:
-    """`convert` without the last word: the parity and the drift may have failed."""
-    if std not in STD_FORMS:
-        raise UsageError(f"std is {std!r}; expected one of {', '.join(map(repr, STD_FORMS))}")
-    if reestimate not in (None, *REESTIMATE):
-        raise UsageError(f"reestimate is {reestimate!r}; expected one of {', '.join(map(repr, REESTIMATE))}")
-    if reestimate is not None and calibration is None:
-        raise UsageError(
-            "statistics are re-estimated from data, and none were given", hint="give calibration=..., or --data on the command line"
-        )
-    modes.check(aux, stats)
-    pairs.check(coupling)
-    if aux == "explicit" and isinstance(model, ExportedProgram):
+def convert_unchecked(model: M, request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> Conversion[M]:
+    """`convert`, which raises nothing for a model that came out as another function: its parity or its drift failed.
+
+    progress: called with (done, total) after each batch of a calibration.
+    """
+    if request.aux == "explicit" and isinstance(model, ExportedProgram):
         raise UsageError(
             'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
             hint='aux="auto" puts the term into the graph',
         )
-    if max_drift is not None and not max_drift >= 0:
-        raise UsageError(f"max_drift is {max_drift}; expected a number that is 0 or more")
-    approximate = approximate or max_drift is not None
-    if reestimate == "adapt" and not approximate:
-        raise UsageError(
-            "layers that adapt to the data compute something else than the original",
-            hint="ask for it with --approximate or --max-drift, approximate=True or max_drift=...; or 'exact' keeps the function",
-        )
-    if approximate and calibration is None:
-        raise UsageError(
-            "an approximate swap starts from data, and none were given", hint="give calibration=..., or --data on the command line"
-        )
-    module, resolve = as_module(model), _resolver(model, example_inputs)
-    batches: Sequence[Any] | Iterable[Any] = ()
-    if calibration is not None:
-        batches = list(calibration) if iter(calibration) is calibration else calibration
-        if example_inputs is None:
+    module, resolve = as_module(model), _resolver(model, request.example_inputs)
+    batches: Iterable[Any] = ()
+    if request.calibration is not None:
+        batches = list(request.calibration) if iter(request.calibration) is request.calibration else request.calibration
+        if request.example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
     _check_values(module)
-    decided = _plan(module, resolve, include, exclude, rules, approximate, calibration is not None)
+    planned = _plan(module, resolve, request, approximate=request.may_differ, calibrated=request.calibration is not None)
     inputs = _needed(resolve())
-    sites = [s.name for s in decided.swaps if s.site.call is None]  # where both models have a module
-    exact = dataclasses.replace(decided, swaps=tuple(s for s in decided.swaps if s.preserves == "exact"))
-    names = [s.name for s in decided.swaps if s.preserves == "approximate"]
-    others = {} if reestimate is None else dict.fromkeys((s.name for s in exact.swaps), reestimate)
+    sites = [s.name for s in planned.swaps if s.site.call is None]  # where both models have a module
+    exact = dataclasses.replace(planned, swaps=tuple(s for s in planned.swaps if s.preserves == "exact"))
+    approximate = [s.name for s in planned.swaps if s.preserves == "approximate"]
+    reestimated = {} if request.reestimate is None else dict.fromkeys((s.name for s in exact.swaps), request.reestimate)
+    same_function = not approximate and request.reestimate != "adapt"
+
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
-    swapped = swap(module, exact, std=std)
+    converted = swap(module, exact, std=request.std)
     fits: tuple[Fit, ...] = ()
-    coupled: tuple[Pair, ...] = ()
-    if reestimate == "exact":
-        fits = calibrate(swapped, with_layers(shadow(module), exact), (), batches, reestimate=others, progress=progress)
-    modes.prepare(swapped, module, exact.swaps, aux=aux, stats=stats)
-    if not (names or reestimate == "adapt"):
-        coupled = _coupled(coupling, model, swapped, exact, inputs, batches)
-    parity = compare(judgement, swapped, sites=sites, original=module)
-    if not (names or reestimate == "adapt") or not parity:
-        return Conversion(like(model, swapped, inputs), swapped, decided, parity, inputs, judgement, fits=fits, pairs=coupled)
-    del swapped
-    approximated = swap(module, decided, std=std)
-    reference = with_layers(shadow(module), decided)
-    fits = calibrate(approximated, reference, names, batches, reestimate=others, progress=progress)
-    drift = _drift(module, decided, approximated, batches, math.inf if max_drift is None else max_drift)
-    if reestimate == "adapt":
-        decided = dataclasses.replace(decided, swaps=tuple(_adapted(s) for s in decided.swaps))
-    modes.prepare(approximated, module, decided.swaps, aux=aux, stats=stats)
-    coupled = _coupled(coupling, model, approximated, decided, inputs, batches)
-    return Conversion(like(model, approximated, inputs), approximated, decided, parity, inputs, judgement, drift, fits, coupled)
+    if request.reestimate == "exact":
+        fits = calibrate(converted, _reference(module, exact), (), batches, reestimate=reestimated, progress=progress)
+    set_modes(converted, module, exact.swaps, aux=request.aux, stats=request.stats)
+    pairs = _coupled(model, request, converted, exact, inputs, batches) if same_function else ()
+    parity = compare(judgement, converted, original=module)
+    if same_function or not parity:
+        return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, fits=fits, pairs=pairs)
+
+    del converted
+    converted = swap(module, planned, std=request.std)
+    fits = calibrate(converted, _reference(module, planned), approximate, batches, reestimate=reestimated, progress=progress)
+    drift = _drift(module, planned, converted, batches, math.inf if request.max_drift is None else request.max_drift)
+    if request.reestimate == "adapt":
+        planned = dataclasses.replace(planned, swaps=tuple(_adapted(s) for s in planned.swaps))
+    set_modes(converted, module, planned.swaps, aux=request.aux, stats=request.stats)
+    pairs = _coupled(model, request, converted, planned, inputs, batches)
+    return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, drift, fits, pairs)
 
 
 def _coupled(
-    word: Coupling, model: nn.Module | ExportedProgram, swapped: nn.Module, decided: Plan, inputs: Inputs, batches: Iterable[Any]
+    model: Model, request: Request, converted: nn.Module, planned: Plan, inputs: Inputs, batches: Iterable[Any]
 ) -> tuple[Pair, ...]:
-    if word == "none":
+    if request.coupling == "none":
         return ()
     if isinstance(model, ExportedProgram):
         reason = "is in the graph of an exported program, which keeps no state between steps"
-        return tuple(Pair(s.name, reason=reason) for s in decided.swaps)
-    sites = [s.site for s in decided.swaps]
-    return pairs.couple(swapped, sites, inputs.args, inputs.kwargs, (arguments_of(batch, swapped) for batch in batches))
+        return tuple(Pair(s.name, reason=reason) for s in planned.swaps)
+    sites = [s.site for s in planned.swaps]
+    return couple_to_producers(converted, sites, inputs.args, inputs.kwargs, (arguments_of(batch, converted) for batch in batches))
+
+
+def _reference(module: nn.Module, planned: Plan) -> nn.Module:
+    """The original to run beside a converted model, with a module wherever `planned` puts one."""
+    return with_layers(copy_for_running(module), planned)
 
 
 def _needed(inputs: Inputs | None) -> Inputs:
@@ -294,7 +270,10 @@ def _needed(inputs: Inputs | None) -> Inputs:
 
 
 def _check_values(module: nn.Module) -> None:
-    """On the meta device there are none. And each forward pass would draw other weights for a lazy layer (but a norm: ones and zeros)."""
+    """Raise UsageError for a model whose weights have no values yet: on the meta device, or in a lazy layer.
+
+    Each forward pass would draw other weights for a lazy layer; a lazy norm always gets ones and zeros.
+    """
     if valueless := on_meta(module):
         more = f", one of {len(valueless)} such tensors of the model," if len(valueless) > 1 else ""
         raise UsageError(
@@ -311,7 +290,7 @@ def _check_values(module: nn.Module) -> None:
 
 
 def _adapted(s: Swap) -> Swap:
-    """What was planned as exact is not, once its statistics follow the data."""
+    """The swap of a norm whose statistics follow the data, which is no longer exact even if it was planned as that."""
     if s.preserves == "approximate":
         return s
     reason = "takes the statistics of the calibration data and keeps its weight and bias, so its function changes"
@@ -323,57 +302,23 @@ def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
     return None if first is None else Inputs(*arguments_of(first, module))
 
 
-def _drift(module: nn.Module, decided: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:
-    """The distance from the original on the first DRIFT_BATCHES calibration batches: random probes would say nothing about such a model."""
+def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:
+    """The distance of an approximate model from the original on the first DRIFT_BATCHES calibration batches; random probes say nothing."""
     names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
-    sites = [s.name for s in decided.swaps]
-    reference = judge(with_layers(shadow(module), decided), (), {}, sites=sites, asked=asked)
-    return compare(reference, candidate, sites=sites, tolerance=limit, original=module)
+    sites = [s.name for s in planned.swaps]
+    reference = judge(_reference(module, planned), (), {}, sites=sites, asked=asked)
+    return compare(reference, candidate, tolerance=limit, original=module)
 
 
-def check(
-    parity: Parity,
-    failed: str = "not the same function",
-    hint: str = "exclude the layer that differs, or report this with the model's architecture",
-) -> None:
-    """Raise ParityError unless the measurement passed. failed: what the candidate is if not; hint: what to do then."""
-    if parity.passed:
-        return
-    bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
-    if parity.failure is not None or bad is None:
-        what = parity.failure or "nothing was compared"
-    elif bad.problem is not None:
-        what = f"{bad.name} {bad.problem}"
-        if bad.unjudged is not None or bad.problem == NOTHING_FINITE:
-            failed = "not judged"
-            hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
-    else:
-        ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
-        what = (
-            f"{ran}first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
-            f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
-        )
-        if not bad.float64 and not bad.non_finite and math.isfinite(bad.noise):
-            what += f", as the original itself is {bad.noise:.3g} off there"
-    raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)
-
-
-def _plan(
-    module: nn.Module,
-    resolve: Callable[[], Inputs | None],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    rules: Sequence[Rule],
-    approximate: bool,
-    calibrated: bool = False,
-) -> Plan:
-    rules = all_checked(rules, DEFAULT_RULES)
+def _plan(module: nn.Module, resolve: Resolve, selection: Selection, *, approximate: bool, calibrated: bool = False) -> Plan:
+    """calibrated: whether calibration data were given, so that no reason asks for them."""
+    rules = all_checked(selection.rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
-    return match(found, rules, include=include, exclude=exclude, approximate=approximate, calibrated=calibrated)
+    return match(found, rules, include=selection.include, exclude=selection.exclude, approximate=approximate, calibrated=calibrated)
 
 
-def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Sequence[Rule]) -> Trace:
+def _trace(module: nn.Module, resolve: Resolve, rules: Sequence[Rule]) -> Trace:
     def is_norm(site: Site) -> bool | None:
         rule = next((rule for rule in rules if rule.recognises(site)), None)
         return None if rule is None else rule.check(site) is None
@@ -381,7 +326,7 @@ def _trace(module: nn.Module, resolve: Callable[[], Inputs | None], rules: Seque
     return trace(module, _forward(resolve), is_norm)
 
 
-def given_to(model: nn.Module | ExportedProgram, example_inputs: Any) -> Inputs:
+def given_to(model: Model, example_inputs: Any) -> Inputs:
     """What was given as example inputs; of a list in a file the first batch, as far as the model takes it."""
     given = as_inputs(example_inputs)
     if not given.listed:
@@ -390,7 +335,7 @@ def given_to(model: nn.Module | ExportedProgram, example_inputs: Any) -> Inputs:
     return Inputs(*arguments_of(as_batches(given.listed, module, "--input")[0], module))
 
 
-def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
+def _forward(resolve: Resolve) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
     def forward() -> tuple[tuple[Any, ...], Any] | None:
         inputs = resolve()
         if inputs is None:
@@ -401,7 +346,7 @@ def _forward(resolve: Callable[[], Inputs | None]) -> Callable[[], tuple[tuple[A
     return forward
 
 
-def _resolver(model: nn.Module | ExportedProgram, example_inputs: Any) -> Callable[[], Inputs | None]:
+def _resolver(model: Model, example_inputs: Any) -> Resolve:
     """A function that gives the inputs: those that were given, those that the program came with, or inferred ones. Inferred once."""
 
     @functools.cache

@@ -13,44 +13,32 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from normswap.api import convert as pipeline
+from normswap.api.convert import Conversion, plan
 from normswap.detect.sites import Plan, Rule, Site, Swap
 from normswap.errors import LoadError, UnsafePickleError, UsageError
 from normswap.files import atomic
-from normswap.files.load import build
+from normswap.files.build import build, builds_without_code
+from normswap.files.converted import WEIGHTS, difference, load_weights, same_bits, unwrapped
+from normswap.files.converted import save as save_directory
 from normswap.files.load import load as load_source
-from normswap.files.recipe import (
-    RECIPE,
-    WEIGHTS,
-    Recipe,
-    check_files,
-    difference,
-    frozen_of,
-    load_weights,
-    read_recipe,
-    same_bits,
-    seal,
-    training_of,
-    unwrapped,
-)
-from normswap.files.recipe import save as save_directory
-from normswap.files.recipe_checks import builds_without_code, is_trusted
+from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
 from normswap.models import own_code
-from normswap.models.copying import copy_with, on_meta, shadow
+from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs, make
 from normswap.models.programs import as_module
+from normswap.models.spec import is_within
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
 
 
-def save(model: nn.Module | pipeline.Conversion[Any], directory: str | Path) -> Path:
+def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
 
-    What is written is read back, and held against the model bit for bit, before it is there. Of a model that torch.compile or
+    What is written is read back, and compared with the model bit for bit, before it is there. Of a model that torch.compile or
     DistributedDataParallel wrapped, what they wrapped.
     """
-    conversion = model if isinstance(model, pipeline.Conversion) else None
+    conversion = model if isinstance(model, Conversion) else None
     module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
     with atomic.directory(Path(directory)) as partial:
         save_directory(module, partial, inputs=recorded(conversion.inputs) if conversion else ())
@@ -167,7 +155,7 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
         else:
             others.append(site.name)
     if others:
-        planned = pipeline.plan(model, restored(recipe.inputs), approximate=True, rules=rules)  # the inputs tell what no weight tells
+        planned = plan(model, restored(recipe.inputs), approximate=True, rules=rules)  # the inputs tell what no weight tells
         swaps += [swap for swap in planned.swaps if swap.name in others]
     return Plan(tuple(swaps), (), "names")
 
@@ -188,7 +176,7 @@ def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inpu
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    copied = shadow(model)  # which is in eval mode, and whose buffers may change
+    copied = copy_for_running(model)  # which is in eval mode, and whose buffers may change
     args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -208,7 +196,7 @@ def _rules_of(recipe: Recipe, directory: Path, trust: bool, packages: tuple[str,
         hint = "pass the rules that it was converted with: normswap.load(directory, rules=(MY_RULE, *normswap.DEFAULT_RULES))"
         if entry["rule"] is None:
             raise LoadError(f"{where}, and does not say where that rule can be imported", hint=hint)
-        if not (trust or is_trusted(entry["rule"], packages) or _is_imported(entry["rule"])):
+        if not (trust or is_within(entry["rule"].partition(":")[0], packages) or _is_imported(entry["rule"])):
             package = entry["rule"].partition(":")[0].partition(".")[0]
             raise LoadError(
                 f"{where}, and to import {entry['rule']!a} is to run code of its choice",

@@ -1,60 +1,62 @@
-"""`normswap export`, and `normswap.export_onnx`: an ONNX file that was held against the model before it is there."""
+"""A model as an ONNX file without its normalization: `normswap.export_onnx`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normswap.api import convert as pipeline
-from normswap.api.sources import Model, inputs_of, load_any
+from normswap.api.convert import Conversion, given_to
+from normswap.api.verify import inputs_of
 from normswap.errors import UsageError
-from normswap.export.to_onnx import Dynamic, Export, Target
+from normswap.export.to_onnx import Dynamic, Export, Settings, Target
 from normswap.export.verified import main_result, verified_export
 from normswap.files import atomic
-from normswap.models.inputs import Inputs, parse
-from normswap.models.programs import as_module
-from normswap.parity.result import ParityError
+from normswap.models.inputs import Inputs
+from normswap.models.programs import Model, as_module
+from normswap.parity.result import ParityError, raise_for
 
 
 def export_onnx(
-    model: Model | pipeline.Conversion[Any],
+    model: Model | Conversion[Any],
     example_inputs: Any = None,
     path: str | Path = "model.onnx",
     *,
-    target: Target = "portable",
-    opset: int | None = None,
-    dynamic: bool | Dynamic = True,
-    half: bool = False,
-    external_data: bool | None = None,
+    target: Target = Settings.target,
+    opset: int | None = Settings.opset,
+    dynamic: bool | Dynamic = Settings.dynamic,
+    half: bool = Settings.half,
+    external_data: bool | None = Settings.external_data,
     thorough: bool = False,
 ) -> Export:
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
-    example_inputs: as for `convert`; not needed for a Conversion. target: "portable", operators of ONNX alone, in the form that is fastest
-    wherever it was measured; "cuda", also those of onnxruntime in which two are one, each with its meaning for other runtimes. opset: that
-    of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there. dynamic: what to leave free:
-    "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the example's), or "none" (False). half:
-    weights, inputs and outputs in float16. external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold
-    them. thorough: verify at every optimisation level of onnxruntime, and in onnx's own evaluator.
+    example_inputs: as for `convert`; not needed for a Conversion.
+    target: "portable", operators of ONNX alone, in the form that is fastest wherever it was measured; "cuda", also operators of onnxruntime
+        in which two are one, each with its meaning for other runtimes.
+    opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there.
+    dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the
+        example's), or "none" (False).
+    half: weights, inputs and outputs in float16; else dtypes stay.
+    external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold them.
+    thorough: verify at every optimisation level of onnxruntime, and in onnx's own evaluator.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.
     """
-    conversion = model if isinstance(model, pipeline.Conversion) else None
+    conversion = model if isinstance(model, Conversion) else None
     source: Model = conversion.module if conversion else model  # type: ignore[assignment]
     inputs: Inputs | None
     judgement = None
     if example_inputs is not None:
-        inputs = pipeline.given_to(source, example_inputs)
+        inputs = given_to(source, example_inputs)
     else:
-        if conversion is not None and conversion.drift is None:  # an approximate model is held against itself
+        if conversion is not None and conversion.drift is None:  # an approximate model is compared with itself
             judgement = conversion.judgement
         inputs = conversion.inputs if conversion else inputs_of(source, as_module(source))
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with atomic.file(Path(path)) as partial:
-        result, legs = verified_export(
+        result, compared = verified_export(
             source,
             inputs,
             partial,
@@ -67,28 +69,11 @@ def export_onnx(
             thorough=thorough,
         )
         try:
-            if legs.failed is not None:
-                pipeline.check(legs.failed)
+            if compared.failed is not None:
+                raise_for(compared.failed)
         except ParityError as error:
-            if half and legs.failed is not None:
-                noise = max((d.noise for d in legs.failed.outputs), default=float("nan"))
+            if half:
+                noise = max((d.noise for d in error.parity.outputs), default=float("nan"))
                 error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
             raise
-    return dataclasses.replace(result, path=Path(path), parity=main_result(legs), legs=legs)
-
-
-def export_files(
-    source: str,
-    output: Path,
-    *,
-    arch: str | None = None,
-    inputs: Sequence[str] = (),
-    trust_packages: Sequence[str] = (),
-    trust: bool = False,
-    **options: Any,
-) -> Export:
-    """`export_onnx` for the command line: SRC is a converted directory, or any model. options: as of `export_onnx`."""
-    given = parse(inputs) if inputs else None
-    model = load_any(source, arch=arch, trust_packages=trust_packages, trust=trust)
-    known = given or inputs_of(source, as_module(model))
-    return export_onnx(model, known, output, **options)
+    return dataclasses.replace(result, path=Path(path), parity=main_result(compared), legs=compared)

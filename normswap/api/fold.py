@@ -1,61 +1,53 @@
-"""`normswap fold`: the normalization of an ONNX file into its layers."""
+"""The normalization of anybody's ONNX file, folded into its layers: `normswap.fold_onnx`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from normswap.api import convert as pipeline
 from normswap.errors import ExportError, UsageError
 from normswap.export.any_file import Folded, fold, shapes_asked, sizes_known
 from normswap.export.verified import Attempt, clear, comparisons, main_result, measured, search
 from normswap.files import atomic, external_data
-from normswap.models.inputs import Inputs, parse
-from normswap.parity.judge import Judgement, judge
+from normswap.models.inputs import Inputs, as_inputs, parse
+from normswap.parity.judge import judge
 from normswap.parity.probes import Probe
-from normswap.parity.result import Comparisons
-from normswap.parity.runners import onnx_inputs, onnx_runner
+from normswap.parity.reference import Judgement
+from normswap.parity.result import Comparisons, raise_for
+from normswap.parity.run_onnx import onnx_inputs, onnx_runner
 
 SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
 
 
-def _declared(path: Path) -> Inputs | None:
-    """Random inputs of the sizes that the file declares; for axes that it leaves free, of the first size at which it runs; None if none."""
-    found = onnx_inputs(path) if sizes_known(path) else None
-    if found is None:
-        tried = (onnx_inputs(path, free=size) for size in SIZES)
-        found = next((inputs for inputs in tried if inputs is not None and _runs(path, inputs)), None)
-    if found is None:
-        return None
-    asked = shapes_asked(path)
-    return Inputs(tuple(torch.full(asked[i][:1], asked[i][1]).to(x) if i in asked else x for i, x in enumerate(found)))
+def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Folded:
+    """Fold the normalization in the ONNX file `source` into its layers, and write it to `path` once both files were found to be the same.
 
+    inputs: what both files are run on: a tensor, a tuple of tensors, one for each input of the graph, or specs as the command takes them,
+        ["2x3x224x224", "2x16:int64"]. None draws random numbers of the dtypes and sizes that the file declares; for axes that it leaves
+        free, of the first size at which it runs. Inputs, outputs, their names, dtypes and shapes stay as they are.
 
-def _runs(path: Path, inputs: tuple[torch.Tensor, ...]) -> bool:
-    try:
-        onnx_runner(path, "disabled")(Probe("example", inputs, {}))
-    except Exception:  # of onnxruntime, or of the inputs
-        return False
-    return True
+    Returns the file that was written: where each norm went, operators before and after, and the measurement. If there is nothing to fold,
+    `path` is a copy of `source`. A fold that breaks the file is rolled back, and named.
 
-
-def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folded:
-    """Fold the ONNX file SRC into `output`, after both were run on the same inputs and are the same function."""
-    given = parse(inputs) if inputs else None
-    path = Path(source)
-    if path.is_file():
-        external_data.check(path)
+    Raises LoadError if `source` is no valid ONNX file, UsageError if no inputs are known that it runs on, ExportError if `path` cannot be
+    written, ParityError if the new file computes something else. None of them leaves a file.
+    """
+    given = _given(inputs)
+    source, output = Path(source), Path(path)
+    if source.is_file():
+        external_data.check_locations(source)
 
     @functools.cache
     def judged() -> Judgement:
-        known = given or _declared(path)
+        known = given or _declared(source)
         if known is None:
             raise UsageError(f"{source} does not say how large its inputs are", hint="give them: --input 1x3x224x224")
-        return judge(path, known.args, known.kwargs)
+        return judge(source, known.args, known.kwargs)
 
     tried = 0
 
@@ -72,23 +64,49 @@ def fold_onnx(source: str, output: Path, *, inputs: Sequence[str] = ()) -> Folde
         except ExportError as error:
             why = error.message
         found = tried_with(kept, shorten=False)
-        result, legs = found.result
+        result, compared = found.result
         if not found.passed:
             return found
         result = dataclasses.replace(result, notes=(*result.notes, f"the rest of the graph stays as it is: {why}"))
-        return dataclasses.replace(found, result=(result, legs))
+        return dataclasses.replace(found, result=(result, compared))
 
     def tried_with(kept: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
         clear(partial)
-        result = fold(path, partial, kept=kept, shorten=shorten)
+        result = fold(source, partial, kept=kept, shorten=shorten)
         if not result.changed:
             return Attempt((result, Comparisons()), True)
-        legs, _ = comparisons(judged(), partial, baseline=path)
+        compared, _ = comparisons(judged(), partial, baseline=source)
         moved = [site for site in result.sites if site.touched or site.rewritten]
-        return measured((result, legs), moved, kept)
+        return measured((result, compared), moved, kept)
 
     with atomic.file(output) as partial:
-        result, legs = search(attempt).result
-        if legs.failed is not None:
-            pipeline.check(legs.failed)
-    return dataclasses.replace(result, path=output, parity=main_result(legs), legs=legs)
+        result, compared = search(attempt).result
+        if compared.failed is not None:
+            raise_for(compared.failed)
+    return dataclasses.replace(result, path=output, parity=main_result(compared), legs=compared)
+
+
+def _given(inputs: Any) -> Inputs | None:
+    if isinstance(inputs, (list, tuple)) and all(isinstance(spec, str) for spec in inputs):
+        return parse(inputs) if inputs else None
+    return None if inputs is None else as_inputs(inputs)
+
+
+def _declared(path: Path) -> Inputs | None:
+    """Random inputs of the sizes that the file declares; for axes that it leaves free, of the first of SIZES at which it runs, if any."""
+    found = onnx_inputs(path) if sizes_known(path) else None
+    if found is None:
+        tried = (onnx_inputs(path, free=size) for size in SIZES)
+        found = next((inputs for inputs in tried if inputs is not None and _runs(path, inputs)), None)
+    if found is None:
+        return None
+    asked = shapes_asked(path)
+    return Inputs(tuple(torch.full(asked[i][:1], asked[i][1]).to(x) if i in asked else x for i, x in enumerate(found)))
+
+
+def _runs(path: Path, inputs: tuple[torch.Tensor, ...]) -> bool:
+    try:
+        onnx_runner(path, "disabled")(Probe("example", inputs, {}))
+    except Exception:  # of onnxruntime, or of the inputs
+        return False
+    return True

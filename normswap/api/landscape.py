@@ -11,7 +11,7 @@ converge.
 
 What is moved and measured is the gradient that training steps along. So the statistics of a BatchlessNorm are neither part of x nor of g,
 nor is the term that aux="auto" adds to their gradients; those that are coupled move along with the weight of their producer, as they do
-when an optimizer steps; and what feedback takes away is missing from g.
+when an optimizer steps; and the gradient trend, which a layer takes out, is missing from g.
 
 All of it happens on a copy: parameters, gradients, buffers, modes, hooks and what a run keeps of the model are never written.
 
@@ -36,13 +36,13 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import NormswapError, SwapError, UsageError, described
+from normswap.errors import NormswapError, SwapError, UsageError, described, one_of
 from normswap.files import atomic
 from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.copying import copy_with, uncompiled
 from normswap.parity.probes import Probe
-from normswap.parity.runners import OwnTensors
+from normswap.parity.run_torch import OwnTensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,12 +135,14 @@ def landscape(
 
         landscape({"before": model, "after": conversion.model}, [(images, labels)])
 
-    model: one, or several under names, all on the same batches. data: an iterable of batches (x, y), or (x1, x2, y): the last is what
-    loss(output, y) takes, the others are the arguments of the model; x may be a dict of keyword arguments. A batch that is itself a dict
-    is both, model(**batch) and loss(output, batch). loss: returns one number; None is the cross entropy. steps: the grid of eta; the
-    paper's is 1/2 to 4 times the learning rate. layer: the qualified name of a module, for the gradient by its parameters alone; the
-    others stay. mode: that of the whole model. In "train" a BatchNorm takes the statistics of the batch, and its running statistics stay
-    as they are. progress(stage, done, total) is told after each gradient.
+    model: one, or several under names, all on the same batches.
+    data: an iterable of batches (x, y), or (x1, x2, y): the last is what loss(output, y) takes, the others are the arguments of the model;
+        x may be a dict of keyword arguments. A batch that is itself a dict is both, model(**batch) and loss(output, batch).
+    loss: returns one floating number in a tensor; None is the cross entropy.
+    steps: the grid of eta; the paper's is 1/2 to 4 times the learning rate.
+    layer: the qualified name of a module, for the gradient by its parameters alone; the others stay.
+    mode: that of the whole model. In "train" a BatchNorm takes the statistics of the batch, and its running statistics stay as they are.
+    progress: called with (stage, done, total) after each gradient.
 
     Each gradient is taken with the generators of torch, numpy and Python seeded alike, so that dropout drops the same, and from the same
     buffers. Takes as many gradients as there are steps, and one more, for each model and batch.
@@ -217,8 +219,7 @@ def _check(models: Mapping[str, nn.Module], data: Any, steps: Sequence[float], m
     if data is None or isinstance(data, (Tensor, Mapping)):
         what = "no data were given" if data is None else f"the data are a {type(data).__name__}; expected an iterable of batches (x, y)"
         raise UsageError(what, hint="give batches with labels: data=[(x, y)], or --data on the command line")
-    if mode not in get_args(Mode):
-        raise UsageError(f"mode is {mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}")
+    one_of("mode", mode, get_args(Mode))
     bad = [step for step in steps if not (step > 0 and math.isfinite(step))]
     if bad or not len(steps):
         raise UsageError(f"the steps are {list(steps)}; expected one or more finite numbers above 0")

@@ -17,56 +17,34 @@ Exact swaps are the same function. They are proved as `convert` proves them, mea
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import math
-import os
-import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten
 
-from normswap.api import convert as pipeline
+from normswap.api.convert import convert, plan
+from normswap.api.measurements import Measurement, Measurements
+from normswap.api.request import Selection
 from normswap.detect.sites import Plan, Preserves, Rule
-from normswap.errors import SwapError, UsageError, described
-from normswap.models.copying import shadow
-from normswap.models.programs import as_module
-from normswap.parity.probes import Probe
-from normswap.parity.runners import Runner, Values, module_runner
+from normswap.errors import SwapError, UsageError, described, one_of
+from normswap.models.copying import copy_for_running
+from normswap.models.programs import Model, as_module
+from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.run_torch import module_runner
 from normswap.rules import DEFAULT_RULES
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.calibrate import MASK, arguments_of, calibrate
-from normswap.versions import version_of
 
 By = Literal["rel_l2", "max_rel", "change"]
 Metric = Callable[[nn.Module], Any]
 Progress = Callable[[str, int, int], None]
 CACHE = 1 << 30  # bytes of the original's outputs that are kept; beyond, they are computed again for each layer
 ALONE, TOGETHER = "one layer at a time", "layers together"
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one model with some layers swapped does, on all the data.
-
-    rel_l2, max_rel   distance of the worst floating output from the original's; inf where outputs have another shape or are not finite
-    metric, change    what the user's metric says, and how far that is from what it says of the original; None without a metric
-    """
-
-    rel_l2: float
-    max_rel: float
-    metric: float | None = None
-    change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,35 +90,40 @@ class Sensitivity:
     batches: int
     metric: float | None = None
     budget: float | None = None
-    chosen: Choice | None = field(default=None)
+    chosen: Choice | None = None
 
 
 def sensitivity(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     data: Iterable[Any] | None,
     example_inputs: Any = None,
     *,
     metric: Metric | None = None,
     by: By = "rel_l2",
     budget: float | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Sequence[str] = Selection.include,
+    exclude: Sequence[str] = Selection.exclude,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    resume: str | Path | None = None,
+    skip_done: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Sensitivity:
     """Swap one layer of `model` at a time, measure what that does to the outputs, and rank the layers. `model` is not touched.
 
     data: an iterable of batches as for `convert`'s calibration; layers are calibrated, and errors measured, on all of it. A position where
-    a batch's "attention_mask" is 0 does not count. metric: takes a model in eval mode, returns a number. by: what ranks the layers, and
-    what the budget bounds. budget: the most that the chosen layers, swapped together, may change. resume: a file that keeps what was
-    measured; a later call with the same model, data and metric goes on from it. progress(stage, done, total) is told after each forward.
+        a batch's "attention_mask" is 0 does not count.
+    example_inputs, include, exclude, rules: as for `convert`.
+    metric: takes a model in eval mode, returns a number.
+    by: what ranks the layers, and what the budget bounds: "rel_l2", "max_rel", or "change" of the metric.
+    budget: the most that the chosen layers, swapped together, may change.
+    skip_done: a file that each measurement is written to once it is made, and of which none is made again. What it holds has to be of the
+        same norms, number of batches and metric; that weights and data are the same is yours to see to.
+    progress: called with (stage, done, total) after each forward pass.
 
-    Needs for each batch one forward of the original, two to calibrate all layers, and one per approximate layer. Each set that is tried for
-    the budget takes what `convert` takes to calibrate it; there are at most 1 + log2(layers).
+    Needs for each batch one forward pass of the original, two to calibrate all layers, and one per approximate layer. Each set that is
+    tried for the budget takes what `convert` takes to calibrate it; there are at most 1 + log2(layers).
 
     Raises UsageError if data are missing or do not fit the model, if the model puts out no floating tensor, for a metric that returns no
-    number, or a `resume` file of something else; ParityError if the exact swaps do not give the same function.
+    number, or a `skip_done` file of something else; ParityError if the exact swaps do not give the same function.
     """
     _check(data, metric, by, budget)
     assert data is not None
@@ -151,23 +134,25 @@ def sensitivity(
     if example_inputs is None:
         args, kwargs = arguments_of(batches[0], module)
         example_inputs = dict(kwargs) or args
-    decided = pipeline.plan(module, example_inputs, include=include, exclude=exclude, rules=rules, approximate=True)
 
-    def prove() -> nn.Module:
-        return pipeline.convert(module, example_inputs, include=include, exclude=exclude, rules=rules).module
+    def planned(include: Sequence[str], exclude: Sequence[str], approximate: bool) -> Plan:
+        return plan(module, example_inputs, include=include, exclude=exclude, rules=rules, approximate=approximate)
 
-    def plan(include: Sequence[str], exclude: Sequence[str], approximate: bool) -> Plan:
-        return pipeline.plan(module, example_inputs, include=include, exclude=exclude, rules=rules, approximate=approximate)
+    def exact() -> nn.Module:
+        """The model with all exact swaps made, which `convert` proves to be the same function."""
+        return convert(module, example_inputs, include=include, exclude=exclude, rules=rules).module
 
-    with _State(resume, lambda: _key(module, batches, metric, rules)) as state:
-        work = _Work(module, decided, prove, batches, metric, state, progress)
-        layers = work.layers(by)
+    decided = planned(include, exclude, True)
+    kinds = {s.name: s.kind for s in decided.swaps} | {s.name: s.kind for s in decided.skips}
+    with Measurements(skip_done, kinds, len(batches), None if metric is None else _name_of(metric)) as done:
+        study = _Study(module, decided, exact, batches, metric, done, progress)
+        layers = study.layers(by)
         chosen = None
         if budget is not None:
-            names, measured, tried = work.choose(layers, by, budget)
-            approximate = tuple(n for n in names if work.swaps[n].preserves == "approximate")
-            chosen = Choice(names, approximate, measured, tried, *_globs(plan, names, bool(approximate)))
-        return Sensitivity(decided, layers, by, len(batches), work.measured(()).metric, budget, chosen)
+            names, measured, tried = study.choose(layers, by, budget)
+            approximate = tuple(n for n in names if study.swaps[n].preserves == "approximate")
+            chosen = Choice(names, approximate, measured, tried, *_globs(planned, names, bool(approximate)))
+        return Sensitivity(decided, layers, by, len(batches), study.measured(()).metric, budget, chosen)
 
 
 def value(measured: Measurement, by: By) -> float:
@@ -184,8 +169,7 @@ def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> N
         )
     if isinstance(data, (Tensor, Mapping)):
         raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
-    if by not in get_args(By):
-        raise UsageError(f"by is {by!r}; expected one of {', '.join(map(repr, get_args(By)))}")
+    one_of("by", by, get_args(By))
     if by == "change" and metric is None:
         raise UsageError("layers are to be ranked by the change of a metric, and none was given", hint="give metric=..., or --metric")
     if budget is not None and not budget >= 0:
@@ -195,21 +179,21 @@ def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> N
 # --- measuring ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Work:
+class _Study:
     """What one call of `sensitivity` measures, in the order in which it is asked."""
 
     def __init__(
         self,
         module: nn.Module,
         decided: Plan,
-        prove: Callable[[], nn.Module],
+        exact_model: Callable[[], nn.Module],
         batches: Sequence[Any],
         metric: Metric | None,
-        state: _State,
+        done: Measurements,
         progress: Progress,
     ) -> None:
-        self.module, self.plan, self.prove, self.batches = module, decided, prove, batches
-        self.metric, self.state, self.progress = metric, state, progress
+        self.module, self.plan, self.exact_model, self.batches = module, decided, exact_model, batches
+        self.metric, self.done, self.progress = metric, done, progress
         self.swaps = {s.name: s for s in decided.swaps}
         self.exact = tuple(s.name for s in decided.swaps if s.preserves == "exact")
         self.original = _Original(module, batches)
@@ -219,11 +203,11 @@ class _Work:
         self.measured(())
         alone = [s.name for s in self.plan.swaps if s.preserves == "approximate"]
         together = self.measured(self.exact)
-        self._measure_alone([name for name in alone if (name,) not in self.state.rows])
+        self._measure_alone([name for name in alone if (name,) not in self.done.rows])
         exact = [Layer(name, self.swaps[name].kind, "exact", together) for name in self.exact]
         ranked = sorted(
             (
-                Layer(name, self.swaps[name].kind, "approximate", self.measured((name,)), self.state.calibration_errors.get(name))
+                Layer(name, self.swaps[name].kind, "approximate", self.measured((name,)), self.done.calibration_errors.get(name))
                 for name in alone
             ),
             key=lambda layer: value(layer.measured, by),  # sorted is stable: among equals, the order of execution
@@ -250,28 +234,28 @@ class _Work:
 
     def measured(self, names: tuple[str, ...]) -> Measurement:
         """Of the model in which the named layers are swapped, all together. Measured once."""
-        if names not in self.state.rows:
+        if names not in self.done.rows:
             swaps = [self.swaps[name] for name in names]
             approximate = [s.name for s in swaps if s.preserves == "approximate"]
             if not names:
                 candidate = self.module
             elif not approximate:
-                candidate = self.prove()
+                candidate = self.exact_model()
             else:
                 chosen = replace(self.plan, swaps=tuple(swaps))
-                candidate, reference = swap(self.module, chosen), with_layers(shadow(self.module), chosen)
+                candidate, reference = swap(self.module, chosen), with_layers(copy_for_running(self.module), chosen)
                 stage = f"{TOGETHER}: calibrating {len(approximate)}"
                 calibrate(candidate, reference, approximate, self.batches, progress=lambda *count: self.progress(stage, *count))
             stage = f"{TOGETHER}: measuring {len(approximate)}" if approximate else "exact swaps" if names else "the original"
-            self.state.add(names, self._measure(names, candidate, self._ticks(stage, len(self.batches))))
-        return self.state.rows[names]
+            self.done.add(names, self._measure(names, candidate, self._ticks(stage, len(self.batches))))
+        return self.done.rows[names]
 
     def _measure_alone(self, names: Sequence[str]) -> None:
         """Each layer on its own, all of them calibrated in one pass, as each sees what the original produces."""
         if not names:
             return
         chosen = replace(self.plan, swaps=tuple(self.swaps[name] for name in names))
-        calibrated, reference = swap(self.module, chosen), with_layers(shadow(self.module), chosen)
+        calibrated, reference = swap(self.module, chosen), with_layers(copy_for_running(self.module), chosen)
         stage = "calibrating"
         fits = calibrate(calibrated, reference, names, self.batches, alone=True, progress=lambda *count: self.progress(stage, *count))
         errors = {fit.name: fit.error for fit in fits}
@@ -281,10 +265,10 @@ class _Work:
         for name in names:
             candidate = swap(self.module, replace(self.plan, swaps=(self.swaps[name],)))
             candidate.get_submodule(name).load_state_dict(states[name])
-            self.state.add((name,), self._measure((name,), candidate, tick), errors[name])
+            self.done.add((name,), self._measure((name,), candidate, tick), errors[name])
 
     def _measure(self, names: tuple[str, ...], candidate: nn.Module, tick: Callable[[], None]) -> Measurement:
-        candidate = shadow(candidate)
+        candidate = copy_for_running(candidate)
         run = module_runner(candidate, ())
         sums: dict[str, _Sums] = {}
         for i, probe in enumerate(self.original.probes):
@@ -320,7 +304,7 @@ class _Original:
     """The floating outputs of the original on each batch: computed once and kept as far as they fit into CACHE."""
 
     def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
-        self.run: Runner = module_runner(shadow(module), ())
+        self.run: Runner = module_runner(copy_for_running(module), ())
         self.probes = [Probe(f"batch {i}", *arguments_of(batch, module)) for i, batch in enumerate(batches, 1)]
         masks = [probe.kwargs.get(MASK) for probe in self.probes]
         self.masks = [mask.bool() if isinstance(mask, Tensor) else None for mask in masks]
@@ -385,8 +369,12 @@ def _ratio(d: float, y: float) -> float:
     return 0.0 if d == 0 else d / y if y else math.inf
 
 
+def _name_of(metric: Metric) -> str:
+    return getattr(metric, "__qualname__", type(metric).__qualname__)
+
+
 def _number(metric: Metric, model: nn.Module) -> float:
-    name = getattr(metric, "__qualname__", type(metric).__qualname__)
+    name = _name_of(metric)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -402,7 +390,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
     return number
 
 
-# --- what convert is to be told -----------------------------------------------------------------------------------------------------
+# --- the options of convert that make a choice ---------------------------------------------------------------------------------------
 
 
 def _glob(name: str) -> str:
@@ -423,119 +411,3 @@ def _globs(
         if {s.name for s in plan(include, exclude, approximate).swaps} == set(names):
             return include, exclude
     return None, None
-
-
-# --- resuming -----------------------------------------------------------------------------------------------------------------------
-
-
-class _State:
-    """What was measured, by the names that were swapped; with a file, every row is on the disk before the next is begun.
-
-    The file has one JSON object per line: first whose measurements these are, then one for each measurement. A last line that was cut off
-    is dropped.
-    """
-
-    def __init__(self, path: str | Path | None, key: Callable[[], str]) -> None:
-        self.path, self.key = None if path is None else Path(path), key
-        self.rows: dict[tuple[str, ...], Measurement] = {}
-        self.calibration_errors: dict[str, float] = {}
-        self.file: IO[str] | None = None
-
-    def __enter__(self) -> _State:
-        if self.path is None:
-            return self
-        header = {"normswap sensitivity": STATE_VERSION, "key": self.key()}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if content:
-            self._read(content, header)
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self.path, whole)
-        self.file = self.path.open("a", encoding="utf-8")
-        if not content:
-            self._write(header)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def add(self, names: tuple[str, ...], measured: Measurement, calibration_error: float | None = None) -> None:
-        self.rows[names] = measured
-        if calibration_error is not None:
-            self.calibration_errors[names[0]] = calibration_error
-        self._write({"swapped": names, **asdict(measured), "calibration_error": calibration_error})
-
-    def _read(self, content: bytes, header: Mapping[str, Any]) -> None:
-        lines = content.split(b"\n")[:-1]
-        try:
-            found, *rows = [json.loads(line) for line in lines] or [None]
-        except ValueError:
-            found, rows = None, []
-        if not isinstance(found, dict) or "normswap sensitivity" not in found:
-            raise UsageError(f"{self.path} is no file of measurements that can be resumed", hint="give the name of a new file")
-        if found != header:
-            raise UsageError(
-                f"{self.path} holds measurements of another model, other data, another metric or another version of normswap or torch",
-                hint="give the name of a new file, or delete this one",
-            )
-        for row in rows:
-            names, error = tuple(row.pop("swapped")), row.pop("calibration_error")
-            self.rows[names] = Measurement(**row)
-            if error is not None:
-                self.calibration_errors[names[0]] = error
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-
-def _key(module: nn.Module, batches: Sequence[Any], metric: Metric | None, rules: Sequence[Rule]) -> str:
-    """A hash of all that a measurement depends on: versions, code of model, metric and rules as far as it can be had, weights, data."""
-    digest = hashlib.sha256()
-
-    def add(*parts: Any) -> None:
-        for part in parts:
-            data = part if isinstance(part, bytes) else str(part).encode()
-            digest.update(len(data).to_bytes(8, "little") + data)
-
-    add(STATE_VERSION, version_of("normswap"), torch.__version__, _code(metric))
-    for rule in rules:
-        add(rule.kind, rule.preserves, _code(rule.build), _code(rule.check))
-    for cls in sorted({type(m) for m in module.modules()}, key=lambda cls: f"{cls.__module__}.{cls.__qualname__}"):
-        add(_code(cls))
-    for name, part in module.named_modules(remove_duplicate=False):
-        add(name, type(part).__qualname__, part.extra_repr(), getattr(part, "code", ""))
-        own = {key: repr(value) for key, value in vars(part).items() if key[0] != "_" and key != "training"}
-        add(*(f"{key}={text}" for key, text in own.items() if " at 0x" not in text))  # an address is another one next time
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        add(name, *_content(tensor))
-    for batch in batches:
-        args, kwargs = arguments_of(batch, module)
-        leaves, spec = tree_flatten((args, dict(kwargs)))
-        add(spec, *(part for leaf in leaves for part in _content(leaf)))
-    return digest.hexdigest()
-
-
-def _code(thing: Any) -> str:
-    """Name and source of a class or function; the name alone where there is no source (a builtin, an interactive session)."""
-    thing = thing if thing is None or hasattr(thing, "__qualname__") else type(thing)
-    try:
-        source = inspect.getsource(thing)
-    except (OSError, TypeError):
-        source = ""
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}\n{source}"
-
-
-def _content(leaf: Any) -> Iterator[Any]:
-    if not isinstance(leaf, Tensor):
-        yield pickle.dumps(leaf)
-    elif is_lazy(leaf) or leaf.is_meta:
-        yield f"{leaf.dtype} without content"
-    else:
-        plain = (
-            leaf.detach().dequantize() if leaf.is_quantized else leaf.detach().to_dense() if leaf.layout != torch.strided else leaf.detach()
-        )
-        yield f"{leaf.dtype} {tuple(leaf.shape)}"
-        yield plain.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -3,162 +3,187 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import gc
-import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch.export import ExportedProgram
+import typer
 
-from normswap.api import convert as pipeline
-from normswap.api.directory import check_same, opened, recorded
-from normswap.cli.data import all_rules, batches_of
-from normswap.export.verified import verified_export
-from normswap.files import atomic, interrupts
-from normswap.files.load import load
-from normswap.files.recipe import read_recipe, save, seal
-from normswap.models.inputs import parse
-from normswap.models.programs import as_module
-from normswap.parity.result import Comparisons, ParityError
-from normswap.report.conversion import Report, report
-from normswap.report.onnx import export_facts
-from normswap.swap.calibrate import Reestimate
-from normswap.training.couple import Coupling
+from normswap.cli.options import Converting, Debug, Exporting, Json, Running, Selecting, Source
+from normswap.cli.terminal import Progress, print_json, print_tables, work
+from normswap.files import atomic
 
-Advance = Callable[[int, int], None]
-Progress = Callable[[str], AbstractContextManager[Advance]]
+if TYPE_CHECKING:
+    from normswap.api.convert import Conversion
+    from normswap.export.to_onnx import Export
+    from normswap.report.conversion import Report
+
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
 
-def _silent(stage: str) -> AbstractContextManager[Advance]:
-    return contextlib.nullcontext(lambda done, total: None)
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Exporting, Converting, Selecting, Running):
+    """Every option of the command."""
+
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True
 
 
-def convert_files(
-    source: str,
-    output: Path | None,
+def convert(
+    source: Source,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./<stem of SRC>.normswap/")] = None,
     *,
-    arch: str | None = None,
-    inputs: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    rules: Sequence[str] = (),
-    std: str = "log",
-    data: str | None = None,
-    approximate: bool = False,
-    max_drift: float | None = None,
-    reestimate: Reestimate | None = None,
-    coupling: Coupling = "auto",
-    onnx: bool = True,
-    export_options: Mapping[str, Any] = MappingProxyType({}),
-    trust_packages: Sequence[str] = (),
-    trust: bool = False,
-    progress: Progress = _silent,
+    options: ConvertOptions,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Swap every norm it can, prove it, save it.
+
+    Swaps every normalization that can be swapped exactly, proves that the outputs are the same, saves the model, exports it to ONNX and
+    proves that too.
+    """
+    with work(debug) as progress:
+        from normswap.report.conversion import calibration_table, report_table
+
+        report, directory = convert_to_directory(source, output, options, progress)
+    if as_json:
+        print_json(report.json())
+    else:
+        written = f"\n  written to {directory}{os.sep}"
+        print_tables(report_table(report), calibration_table(report), text=report.summary() + written)
+
+
+def convert_to_directory(
+    source: str,
+    output: Path | None = None,
+    options: ConvertOptions = ConvertOptions(),  # frozen
+    progress: Progress = lambda stage, done, total: None,
 ) -> tuple[Report, Path]:
-    """Convert SRC into a directory. export_options: those of `export_onnx`, for its model.onnx.
+    """Convert SRC into a directory; returns what was done, and the directory. output: None for ./<stem of SRC>.normswap/.
 
     Raises ParityError after writing a directory that holds the report alone.
     """
+    import dataclasses
+    import gc
+    import json
+
+    from torch.export import ExportedProgram
+
+    from normswap.api.convert import convert_unchecked
+    from normswap.api.request import Request
+    from normswap.cli.data import batches_of, loaded, parsed, rules_of
+    from normswap.export.verified import verified_export
+    from normswap.files.recipe import seal
+    from normswap.parity.result import Comparisons, ParityError, raise_for
+    from normswap.report import page
+    from normswap.report.conversion import Report
+
     if output is not None:
-        atomic.check(output)
-    given = parse(inputs) if inputs else None
-    known = all_rules(rules)
+        atomic.check_output_dir(output)
+    given, rules = parsed(options.inputs), rules_of(options.rules)
     clock = _Clock(progress)
     with clock("load"):
-        loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
-    batches = None if data is None else batches_of(data, loaded.model)
-    output = output or Path(f"{loaded.stem}.normswap")
+        original = loaded(source, options)
+    request = Request(
+        example_inputs=given,
+        calibration=None if options.data is None else batches_of(options.data, original.model),
+        approximate=options.approximate,
+        max_drift=options.max_drift,
+        include=options.include,
+        exclude=options.exclude,
+        rules=rules,
+        std=options.std,
+        reestimate=options.reestimate,
+        # A program is to load where there is no normswap, and without modes it cannot say that it is not for training.
+        aux="none" if isinstance(original.model, ExportedProgram) else Request.aux,
+        coupling=options.coupling,
+    )
+    output = output or Path(f"{original.stem}.normswap")
     with atomic.directory(output) as partial:
-        with clock("convert and verify") as advance:
-            conversion = pipeline.attempt(
-                loaded.model,
-                given,
-                calibration=batches,
-                approximate=approximate,
-                max_drift=max_drift,
-                include=include,
-                exclude=exclude,
-                rules=known,
-                std=std,
-                reestimate=reestimate,
-                progress=advance,
-                # A program is to load where there is no normswap, and without modes it cannot say that it is not for training.
-                aux="none" if isinstance(loaded.model, ExportedProgram) else "auto",
-                coupling=coupling,
-            )
-        form, factory = loaded.form, loaded.factory
-        del loaded  # the original is not needed any more, and there is to be room for the exporter's copies
+        with clock("convert and verify") as count:
+            conversion = convert_unchecked(original.model, request, count)
+        form, factory = original.form, original.factory
+        del original  # it is not needed any more, and there is to be room for the exporter's copies
         gc.collect()
         parities = {"torch": conversion.parity}
         if conversion.drift is not None:
             parities["drift"] = conversion.drift
-        facts: dict[str, Any] | None = None
-        not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if onnx else "no ONNX file was asked for"}
+        written: Export | None = None
+        not_run: Mapping[str, str] = {"onnxruntime": "the model failed before" if options.onnx else "no ONNX file was asked for"}
         if all(parities.values()):
             with clock("save"):
-                _save(conversion, partial, form=form, source=source, factory=factory)
-            if onnx:
-                # An approximate model is held against itself: how far it is from the original is what the drift says.
+                _save(conversion, partial, form, source=source, factory=factory)
+            if options.onnx:
+                # An approximate model is compared with itself: how far it is from the original is what the drift says.
                 judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
                 conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
-                    exported, of_file = verified_export(
-                        conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **export_options
+                    written, of_file = verified_export(
+                        conversion.module, conversion.inputs, partial / ONNX, judgement=judgement, **options.export_options()
                     )
                 parities.update(of_file.parities)
                 not_run = of_file.not_run
-                facts = export_facts(exported)
-        legs = Comparisons(parities, not_run)
-        if legs.failed is not None:
+        comparisons = Comparisons(parities, not_run)
+        if comparisons.failed is not None:
             for file in partial.iterdir():
                 file.unlink()
-        files = sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE})
-        result = report(
+        result = Report(
             source,
             conversion.plan,
-            legs.parities,
-            not_run=legs.not_run,
-            onnx=facts,
+            comparisons.parities,
+            not_run=comparisons.not_run,
+            onnx=written,
             seconds=clock.seconds,
-            files=files,
-            fits=map(dataclasses.asdict, conversion.fits),
+            files=sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE}),
+            fits=conversion.fits,
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / PAGE).write_text(result.html(), encoding="utf-8")
-        if legs.failed is None:
+        (partial / PAGE).write_text(page.html(result), encoding="utf-8")
+        if comparisons.failed is None:
             seal(partial)
-    if legs.failed is not None:
-        try:
-            pipeline.check(legs.failed)
-        except ParityError as error:
-            error.hint = f"{output / PAGE} has every measurement; nothing else was written"
-            raise
+    try:
+        conversion.raise_if_failed()
+        if comparisons.failed is not None:
+            raise_for(comparisons.failed)
+    except ParityError as error:
+        error.hint = f"{output / PAGE} has every measurement; nothing else was written"
+        raise
     return result, output
 
 
 class _Clock:
-    """Announces a stage while it runs, gives the function to tell how far it is, and keeps how long it took."""
+    """Announces a stage while it runs, gives the function that counts in it, and keeps how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.seconds = progress, dict[str, float]()
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[Advance]:
-        interrupts.check()
+    def __call__(self, stage: str) -> Iterator[Callable[[int, int], None]]:
+        atomic.raise_if_interrupted()
         start = time.perf_counter()
-        with self.progress(stage) as advance:
-            yield advance
+        self.progress(stage, 0, None)
+
+        def count(done: int, total: int) -> None:
+            self.progress(f"{stage}: calibration", done, total)
+            if done >= total:
+                self.progress(stage, 0, None)
+
+        yield count
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, source: str, factory: str | None) -> None:
-    """Write the model, read it back, and hold the two against each other."""
+def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str | None) -> None:
+    """Write the model in the form that the original had, read it back, and compare the two. origin: for its recipe."""
+    import torch
+    from torch.export import ExportedProgram
+
+    from normswap.api.directory import check_same, opened, recorded
+    from normswap.files.converted import save
+    from normswap.files.recipe import read_recipe
+    from normswap.models.programs import as_module
+
     model, name = conversion.model, None
     if isinstance(model, ExportedProgram):
         name = "model.pt2"
@@ -169,7 +194,7 @@ def _save(conversion: pipeline.Conversion[Any], directory: Path, *, form: str, s
         with atomic.writing(name):
             torch.save(model, directory / name)
     module = as_module(model)
-    save(module, directory, source=source, factory=factory, module=name, inputs=recorded(conversion.inputs))
+    save(module, directory, module=name, inputs=recorded(conversion.inputs), **origin)
     # The file is trusted, as it was written a moment ago, and by this process.
     again = as_module(opened(directory, read_recipe(directory), None, trust=True))
     check_same(module, again, directory, conversion.inputs)

@@ -1,4 +1,4 @@
-"""What the options --data, --rule, --metric and --loss name."""
+"""What the options of a command name: models, inputs, batches, rules, functions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,51 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from torch.export import ExportedProgram
 
+from normswap.api.verify import load_any
+from normswap.cli.options import Loading
 from normswap.detect.sites import Rule
 from normswap.errors import UsageError
-from normswap.models.inputs import as_batches, parse
-from normswap.models.programs import as_module
+from normswap.files.load import Loaded, load
+from normswap.models.inputs import Inputs, as_batches, parse
+from normswap.models.programs import Model, as_module
 from normswap.models.spec import SPEC, imported
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import named
 
 
-def batches_of(spec: str, model: nn.Module | ExportedProgram) -> Sequence[Any]:
-    """Calibration data: a .pt file that holds a list of batches; a .pt, .npz or .npy file that is one; a directory of such files; or
-    package.module:factory, which returns or yields batches. model: what they are for."""
+def loaded(source: str, loading: Loading) -> Loaded:
+    """The model of SRC, and what it was made from."""
+    return load(source, arch=loading.arch, trust_packages=loading.trust_packages, trust=loading.trust)
+
+
+def opened(source: str, loading: Loading) -> Model:
+    """The model of SRC, which may be a converted directory too."""
+    return load_any(source, arch=loading.arch, trust_packages=loading.trust_packages, trust=loading.trust)
+
+
+def parsed(specs: Sequence[str]) -> Inputs | None:
+    """The example inputs that --input gives, if it was given."""
+    return parse(specs) if specs else None
+
+
+def rules_of(specs: Sequence[str]) -> tuple[Rule, ...]:
+    """The rules that --rule names, before the default ones."""
+    return (*(named(spec) for spec in specs), *DEFAULT_RULES)
+
+
+def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
+    """The function that package.module:NAME names."""
+    found = imported(spec, option, meant)
+    if not callable(found):
+        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
+    return cast("Callable[..., Any]", found)
+
+
+def batches_of(spec: str, model: Model) -> Sequence[Any]:
+    """The batches that --data names, for `model`: a .pt file that holds a list of batches; a .pt, .npz or .npy file that is one; a
+    directory of such files; or package.module:factory, which returns or yields batches.
+    """
     path = Path(spec)
     files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]
     if path.exists():
@@ -41,16 +72,3 @@ def batches_of(spec: str, model: nn.Module | ExportedProgram) -> Sequence[Any]:
 def _batches_in(file: Path, model: nn.Module) -> list[Any]:
     found = parse([str(file)], "--data")
     return as_batches(found.listed, model, f"--data {file}") if found.listed else [found.kwargs or found.args]
-
-
-def all_rules(specs: Sequence[str]) -> tuple[Rule, ...]:
-    """People's own rules, by package.module:NAME, before the default ones."""
-    return (*(named(spec) for spec in specs), *DEFAULT_RULES)
-
-
-def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
-    """What package.module:callable names."""
-    found = imported(spec, option, meant)
-    if not callable(found):
-        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
-    return cast("Callable[..., Any]", found)

@@ -1,31 +1,26 @@
-"""`normswap inspect`: the plan for SRC, and what is known of each norm."""
+"""`normswap inspect`: what would happen to each norm of SRC, and what is known of it."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
-from normswap.api import convert as pipeline
-from normswap.cli.data import all_rules
-from normswap.files.load import load
-from normswap.models.inputs import parse
-from normswap.report.conversion import Report, report
+from normswap.cli.options import Debug, Json, Running, Selecting, Source
+from normswap.cli.terminal import print_json, print_tables, work
 
 
-def inspect_files(
-    source: str,
-    *,
-    arch: str | None = None,
-    inputs: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    rules: Sequence[str] = (),
-    trust_packages: Sequence[str] = (),
-    trust: bool = False,
-) -> Report:
-    """The plan for SRC, and what is known of each norm."""
-    known = all_rules(rules)
-    loaded = load(source, arch=arch, trust_packages=trust_packages, trust=trust)
-    given = parse(inputs) if inputs else None
-    plan, facts = pipeline.inspect(loaded.model, given, include=include, exclude=exclude, rules=known)
-    return report(source, plan, facts=map(dataclasses.asdict, facts))
+def inspect(source: Source, *, running: Running, selecting: Selecting, as_json: Json = False, debug: Debug = False) -> None:
+    """List every norm and what would happen.
+
+    Lists every normalization of a model: what would happen to it, and why not. Changes and writes nothing.
+    """
+    with work(debug):
+        from normswap.api.convert import inspect
+        from normswap.cli.data import loaded, parsed, rules_of
+        from normswap.report.conversion import Report, report_table
+
+        rules = rules_of(selecting.rules)
+        model = loaded(source, running).model
+        plan, facts = inspect(model, parsed(running.inputs), include=selecting.include, exclude=selecting.exclude, rules=rules)
+        report = Report(source, plan, facts=facts)
+    if as_json:
+        print_json(report.json())
+    else:
+        print_tables(report_table(report), text=report.summary())

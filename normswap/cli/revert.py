@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from torch.export import ExportedProgram
+import typer
 
-from normswap.api import convert as pipeline
-from normswap.api.directory import load
-from normswap.api.sources import factory_of, inputs_of
-from normswap.api.verify import verify
-from normswap.errors import UsageError
-from normswap.files import atomic
-from normswap.files.recipe import read_recipe
-from normswap.swap.apply import revert
+from normswap.cli.options import Debug, Loading
+from normswap.cli.terminal import say, work
 
 
-def revert_files(
-    source: str,
-    output: Path,
+def revert(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A converted directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The model file to write.")],
     *,
-    skip: bool = False,
-    arch: str | None = None,
-    trust_packages: Sequence[str] = (),
-    trust: bool = False,
-) -> Path:
+    skip: Annotated[bool, typer.Option("--skip", help="Leave layers as they are whose originals were not recorded.")] = False,
+    loading: Loading,
+    debug: Debug = False,
+) -> None:
+    """Give a converted model its BatchNorm back.
+
+    A layer that was not trained gets its recorded statistics bit for bit; a trained one gets variance = std^2 - eps.
+    """
+    with work(debug):
+        revert_directory(source, output, loading, skip=skip)
+    say(f"wrote {output}")
+
+
+def revert_directory(source: str, output: Path, loading: Loading, *, skip: bool = False) -> None:
     """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
 
-    skip: leave the layers as they are that cannot be reverted.
     A name that ends in .safetensors gets the state dict; any other a pickled module if the directory holds one, else a state dict.
     """
-    directory = Path(source)
-    recipe = read_recipe(directory)
-    converted = load(directory, factory_of(arch), trust_packages=trust_packages, trust=trust)
+    import torch
+    from torch.export import ExportedProgram
+
+    from normswap.api.verify import inputs_of, verify
+    from normswap.cli.data import opened
+    from normswap.errors import UsageError
+    from normswap.files import atomic
+    from normswap.files.recipe import read_recipe
+    from normswap.parity.result import raise_for
+    from normswap.swap.revert import revert
+
+    recipe = read_recipe(Path(source))
+    converted = opened(source, loading)
     if isinstance(converted, ExportedProgram):
         raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
-    pipeline.check(verify(converted, model, inputs_of(source, converted)))
+    raise_for(verify(converted, model, inputs_of(source, converted)))
     with atomic.file(output) as partial, atomic.writing(str(output)):
         if output.suffix == ".safetensors":
             from safetensors.torch import save_model
@@ -46,4 +57,3 @@ def revert_files(
             save_model(model, str(partial), metadata={"format": "pt"})
         else:
             torch.save(model if recipe.module else model.state_dict(), partial)
-    return output

@@ -1,11 +1,12 @@
-"""Calls that a back-end saw -> Sites: which of them can be replaced, by rewriting the code of which module.
+"""Normalizations in the code of modules that a back-end saw -> Sites: which of them can be replaced, by rewriting whose code.
 
-The module whose code makes a call, its owner, is traced alone (`graphs.py`), so that the rest of the model need not be traceable, and what
-is found there (`calls.py`) is counted against what was seen.
+The module whose code normalizes, the owner, is traced alone (`models/own_code.py`), so that the rest of the model need not be traceable.
+What is found in its graph (`handwritten.find`) is counted against what the back-end saw.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +16,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.detect.handwritten import HAND_WRITTEN, Found, Shapes, find
+from normswap.detect.functional import Found, Shapes
+from normswap.detect.handwritten import HAND_WRITTEN, find
 from normswap.detect.sites import Call, Forward, Site
 from normswap.detect.super_calls import under_super
 from normswap.errors import SwapError
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.models.own_code import NotTraceableError, base_forward, base_of, graphs_of, place_of
+from normswap.models.watching import Watcher
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One call that a back-end saw: in whose code, of what, and fed by which conv or linear alone."""
+    """One call of a normalizing function, or one square root as a hand-written norm takes it, that a back-end saw in the code of `owner`.
+
+    producer: the conv or linear whose output goes there and nowhere else, if there is one.
+    """
 
     owner: str
     function: str
@@ -43,9 +49,9 @@ def call_sites(
 ) -> tuple[list[tuple[int, Site]], list[str]]:
     """(number of its first hit, Site) for every call in the code of an owner of `hits`; and a note on every suspect that has no such site.
 
-    model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: the arguments of
-    a forward pass; asked only if the shape of an input must be known. idle: owners whose code was not run; their sites come last.
-    suspects: owners whose code does what hand-written norms do.
+    model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: gives the
+    arguments of a forward pass; asked only if the shape of an input must be known. idle: owners whose code was not run; their sites come
+    last. suspects: owners whose code scales by a root, as hand-written norms do.
     """
     owners = list(dict.fromkeys((*(hit.owner for hit in hits), *suspects, *idle)))
     found: dict[str, list[Found]] = {}
@@ -90,7 +96,7 @@ def writes_its_own(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
         return False
     try:
-        return any(call.layer is not None or call.needs_shape for call in _agreed(shadow(module), None))
+        return any(call.layer is not None or call.needs_shape for call in _agreed(copy_for_running(module), None))
     except (NotTraceableError, SwapError):
         return False
 
@@ -193,33 +199,29 @@ def _holds(owner: nn.Module, path: str) -> bool:
 
 def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward) -> dict[str, Shapes]:
     """owner -> node name -> shape, from one forward pass: each owner's graph is run beside its code, on what the code is given."""
-    shapes: dict[str, Shapes] = {}
+    watch = _GraphsBeside(model, {id(model.get_submodule(owner)): owner for owner in owners})
+    watch.run(*arguments)
+    return watch.shapes
 
-    def watch(owner: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if owner not in shapes:
-                graph_module = module if isinstance(module, fx.GraphModule) else fx.GraphModule(module, graphs_of(module)[False])
-                watcher = _ShapesOf(graph_module)
-                shapes[owner] = watcher.shapes
-                # The base_forward of a derived norm is never run: everything before it has been seen by then.
-                positional = _positional(module, args, kwargs)
-                try:
-                    watcher.run(*positional)
-                except Exception:
-                    return
 
-        return hook
+class _GraphsBeside(Watcher):
+    """Runs the graph of each owner's code on what the code is given at its first call. owners: id -> name."""
 
-    handles = [model.get_submodule(owner).register_forward_pre_hook(watch(owner), with_kwargs=True) for owner in owners]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(*arguments[0], **arguments[1])
-    except Exception:  # the user's model may raise anything; what was seen until then stays true
-        return shapes
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+    def __init__(self, model: nn.Module, owners: Mapping[int, str]) -> None:
+        super().__init__(model)
+        self.owners = owners
+        self.shapes: dict[str, Shapes] = {}
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        owner = self.owners.get(id(module))
+        if owner is None or owner in self.shapes:
+            return
+        graph_module = module if isinstance(module, fx.GraphModule) else fx.GraphModule(module, graphs_of(module)[False])
+        interpreter = _ShapesOf(graph_module)
+        self.shapes[owner] = interpreter.shapes
+        # The base_forward of a derived norm is never run: everything before it has been seen by then.
+        with contextlib.suppress(Exception):
+            interpreter.run(*_positional(module, args, kwargs))
 
 
 def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

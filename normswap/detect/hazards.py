@@ -1,4 +1,4 @@
-"""What one norm holds, and the traps that people step into with it: each a code that stays and a clause about this norm.
+"""What one norm holds, and the hazards of owning such a norm: each a code that stays the same and a clause about this norm.
 
     called_repeatedly         one norm, several calls in a forward
     never_called              no forward in eval mode calls it
@@ -18,16 +18,16 @@ docs/inspect.md says what each means to the user.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from normswap.detect.functional import KINDS
 from normswap.models.own_code import BASES
+from normswap.models.torch_private import AnyBatchNorm
 
 # A std or weight is "about 0" below this share of the median of the layer's others: such a channel is a constant, for all that follows.
 ABOUT_ZERO = 1e-4
@@ -39,7 +39,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon")  # the second is transformers'
 
 
 @dataclass(frozen=True)
-class Trap:
+class Hazard:
     """One warning: a code that programs may rely on, and a clause about the norm."""
 
     code: str
@@ -47,8 +47,8 @@ class Trap:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a norm holds, or what a functional call was given.
+class Contents:
+    """What a norm holds, or what the call of a normalizing function was given.
 
     batch      whether it is a BatchNorm layer, whose train mode takes its statistics over the batch
     tracked    whether there are running statistics; `tensors` lacks those whose values are not known (meta, lazy)
@@ -90,13 +90,13 @@ def about_zero(values: Tensor) -> int:
     return int((values <= (ABOUT_ZERO * positive.median() if positive.numel() else 0)).sum())
 
 
-def held_by(module: nn.Module) -> Held:
+def contents_of(module: nn.Module) -> Contents:
     """What a module holds. Reads it and changes nothing."""
-    batch = isinstance(module, _BatchNorm)
+    batch = isinstance(module, AnyBatchNorm)
     batches = _known(getattr(module, "num_batches_tracked", None))
     momentum = getattr(module, "momentum", None)
     var = getattr(module, "running_var", None)
-    return Held(
+    return Contents(
         tensors={name: tensor for name in _TENSORS if (tensor := _known(getattr(module, name, None))) is not None},
         eps=next((_number(getattr(module, name)) for name in _EPS if hasattr(module, name)), None),
         momentum="cumulative" if batch and momentum is None else _number(momentum),
@@ -108,9 +108,9 @@ def held_by(module: nn.Module) -> Held:
     )
 
 
-def given_to(function: str, arguments: Mapping[str, Any]) -> Held:
-    """What a functional norm was called with, by the names of `functional.bind`."""
-    return Held(
+def contents_of_call(function: str, arguments: Mapping[str, Any]) -> Contents:
+    """What a normalizing function was called with. arguments: by the names of `functional.bind`."""
+    return Contents(
         tensors={name: tensor for name in _TENSORS if (tensor := _known(arguments.get(name))) is not None},
         eps=_number(arguments.get("eps")),
         momentum=_number(arguments.get("momentum")),
@@ -131,60 +131,39 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def traps(held: Held | None, calls: int | None, shapes: Sequence[Sequence[int]], samples: int, writers: Sequence[str]) -> tuple[Trap, ...]:
-    """Every trap that one norm is in.
+def hazards_of(
+    contents: Contents, calls: int | None, shapes: Sequence[Sequence[int]], samples: int, writers: Sequence[str]
+) -> tuple[Hazard, ...]:
+    """Every hazard of one norm.
 
-    calls: in one forward; shapes: of its input (N, C, *space), in a forward of so many samples; writers: what writes to its output.
+    calls: in one forward; shapes: of its input (N, C, *space), in a forward of so many samples; writers: what overwrites its output.
     """
-    found = [_calls(calls)]
-    if held is not None:
-        found += [check(held) for check in _HELD]
-        # Where N is more than the samples, a sample has several values: a model may flatten its tokens into N.
-        if held.batch and any(math.prod(shape[2:]) == 1 and shape[0] <= samples for shape in shapes):
-            found.append(ONE_VALUE)
-    if writers:
-        found.append(
-            Trap(
-                "written_in_place",
-                f"has its output overwritten in place by {', '.join(sorted(set(writers)))}: a swap keeps that safe, as BatchlessNorm "
-                "returns a new tensor too; but a hook or feature extractor that keeps the output sees it after the write",
-            )
-        )
-    return tuple(trap for trap in found if trap is not None)
+    checks = (_initial_statistics, _no_running_statistics, _cumulative_momentum, _not_finite)
+    found = (_calls(calls), *(check(contents) for check in checks), _one_value(contents, shapes, samples), _written(writers))
+    return tuple(hazard for hazard in found if hazard is not None)
 
 
-def _calls(calls: int | None) -> Trap | None:
+def _calls(calls: int | None) -> Hazard | None:
     if calls == 0:
-        return Trap("never_called", "is not called by a forward pass in eval mode, so nothing measured says anything about it")
+        return Hazard("never_called", "is not called by a forward pass in eval mode, so nothing measured says anything about it")
     if calls is not None and calls > 1:
-        return Trap(
+        return Hazard(
             "called_repeatedly",
             f"is called {calls} times in one forward: all calls share one set of statistics, and train mode mixes what it sees in each",
         )
     return None
 
 
-ONE_VALUE = Trap(
-    "one_value_per_channel",
-    "gets one value per channel and sample: train mode takes its variance over the batch alone and raises for a batch of 1, "
-    "while eval mode runs",
-)
-
-
-def _initial(held: Held) -> bool:
-    mean, var = held.tensors.get("running_mean"), held.tensors.get("running_var")
-    return mean is not None and var is not None and mean.numel() > 0 and bool((mean == 0).all()) and bool((var == 1).all())
-
-
-def _never_updated(held: Held) -> Trap | None:
-    if _initial(held):
-        return Trap(
+def _initial_statistics(contents: Contents) -> Hazard | None:
+    mean, var = contents.tensors.get("running_mean"), contents.tensors.get("running_var")
+    if mean is not None and var is not None and mean.numel() > 0 and bool((mean == 0).all()) and bool((var == 1).all()):
+        return Hazard(
             "never_updated",
             "has running_mean 0 and running_var 1 in every channel, as they are initialised: it was never trained, "
             "or its statistics were not loaded",
         )
-    if held.batches == 0 and "running_var" in held.tensors:
-        return Trap(
+    if contents.batches == 0 and var is not None:
+        return Hazard(
             "not_counted",
             "has num_batches_tracked 0, yet statistics that are not the initial ones: something set them without counting (weights "
             "converted from elsewhere, for one), and a swap takes them as they are",
@@ -192,40 +171,58 @@ def _never_updated(held: Held) -> Trap | None:
     return None
 
 
-def _no_statistics(held: Held) -> Trap | None:
-    if held.training:
-        return Trap(
+def _no_running_statistics(contents: Contents) -> Hazard | None:
+    if contents.training:
+        return Hazard(
             "batch_statistics",
             "is called with training=True in a forward pass in eval mode: the output for one sample depends on the others",
         )
-    if held.batch and not held.tracked:
-        return Trap(
+    if contents.batch and not contents.tracked:
+        return Hazard(
             "no_running_statistics",
             "keeps no running statistics (track_running_stats=False): it normalizes by each batch's own, in eval mode too, so the output "
             "for one sample depends on the others",
         )
-    if held.tracking is False:
-        return Trap(
+    if contents.tracking is False:
+        return Hazard(
             "tracking_switched_off",
             "has running statistics, but track_running_stats=False: eval mode uses them, train mode no longer updates them",
         )
     return None
 
 
-def _momentum(held: Held) -> Trap | None:
-    if held.momentum != "cumulative" or not held.tracked:
+def _cumulative_momentum(contents: Contents) -> Hazard | None:
+    if contents.momentum != "cumulative" or not contents.tracked:
         return None
-    return Trap(
+    return Hazard(
         "cumulative_momentum",
         "has momentum=None: its statistics are the plain average of all batches so far, so training on moves them less and less"
-        + (", and the next batch replaces them, as num_batches_tracked is 0" if held.batches == 0 else ""),
+        + (", and the next batch replaces them, as num_batches_tracked is 0" if contents.batches == 0 else ""),
     )
 
 
-def _not_finite(held: Held) -> Trap | None:
-    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in held.tensors.items()}
-    bad = [f"{count} of {held.tensors[name].numel()} values of {name}" for name, count in counts.items() if count]
-    return Trap("not_finite", f"has {', '.join(bad)} that are not finite") if bad else None
+def _not_finite(contents: Contents) -> Hazard | None:
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in contents.tensors.items()}
+    bad = [f"{count} of {contents.tensors[name].numel()} values of {name}" for name, count in counts.items() if count]
+    return Hazard("not_finite", f"has {', '.join(bad)} that are not finite") if bad else None
 
 
-_HELD: tuple[Callable[[Held], Trap | None], ...] = (_never_updated, _no_statistics, _momentum, _not_finite)
+def _one_value(contents: Contents, shapes: Sequence[Sequence[int]], samples: int) -> Hazard | None:
+    # Where N is more than the samples, a sample has several values: a model may flatten its tokens into N.
+    if not contents.batch or not any(math.prod(shape[2:]) == 1 and shape[0] <= samples for shape in shapes):
+        return None
+    return Hazard(
+        "one_value_per_channel",
+        "gets one value per channel and sample: train mode takes its variance over the batch alone and raises for a batch of 1, "
+        "while eval mode runs",
+    )
+
+
+def _written(writers: Sequence[str]) -> Hazard | None:
+    if not writers:
+        return None
+    return Hazard(
+        "written_in_place",
+        f"has its output overwritten in place by {', '.join(sorted(set(writers)))}: a swap keeps that safe, as BatchlessNorm "
+        "returns a new tensor too; but a hook or feature extractor that keeps the output sees it after the write",
+    )

@@ -1,9 +1,9 @@
-"""What is decided before anything is changed: frozen data.
+"""What is found in a model, and what is decided before anything is changed: frozen data.
 
     Site   one normalization of the model, with all its names and calls
     Trace  every Site of a model, and what found them
     Rule   how one kind of source norm becomes a BatchlessNorm, or why it cannot
-    Swap   a Site that will be replaced          Skip   a Site that stays, and the reason
+    Swap   a Site that will be replaced          Skip   a Site that stays, and the reason: the two kinds of Decision
     Plan   every Site of the model, each as a Swap or a Skip
 
 There is no behaviour here beyond lookup.
@@ -23,8 +23,9 @@ Forward = tuple[tuple[Any, ...], Mapping[str, Any]]  # the arguments of one forw
 
 @dataclass(frozen=True)
 class Call:
-    """Where a normalization stands that is no module: in the code of `owner`, the numbers-th calls that `calls.find` finds there.
+    """Where a normalization stands that is no module: in the code of the module `owner`.
 
+    numbers: which of the normalizations that `handwritten.find` finds in that code; several, if they have the same tensors and settings.
     under: the code stays as it is, and its `super().forward` comes to call the layer.
     """
 
@@ -109,11 +110,10 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Swap:
-    """A site that will be replaced by a BatchlessNorm."""
+class Decision:
+    """What becomes of a site: a Swap or a Skip."""
 
     site: Site
-    rule: Rule
 
     @property
     def name(self) -> str:
@@ -130,6 +130,13 @@ class Swap:
     @property
     def producer(self) -> str | None:
         return self.site.producer
+
+
+@dataclass(frozen=True)
+class Swap(Decision):
+    """A site that will be replaced by a BatchlessNorm."""
+
+    rule: Rule
 
     @property
     def kind(self) -> str:
@@ -141,28 +148,11 @@ class Swap:
 
 
 @dataclass(frozen=True)
-class Skip:
+class Skip(Decision):
     """A site that stays as it is, and why."""
 
-    site: Site
     kind: str
     reason: str
-
-    @property
-    def name(self) -> str:
-        return self.site.name
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        return self.site.aliases
-
-    @property
-    def calls(self) -> int | None:
-        return self.site.calls
-
-    @property
-    def producer(self) -> str | None:
-        return self.site.producer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ between the user's and torch's in the order in which Python looks methods up. Ev
 and in train mode, and at every batch size. The tensors that the norm had are gone from the object (its weight and bias are the layer's),
 so code that would read the statistics fails loudly.
 
-`why_not_under_super` says when that is no faithful swap, before anything is changed: the code reads the statistics itself, calls a
+`under_super` says when that is no faithful swap, before anything is changed: the code reads the statistics itself, calls a
 normalizing function besides, or does in a trial not what it did.
 """
 
@@ -28,31 +28,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._pytree import tree_leaves
 
 from normswap.detect.functional import FUNCTIONS
 from normswap.errors import described
-from normswap.models.own_code import TENSORS, base_of, over_layer
+from normswap.models.own_code import TENSORS, as_base, base_of, over_layer
+from normswap.models.torch_private import tree_leaves
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _AFFINE = frozenset({"weight", "bias"})
 _EVERYTHING = frozenset({"__dict__", "_buffers", "_parameters", "state_dict", "named_buffers", "buffers"})
 LAYER = "norm"
 _FUNCTIONS = frozenset(name.rpartition(".")[2] for name, _ in FUNCTIONS.values())
-
-
-def as_base(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """The norm that a class derived from `cls` extends, with the same tensors and settings, without what it adds."""
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
-    layer.__dict__.update({name: module.__dict__[name] for name in ("momentum", "eps", "process_group") if name in module.__dict__})
-    for name in ("weight", "bias"):
-        layer.register_parameter(name, getattr(module, name, None))
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        if name in module._buffers:
-            layer.register_buffer(name, module._buffers[name])
-    return layer.eval()
 
 
 def put_under_super(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -80,7 +66,7 @@ class Answer:
 
 
 def under_super(module: nn.Module) -> Answer:
-    """Whether a layer can stand under the `super().forward` of a class that is derived from a norm of torch. Changes nothing."""
+    """Whether a layer can take the place of `super().forward` in a class that is derived from a norm of torch. Changes nothing."""
     base = base_of(module)
     if base is None or "forward" in module.__dict__:
         return Answer("its forward is not that of a class derived from a norm of torch")

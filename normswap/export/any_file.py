@@ -26,7 +26,7 @@ from normswap.export.norms import operators
 from normswap.export.simplify import norms_stay, simplify
 from normswap.files import external_data
 from normswap.parity.result import Comparisons, Parity
-from normswap.parity.runners import opset_of
+from normswap.parity.run_onnx import opset_of
 from normswap.versions import version_of
 
 if TYPE_CHECKING:

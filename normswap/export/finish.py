@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from normswap.errors import ExportError, first_words
 from normswap.export.opset import DEFAULT_OPSET, DOMAIN, NO_ONNX, TORCH_OPSET, unused
 from normswap.export.simplify import norms_stay, simplify
-from normswap.parity.runners import opset_of
+from normswap.parity.run_onnx import opset_of
 
 if TYPE_CHECKING:
     import onnx

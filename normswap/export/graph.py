@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from normswap.errors import ExportError, first_words
 from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.opset import NO_ONNX, unused
-from normswap.export.quiet import quiet
 from normswap.layer.export_operator import inject_operator
+from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,7 +14,7 @@ from normswap.errors import ExportError, SwapError
 from normswap.export.opset import DOMAIN, NO_ONNX
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import laid_out
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ _LIBRARY = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-
 
 def copied(model: nn.Module) -> nn.Module:
     try:
-        return shadow(model)
+        return copy_for_running(model)
     except SwapError as error:
         raise ExportError(error.message, hint=NO_ONNX) from error
 

@@ -13,9 +13,9 @@ import torch
 from normswap.export.fused_conv import FUSED
 from normswap.export.marks import Site
 from normswap.export.opset import DOMAIN
-from normswap.export.quiet import quiet
 from normswap.export.simplify import simplify
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir

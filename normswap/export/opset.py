@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from normswap.export.quiet import quiet
-from normswap.models.copying import uncompiled
+from normswap.models.quiet import quiet
+from normswap.models.watching import forward
 
 DEFAULT_OPSET = 20
 TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
@@ -45,12 +44,10 @@ def attends(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: M
     """Whether one forward pass of a copied model calls scaled_dot_product_attention. What it raises is for the export to say."""
     if isinstance(model, ExportedProgram):
         return any(node.target is _CALL.default for node in model.graph.nodes)
-    copied_args, copied_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
     watch = _Watch()
-    with quiet(), warnings.catch_warnings(record=True):
+    with quiet(), warnings.catch_warnings(record=True), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")  # the export runs it again, and shows them
-        with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), watch:
-            model(*copied_args, **copied_kwargs)
+        forward(model, args, kwargs, within=watch)
     return watch.seen
 
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from normswap.export.quiet import quiet
+from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from normswap.export import cuda
 from normswap.export.float16 import arguments, halved
 from normswap.export.to_onnx import Export, Program, Settings
 from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs
-from normswap.models.programs import as_module
-from normswap.parity.judge import CAP, LEVELS, MORE_LEVELS, Judgement, compare, judge, runtime
+from normswap.models.programs import Model, as_module
+from normswap.parity.judge import compare, judge
+from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
+from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, Parity
-from normswap.parity.runners import REFERENCE
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, REFERENCE, runtime
 
 if TYPE_CHECKING:
     from normswap.folding import Outcome
@@ -37,7 +38,7 @@ MEASURED = 24  # how often a file is folded and measured at most, and once more 
 
 
 def verified_export(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     inputs: Inputs,
     path: Path,
     *,
@@ -56,7 +57,7 @@ def verified_export(
     held = judged() if judgement is None or settings.half else judgement
     notes = list[str]()
     if settings.half:
-        noise = max((truth.noise for outputs in held.outputs.values() for truth in outputs.values()), default=0.0)
+        noise = max((truth.noise for key, truth in held.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
@@ -99,7 +100,7 @@ def verified_export(
 
 
 def _judged(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     inputs: Inputs,
     asked: Callable[[tuple[Any, ...], Mapping[str, Any]], list[Probe]] | None = None,
     *,
@@ -110,7 +111,7 @@ def _judged(
     if half:
         module, given, wide = halved(module), arguments(given), module
     usual = [probe for probe in probes(*given) if not (half and probe.name.endswith(LARGE))] if asked is None else asked(*given)
-    return judge(module, *given, wide=wide, asked=usual)
+    return judge(module, *given, unrounded=wide, asked=usual)
 
 
 def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judgement, list[str]]:
@@ -156,8 +157,8 @@ def comparisons(
             break
         parities[runtime(level)] = parity
     if not_run or thorough:
-        only = None if not_run else ["example"]
-        parity = compare(judgement, path, level=REFERENCE, only_like_example=not dynamic, only=only, baseline=baseline)
+        known = judgement if not_run else judgement.at(["example"])
+        parity = compare(known, path, level=REFERENCE, only_like_example=not dynamic, baseline=baseline)
         if parity.failure is not None and not not_run:
             not_run[runtime(REFERENCE)] = parity.failure
         else:

@@ -1,7 +1,10 @@
-"""Files and directories that appear under their names whole or not at all.
+"""Files and directories that appear under their names whole or not at all, and Ctrl-C that cannot get lost.
 
 Whatever ends the program, also SIGKILL or a full disk: what stood under a name stands there still, or what is new stands there whole. So
 nothing is moved out of the way first: a new directory and the old one change places, in one step of the file system.
+
+    with directory(path) as partial: ...    write into the directory `partial`
+    with file(path) as partial: ...         write the file `partial`, and what belongs to it beside it
 """
 
 from __future__ import annotations
@@ -10,26 +13,28 @@ import contextlib
 import ctypes
 import errno
 import filecmp
-import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from normswap.errors import NormswapError, UsageError, first_line
-from normswap.files import interrupts
+from normswap.files import external_data
+from normswap.files.json_file import read_json
 
 # Every name that is ever written into a directory. One that holds anything else is somebody's.
-OURS = frozenset(
+WRITTEN = frozenset(
     {"recipe.json", "report.json", "report.html", "model.safetensors", "model.pt", "model.pt2", "model.onnx", "model.onnx.data"}
 )
-LARGEST_JSON = 64 << 20  # bytes of a recipe or report; one of 10,000 layers has 5 MB
 
 
-def check(path: Path) -> None:
+def check_output_dir(path: Path) -> None:
     """Raise UsageError unless a directory may appear at `path`: nothing is there, or it is empty, or it holds what we wrote and no more."""
     path = Path(os.path.abspath(path))
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -43,13 +48,13 @@ def check(path: Path) -> None:
 def _others(path: Path) -> list[str]:
     """What is in a directory and is not ours."""
     entries = sorted(entry.name for entry in path.iterdir())
-    others = [name for name in entries if name not in OURS]
-    if not others and entries and not any(_says_so(path / name) for name in ("recipe.json", "report.json")):
+    others = [name for name in entries if name not in WRITTEN]
+    if not others and entries and not any(_names_normswap(path / name) for name in ("recipe.json", "report.json")):
         return entries
     return others
 
 
-def _says_so(path: Path) -> bool:
+def _names_normswap(path: Path) -> bool:
     """Whether a recipe or report names the normswap that wrote it."""
     try:
         content = read_json(path)
@@ -58,35 +63,22 @@ def _says_so(path: Path) -> bool:
     return isinstance(content, dict) and "version" in content and ("normswap" in content or "normswap" in (content.get("versions") or ()))
 
 
-def read_json(path: Path) -> object:
-    """What a file of JSON holds. Raises OSError, or ValueError for what is no JSON of a size and depth that we would have written."""
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes; expected {LARGEST_JSON:,} at most")
-    try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return content
-
-
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its name when the block ends well, and is gone when it does not.
 
-    What `path` held before is replaced, if `check` allows it.
+    What `path` held before is replaced, if `check_output_dir` allows it.
     """
     path = Path(os.path.abspath(path))
     recover(path)
-    check(path)
+    check_output_dir(path)
     with _scratch(path) as partial:
         partial.chmod(0o777 & ~_umask())  # it was made private
         yield partial
         for file in partial.iterdir():
             _finish(file)
         _sync(partial)
-        interrupts.check()
+        raise_if_interrupted()
         with _alone_in(path.parent):
             _take_the_place_of(partial, path)
             _sync(path.parent)
@@ -105,7 +97,7 @@ def file(path: Path) -> Iterator[Path]:
     with _scratch(path) as scratch:
         partial = scratch / path.name
         yield partial
-        interrupts.check()
+        raise_if_interrupted()
         with _alone_in(path.parent):
             before = _data_of(path)
             _place_data(scratch, path)
@@ -143,7 +135,7 @@ def _scratch(path: Path) -> Iterator[Path]:
             _remove_left_over(path)
             partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
             lock = _lock(partial)
-    _OURS.add(partial)
+    _scratch_dirs.add(partial)
     try:
         yield partial
     except OSError as error:
@@ -154,10 +146,10 @@ def _scratch(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _unlock(lock)
-        _OURS.discard(partial)
+        _scratch_dirs.discard(partial)
 
 
-_OURS: set[Path] = set()  # the temporary directories of this process, which nobody else writes into
+_scratch_dirs: set[Path] = set()  # the temporary directories of this process, which nobody else writes into
 
 
 def _remove_left_over(path: Path) -> None:
@@ -202,7 +194,7 @@ def _unlock(lock: int | None) -> None:
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
     """Two runs into one directory end one after the other. A temporary directory is locked already, by the run that made it."""
-    lock = None if directory in _OURS else _lock(directory, wait=True)
+    lock = None if directory in _scratch_dirs else _lock(directory, wait=True)
     try:
         yield
     finally:
@@ -303,8 +295,6 @@ def _data_of(path: Path) -> set[str]:
     ours = {entry.name for entry in path.parent.iterdir() if name.fullmatch(entry.name)}
     if not ours or not path.is_file():
         return set()
-    from normswap.files import external_data
-
     return ours & set(external_data.locations(path))
 
 
@@ -326,6 +316,45 @@ def _place_data(scratch: Path, path: Path) -> None:
         _finish(scratch / name)
         os.rename(scratch / name, target)
     if moved:
-        from normswap.files import external_data
-
         external_data.move(scratch / path.name, moved)
+
+
+# -- interrupts ----------------------------------------------------------------------------------------------------------------------------
+
+_interrupted = False
+
+
+@contextlib.contextmanager
+def remember_interrupts() -> Iterator[None]:
+    """Once SIGINT has come, `raise_if_interrupted` raises KeyboardInterrupt in the block, and the block ends with one in any case.
+
+    Python raises KeyboardInterrupt wherever the program is at that moment. Where that is a destructor, a callback that C calls or an
+    `except:` of somebody else, nothing comes of it, and the work would go on to its end as if nobody had asked it to stop. So the command
+    line remembers it. Where SIGINT is ignored, as in a shell's background, or handled by somebody else, or outside the main thread, it
+    stays so.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        global _interrupted
+        _interrupted = True
+        signal.default_int_handler(number, frame)
+
+    global _interrupted
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:  # also in place of another error: C++ makes a RuntimeError of a KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            raise_if_interrupted()
+        finally:
+            _interrupted = False
+
+
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if one was raised in the block of `remember_interrupts` and did not end it."""
+    if _interrupted:
+        raise KeyboardInterrupt

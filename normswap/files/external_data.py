@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-def check(path: Path) -> None:
+def check_locations(path: Path) -> None:
     """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor anywhere but in a file beside it or below."""
     proto = _read(path)
     for tensor in _tensors(proto):
@@ -26,10 +26,9 @@ def check(path: Path) -> None:
         if wrong:
             raise LoadError(f"{path.name} has a tensor {tensor.name!a:.60} with {wrong[0]}", hint="write it again from its source")
     for location in dict.fromkeys(_locations(proto)):
-        why = _why_not(path.parent, location)
-        if why is not None:
+        if (problem := _problem(path.parent, location)) is not None:
             raise LoadError(
-                f"{path.name} keeps weights in {location!a}, which {why}",
+                f"{path.name} keeps weights in {location!a}, which {problem}",
                 hint="the files that hold the weights of an ONNX file must be copied into its directory",
             )
 
@@ -63,7 +62,8 @@ def _read(path: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _why_not(directory: Path, location: str) -> str | None:
+def _problem(directory: Path, location: str) -> str | None:
+    """What keeps weights from being read at `location`, going on from "which"; None if nothing does."""
     parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
     if not location or PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor or ".." in parts or "\0" in location:
         return f"is not a file in {directory or '.'}"

@@ -1,247 +1,181 @@
-"""A model with BatchlessNorm layers <-> recipe.json + model.safetensors.
+"""recipe.json of a converted directory: what was swapped and how, how it trains, and the SHA-256 of each other file.
 
-The recipe says which layers are BatchlessNorm and of which form, how each trains, and what SHA-256 each other file of the directory has.
-The weights are the model's state dict, so any safetensors reader can load them into a converted model. Nothing is pickled: the architecture
-comes from the user's own factory.
+`Recipe` has its entries. Those that are lists of objects have a table of their fields (SITE, INPUT, RULE, TRAINING): what each is called,
+what it may be, and what is written for a layer. What is written, checked and read follows from these. A recipe is a file like any other:
+somebody else may have made it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from normswap.errors import LoadError, SwapError
-from normswap.files import recipe_checks
-from normswap.files.atomic import read_json, recover, writing
-from normswap.layer import coupling
-from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.copying import on_meta, unclear_names
+from normswap.errors import LoadError
+from normswap.files.atomic import recover
+from normswap.files.json_file import read_json
+from normswap.layer.batchless_norm import AUXES, BatchlessNorm
+from normswap.layer.formulas import STATS, STD_FORMS
 from normswap.versions import version_of
 
-RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
-PRODUCERS = (nn.Linear, *coupling.CONVS, *coupling.TRANSPOSED)
+RECIPE = "recipe.json"
 VERSION = 1
-WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
-MODES = ("aux", "stats", "momentum", "calls")  # how a layer trains: taken from the recipe, as they are no matter of the architecture
+MODULES = ("model.pt", "model.pt2")  # the files that a recipe may name, and never a path
+LARGEST_INPUT = 2**31  # elements
+
+
+# --- what a value may be ----------------------------------------------------------------------------------------------------------------
+
+Test = Callable[[Any], bool]
+
+
+def _is(kind: type) -> Test:
+    return lambda value: isinstance(value, kind)
+
+
+_text, _flag, _list = _is(str), _is(bool), _is(list)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _positive(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def _number(value: object) -> bool:
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _shape(value: object) -> bool:
+    return isinstance(value, list) and all(_whole(size) and size >= 0 for size in value) and math.prod(value) <= LARGEST_INPUT
+
+
+def _word(*known: object) -> Test:
+    return lambda value: isinstance(value, str) and value in known
+
+
+def _or_none(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
+def _list_of(test: Test) -> Test:
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+# --- what a recipe holds ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a converted directory holds.
+class Field:
+    """One field of an object in the recipe.
 
-    sites    one entry per BatchlessNorm: its names and its form
-    factory  the SRC that builds the original architecture (`torchvision:resnet18`), if the model came from one
-    module   the file with the whole model, if the source was one ("model.pt", "model.pt2")
-    inputs   shape and dtype of each example input
-    rules    for layers that a rule of the user's built: its kind, where it can be imported (null: nowhere), and their names
-    training of layers that are coupled, steered, guarded or slowed: how they train
-    frozen   the parameters that do not train
-    files    name -> SHA-256 of the other files; None: of a normswap that recorded none
+    test      whether a value that is found there may stand there
+    value_of  what is written for a layer; None: whoever writes the object knows it
+    optional  whether the object may lack it
+    mode      whether it says how a layer trains: then loading sets it, and otherwise the architecture must have the same
     """
 
-    sites: Sequence[Mapping[str, Any]]
-    source: str | None = None
-    factory: str | None = None
-    module: str | None = None
-    inputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    rules: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    training: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    frozen: Sequence[str] | None = None
-    files: Mapping[str, str] | None = None
+    test: Test
+    value_of: Callable[[BatchlessNorm], Any] | None = None
+    optional: bool = False
+    mode: bool = False
 
 
-def save(model: nn.Module, directory: Path, *, source: str | None = None, factory: str | None = None, **more: Any) -> None:
-    """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name. `seal` comes last."""
-    from safetensors.torch import save_file
-
-    if valueless := on_meta(model):
-        raise SwapError(f"{valueless[0]} is on the meta device: it has no values that could be saved", hint="load the weights first")
-    if more.get("module") is None and (others := _others(model)):
-        raise SwapError(
-            f"{others[0]} of {type(model).__name__} is state that is no tensor, which {WEIGHTS} cannot hold",
-            hint="save the whole model with torch.save(model, path)",
-        )
-    if unclear := unclear_names(model):
-        raise SwapError(
-            f"{type(model).__name__} cannot be saved by the names of its tensors: a module of it {next(iter(unclear.values()))}",
-            hint="rename that child",
-        )
-    recipe = {
-        "version": VERSION,
-        "normswap": version_of("normswap"),
-        "torch": version_of("torch"),
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "source": source,
-        "factory": factory,
-        "module": more.get("module"),
-        "inputs": list(more.get("inputs", ())),
-        "sites": [dict(site) for site in sites_of(model)],
-        "rules": rules_of(model),
-        "training": training_of(model),
-        "frozen": frozen_of(model),
-    }
-    _write(directory / RECIPE, recipe)
-    state = _tensors(model)
-    kept = _first_names(state)
-    own = {name: tensor.contiguous() for name, tensor in state.items() if kept[name] == name}
-    places = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
-    held = {name: t.clone() if places[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}  # no two views of one memory
-    aliases = {name: first for name, first in kept.items() if name != first}
-    with writing(WEIGHTS):
-        save_file(held, directory / WEIGHTS, metadata={"format": "pt", **aliases})
+SITE: Mapping[str, Field] = {
+    "name": Field(_text),
+    "aliases": Field(_list_of(_text), optional=True),
+    "class": Field(_text, lambda layer: type(layer).__name__),
+    "num_features": Field(_list_of(_whole), lambda layer: list(layer.sizes), optional=True),
+    "channel_axis": Field(_list_of(_whole), lambda layer: list(layer.channel_axis), optional=True),
+    "shared_axes": Field(_list_of(_whole), lambda layer: list(layer.shared_axes), optional=True),
+    "affine": Field(_flag, lambda layer: layer.affine, optional=True),
+    "std": Field(_word(*STD_FORMS), lambda layer: layer.std),
+    "aux": Field(_word(*AUXES), lambda layer: layer.aux, optional=True, mode=True),
+    "stats": Field(_word(*STATS), lambda layer: layer.stats, optional=True, mode=True),
+    "momentum": Field(_number, lambda layer: layer.momentum, optional=True, mode=True),
+    "calls": Field(_positive, lambda layer: layer.calls, optional=True, mode=True),
+    "eps": Field(_or_none(_number), lambda layer: None if layer.source is None else layer.source.eps, optional=True),
+}
+INPUT: Mapping[str, Field] = {
+    "name": Field(_or_none(_text)),
+    "shape": Field(_shape),
+    "dtype": Field(_word(*(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)))),
+    "high": Field(_positive, optional=True),  # of integers: what they stay below
+}
+RULE: Mapping[str, Field] = {"kind": Field(_text), "rule": Field(_or_none(_text)), "sites": Field(_list_of(_text))}
+TRAINING: Mapping[str, Field] = {
+    "name": Field(_text),
+    "producer": Field(_or_none(_text)),  # None: not coupled
+    "units": Field(_flag, lambda layer: layer.units),
+    "feedback": Field(_flag, lambda layer: layer.steering is not None),
+    "guard": Field(_flag, lambda layer: layer.guarded),
+    "pace": Field(lambda value: _number(value) and 0 < value <= 1, lambda layer: layer.run.pace),
+}
+MODES = tuple(name for name, each in SITE.items() if each.mode)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+def _entry(test: Test, of_each: Mapping[str, Field] | None = None, **default: Any) -> Any:
+    """An entry of the recipe; of_each: the fields of its objects, if it is a list of such."""
+    return field(metadata={"test": test, "of_each": of_each or {}}, **default)
 
 
-def _others(model: nn.Module) -> list[str]:
-    """The state that is no tensor: `_extra_state` may be anything."""
-    return [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a converted directory holds. Those with a default are not in recipes of an older normswap.
+
+    source   what the model was read from
+    factory  the spec that builds the original architecture (`torchvision:resnet18`), if there is one
+    module   the file with the whole model, if the source was one ("model.pt", "model.pt2")
+    inputs   shape and dtype of each example input
+    sites    one object per BatchlessNorm: its names and its form
+    rules    of layers that a rule of the user's built: its kind, where it can be imported (null: nowhere), and their names
+    training of layers that are coupled, have a gradient trend, a sample limit or a pace: how they train
+    frozen   the names of the parameters that do not train
+    files    name -> SHA-256 of each other file
+    """
+
+    source: str | None = _entry(_or_none(_text))
+    factory: str | None = _entry(_or_none(_text))
+    module: str | None = _entry(_or_none(_word(*MODULES)))
+    inputs: Sequence[Mapping[str, Any]] = _entry(_list, INPUT)
+    sites: Sequence[Mapping[str, Any]] = _entry(_list, SITE)
+    rules: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), RULE, default=())
+    training: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), TRAINING, default=())
+    frozen: Sequence[str] | None = _entry(_or_none(_list_of(_text)), default=None)
+    files: Mapping[str, str] | None = _entry(
+        _or_none(lambda value: isinstance(value, Mapping) and all(map(_text, value.values()))), default=None
+    )
 
 
-def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """name -> the first name of the same tensor."""
-    first: dict[Any, str] = {}
-    place = {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else name for name, t in state.items()}
-    return {name: first.setdefault(place[name], name) for name in state}
+# --- written ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _missing(state: Mapping[str, torch.Tensor], saved: Collection[str]) -> list[str]:
-    """The tensors of a state that were not saved, under none of their names."""
-    first = _first_names(state)
-    there = {first[name] for name in saved if name in first}
-    return [name for name in state if first[name] not in there]
-
-
-def _write(path: Path, recipe: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile, DistributedDataParallel or AveragedModel was made of: the names in it are those of the architecture."""
-    while type(model).__module__.startswith(WRAPPERS):
-        (model,) = model.children()
-    return model
-
-
-# --- the files of a directory -----------------------------------------------------------------------------------------------------------
-
-
-def seal(directory: Path) -> None:
-    """Record the SHA-256 of every other file of the directory in its recipe: when all are written."""
-    recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-    recipe["files"] = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name != RECIPE and path.is_file()}
-    _write(directory / RECIPE, recipe)
-
-
-def check_files(directory: Path, recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LoadError for one of these files whose contents are not those that the recipe tells of. It may be missing, or no file."""
-    for name in names:
-        wanted = (recipe.files or {}).get(name)
-        if recipe.files is None or not (directory / name).is_file() or (wanted is not None and _digest(directory / name) == wanted):
-            continue
-        what = "is not among the files of" if wanted is None else "was changed after it was written: its SHA-256 is not the one in"
-        raise LoadError(
-            f"{directory / name} {what} {RECIPE}",
-            hint="convert or copy the model again, or save the changed one with normswap.save; if the change is meant, "
-            f'take "files" out of {directory / RECIPE}',
-        )
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def difference(model: nn.Module, directory: Path) -> str | None:
-    """The first tensor of `model` that the weights in `directory` do not hold bit for bit, or the first of theirs that it has not."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        saved = load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(directory / WEIGHTS, error) from error
-    own = _tensors(model)
-    other = (name for name, tensor in saved.items() if name not in own or not same_bits(tensor, own[name]))
-    return next(other, next(iter(_missing(own, saved)), None))
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit: a NaN is itself, and -0 is not 0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    bits = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*bits)
-
-
-# --- how the layers train ----------------------------------------------------------------------------------------------------------------
-
-
-def training_of(model: nn.Module) -> list[dict[str, Any]]:
-    """What each BatchlessNorm has of a training run besides its state: its producer (null: not coupled), feedback, guard and pace."""
-    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-    found = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, BatchlessNorm) and (layer.pair or layer.guarded or layer.steering is not None or layer.run.pace != 1):
-            told = {"producer": names.get(id(layer.producer)), "units": layer.units, "feedback": layer.steering is not None}
-            found.append({"name": name, **told, "guard": layer.guarded, "pace": layer.run.pace})
-    return found
-
-
-def frozen_of(model: nn.Module) -> list[str]:
-    return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-
-
-def _take_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
-    """Let the layers of a model train as the recipe says. Their state is that of a new run until the weights are loaded."""
-    modules = dict(model.named_modules())
-    for told in recipe.training:
-        layer, producer = modules.get(told["name"]), modules.get(told["producer"])
-        try:
-            if not isinstance(layer, BatchlessNorm) or (producer is None) != (told["producer"] is None):
-                raise ValueError("there is no such layer")
-            if producer is not None:
-                if not isinstance(producer, PRODUCERS):
-                    raise ValueError(f"a {type(producer).__name__} is no conv or linear")
-                layer.couple(producer, torch.zeros(coupling.input_shape(producer), device=layer.mean.device), units=bool(told["units"]))
-            if told["guard"]:
-                layer.guard()
-            if told["feedback"]:
-                layer.steer()
-            layer.run.pace = float(told["pace"])
-        except (ValueError, TypeError) as error:
-            raise LoadError(
-                f"{directory / RECIPE} says that {told['name']} is coupled to {told['producer']}, which does not fit: {error}",
-                hint="convert the model again",
-            ) from error
-
-
-def _take_frozen(model: nn.Module, recipe: Recipe) -> None:
-    """Freeze what was frozen, and nothing else."""
-    if recipe.frozen is not None:
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(name not in recipe.frozen)
-
-
-def _unreadable(path: Path, error: Exception) -> LoadError:
-    return LoadError(f"{path} cannot be read: {error}", hint="was the file copied whole?")
-
-
-# --- which layers ------------------------------------------------------------------------------------------------------------------------
+def write_recipe(
+    model: nn.Module, directory: Path, *, source: str | None, factory: str | None, module: str | None, inputs: Sequence[Mapping[str, Any]]
+) -> None:
+    """The recipe of a model; `seal` adds its files when all are written."""
+    recipe = Recipe(
+        source=source,
+        factory=factory,
+        module=module,
+        inputs=list(inputs),
+        sites=sites_of(model),
+        rules=rules_of(model),
+        training=training_of(model),
+        frozen=frozen_of(model),
+    )
+    written_by = {"version": VERSION, "normswap": version_of("normswap"), "torch": version_of("torch")}
+    _write(directory, {**written_by, "class": f"{type(model).__module__}.{type(model).__qualname__}", **vars(recipe)})
 
 
 def sites_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -250,21 +184,7 @@ def sites_of(model: nn.Module) -> list[dict[str, Any]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BatchlessNorm):
             names.setdefault(module, []).append(name)
-    return [
-        {
-            "name": first,
-            "aliases": aliases,
-            "class": type(layer).__name__,
-            "num_features": list(layer.sizes),
-            "channel_axis": list(layer.channel_axis),
-            "shared_axes": list(layer.shared_axes),
-            "affine": layer.affine,
-            "std": layer.std,
-            **{name: getattr(layer, name) for name in MODES},
-            "eps": None if layer.source is None else layer.source.eps,
-        }
-        for layer, (first, *aliases) in names.items()
-    ]
+    return [{"name": first, "aliases": aliases, **_values(SITE, layer)} for layer, (first, *aliases) in names.items()]
 
 
 def rules_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -276,13 +196,55 @@ def rules_of(model: nn.Module) -> list[dict[str, Any]]:
     return [{"kind": kind, "rule": spec, "sites": sites} for (kind, spec), sites in names.items()]
 
 
+def training_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What each BatchlessNorm has of a training run besides its state, for those that have any of it."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    return [
+        {"name": name, "producer": names.get(id(layer.producer)), **_values(TRAINING, layer)}
+        for name, layer in model.named_modules()
+        if isinstance(layer, BatchlessNorm)
+        and (layer.producer is not None or layer.guarded or layer.steering is not None or layer.run.pace != 1)
+    ]
+
+
+def frozen_of(model: nn.Module) -> list[str]:
+    """The names of the parameters that do not train."""
+    return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def _values(fields: Mapping[str, Field], layer: BatchlessNorm) -> dict[str, Any]:
+    return {name: each.value_of(layer) for name, each in fields.items() if each.value_of is not None}
+
+
 def recipe_hash(model: nn.Module) -> str:
     """The SHA-256 of what a recipe says of the model itself, its `sites` and `rules`, as JSON with sorted keys and no spaces.
 
     A directory and an ONNX file of the same conversion have the same one, wherever and under whatever name the model was.
     """
-    told = {"rules": rules_of(model), "sites": sites_of(model)}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    content = {"rules": rules_of(model), "sites": sites_of(model)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(directory: Path) -> None:
+    """Record the SHA-256 of every other file of the directory in its recipe: when all are written."""
+    recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    recipe["files"] = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name != RECIPE and path.is_file()}
+    _write(directory, recipe)
+
+
+def _write(directory: Path, recipe: Mapping[str, Any]) -> None:
+    (directory / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+# --- read -------------------------------------------------------------------------------------------------------------------------------
 
 
 def read_recipe(directory: Path) -> Recipe:
@@ -293,13 +255,11 @@ def read_recipe(directory: Path) -> Recipe:
         raise LoadError(f"{directory} is not a directory", hint="give the directory that `normswap convert SRC -o DIR` wrote")
     try:
         content: Any = read_json(path)
-        if (problem := recipe_checks.problem(content)) is not None:
+        if (problem := _problem(content)) is not None:
             raise ValueError(problem)
         version = content["version"]
-        known = {name: content[name] for name in ("sites", "source", "factory", "module", "inputs")}
-        # not in recipes that normswap wrote before it had them
-        more = {name: content[name] for name in ("rules", "training", "frozen", "files") if content.get(name) is not None}
-        recipe = Recipe(**known, **more)
+        entries = dataclasses.fields(Recipe)
+        recipe = Recipe(**{e.name: content[e.name] for e in entries if e.default is MISSING or content.get(e.name) is not None})
     except FileNotFoundError as error:
         raise LoadError(
             f"{directory} is not a converted directory: it has no {RECIPE}", hint="`normswap convert SRC -o DIR` writes one"
@@ -311,76 +271,34 @@ def read_recipe(directory: Path) -> Recipe:
     return recipe
 
 
-def _take_dtypes(model: nn.Module, path: Path) -> None:
-    """Give each tensor of the model the dtype that it was saved with: loading alone would convert the values to the factory's."""
-    from safetensors import SafetensorError, safe_open
-
-    saved: dict[str, torch.dtype] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  the file is no dict
-                part = file.get_slice(name)
-                saved[name] = (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
-    except (OSError, SafetensorError):
-        return  # what is wrong with the file is said when it is read
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                dtype = saved.get(f"{prefix}.{name}" if prefix else name)
-                if tensor is not None and dtype is not None and tensor.dtype != dtype:
-                    tensor.data = tensor.data.to(dtype)
-
-
-def _take_modes(model: nn.Module, recipe: Recipe) -> None:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
-    for site in recipe.sites:
-        if site["name"] in layers:
-            for name in MODES:
-                setattr(layers[site["name"]], name, site.get(name, getattr(BatchlessNorm, name)))
+def _problem(content: object) -> str | None:
+    """What in a recipe normswap would not have written, in a few words; None if nothing is."""
+    if not isinstance(content, Mapping):
+        return "it is no JSON object"
+    for entry in dataclasses.fields(Recipe):
+        if not entry.metadata["test"](content.get(entry.name)):
+            return f"its {entry.name} is not one"
+    for entry in dataclasses.fields(Recipe):
+        fields: Mapping[str, Field] = entry.metadata["of_each"]
+        for found in (content.get(entry.name) or ()) if fields else ():
+            if not isinstance(found, Mapping):
+                return f"one of its {entry.name} is no JSON object"
+            if lacking := [name for name, each in fields.items() if name not in found and not each.optional]:
+                return f"one of its {entry.name} lacks its {lacking[0]}"
+            if wrong := [name for name, each in fields.items() if name in found and not each.test(found[name])]:
+                return f"one of its {entry.name} has a {wrong[0]} that is not one"
+    return None
 
 
-def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
-    """Load the saved weights into a model whose norms were swapped; raises LoadError if it is not the model that was saved."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not (directory / WEIGHTS).is_file():  # a pipe would be waited for
-        raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
-    _take_modes(model, recipe)
-    found = {site["name"]: site for site in sites_of(model)}
-    for site in recipe.sites:
-        mine = found.get(site["name"])
-        different = sorted(key for key in site if mine is not None and mine.get(key) != site[key])
-        if mine is None or different:
-            what = "no BatchlessNorm" if mine is None else f"{different[0]} {mine[different[0]]!r}"
-            wanted = f"a {site['class']}" if mine is None else f"{site[different[0]]!r}"
-            raise LoadError(
-                f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {wanted}",
-                hint="the factory must build the model that was converted",
-            )
-    _take_training(model, directory, recipe)
-    _take_dtypes(model, directory / WEIGHTS)
-    try:
-        saved = load_file(directory / WEIGHTS)
-        _, unexpected = model.load_state_dict(saved, strict=False)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(directory / WEIGHTS, error) from error
-    except RuntimeError as error:
-        detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
-        raise _does_not_fit(directory, detail) from error
-    # What is no tensor is in model.pt alone.
-    for what, names in (
-        ("it has no", _others(model)),
-        ("it has no", _missing(_tensors(model), saved)),
-        ("the architecture has no", unexpected),
-    ):
-        if names:
-            raise _does_not_fit(directory, f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-    _take_frozen(model, recipe)
-
-
-def _does_not_fit(directory: Path, detail: str) -> LoadError:
-    return LoadError(
-        f"{directory / WEIGHTS} does not fit the given architecture: {detail}",
-        hint="the factory must build the model that was converted",
-    )
+def check_files(directory: Path, recipe: Recipe, names: Sequence[str]) -> None:
+    """Raise LoadError for one of these files whose contents are not those that the recipe tells of. It may be missing, or no file."""
+    for name in names:
+        expected = (recipe.files or {}).get(name)
+        if recipe.files is None or not (directory / name).is_file() or (expected is not None and _digest(directory / name) == expected):
+            continue
+        what = "is not among the files of" if expected is None else "was changed after it was written: its SHA-256 is not the one in"
+        raise LoadError(
+            f"{directory / name} {what} {RECIPE}",
+            hint="convert or copy the model again, or save the changed one with normswap.save; if the change is meant, "
+            f'take "files" out of {directory / RECIPE}',
+        )

@@ -1,21 +1,18 @@
-"""A gradient that reaches parameters without being in the loss: the auxiliary loss through the front, and in a graph that is exported.
+"""A gradient that reaches parameters without being in the loss, in a graph that is exported.
 
-    valued(value, parameters, by)       value, of which the parameters have the given gradients: the explicit term.
     in_graph(shift, mean, p, ...)       shift, unchanged, as an operator: when a gradient comes back to it, mean and p get the given ones.
 
-Both save what they give and no activation. Elsewhere the term comes in the backward pass of the layer: `train_pass`.
+It saves what it gives and no activation. Elsewhere the term comes in the backward pass of the layer: `train_pass`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normswap.layer import optimizer_step
-from normswap.layer.autograd import signed
 
 OP = "normswap::inject"
 
@@ -23,26 +20,6 @@ OP = "normswap::inject"
 def inject_operator() -> Any:
     """The operator that stands for the term in an exported graph. In eval mode there is none."""
     return torch.ops.normswap.inject.default
-
-
-class _Valued(torch.autograd.Function):
-    """Of the parameters, then as many gradients."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @signed
-    def forward(value: Tensor, *pairs: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[1 + len(inputs) // 2 :])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors
-        return None, *(by * gradient for by in given), *(None for _ in given)
 
 
 @torch.library.custom_op(OP, mutates_args=())
@@ -77,8 +54,3 @@ def in_graph(
 ) -> Tensor:
     """shift, with its gradients, in a graph that is being exported. form, stats, rate: what it says of the statistics, see `stepping`."""
     return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
-
-
-def valued(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:
-    """value, a scalar whose gradients by the parameters are `by`."""
-    return _Valued.apply(value, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,4 +1,4 @@
-"""Copies of a model that share, convert or replace what they are told to, and keep every other identity.
+"""Copies of a model: parts that the caller names are shared, converted or replaced, and every other identity stays.
 
 All surgery goes through `copy.deepcopy` and its memo: whatever is put into the memo takes the place of the object wherever the model
 refers to it, whether as a child under any number of names, in a list, or as the owner of a bound method. One object stays one object.
@@ -19,21 +19,10 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import SwapError, first_line
+from normswap.models.torch_private import DYNAMO, HOOKS, base_of_view
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-
-# The attributes in which nn.Module keeps hooks. RemovableHandles of the source stay bound to the source.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
@@ -63,8 +52,8 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
 class _WithoutHistory(TorchFunctionMode):
     """Copies tensors that were computed, as a cache of biases that a module keeps, which torch refuses to copy.
 
-    What they were computed from is forgotten: whoever computes them anew, as weight_norm and such caches do, is not held up by it. But a
-    view of a parameter is in the copy a view of that parameter's copy, which moves with it and gives it its gradient.
+    What they were computed from is forgotten; weight_norm and such caches compute them anew. But a view of a parameter is in the copy a
+    view of that parameter's copy, which moves with it and gives it its gradient.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -81,7 +70,7 @@ class _WithoutHistory(TorchFunctionMode):
 
 
 def _view_of_copy(source: Tensor, memo: dict[int, Any]) -> Tensor | None:
-    base = source._base
+    base = base_of_view(source)
     if base is None or not base.is_leaf or base.dtype != source.dtype:
         return None
     copied = copy.deepcopy(base, memo)
@@ -97,7 +86,7 @@ def _restore_attributes(source: fx.GraphModule, target: fx.GraphModule, memo: di
             target.__dict__[name] = copy.deepcopy(value, memo)
 
 
-def shadow(
+def copy_for_running(
     model: M,
     of_buffers: Callable[[Tensor], Tensor] = torch.clone,
     of_parameters: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
@@ -109,6 +98,16 @@ def shadow(
     memo: dict[int, Any] = {id(p): of_parameters(p) for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
     return set_eval(copy_with(model, memo))
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """id -> names, of each parameter that is held more than once, by several modules as a rule."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return {key: held for key, held in names.items() if len(held) > 1}
 
 
 def unclear_names(model: nn.Module) -> dict[int, str]:
@@ -142,7 +141,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
     Without dynamo nothing is wrapped, and importing it takes seconds.
     """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if DYNAMO in sys.modules else nullcontext()
 
 
 def set_eval(model: M) -> M:
@@ -161,7 +160,7 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.to(wide, copy=True)
 
 
-def carry(source: nn.Module, target: nn.Module) -> None:
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     """Hooks and the training flag of `source`, onto `target`. The dictionaries are copies: removing a hook here leaves it there.
 
     The hooks themselves are still the source's; whoever puts `target` into a copy of a model copies them through its memo.

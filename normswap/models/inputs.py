@@ -14,6 +14,7 @@ import math
 import random
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from normswap.errors import SwapError, UsageError, first_line
-from normswap.models import archives
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 
 SEED = 0
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
@@ -74,7 +74,7 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 
 def infer(model: nn.Module) -> Inputs | None:
-    """The first guess that a forward of the model accepts. The model, its statistics and the random state stay as they were."""
+    """Inputs of the first shape that a forward of the model accepts; None if there is none. Model, statistics and random state stay."""
     trial = _trial(model)
     if trial is None:
         return None
@@ -87,7 +87,7 @@ def infer(model: nn.Module) -> Inputs | None:
 def _trial(model: nn.Module) -> nn.Module | None:
     """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
     try:
-        trial = shadow(model)
+        trial = copy_for_running(model)
     except SwapError:  # locks, handles: not to be copied, so not to be tried
         return None
     for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes
@@ -124,7 +124,7 @@ def _guesses(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
-    """Batches of one that this layer could come first for; None if it says nothing about its input."""
+    """The shapes of batches of one that a model could take whose first layer this is; None if the layer says nothing about its input."""
     match module:
         case nn.Conv2d() | nn.ConvTranspose2d():
             return [(1, module.in_channels, size, size) for size in _IMAGE_SIZES]
@@ -144,14 +144,14 @@ def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
 
 
 def _fitting(model: nn.Module, first: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """The ladder; then, for images before a fixed linear, every size up to 64 that is on no ladder."""
+    """The shapes; then, for images before a linear of fixed size, every size up to 64 that is not among _IMAGE_SIZES."""
     yield from shapes
     if isinstance(first, nn.Conv2d) and any(isinstance(module, nn.Linear) for module in model.modules()):
         yield from ((1, first.in_channels, size, size) for size in range(4, 65) if size not in _IMAGE_SIZES)
 
 
 def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = 10, seed: int = SEED) -> Tensor:
-    """Standard normal numbers; small non-negative integers below `high`; fair coins. The same ones every time."""
+    """A tensor of standard normal numbers, of non-negative integers below `high`, or of fair coins, by its dtype. The same every time."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, tuple(shape), generator=generator).bool()
@@ -165,7 +165,7 @@ def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = 10, seed: int 
 
 
 def parse(specs: Sequence[str], option: str = "--input") -> Inputs:
-    """Each spec is one positional argument; a file holds all of them. option: what the message of an error calls them."""
+    """The inputs of a command: each spec is one positional argument, a file holds all of them. option: how a message calls them."""
     files = [spec for spec in specs if Path(spec).suffix in (".pt", ".pth", ".npz", ".npy")]
     if files and len(specs) > 1:
         raise UsageError(
@@ -192,7 +192,7 @@ def _from_spec(spec: str, seed: int) -> Tensor:
 def _from_file(path: Path, option: str) -> Inputs:
     if not path.is_file():
         raise UsageError(f"{option} {path}: there is no such file", hint=_EXPECTED)
-    if (problem := archives.problem(path)) is not None:
+    if (problem := archive_problem(path)) is not None:
         raise UsageError(f"{option} {path} is not read: {problem}", hint="save it without compression: numpy.savez or torch.save")
     try:
         numpy = path.suffix in (".npz", ".npy")
@@ -209,6 +209,26 @@ def _from_file(path: Path, option: str) -> Inputs:
         first = tuple(found) if isinstance(found[0], Tensor) else tuple(found[0]) if isinstance(found[0], list) else found[0]
         return dataclasses.replace(as_inputs(first), listed=tuple(found))
     return as_inputs(found)
+
+
+UNPACKED = 1 << 30  # bytes that any archive may unpack to
+RATIO = 64  # beyond that, times the size of the file: compressed numbers reach 10, zeros 1,000
+
+
+def archive_problem(path: Path) -> str | None:
+    """What is wrong with the size that a zip archive unpacks to; None if nothing is, or the file is no zip archive.
+
+    Asked before it is unpacked: a small file can hold any amount of zeros.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, UnicodeError):
+        return None  # no archive, or a damaged one: who reads it says so
+    size = path.stat().st_size
+    if unpacked > max(UNPACKED, RATIO * size):
+        return f"it unpacks to {unpacked:,} bytes, {unpacked // max(size, 1):,} times its own size"
+    return None
 
 
 SAMPLES = 32  # in a batch that is made of single samples
@@ -240,7 +260,7 @@ def as_batches(found: Sequence[Any], model: nn.Module, where: str) -> list[Any]:
 
 
 def _is_sample(value: Any) -> bool:
-    """Whether it is one sample of a data set and no batch: a tuple, list or dict with a number beside tensors."""
+    """Whether a value is one sample of a data set and no batch: a tuple, list or dict with a number beside tensors."""
     parts = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (tuple, list)) else []
     numbers = [type(part) in (int, float) or (isinstance(part, Tensor) and part.dim() == 0) for part in parts]
     return any(numbers) and all(number or isinstance(part, Tensor) for number, part in zip(numbers, parts, strict=True))

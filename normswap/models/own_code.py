@@ -18,13 +18,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.package.importer import sys_importer
 
-BASES: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from normswap.errors import described
+from normswap.models.torch_private import (
+    AnyBatchNorm,
+    AnyInstanceNorm,
+    OpOverload,
+    format_import_block,
+    forward_from_source,
+    name_in_aten,
+    sys_importer,
+)
+
+BASES: tuple[type[nn.Module], ...] = (AnyBatchNorm, AnyInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of one of the bases
 _RANKS = (2, 3, 4, 5)
 _ASSERTIONS = frozenset({"_assert", "_assert_is_none", "eq"})
@@ -43,9 +50,43 @@ def _base(cls: type[nn.Module]) -> type[nn.Module]:
     return next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn.modules.") and issubclass(c, BASES))
 
 
+def as_base(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """The norm that a class derived from `cls` extends, with the same tensors and settings, without what it adds."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
+    layer.__dict__.update({name: module.__dict__[name] for name in ("momentum", "eps", "process_group") if name in module.__dict__})
+    for name in ("weight", "bias"):
+        layer.register_parameter(name, getattr(module, name, None))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if name in module._buffers:
+            layer.register_buffer(name, module._buffers[name])
+    return layer.eval()
+
+
 def base_forward(x: Tensor, module: str) -> Tensor:
     """Stands in a graph for `super().forward(x)` of a class that is derived from a norm of torch. Never called."""
     raise AssertionError
+
+
+def operator_of(node: fx.Node) -> str:
+    """The plain name of the function or method that a node calls, without its namespace and overload; "" if it calls none."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, OpOverload):
+        return name_in_aten(node.target)
+    return getattr(node.target, "__name__", "")
+
+
+def attribute(root: nn.Module, path: str, default: Any = None) -> Any:
+    """What a get_attr node reads."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return getattr(root.get_submodule(owner), name, default)
+    except AttributeError:  # an attribute of something that is not a module
+        return default
 
 
 def place_of(node: fx.Node) -> str:
@@ -78,9 +119,9 @@ def graphs_of(module: nn.Module, *, at_ranks: bool = True) -> Mapping[bool, fx.G
 
 def _trace(module: nn.Module, at_ranks: bool) -> fx.Graph:
     before = {name: id(value) for name, value in _state(module)}
-    graph = _own(module, {}, at_ranks)
+    graph = _trace_once(module, {}, at_ranks)
     with _other_region():
-        _own(module, {}, at_ranks)
+        _trace_once(module, {}, at_ranks)
     after = {name: id(value) for name, value in _state(module)}
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
@@ -88,7 +129,7 @@ def _trace(module: nn.Module, at_ranks: bool) -> fx.Graph:
     defaults = {
         p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not inspect.Parameter.empty
     }
-    if defaults and _nodes(_own(module, defaults, at_ranks), defaults) != _nodes(graph, defaults):
+    if defaults and _nodes(_trace_once(module, defaults, at_ranks), defaults) != _nodes(graph, defaults):
         are = "is" if len(defaults) == 1 else "are"
         raise NotTraceableError(f"what it computes depends on whether {' and '.join(defaults)} {are} given")
     return graph
@@ -114,9 +155,9 @@ def _nodes(graph: fx.Graph, defaults: Mapping[str, Any]) -> list[tuple[Any, ...]
     return [(n.op, n.target, known(n.args), known(n.kwargs)) for n in computed]
 
 
-def _own(module: nn.Module, concrete: Mapping[str, Any], at_ranks: bool) -> fx.Graph:
+def _trace_once(module: nn.Module, concrete: Mapping[str, Any], at_ranks: bool) -> fx.Graph:
     try:
-        return _own_at(module, concrete, None)
+        return _trace_at(module, concrete, None)
     except NotTraceableError as error:
         if not at_ranks or not isinstance(module, BASES) or not isinstance(error.__cause__, TraceError):
             raise
@@ -130,13 +171,13 @@ def _at_each_rank(module: nn.Module, concrete: Mapping[str, Any], unranked: NotT
     """A norm may ask for the rank of its input, as torch's own do: the graphs at those ranks at which its code raises nothing."""
     for rank in _RANKS:
         try:
-            yield _own_at(module, concrete, rank)
+            yield _trace_at(module, concrete, rank)
         except NotTraceableError as error:
             if isinstance(error.__cause__, TraceError) or not isinstance(error.__cause__, (ValueError, AssertionError)):
                 raise unranked from error
 
 
-def _own_at(module: nn.Module, concrete: Mapping[str, Any], rank: int | None) -> fx.Graph:
+def _trace_at(module: nn.Module, concrete: Mapping[str, Any], rank: int | None) -> fx.Graph:
     tracer = _OwnCode(rank)
     try:
         with _bases_as_calls(module, tracer), torch.random.fork_rng(devices=[]):
@@ -144,10 +185,9 @@ def _own_at(module: nn.Module, concrete: Mapping[str, Any], rank: int | None) ->
     except NotTraceableError:
         raise
     except Exception as error:  # tracing runs the user's code on proxies, which may raise anything at all
-        text = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(error, NameError) and "not installed as a submodule" in text:
+        if isinstance(error, NameError) and "not installed as a submodule" in str(error):
             raise NotTraceableError("it calls a module that is no submodule of it: a list of modules has to be an nn.ModuleList") from error
-        raise NotTraceableError(f"torch.fx cannot trace it ({type(error).__name__}: {text[:120]})") from error
+        raise NotTraceableError(f"torch.fx cannot trace it ({described(error)})") from error
     for node in graph.nodes:
         node.type = None  # annotations may be strings, which mean nothing in the generated code
     return graph
@@ -253,7 +293,7 @@ def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
     sources = {}
     for training, graph in graphs.items():
         code = graph.python_code("self")
-        sources[training] = (_format_import_block(code.globals, sys_importer), code.src)
+        sources[training] = (format_import_block(code.globals, sys_importer), code.src)
     module.__class__ = _class(module._original_class if isinstance(module, Rewritten) else type(module), sources)
 
 
@@ -270,7 +310,7 @@ def is_emptied(module: nn.Module) -> bool:
 
 
 def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
-    forwards = {training: _forward_from_src(f"{imports}\n{src}", {}) for training, (imports, src) in sources.items()}
+    forwards = {training: forward_from_source(f"{imports}\n{src}", {}) for training, (imports, src) in sources.items()}
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

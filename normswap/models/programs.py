@@ -14,7 +14,8 @@ from normswap.errors import SwapError, UsageError
 from normswap.models import wellformed
 from normswap.models.inputs import Inputs
 
-M = TypeVar("M", bound="nn.Module | ExportedProgram")
+Model = nn.Module | ExportedProgram
+M = TypeVar("M", bound=Model)
 
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:

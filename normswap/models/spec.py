@@ -6,36 +6,45 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from normswap.errors import UsageError
+from normswap.errors import NormswapError, UsageError, described
 
 SPEC = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
-def imported(spec: str, option: str, meant: str) -> Any:
-    """The object that `spec` names. option, meant: how a message calls the option, and what stands after the colon.
+def imported(spec: str, option: str, meant: str, error_type: type[NormswapError] = UsageError) -> Any:
+    """The object that `spec` names. Importing runs its module.
 
-    Raises UsageError if the module cannot be imported or has no such attribute. Importing runs the module.
+    option, meant: how a message calls the option ("" if there is none), and what should stand after the colon. Raises `error_type` if the
+    module cannot be imported or has no such attribute.
     """
     match = SPEC.fullmatch(spec)
     if match is None:
-        raise UsageError(f"{option} {spec!r} does not name {meant}", hint=f"expected package.module:NAME, where NAME is {meant}")
+        raise error_type(f"{option} {spec!r} does not name {meant}", hint=f"expected package.module:NAME, where NAME is {meant}")
+    module, attributes = match["module"], match["attribute"]
+    where = f"{option} {spec}".lstrip()
     make_working_directory_importable()
     try:
-        found: Any = importlib.import_module(match["module"])
+        found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name and (match["module"] + ".").startswith(error.name + "."):
+        if error.name and is_within(module, [error.name]):
             hint = f"it is looked for among the installed packages and in {os.getcwd()}"
-            raise UsageError(f"{option} {spec}: there is no module {error.name}", hint=hint) from error
-        raise UsageError(f"{option} {spec}: importing {match['module']} needs the module {error.name}, which is not installed") from error
+            raise error_type(f"{where}: there is no module {error.name}", hint=hint) from error
+        raise error_type(f"{where}: importing {module} needs the module {error.name}, which is not installed") from error
     except Exception as error:  # it is the user's code
-        raise UsageError(f"{option} {spec}: importing {match['module']} raised {type(error).__name__}: {error}") from error
-    for attribute in match["attribute"].split("."):
+        raise error_type(f"{where}: importing {module} raised {described(error)}") from error
+    for attribute in attributes.split("."):
         if not hasattr(found, attribute):
-            raise UsageError(f"{option} {spec}: {match['module']} has no {match['attribute']}", hint=f"after the colon stands {meant}")
+            raise error_type(f"{where}: {module} has no {attributes}", hint=f"after the colon stands {meant}")
         found = getattr(found, attribute)
     return found
+
+
+def is_within(module: str, packages: Iterable[str]) -> bool:
+    """Whether a dotted name is that of one of these packages, or of a module in one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def make_working_directory_importable() -> None:

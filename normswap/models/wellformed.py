@@ -1,7 +1,7 @@
-"""Whether a model is one that can be worked on: told before its code is read, or code is generated from it.
+"""Whether a model can be worked on: its names, its nesting and, if a file described it, the attributes of its layers.
 
-torch.fx and torch.export write the names of layers, parameters and buffers into source that they run, and quote them badly. A file can give
-them any text. So names have letters, digits, `_` and `-`, and nothing else.
+Asked before its code is read, or code is made of it: torch.fx and torch.export write the names of layers, parameters and buffers into
+source that they run, and quote them badly. A file can give them any text. So names have letters, digits, `_` and `-`, and nothing else.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ def problem(model: nn.Module, *, dots: bool = True) -> tuple[str, str | None] | 
             for name in names:
                 plain = name.replace(".", "_") if dots and kind == "layer" and isinstance(name, str) else name
                 if not (isinstance(plain, str) and NAME.fullmatch(plain)):
-                    return f"has a {kind} named {shown(name)}{_inside(where)}", HINT
+                    return f"has a {kind} named {quoted(name)}{_inside(where)}", HINT
         if isinstance(module, _NORMS) and type(module).forward.__module__.startswith("torch.nn.") and not _is_number(module.eps):
-            return f"has a {type(module).__name__}{_named(where)} with eps {shown(module.eps)}", "it cannot run so: eps is a number"
+            return f"has a {type(module).__name__}{_named(where)} with eps {quoted(module.eps)}", "it cannot run so: eps is a number"
     return None
 
 
 def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
-    """The same of a model that a file described: that may also lack what a constructor would have made."""
+    """As `problem`, of a model that a file described: that may also lack what a constructor would have made."""
     for where, module in every_module(model):
         if missing := [name for name in _OF_EVERY_MODULE if name not in vars(module)]:
             return f"has a {type(module).__name__} without {missing[0]}{_inside(where)}: no constructor leaves it so", None
         for name, made in vars(nn.Module()).items():
             value = vars(module).get(name, made)
             if made is not None and not isinstance(value, type(made)):
-                return f"has a {type(module).__name__}{_named(where)} with {name} {shown(value)}: no constructor leaves it so", None
-        for kind, held, wanted in (("layer", module._modules, nn.Module), ("parameter", module._parameters, nn.Parameter)):
-            for name, value in held.items():
-                if value is not None and not isinstance(value, wanted):
-                    return f"has a {kind} {shown(name)}{_inside(where)} that is a {type(value).__name__}", None
+                return f"has a {type(module).__name__}{_named(where)} with {name} {quoted(value)}: no constructor leaves it so", None
+        for kind, entries, expected in (("layer", module._modules, nn.Module), ("parameter", module._parameters, nn.Parameter)):
+            for name, value in entries.items():
+                if value is not None and not isinstance(value, expected):
+                    return f"has a {kind} {quoted(name)}{_inside(where)} that is a {type(value).__name__}", None
         for name in vars(module):
             if not NAME.fullmatch(name):
-                return f"has an attribute named {shown(name)}{_inside(where)}", HINT
+                return f"has an attribute named {quoted(name)}{_inside(where)}", HINT
     if (nesting := _nesting(model)) is not None:
         return nesting, None
     for where, module in model.named_modules():
-        if (why := _of_layer(module)) is not None:
+        if (why := _fault_of_layer(module)) is not None:
             return f"has a {type(module).__name__}{_named(where)} {why}: no constructor leaves it so", None
     return problem(model, dots=False)
 
 
 def problem_of_names(names: Iterator[str]) -> tuple[str, str | None] | None:
-    """The same of the dotted names of a program's tensors."""
+    """As `problem`, of the dotted names of a program's tensors."""
     for name in names:
         if not all(NAME.fullmatch(part) for part in name.split(".")):
-            return f"has a tensor named {shown(name)}", HINT
+            return f"has a tensor named {quoted(name)}", HINT
     return None
 
 
-def shown(name: object) -> str:
+def quoted(name: object) -> str:
     """For a message: in one line, and nothing that a terminal would obey."""
     text = ascii(name)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -110,7 +110,7 @@ def every_module(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_number(eps: Any) -> bool:
-    """Also one of numpy, or a tensor."""
+    """Whether an eps is a number, of numpy or in a tensor too."""
     try:
         return not isinstance(eps, str | bytes) and not math.isnan(float(eps))
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -118,23 +118,23 @@ def _is_number(eps: Any) -> bool:
 
 
 def _nesting(model: nn.Module) -> str | None:
-    """Without recursion, as what is looked for is what makes a recursion endless."""
+    """What is wrong with how layers lie inside layers. Without recursion: what is looked for is what makes a recursion endless."""
     depths: dict[int, int] = {}
     names: dict[int, int] = {}
-    open_: set[int] = set()
+    entered: set[int] = set()
     stack = [(model, False)]
     while stack:
         module, done = stack.pop()
         key = id(module)
         children = [child for _, child in module._modules.items() if child is not None]
         if done:
-            open_.discard(key)
+            entered.discard(key)
             depths[key] = 1 + max((depths[id(child)] for child in children), default=0)
             names[key] = 1 + sum(names[id(child)] for child in children)
         elif key not in depths:
-            if key in open_:
+            if key in entered:
                 return f"has a {type(module).__name__} that contains itself"
-            open_.add(key)
+            entered.add(key)
             stack.append((module, True))
             stack.extend((child, False) for child in children)
     if depths[id(model)] > DEEPEST:
@@ -144,38 +144,39 @@ def _nesting(model: nn.Module) -> str | None:
     return None
 
 
-def _of_layer(module: nn.Module) -> str | None:
-    """What a layer of torch lacks that every layer of its kind has."""
+def _fault_of_layer(module: nn.Module) -> str | None:
+    """What a layer of torch lacks that every layer of its kind has; None if nothing. The text goes on from its class and name."""
     for name, value in vars(module).items():
         if isinstance(value, int) and abs(value) >= 2**63:
-            return f"with {name} {shown(value)}"
+            return f"with {name} {quoted(value)}"
     of_torch = type(module).__module__.startswith("torch.nn.")
     lacking = [name for name in getattr(module, "__constants__", ()) if not hasattr(module, name)] if of_torch else []
-    return f"without {lacking[0]}" if lacking else _of_norm(module)
+    return f"without {lacking[0]}" if lacking else _fault_of_norm(module)
 
 
-def _of_norm(module: nn.Module) -> str | None:
-    wanted: dict[str, type]
+def _fault_of_norm(module: nn.Module) -> str | None:
+    """The same of a norm, of which more is read: its settings, and the shapes of its tensors."""
+    expected: dict[str, type]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...] = ()
     match module:
         case _NormBase():
-            wanted = {"num_features": int, "eps": float, "momentum": float, "affine": bool, "track_running_stats": bool}
+            expected = {"num_features": int, "eps": float, "momentum": float, "affine": bool, "track_running_stats": bool}
             parameters, buffers = ("weight", "bias"), ("running_mean", "running_var")
         case nn.LayerNorm() | nn.RMSNorm():
-            wanted, parameters = {"normalized_shape": tuple, "eps": float, "elementwise_affine": bool}, ("weight",)
+            expected, parameters = {"normalized_shape": tuple, "eps": float, "elementwise_affine": bool}, ("weight",)
         case nn.GroupNorm():
-            wanted = {"num_groups": int, "num_channels": int, "eps": float, "affine": bool}
+            expected = {"num_groups": int, "num_channels": int, "eps": float, "affine": bool}
             parameters = ("weight", "bias")
         case _:
             return None
-    for name, kind in wanted.items():
+    for name, kind in expected.items():
         value: Any = getattr(module, name, _Missing)
         if value is None and (name == "momentum" or (name == "eps" and isinstance(module, nn.RMSNorm))):
             continue
         fits = isinstance(value, kind) or (kind is float and type(value) is int)
         if not fits or (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
-            return f"without {name}" if value is _Missing else f"with {name} {shown(value)}"
+            return f"without {name}" if value is _Missing else f"with {name} {quoted(value)}"
     for name in (*parameters, *buffers):
         if name not in (module._parameters if name in parameters else module._buffers):
             return f"without {name}"

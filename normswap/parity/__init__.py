@@ -1,3 +1,4 @@
-"""The judge: whether two models, or a model and an ONNX file, compute the same, in float64 and as precisely as the original does.
-May import `models` and `layer`.
+"""The judge: whether two models, or a model and an ONNX file, compute the same function, and as precisely as the original does.
+
+`judge.py` explains the rule and has both verbs (`judge` a reference, `compare` a candidate). May import `models` and `layer`.
 """

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
@@ -46,38 +44,24 @@ def _padded(x: Tensor, attributes: Mapping[str, Any], value: float = 0.0) -> Ten
 def _is_plain(x: Any, attributes: Mapping[str, Any]) -> bool:
     named = attributes.get("auto_pad") not in (None, "NOTSET")
     negative = min(attributes.get("pads") or (0,)) < 0
-    return x.ndim - 2 in CONVS and x.dtype.name in ("float32", "float64") and not (named or negative or attributes.get("ceil_mode"))
+    return x.ndim - 2 in MAX_POOLS and x.dtype.name in ("float32", "float64") and not (named or negative or attributes.get("ceil_mode"))
 
 
-def _conv(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
+def _conv(inputs: Sequence[Any], attributes: Mapping[str, Any], *, transposed: bool = False) -> Tensor | None:
     x, w, b = (*inputs, None)[:3]
-    if not _is_plain(x, attributes) or x.ndim != w.ndim:
+    if not _is_plain(x, attributes) or x.ndim != w.ndim or attributes.get("output_shape"):
         return None
-    rank = x.ndim - 2
-    return CONVS[rank](
-        _padded(_tensor(x), attributes),
-        _tensor(w),
-        None if b is None else _tensor(b),
-        stride=_by_axis(attributes, "strides", rank, 1),
-        dilation=_by_axis(attributes, "dilations", rank, 1),
-        groups=attributes.get("group") or 1,
-    )
-
-
-def _conv_transpose(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
-    x, w, b = (*inputs, None)[:3]
     rank = x.ndim - 2
     strides, dilations, more = (
         _by_axis(attributes, name, rank, default) for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0))
     )
-    fits = all(extra < max(stride, dilation) for extra, stride, dilation in zip(more, strides, dilations, strict=True))
-    if not _is_plain(x, attributes) or attributes.get("output_shape") or not fits:
+    if any(extra >= max(stride, dilation) for extra, stride, dilation in zip(more, strides, dilations, strict=True)):
         return None
-    bias = None if b is None else _tensor(b)
-    options: dict[str, Any] = {"stride": strides, "dilation": dilations, "output_padding": more, "groups": attributes.get("group") or 1}
-    y = TRANSPOSED[rank](_tensor(x), _tensor(w), bias, **options)
+    given = _tensor(x) if transposed else _padded(_tensor(x), attributes)
+    bias, groups = None if b is None else _tensor(b), attributes.get("group") or 1
+    y = torch.convolution(given, _tensor(w), bias, strides, (0,) * rank, dilations, transposed, more, groups)
     for axis, (begin, end) in enumerate(zip(*_pads(attributes, rank), strict=True), 2):
-        y = y.narrow(axis, begin, y.shape[axis] - begin - end)
+        y = y.narrow(axis, begin, y.shape[axis] - begin - end) if transposed else y
     return y
 
 
@@ -136,7 +120,7 @@ def kernels() -> tuple[type[Any], ...]:
 
     return (
         _operator("Conv", op_conv.Conv, _conv),
-        _operator("ConvTranspose", op_conv_transpose.ConvTranspose, _conv_transpose),
+        _operator("ConvTranspose", op_conv_transpose.ConvTranspose, functools.partial(_conv, transposed=True)),
         _operator("MaxPool", op_max_pool.MaxPool, _max_pool),
         _operator("AveragePool", op_average_pool.AveragePool_19, _average_pool),
         _operator("Resize", op_resize.Resize, _resize),

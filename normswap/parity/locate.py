@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from normswap.models.copying import uncompiled
-from normswap.models.float64 import in_float64
-from normswap.parity import second_look
-from normswap.parity.probes import Probe
+from normswap.parity.measure import distance, sampled
+from normswap.parity.probes import Probe, Values
 from normswap.parity.result import Located
-from normswap.parity.runners import Runner, onnx_float64_runner, onnx_runner, sampled
-from normswap.parity.taps import Tap, key
+from normswap.parity.rounding import moved_model
+from normswap.parity.run_onnx import onnx_float64_runner, onnx_runner
+from normswap.parity.run_torch import float64_mode
 
 HEALED = 3
 
@@ -44,36 +44,31 @@ class _Value:
 def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Probe, limit: float) -> Located | None:
     """The first place at which the error is above `limit`; None if there is none, or one of the two cannot be watched."""
     try:
-        ours, theirs = _values(reference, probe), _values(candidate, probe)
+        ours, theirs = (_of_module(m, probe) if isinstance(m, nn.Module) else _of_file(m, probe) for m in (reference, candidate))
     except Exception:  # whether it can be run is for the comparison to say
         return None
     pairs = _pairs(ours, theirs, alike=isinstance(reference, Path) == isinstance(candidate, Path))
-    errors = {a: _error(ours[a], theirs[b]) for a, b in pairs}
+    errors = {a: distance(theirs[b].tensor, ours[a].tensor) for a, b in pairs}
     readers: dict[int, list[int]] = {}
     for number in errors:
         for read in ours[number].reads:
             readers.setdefault(read, []).append(number)
+
+    def heals(number: int, steps: int = HEALED) -> bool:
+        """Whether a value that differs is read by something that agrees."""
+        return any(errors[n] <= limit or (steps > 1 and heals(n, steps - 1)) for n in readers.get(number, []))
+
     for a, b in pairs:
-        if not errors[a] <= limit and not _heals(a, errors, readers, limit):
+        if not errors[a] <= limit and not heals(a):
             by = "name" if ours[a].name == theirs[b].name else "place"
             return Located(ours[a].label, theirs[b].label, errors[a], probe.name, by)
     return None
 
 
-def _heals(number: int, errors: dict[int, float], readers: dict[int, list[int]], limit: float, steps: int = HEALED) -> bool:
-    """Whether a value that differs is read by something that agrees."""
-    found = readers.get(number, [])
-    return any(errors[n] <= limit or (steps > 1 and _heals(n, errors, readers, limit, steps - 1)) for n in found)
-
-
-def _values(model: nn.Module | Path, probe: Probe) -> list[_Value]:
-    """Everything that a model computes, in order; of large tensors a sample."""
-    wide = second_look.widened(probe)
-    return _of_module(model, wide) if isinstance(model, nn.Module) else _of_file(model, probe, wide)
-
-
 def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
-    twin, dtype = second_look.nudged(model, None), second_look.own_dtype(model, [probe])
+    """Everything that the layers of a module give, in order; of large tensors a sample."""
+    probe = probe.in_float64()
+    copied, mode = moved_model(model), float64_mode(model, [probe])
     found: list[_Value] = []
     given: list[Tensor] = []  # kept, so that no other tensor gets the id of one
     numbers: dict[int, int] = {}
@@ -88,44 +83,40 @@ def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
 
         return record
 
-    for name, module in twin.named_modules():
+    for name, module in copied.named_modules():
         if name:
             module.register_forward_hook(watch(name))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), in_float64(dtype):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), mode():
         torch.manual_seed(0)
-        twin(*probe.args, **probe.kwargs)
+        copied(*probe.args, **probe.kwargs)
     return found
 
 
-def _of_file(path: Path, probe: Probe, wide: Probe) -> list[_Value]:
+def _of_file(path: Path, probe: Probe) -> list[_Value]:
+    """Everything that the nodes of an ONNX file give, in order; of large tensors a sample."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     nodes = [node for node in graph.node if node.op_type != "Constant" and node.output[:1] != [""]]
     weights = {tensor.name for tensor in graph.initializer}
-    taps = [Tap(node.output[0], 1, node.output[0]) for node in nodes]
-    ways: list[tuple[Callable[[], Runner], Probe]] = [
-        (lambda: onnx_float64_runner(path, taps), wide),
-        (lambda: onnx_runner(path, "disabled", taps), probe),  # for an operator that onnx's evaluator does not have
-    ]
-    for make, at in ways:
-        try:
-            given = make()(at)[1]
-            break
-        except Exception as error:
-            failure = error
-    else:
-        raise failure
+    values = _values(path, probe, [node.output[0] for node in nodes])
     found: list[_Value] = []
     numbers: dict[str, int] = {}
     for node in nodes:
-        value = given.get(key(node.output[0], 1))
-        if value is not None:
-            reads = frozenset(numbers[name] for name in node.input if name in numbers)
-            numbers[node.output[0]] = len(found)
-            weight = next((f" of {name}" for name in node.input if name in weights), "")
-            found.append(_Value(node.output[0], node.op_type, value, reads, f"{node.output[0]} ({node.op_type}{weight})"))
+        name = node.output[0]
+        if name in values:
+            reads = frozenset(numbers[read] for read in node.input if read in numbers)
+            numbers[name] = len(found)
+            weight = next((f" of {read}" for read in node.input if read in weights), "")
+            found.append(_Value(name, node.op_type, values[name], reads, f"{name} ({node.op_type}{weight})"))
     return found
+
+
+def _values(path: Path, probe: Probe, names: Sequence[str]) -> Values:
+    try:
+        return onnx_float64_runner(path, names)(probe.in_float64())[1]
+    except Exception:  # an operator that onnx's evaluator does not have
+        return onnx_runner(path, "disabled", names)(probe)[1]
 
 
 def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> list[tuple[int, int]]:
@@ -142,10 +133,3 @@ def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> 
     blocks = difflib.SequenceMatcher(None, tokens(ours), tokens(theirs), autojunk=False).get_matching_blocks()
     placed = {block.a + i: block.b + i for block in blocks for i in range(block.size) if ours[block.a + i].name not in names}
     return sorted({**placed, **named}.items())
-
-
-def _error(a: _Value, b: _Value) -> float:
-    if a.tensor.shape != b.tensor.shape:
-        return float("inf")
-    _, relative, _, mismatches = second_look.error(b.tensor, a.tensor, None)
-    return float("inf") if mismatches else 0.0 if relative != relative else relative

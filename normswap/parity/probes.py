@@ -15,25 +15,28 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from normswap.models.copying import to_float64
+
 LARGE = " x 1000"  # how the name of the one with large inputs ends
 FLAT = 3.0
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Probe:
     """One set of arguments for a forward pass.
 
-    like_example: it has the example's shapes. scaled: its floats are larger or smaller than the example's. flat: its floats are all the
-    same, so that sums cancel and borders show; a candidate that has its weights elsewhere than the reference (an ONNX file) is held to it,
-    if it is one that the reference itself computes well.
+    like_example   whether it has the example's shapes
+    scaled         whether its floats are larger or smaller than the example's
+    flat           whether its floats are all the same, so that sums cancel and borders show; for ONNX files, whose weights are other ones
     """
 
     name: str
@@ -47,11 +50,20 @@ class Probe:
         """The arguments with `function` applied to each tensor."""
         return _mapped((self.args, self.kwargs), function)
 
+    def in_float64(self) -> Probe:
+        args, kwargs = self.mapped(to_float64)
+        return replace(self, args=args, kwargs=kwargs)
+
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Tensor)]
 
 
+# Runs a model at one probe: (its outputs by name, the outputs of the layers that are watched in it by "name@call").
+Runner = Callable[[Probe], tuple[Values, Values]]
+
+
 def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
+    """The example first, then those made of it."""
     leaves, _ = tree_flatten((args, dict(kwargs)))
     batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}
     batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from normswap.errors import NormswapError
 
+NOTHING_FINITE = "has no finite value to compare"
+
 
 def worst(errors: Iterable[float]) -> float:
     """The largest error; NaN if any is NaN or there is none. (`max` forgets a NaN or keeps it, by order.)"""
@@ -161,3 +163,30 @@ class ParityError(NormswapError):
     def __init__(self, message: str, *, parity: Parity, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.parity = parity
+
+
+def raise_for(
+    parity: Parity,
+    failed: str = "not the same function",
+    hint: str = "exclude the layer that differs, or report this with the model's architecture",
+) -> None:
+    """Raise ParityError unless the measurement passed. failed: what the candidate is if not; hint: what to do then."""
+    if parity.passed:
+        return
+    bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
+    if parity.failure is not None or bad is None:
+        what = parity.failure or "nothing was compared"
+    elif bad.problem is not None:
+        what = f"{bad.name} {bad.problem}"
+        if bad.unjudged is not None or bad.problem == NOTHING_FINITE:
+            failed = "not judged"
+            hint = "give inputs like those that the model was trained on: --input on the command line, example_inputs=... in Python"
+    else:
+        ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
+        what = (
+            f"{ran}first at {bad.name}: error {bad.max_rel:.3g} of max|reference| at the probe {bad.probe!r}, "
+            f"{bad.non_finite} non-finite mismatches; at most {bad.tolerance:.3g} passes"
+        )
+        if not bad.float64 and not bad.non_finite and math.isfinite(bad.noise):
+            what += f", as the original itself is {bad.noise:.3g} off there"
+    raise ParityError(f"converted, but {parity.candidate} is {failed}: {what}", parity=parity, hint=hint)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from normswap.detect.sites import Plan
+from rich.table import Table
+
+from normswap.detect.facts import Facts
+from normswap.detect.sites import Plan, Skip, Swap
 from normswap.parity.result import Parity
-from normswap.report import page, tables
-from normswap.report.fields import site_json, strict
-from normswap.report.onnx import cuda_lines, residue_lines
-from normswap.report.parity import legs_json, legs_summary, parity_json
-from normswap.report.words import by_text
+from normswap.report.onnx import cuda_lines, export_facts, residue_lines
+from normswap.report.parity import comparisons_json, comparisons_summary, parity_json, worst_of
+from normswap.report.tables import Alarm, table
+from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
+from normswap.swap.calibrate import Fit
 from normswap.versions import versions
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from normswap.export.to_onnx import Export
 
 SCHEMA_VERSION = 1
 Status = Literal["converted", "planned", "nothing to swap", "parity failed"]
+CALIBRATION = ("layer", "how", "error", "samples", "do not vary", "kurtosis", "position 0", "remarks")
 
 
 @dataclass(frozen=True)
@@ -27,81 +32,34 @@ class Report:
     """One conversion, or one plan where nothing was measured.
 
     source    what was converted, as the user named it
-    parities  by leg ("torch", "onnxruntime (all)"), in the order they were measured; empty for a plan
-    not_run   the legs that were not measured, and why
-    onnx      opset, nodes by operator, where each norm went, and what the file has on top of the model without norms; None without ONNX
+    parities  what was compared, by name ("torch", "onnxruntime (all)"), in the order of measurement; empty for a plan
+    not_run   the comparisons that were not made, and why
+    onnx      the ONNX file that was written, and where each norm went in it; None without one
     seconds   by stage, in order
     files     what was written, relative to the output directory
-    fits      for each layer that was calibrated or re-estimated, how well that went (`calibrate.Fit`)
-    facts     of an inspection, what is known of each norm (`facts.Facts`); the table then shows that
+    fits      for each layer that was calibrated or re-estimated, how well that went
+    facts     of an inspection, what is known of each norm; the table then shows that
     """
 
     source: str
     plan: Plan
     parities: Mapping[str, Parity] = field(default_factory=dict)
-    onnx: Mapping[str, Any] | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
-    fits: tuple[Mapping[str, Any], ...] = ()
-    facts: tuple[Mapping[str, Any], ...] = ()
     not_run: Mapping[str, str] = field(default_factory=dict)
+    onnx: Export | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    files: Sequence[str] = ()
+    fits: Sequence[Fit] = ()
+    facts: Sequence[Facts] = ()
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
     def status(self) -> Status:
+        """What became of the model, in one of four words or phrases."""
         if not all(parity.passed for parity in self.parities.values()):
             return "parity failed"
         if not self.plan.swaps:
             return "nothing to swap"
         return "converted" if self.parities else "planned"
-
-    def json(self) -> dict[str, Any]:
-        """Strict JSON, keys in the documented order. What JSON has no number for is the string "nan", "inf" or "-inf"."""
-        content: dict[str, Any] = {
-            "version": SCHEMA_VERSION,
-            "status": self.status,
-            "source": self.source,
-            "plan": {
-                "backend": self.plan.backend,
-                "notes": self.plan.notes,
-                "swaps": [{**site_json(swap), "preserves": swap.preserves} for swap in self.plan.swaps],
-                "skips": [{**site_json(skip), "reason": skip.reason} for skip in self.plan.skips],
-            },
-            "facts": [dict(known) for known in self.facts],
-            "parities": {leg: parity_json(parity) for leg, parity in self.parities.items()},
-            "legs": legs_json(self.parities, self.not_run),
-            "calibration": [dict(fit) for fit in self.fits],
-            "onnx": self.onnx,
-            "seconds": self.seconds,
-            "versions": self.versions,
-            "files": self.files,
-        }
-        return {key: strict(value) for key, value in content.items()}
-
-    def summary(self) -> str:
-        """The verdict, then one line for each comparison, warning and note. Plain text."""
-        lines = [self.verdict, *legs_summary(self.parities, self.not_run)]
-        lines += [f"  onnx: {line}" for line in self.residue]
-        lines += [f"  cuda: {line}" for line in self.cuda]
-        approximate = sum(known["approximate"] for known in self.facts)
-        if approximate:
-            lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
-        warnings = [(trap["text"], known["name"]) for known in self.facts for trap in known["warnings"]]
-        lines += [f"  warning: {names} {text}" for text, names in by_text(warnings)]
-        unseen = [(f"has an input of unknown shape: {known['unseen']}", known["name"]) for known in self.facts if known["unseen"]]
-        lines += [f"  note: {names} {text}" for text, names in by_text(unseen)]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.plan.notes)])
-
-    @property
-    def residue(self) -> list[str]:
-        """What of the norms is left in the ONNX file, and why. In words."""
-        return residue_lines((self.onnx or {}).get("sites", ()))
-
-    @property
-    def cuda(self) -> list[str]:
-        """How the ONNX file runs on CUDA, in words."""
-        told = (self.onnx or {}).get("cuda")
-        return [] if told is None else cuda_lines(told)
 
     @property
     def verdict(self) -> str:
@@ -116,33 +74,135 @@ class Report:
             "parity failed": f"parity failed: {count} swapped, and the result is not the same function",
         }[self.status]
 
-    def table(self) -> Table:
-        """One row for each normalization of the model."""
-        return tables.of_facts(self) if self.facts else tables.of_plan(self)
+    @property
+    def onnx_lines(self) -> list[tuple[str, str]]:
+        """(topic, line): what of the norms is left in the ONNX file and why, and how the file runs on CUDA. In words."""
+        if self.onnx is None:
+            return []
+        return [*(("onnx", line) for line in residue_lines(self.onnx)), *(("cuda", line) for line in cuda_lines(self.onnx.cuda))]
 
-    def calibration_table(self) -> Table:
-        """One row for each layer that was calibrated or re-estimated; what is bad is said in the last column."""
-        return tables.of_fits(self)
+    def json(self) -> dict[str, Any]:
+        """Strict JSON, keys in the documented order."""
+        plan = {
+            "backend": self.plan.backend,
+            "notes": self.plan.notes,
+            "swaps": [{**site_json(swap), "preserves": swap.preserves} for swap in self.plan.swaps],
+            "skips": [{**site_json(skip), "reason": skip.reason} for skip in self.plan.skips],
+        }
+        content = {
+            "version": SCHEMA_VERSION,
+            "status": self.status,
+            "source": self.source,
+            "plan": plan,
+            "facts": self.facts,
+            "parities": {name: parity_json(parity) for name, parity in self.parities.items()},
+            "legs": comparisons_json(self.parities, self.not_run),
+            "calibration": self.fits,
+            "onnx": None if self.onnx is None else export_facts(self.onnx),
+            "seconds": self.seconds,
+            "versions": self.versions,
+            "files": self.files,
+        }
+        return {key: strict(value) for key, value in content.items()}
 
-    def html(self) -> str:
-        """One page that needs nothing from anywhere."""
-        return page.html(self)
+    def summary(self) -> str:
+        """The verdict, then one line for each comparison, warning and note. Plain text."""
+        lines = [self.verdict, *comparisons_summary(self.parities, self.not_run)]
+        lines += [f"  {topic}: {line}" for topic, line in self.onnx_lines]
+        approximate = sum(known.approximate for known in self.facts)
+        if approximate:
+            lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
+        warnings = [(warning.text, known.name) for known in self.facts for warning in known.warnings]
+        lines += [f"  warning: {names} {text}" for text, names in by_text(warnings)]
+        unseen = [(f"has an input of unknown shape: {known.unseen}", known.name) for known in self.facts if known.unseen]
+        lines += [f"  note: {names} {text}" for text, names in by_text(unseen)]
+        return text_of([*lines, *(f"  note: {note}" for note in self.plan.notes)])
 
 
-def report(
-    source: str,
-    plan: Plan,
-    parities: Mapping[str, Parity] | None = None,
-    *,
-    onnx: Mapping[str, Any] | None = None,
-    seconds: Mapping[str, float] | None = None,
-    files: Iterable[str] = (),
-    fits: Iterable[Mapping[str, Any]] = (),
-    facts: Iterable[Mapping[str, Any]] = (),
-    not_run: Mapping[str, str] | None = None,
-) -> Report:
-    """Collects what the stages found, and the versions that they ran with."""
-    measured = dict(parities or {})
-    return Report(
-        source, plan, measured, onnx, versions(), dict(seconds or {}), tuple(files), tuple(fits), tuple(facts), dict(not_run or {})
+class Row(NamedTuple):
+    """What the table and the page say of one normalization of the model, in words."""
+
+    name: str
+    site: str
+    kind: str
+    what: str
+    why_not: str
+    error: str
+    passed: bool
+
+
+def rows_of(report: Report) -> Iterator[Row]:
+    """One row for each normalization of the model."""
+    for swap in report.plan.swaps:
+        drift = report.parities.get("drift", Parity(()))
+        own = [d for d in drift.sites if d.name == swap.name]
+        exact = [d for name, parity in report.parities.items() if name != "drift" for d in parity.sites if d.name == swap.name]
+        # An approximate swap is judged by its drift: in the other comparisons it is not made, or is held against itself.
+        worst = worst_of(own if own and swap.preserves == "approximate" else exact)
+        what = f"swapped, {swap.preserves}" if report.parities else f"would swap, {swap.preserves}"
+        error = "" if worst is None else figure(worst.max_rel) if worst.problem is None else worst.problem
+        yield Row(swap.name, _site(swap), swap.kind, what, "", error, all(d.passed for d in (*own, *exact)))
+    for skip in report.plan.skips:
+        yield Row(skip.name, _site(skip), skip.kind, "kept", skip.reason, "", True)
+
+
+def report_table(report: Report) -> Table:
+    """One row for each normalization of the model; of an inspection, with what is known of each."""
+    if report.facts:
+        return _facts_table(report)
+    rows = ((row.site, row.kind, row.what, row.why_not, row.error if row.passed else Alarm(row.error)) for row in rows_of(report))
+    return table(("site", "kind", "what", "why not", "max error"), rows, numbers=("max error",))
+
+
+def calibration_table(report: Report) -> Table:
+    """One row for each layer that was calibrated or re-estimated; the last column says what is bad."""
+    rows = ((*cells, Alarm(remarks)) for *cells, remarks in map(calibration_row, report.fits))
+    return table(CALIBRATION, rows, numbers=CALIBRATION[2:-1])
+
+
+def calibration_row(fit: Fit) -> tuple[str, ...]:
+    """What is said of one layer under the headers CALIBRATION; what was not measured is empty."""
+    seen = fit.samples > 0
+    return (
+        fit.name or ROOT,
+        {"fit": "fitted", "exact": "re-estimated", "adapt": "adapted"}[fit.how],
+        figure(fit.error) if seen else "",
+        str(fit.samples) if seen else "",
+        f"{fit.flat_channels} of {fit.channels}" if seen else "",
+        f"{fit.max_kurtosis:.1f}" if seen and math.isfinite(fit.max_kurtosis) else "",
+        "" if fit.first_position is None else f"{fit.first_position:.1f}",
+        "; ".join(fit.remarks),
     )
+
+
+def _facts_table(report: Report) -> Table:
+    """The table of an inspection. Columns that say nothing are left out, and a reason is not repeated from row to row."""
+    known, above = {facts.name: facts for facts in report.facts}, ""
+    headers = ("site", "kind", "input", "batches", "momentum", "eps", "constant", "folds into", "what", "why not")
+    rows = []
+    for row in rows_of(report):
+        facts = known[row.name]
+        what = f"{row.what}, or approximate" if facts.approximate and row.what == "kept" else row.what
+        why_not, above = ("as above" if row.why_not and row.why_not == above else row.why_not), row.why_not
+        rows.append((row.site, row.kind, *_known(facts), facts.folds_into or "none", what, why_not))
+    filled = [index for index in range(len(headers)) if any(row[index] for row in rows)]
+    return table([headers[index] for index in filled], ([row[index] for index in filled] for row in rows))
+
+
+def _known(facts: Facts) -> tuple[str, str, str, str, str]:
+    """In words: the input, batches seen, momentum, eps, and the channels that are constant. Empty: does not apply, or none."""
+    shapes = ", ".join("x".join(map(str, shape)) for shape in facts.shapes) or "unknown"
+    numbers = (facts.batches, facts.momentum, facts.eps)
+    batches, momentum, eps = ("" if n is None else f"{n:g}" if isinstance(n, float) else str(n) for n in numbers)
+    constant = [f"{count} {word}" for count, word in ((facts.dead_channels, "dead"), (facts.zero_weights, "zero")) if count]
+    return shapes, batches, momentum, eps, ", ".join(constant)
+
+
+def _site(decision: Swap | Skip) -> str:
+    """The name of a layer, its other names, and how often it is called."""
+    name = decision.name or ROOT
+    if decision.aliases:
+        name += f" (also {', '.join(decision.aliases)})"
+    if decision.calls not in (None, 1):
+        name += f", called {decision.calls} times"
+    return name

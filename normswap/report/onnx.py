@@ -1,34 +1,46 @@
-"""What `normswap export` says: where the norms of an ONNX file went, and whether it runs on CUDA."""
+"""What `normswap export` and `normswap fold` say: where the norms of an ONNX file went, and whether the file runs on CUDA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from normswap.report.parity import legs_json, legs_summary, parity_json
-from normswap.report.words import by_text, listed
+from rich.table import Table
+
+from normswap.report.parity import comparisons_json, comparisons_summary, parity_json
+from normswap.report.tables import table
+from normswap.report.words import attributes, by_text, listed, text_of
+from normswap.versions import versions
 
 if TYPE_CHECKING:
+    from normswap.export.any_file import Folded
     from normswap.export.cuda import Cuda
-    from normswap.export.to_onnx import Export, Outcome
+    from normswap.export.to_onnx import Export
+
+FOLD_VERSION = 1
+WAYS = {
+    "": "stays",
+    "into_producer": "into the layer before it",
+    "into_consumers": "into what reads it",
+    "stream_shift": "into what reads it and what comes before",
+    "threshold": "through a ReLU into what reads it",
+    "into_producers": "into all that comes before it",
+}
+
+
+# -- export ------------------------------------------------------------------------------------------------------------------
 
 
 def export_facts(exported: Export) -> dict[str, Any]:
-    """What the report of a conversion says of its ONNX file. docs/report.md documents it."""
+    """What the report of a conversion says of its ONNX file, as strict JSON. docs/report.md documents it."""
     return {
-        "target": exported.target,
-        "opset": exported.opset,
+        **attributes(exported, "target", "opset"),
         "dynamic_batch": exported.dynamic,
         "free_axes": list(dict.fromkeys(name for axes in exported.free for name in axes.values())),
-        "nodes": dict(exported.nodes),
-        "folded": list(exported.folded),
-        "residue": list(exported.residue),
-        "sites": fates_json(exported.sites),
-        "skeleton": dict(exported.skeleton),
-        "extra": dict(exported.extra),
-        "cuda": None if exported.cuda is None else cuda_json(exported.cuda),
-        "notes": list(exported.notes),
+        **attributes(exported, "nodes", "folded", "residue"),
+        "sites": outcomes_json(exported),
+        **attributes(exported, "skeleton", "extra"),
+        "cuda": cuda_json(exported.cuda),
+        **attributes(exported, "notes"),
     }
 
 
@@ -36,59 +48,108 @@ def export_json(result: Export) -> dict[str, Any]:
     """What `normswap export` wrote and measured, as strict JSON."""
     return {
         "path": str(result.path),
-        "target": result.target,
-        "opset": result.opset,
-        "residue": list(result.residue),
-        "extra": dict(result.extra),
-        "notes": list(result.notes),
-        "cuda": None if result.cuda is None else cuda_json(result.cuda),
-        "sites": fates_json(result.sites),
-        "parity": None if result.parity is None else parity_json(result.parity),
-        "legs": legs_json(result.legs.parities, result.legs.not_run),
+        **attributes(result, "target", "opset", "residue", "extra", "notes"),
+        "cuda": cuda_json(result.cuda),
+        "sites": outcomes_json(result),
+        **_measured(result),
     }
 
 
 def export_summary(result: Export) -> str:
     """What was written, and what was measured. Plain text."""
-    lines = [f"wrote {result.path}, opset {result.opset}", *legs_summary(result.legs.parities, result.legs.not_run)]
+    lines = [f"wrote {result.path}, opset {result.opset}", *comparisons_summary(result.legs.parities, result.legs.not_run)]
     lines += [f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}" for site in result.sites if site.left]
-    lines += [f"  cuda: {line}" for line in ([] if result.cuda is None else cuda_lines(cuda_json(result.cuda)))]
-    return "\n".join([*lines, *(f"  note: {note}" for note in result.notes)])
+    lines += [f"  cuda: {line}" for line in cuda_lines(result.cuda)]
+    return text_of([*lines, *(f"  note: {note}" for note in result.notes)])
 
 
-def fates_json(sites: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """Where each norm went. docs/report.md documents it."""
-    return [{"name": site.name, "how": site.how, "into": list(site.into), "left": list(site.left), "reason": site.reason} for site in sites]
+# -- fold --------------------------------------------------------------------------------------------------------------------
 
 
-def residue_lines(sites: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of the norms is left, and why. sites: as of `fates_json`."""
-    left = [site for site in sites if site["left"]]
-    gone = [f"{len(sites) - len(left)} of {len(sites)} calls of norms cost nothing"] if sites else []
-    said = [(f"in the file as {' and '.join(site['left'])}: {site['reason']}", site["name"]) for site in left]
-    return [*gone, *(f"{names} {text}" for text, names in by_text(said))]
-
-
-def cuda_json(cuda: Cuda) -> dict[str, Any]:
-    """What is known of the file on CUDA. docs/report.md documents it."""
+def fold_json(source: str, result: Folded) -> dict[str, Any]:
+    """What folding one ONNX file did, as strict JSON. docs/report.md documents it."""
     return {
-        "status": cuda.status,
-        "why": cuda.why,
-        "table": cuda.table,
-        "floating": cuda.floating,
-        "without_kernel": [asdict(node) for node in cuda.without_kernel],
-        "elsewhere": [] if cuda.run is None else list(cuda.run.elsewhere),
-        "kernels": {} if cuda.run is None else dict(cuda.run.kernels),
+        "version": FOLD_VERSION,
+        "status": "folded" if result.changed else "rolled back" if result.rolled_back else "nothing to fold",
+        "source": source,
+        "path": str(result.path),
+        "nodes_before": dict(result.before),
+        **attributes(result, "nodes", "bytes_before", "bytes"),
+        "sites": outcomes_json(result),
+        **attributes(result, "notes"),
+        **_measured(result),
+        "versions": versions(),
     }
 
 
-def cuda_lines(told: Mapping[str, Any]) -> list[str]:
-    """The same in words."""
-    missing = [f"{node['op']} {node['node']} ({node['dtype']}, opset {node['opset']})" for node in told["without_kernel"]]
-    has = f"{told['floating'] - len(missing)} of {told['floating']} floating-point nodes have a CUDA kernel, by onnxruntime's table"
-    lines = {
-        "not run": [f"not run: {told['why']}; {has}"],
-        "passed": [f"ran, every floating-point node on CUDA; {has}"],
-        "partly": [f"ran, but not on CUDA: {listed(told['elsewhere'])}; {has}"],
-    }[told["status"]]
-    return lines if not missing else [*lines, f"without a kernel: {listed(missing)}"]
+def fold_summary(result: Folded) -> str:
+    """What was folded, and what was measured. Plain text."""
+    gone = sum(not site.left for site in result.sites)
+    before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
+    unchanged = "nothing was folded: what could be was rolled back, as it did not pass" if result.rolled_back else "nothing to fold"
+    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else unchanged]
+    lines += comparisons_summary(result.legs.parities, result.legs.not_run)
+    lines += [f"  note: {note}" for note in result.notes]
+    return text_of([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
+
+
+def fold_table(result: Folded) -> Table:
+    """One row for each norm, and for each chain of products and sums with constants."""
+    rows = ((site.name, WAYS[site.how], ", ".join(site.left), site.reason) for site in result.sites)
+    return table(("site", "what", "left", "why"), rows)
+
+
+def operators_table(result: Folded) -> Table:
+    """How often each operator occurs before and after, as onnxslim shows it. Also where nothing was changed."""
+    both = (result.before, result.nodes)
+    names = dict.fromkeys((*result.before, *result.nodes))
+    rows = ((name, *(str(nodes.get(name, 0)) for nodes in both)) for name in names)
+    found = table(("operator", "before", "after"), rows, numbers=("before", "after"))
+    found.add_section()
+    found.add_row("all operators", *(str(sum(nodes.values())) for nodes in both))
+    found.add_row("file", *(f"{size / 1000:,.1f} kB" for size in (result.bytes_before, result.bytes)))
+    return found
+
+
+# -- both --------------------------------------------------------------------------------------------------------------------
+
+
+def outcomes_json(result: Export | Folded) -> list[dict[str, Any]]:
+    """Where each norm of an ONNX file went, as strict JSON. docs/report.md documents it."""
+    return [attributes(site, "name", "how", "into", "left", "reason") for site in result.sites]
+
+
+def residue_lines(exported: Export) -> list[str]:
+    """What of the norms is left in an ONNX file, and why, in words."""
+    total, left = len(exported.sites), [site for site in exported.sites if site.left]
+    gone = [f"{total - len(left)} of {total} calls of norms cost nothing"] if total else []
+    remarks = [(f"in the file as {' and '.join(site.left)}: {site.reason}", site.name) for site in left]
+    return [*gone, *(f"{names} {text}" for text, names in by_text(remarks))]
+
+
+def cuda_json(cuda: Cuda | None) -> dict[str, Any] | None:
+    """What is known of an ONNX file on CUDA, as strict JSON. docs/report.md documents it."""
+    if cuda is None:
+        return None
+    ran = {"elsewhere": [], "kernels": {}} if cuda.run is None else attributes(cuda.run, "elsewhere", "kernels")
+    return {**attributes(cuda, "status", "why", "table", "floating", "without_kernel"), **ran}
+
+
+def cuda_lines(cuda: Cuda | None) -> list[str]:
+    """How an ONNX file runs on CUDA, in words."""
+    if cuda is None:
+        return []
+    missing = [str(node) for node in cuda.without_kernel]
+    has = f"{cuda.floating - len(missing)} of {cuda.floating} floating-point nodes have a CUDA kernel, by onnxruntime's table"
+    if cuda.run is None:
+        ran = f"not run: {cuda.why}"
+    else:
+        ran = "ran, every floating-point node on CUDA" if cuda.status == "passed" else f"ran, but not on CUDA: {listed(cuda.run.elsewhere)}"
+    return [f"{ran}; {has}", *([f"without a kernel: {listed(missing)}"] if missing else [])]
+
+
+def _measured(result: Export | Folded) -> dict[str, Any]:
+    return {
+        "parity": None if result.parity is None else parity_json(result.parity),
+        "legs": comparisons_json(result.legs.parities, result.legs.not_run),
+    }

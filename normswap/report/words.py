@@ -1,24 +1,62 @@
-"""Words that several reports share."""
+"""What all reports share: lists of names, figures, lines of text, and values as strict JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from normswap.detect.sites import Skip, Swap
+from normswap.errors import shown
 
 ROOT = "(the model)"
 LISTED = 3  # names before "and N more"
 
 
-def by_text(said: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(text, the names that it was said of), each text once."""
-    names: dict[str, list[str]] = {}
-    for text, name in said:
-        names.setdefault(text, []).append(name or ROOT)
-    for text, found in names.items():
-        more = f" and {len(found) - LISTED} more: each" if len(found) > LISTED else ": each" if len(found) > 1 else ""
-        yield text, ", ".join(found[:LISTED]) + more
-
-
-def listed(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def by_text(remarks: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """From (text, name of a layer), each text once: (text, the names of its layers)."""
+    layers: dict[str, list[str]] = {}
+    for text, name in remarks:
+        layers.setdefault(text, []).append(name or ROOT)
+    for text, names in layers.items():
+        yield text, listed(names) + (": each" if len(names) > 1 else "")
+
+
+def figure(value: float | None) -> str:
+    """An error in two digits; nothing for None."""
+    return "" if value is None else f"{value:.1e}"
+
+
+def text_of(lines: Iterable[str]) -> str:
+    """Plain text for a terminal. A layer's name can neither start a line of its own nor hold an escape sequence."""
+    return "\n".join(shown(line, line=True) for line in lines)
+
+
+def strict(value: Any) -> Any:
+    """`value` in the types that JSON has. What JSON has no number for is the string "nan", "inf" or "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if is_dataclass(value):
+        return attributes(value, *(field.name for field in fields(value)))
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
+
+
+def attributes(item: object, *names: str) -> dict[str, Any]:
+    """Some attributes of an object, under their own names, as strict JSON."""
+    return {name: strict(getattr(item, name)) for name in names}
+
+
+def site_json(decision: Swap | Skip) -> dict[str, Any]:
+    """Which normalization a decision is about, as strict JSON."""
+    return {**attributes(decision, "name", "aliases", "kind", "calls", "producer"), "function": decision.site.function}

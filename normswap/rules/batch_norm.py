@@ -12,17 +12,18 @@ Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.detect.sites import Rule, Site
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm, Source
 from normswap.layer.formulas import StdForm
-from normswap.models.copying import carry
+from normswap.models.copying import copy_hooks
+from normswap.models.torch_private import AnyBatchNorm
 from normswap.rules import plain
 
 NO_STATISTICS = (
@@ -31,15 +32,15 @@ NO_STATISTICS = (
 )
 ROUNDED = 1e-4  # of running_var + eps: more than that is no rounding of a sum of two positive numbers, but of a difference
 
-FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+FORWARDS = {AnyBatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
 def recognises(site: Site) -> bool:
-    return isinstance(site.module, _BatchNorm)
+    return isinstance(site.module, AnyBatchNorm)
 
 
 def check(site: Site) -> str | None:
-    module = cast(_BatchNorm, site.module)
+    module = cast(AnyBatchNorm, site.module)
     return plain.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
@@ -75,7 +76,7 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
 
 
 def build(site: Site, std: str) -> nn.Module:
-    return from_statistics(cast(_BatchNorm, site.module), BatchlessNorm, std)
+    return from_statistics(cast(AnyBatchNorm, site.module), BatchlessNorm, std)
 
 
 def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: float | None = None) -> BatchlessNorm:
@@ -83,8 +84,8 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
     mean, var = cast(Tensor, module.running_mean), cast(Tensor, module.running_var)
     weight, bias = cast("Tensor | None", module.weight), cast("Tensor | None", module.bias)
     eps = cast(float, module.eps) if eps is None else eps
-    trainable = isinstance(module, _BatchNorm)  # what keeps everything in buffers is not to be trained
-    layer = layer_with(cls, mean, var, eps, std, weight, bias, trainable=trainable)
+    trainable = isinstance(module, AnyBatchNorm)  # what keeps everything in buffers is not to be trained
+    layer = layer_with(cls, Normalization(mean, var, eps, weight, bias), std, trainable=trainable)
     layer.source_mean = mean.detach().clone()
     layer.source_var = var.detach().clone()
     batches = getattr(module, "num_batches_tracked", None)
@@ -96,7 +97,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
         parameters={name: p.dtype for name, p in module._parameters.items() if p is not None},
         buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
     )
-    carry(module, layer)
+    copy_hooks(module, layer)
     # Children (a norm-act's activation, an observer that a hook calls) and attributes that others set on the layer stay in their places.
     layer._modules.update(module._modules)
     settings = {*cast("list[str]", getattr(module, "__constants__", ())), "eps"}
@@ -106,39 +107,42 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
     return layer
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """weight * (x - mean) / sqrt(var + eps) + bias; every tensor (C,), without a weight 1, without a bias 0."""
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 @torch.no_grad()
 def layer_with(
-    cls: type[BatchlessNorm],
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    std: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    channel_axis: int = 1,
-    trainable: bool = True,
+    cls: type[BatchlessNorm], source: Normalization, std: str, *, channel_axis: int = 1, trainable: bool = True
 ) -> BatchlessNorm:
-    """A `cls` that computes weight * (x - mean) / sqrt(var + eps) + bias; every tensor (C,).
+    """A `cls` that computes what `source` says.
 
     Its weight and bias are trainable if the given ones are; its statistics, if `trainable`, and the weight is or there is none.
     """
+    mean, weight = source.mean, source.weight
     layer = cls(
         mean.numel(),
         channel_axis=channel_axis,
-        affine=weight is not None or bias is not None,
+        affine=weight is not None or source.bias is not None,
         std=cast(StdForm, std),
         device=mean.device,
         dtype=mean.dtype,
     )
-    layer.set_statistics(mean, formulas.std_of_variance(var, eps))
+    layer.set_statistics(mean, formulas.std_of_variance(source.var, source.eps))
     for parameter in (layer.mean, layer.std_parameter):
         parameter.requires_grad_(trainable and (weight is None or weight.requires_grad))
-    for mine, source in ((layer.weight, weight), (layer.bias, bias)):
+    for mine, given in ((layer.weight, weight), (layer.bias, source.bias)):
         if mine is not None:
-            if source is not None:
-                mine.copy_(source)
-            mine.requires_grad_(source is not None and source.requires_grad)
+            if given is not None:
+                mine.copy_(given)
+            mine.requires_grad_(given is not None and given.requires_grad)
     return layer
 
 

@@ -5,7 +5,7 @@
 is BatchNorm in eval mode: the formula and shapes of `batch_norm.py`. Its tensors are buffers, so the parameters come out frozen too.
 
 torchvision's is known by its class. Any other layer that is no BatchNorm of torch, but has its running statistics, is run on random data
-(`probing.py`): it has to compute this formula, in train mode as in eval mode. eps may be a number in its code.
+(`recognise.py`): it has to compute this formula, in train mode as in eval mode. eps may be a number in its code.
 
 Source: torchvision/ops/misc.py. torchvision is not imported, for the reason given in `batch_norm_act.py`.
 """
@@ -17,14 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.detect.sites import Rule, Site
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.torch_private import AnyBatchNorm, AnyInstanceNorm
 from normswap.rules import plain
 from normswap.rules.batch_norm import from_statistics, why_not_statistics
-from normswap.rules.recognise import probe_fixed
+from normswap.rules.recognise import recognise_frozen
 
 
 def _class() -> type[nn.Module] | None:
@@ -37,12 +36,12 @@ def recognises(site: Site) -> bool:
 
 
 def _computes_it(module: nn.Module | None) -> bool:
-    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or module is None or list(module.children()):
+    if isinstance(module, (AnyBatchNorm, AnyInstanceNorm, torch.jit.ScriptModule)) or module is None or list(module.children()):
         return False
     statistics = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
     if not all(isinstance(t, Tensor) and not t.is_meta for t in statistics):
         return False
-    return probe_fixed(module) is not None
+    return recognise_frozen(module) is not None
 
 
 def check(site: Site) -> str | None:
@@ -53,7 +52,7 @@ def check(site: Site) -> str | None:
 
 def _eps(module: nn.Module) -> float:
     cls = _class()
-    found = cast(float, module.eps) if cls is not None and isinstance(module, cls) else probe_fixed(module)
+    found = cast(float, module.eps) if cls is not None and isinstance(module, cls) else recognise_frozen(module)
     assert found is not None
     return found
 

@@ -1,32 +1,49 @@
-"""The norms that libraries write themselves -> BatchlessNorm, approximately, from calibration data: recognised by what they compute.
+"""Norms that a library or the user wrote -> BatchlessNorm, approximately, from calibration data: recognised by what they compute.
 
-timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's LayerNorm2d, the RMSNorms of transformers and their like
-are run on random data (`probing.py`): a layer that is found to compute one of the known formulas is swapped as that formula's own class
-would be; any other is left as it is. A dropout and an activation of the layer's own (`drop`, `act` or `activation`) are kept.
+Two kinds of them are run on random data (`recognise.py`), and swapped as the formula's own class would be (`per_sample.py`):
+
+    flavour         a layer that calls itself a norm: timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's
+                    LayerNorm2d, the RMSNorms of transformers. A dropout and an activation of its own (`drop`, `act` or `activation`) stay
+    hand_written    code in a module that looks like a norm. `detect/handwritten.py` makes a layer of it; here that layer is run
+
+What computes none of the known formulas is left as it is.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from normswap.detect.handwritten import HandwrittenNorm
 from normswap.detect.sites import Rule, Site
-from normswap.rules import per_sample, plain, unknown
-from normswap.rules.recognise import AFTER, probe
+from normswap.rules import plain
+from normswap.rules.kept import is_called_a_norm
+from normswap.rules.per_sample import inexact, uncalibrated
+from normswap.rules.recognise import AFTER, recognise
 
 
-def recognises(site: Site) -> bool:
-    if not unknown.recognises(site) or isinstance(site.module, torch.jit.ScriptModule):
+def build(site: Site, std: str) -> nn.Module:
+    """For both kinds: the channels are where the layer was found to have them."""
+    module = cast(nn.Module, site.module)
+    found = recognise(module)
+    assert found is not None
+    after = any(isinstance(module._modules.get(name), nn.Module) for name in AFTER)
+    sizes, axes = ((v,) if isinstance(v, int) else v for v in (found.channels, found.axis))
+    return uncalibrated(module, (sizes, axes), std, after=after)
+
+
+def is_flavour(site: Site) -> bool:
+    if not is_called_a_norm(site) or isinstance(site.module, torch.jit.ScriptModule):
         return False
-    found = probe(cast(nn.Module, site.module))
+    found = recognise(cast(nn.Module, site.module))
     return found is not None and found.kind != "affine" and not plain.further_inputs(cast(nn.Module, site.module))
 
 
-def check(site: Site) -> str | None:
+def check_flavour(site: Site) -> str | None:
     module = cast(nn.Module, site.module)
-    found = probe(module)
+    found = recognise(module)
     assert found is not None
     if not found.sized:
         return (
@@ -36,13 +53,21 @@ def check(site: Site) -> str | None:
     return plain.why_not_plain(site, {type(module).forward}, known=None)
 
 
-def build(site: Site, std: str) -> nn.Module:
-    module = cast(Any, site.module)
-    found = probe(module)
-    assert found is not None
-    after = any(isinstance(module._modules.get(name), nn.Module) for name in AFTER)
-    sizes, axes = ((v,) if isinstance(v, int) else v for v in (found.channels, found.axis))
-    return per_sample.uncalibrated(module, sizes, axes, std, after=after)
+def is_hand_written(site: Site) -> bool:
+    return isinstance(site.module, HandwrittenNorm)
 
 
-RULE = Rule("flavour", recognises, check, build, per_sample.per_sample)
+def check_hand_written(site: Site) -> str | None:
+    module = cast(nn.Module, site.module)
+    found = recognise(module)
+    if found is not None and found.sized and found.kind != "affine":
+        return None
+    looks = "is code that looks like a normalization (it scales by the root of a mean or variance)"
+    has_a_size = getattr(module, "input_shape", None) is not None or any(True for _ in module.parameters())
+    if not has_a_size and (found is None or found.kind != "affine"):
+        return f"{looks}, whose number of channels only its input tells; give example inputs of fixed sizes that reach it"
+    return f"{looks} and is none that normswap knows; leave it, or make it a layer of its own and {plain.OWN_RULE}"
+
+
+HAND_WRITTEN = Rule("hand_written", is_hand_written, check_hand_written, build, inexact)
+RULE = Rule("flavour", is_flavour, check_flavour, build, inexact)

@@ -1,30 +1,64 @@
-"""What the rules share whose replacement starts from calibration data: the empty layer that `calibrate` fills, and why it is not exact."""
+"""Norms of torch that take their statistics from the data they get -> BatchlessNorm, approximately, from calibration data.
+
+    layer_norm      y = weight * (x - m) / sqrt(v + eps) + bias    m, v: mean and variance of each sample over its last axes
+    group_norm      the same                                       m, v: of each sample over space and a group of channels
+    instance_norm   the same                                       m, v: of each sample and channel over space
+    rms_norm        y = weight * x / sqrt(mean(x^2) + eps)         the mean of each sample over its last axes
+    batch_norm      the same as layer_norm                         m, v: of each channel over the batch, as it keeps none
+
+and BatchlessNorm   y = weight' * (x - mean) / std + bias'
+
+with mean and std those of each channel over the calibration data, and weight', bias' fitted to the source's output by least squares. Where
+the source has no bias, bias' is new.
+
+Shapes: for layer_norm and rms_norm x (*, *normalized_shape), and every parameter has the normalized_shape, so the channels lie on the last
+axes. For the others x (N, C, *space), and every parameter (C,).
+
+Sources: Ba, Kiros & Hinton 2016, arXiv:1607.06450; Wu & He 2018, arXiv:1803.08494; Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022;
+Zhang & Sennrich 2019, arXiv:1910.07467.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from normswap.detect.sites import Site
+from normswap.detect.functional import InstanceNormCall
+from normswap.detect.sites import Rule, Site
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
 from normswap.layer.formulas import StdForm
-from normswap.models.copying import carry
+from normswap.models.copying import copy_hooks
+from normswap.models.torch_private import AnyBatchNorm, AnyInstanceNorm
+from normswap.rules import batch_norm, plain
+
+Channels = tuple[Sequence[int], Sequence[int]]  # (how many there are, on which axis of x): more than one number for several axes
+
+# The channels of each class of torch.
+CHANNELS: dict[type[nn.Module], Callable[[Any], Channels]] = {
+    nn.LayerNorm: lambda norm: (norm.normalized_shape, range(-len(norm.normalized_shape), 0)),
+    nn.RMSNorm: lambda norm: (norm.normalized_shape, range(-len(norm.normalized_shape), 0)),
+    nn.GroupNorm: lambda norm: ((norm.num_channels,), (1,)),
+    AnyInstanceNorm: lambda norm: ((norm.num_features,), (1,)),
+    AnyBatchNorm: lambda norm: ((norm.num_features,), (1,)),
+}
+INSTANCE_NORM_FORWARDS = {AnyInstanceNorm.forward, InstanceNormCall.forward}
 
 
-def per_sample(site: Site) -> str:
-    """Why such a swap is not exact."""
+def inexact(site: Site) -> str:
+    """Why the swap of a norm that takes its statistics from each sample is not exact."""
     what = site.function or type(site.module).__name__
     return f"{what} takes its statistics from each sample, so an exact swap does not exist"
 
 
-def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], std: str, *, after: bool = False) -> BatchlessNorm:
+def uncalibrated(module: nn.Module, channels: Channels, std: str, *, after: bool = False) -> BatchlessNorm:
     """A BatchlessNorm with mean 0, std 1 and weight 1, on the source's device, trainable if the source is. `source` stays None.
 
     after: the source has a dropout and an activation of its own, `drop` and `act`, which come along.
     """
+    sizes, axes = channels
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     floats = [t for t in tensors if t.is_floating_point()]
     cls = BatchlessNormAct if after else BatchlessNorm
@@ -43,5 +77,39 @@ def uncalibrated(module: nn.Module, sizes: Sequence[int], axes: Sequence[int], s
             setattr(layer, name, module._modules.get(name) or nn.Identity())
         if isinstance(activation := module._modules.get("activation"), nn.Module):  # transformers' name for `act`
             layer.act = activation
-    carry(module, layer)
+    copy_hooks(module, layer)
     return layer
+
+
+def _rule(
+    kind: str,
+    cls: type[nn.Module],
+    forwards: Collection[Callable[..., Any]],
+    recognises: Callable[[Site], bool] | None = None,
+    why: Callable[[Site], str] = inexact,
+) -> Rule:
+    """The rule for a class of CHANNELS. Without `recognises` it leaves a subclass with a forward of its own to the rules that follow."""
+
+    def is_plain(site: Site) -> bool:
+        return isinstance(site.module, cls) and type(site.module).forward in forwards
+
+    def check(site: Site) -> str | None:
+        return plain.why_not_plain(site, forwards)
+
+    def build(site: Site, std: str) -> nn.Module:
+        module = cast(nn.Module, site.module)
+        return uncalibrated(module, CHANNELS[cls](module), std)
+
+    return Rule(kind, recognises or is_plain, check, build, why)
+
+
+def _untracked(site: Site) -> bool:
+    module = site.module
+    return isinstance(module, AnyBatchNorm) and module.running_mean is None and type(module).forward in batch_norm.FORWARDS
+
+
+LAYER_NORM = _rule("layer_norm", nn.LayerNorm, {nn.LayerNorm.forward})
+GROUP_NORM = _rule("group_norm", nn.GroupNorm, {nn.GroupNorm.forward})
+RMS_NORM = _rule("rms_norm", nn.RMSNorm, {nn.RMSNorm.forward})
+INSTANCE_NORM = _rule("instance_norm", AnyInstanceNorm, INSTANCE_NORM_FORWARDS, lambda site: isinstance(site.module, AnyInstanceNorm))
+BATCH_NORM = _rule("batch_norm", AnyBatchNorm, batch_norm.FORWARDS, _untracked, lambda site: batch_norm.NO_STATISTICS)

@@ -1,4 +1,4 @@
-"""What every rule for a module needs to ask: is it the plain layer that its class says, and what does it carry besides tensors?"""
+"""What every rule for a module asks: is it the plain layer that its class says, and which attributes has it besides tensors?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normswap.detect.sites import Site
 from normswap.detect.super_calls import under_super
 from normswap.models.own_code import base_of
+from normswap.models.torch_private import MODULE_STATE
 
 OWN_RULE = "pass a rule of your own (--rule, docs/writing_rules.md)"
 _ONLY = f"if it only normalizes, {OWN_RULE}"
-_MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -63,5 +63,5 @@ def further_inputs(module: nn.Module) -> str:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What the object carries besides tensors, children and nn.Module's own state."""
-    return {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
+    """The attributes of a module besides tensors, children and nn.Module's own state."""
+    return {name: value for name, value in module.__dict__.items() if name not in MODULE_STATE}

@@ -1,4 +1,4 @@
-"""Finds out what a layer normalizes by running it: by structure, not by the name of its class.
+"""What a layer computes, found out by running it: by structure, not by the name of its class.
 
 A copy of the layer with random parameters is run on random data in float64, its own dropout and activation (`drop`, `act`, `activation`)
 left out, and its output is compared with what each candidate would give before its weight and bias,
@@ -14,7 +14,7 @@ up to one weight and one bias per channel, fitted by least squares. Only an exac
 gate, a residual, an activation under another name) is none. What its parameters are called, whether it multiplies by weight or by
 1 + weight, and in which order it casts do not matter. eps is one of the numbers that the layer has as attributes, or a customary one.
 
-`probe_fixed` does the same for a layer that normalizes by running statistics: these are drawn at random, and it has to use them.
+`recognise_frozen` does the same for a layer that normalizes by running statistics: these are drawn at random, and it has to use them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.models.float64 import in_float64
+from normswap.models.watching import forward
 
 EXACT = 1e-9  # relative; float64 leaves 1e-14, and an eps that is wrong by 1e-6 leaves 1e-6
 _CUSTOMARY_EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
@@ -57,11 +58,11 @@ class Normalizes:
 _FOUND: dict[Hashable, Normalizes | None] = {}  # by what a layer is, apart from the values of its tensors
 
 
-def probe(module: nn.Module) -> Normalizes | None:
+def recognise(module: nn.Module) -> Normalizes | None:
     """What `module` normalizes, or None if it is no known normalization. Takes some milliseconds for the first of its kind."""
     kind = _kind(module)
     if kind not in _FOUND:
-        _FOUND[kind] = _probe(module)
+        _FOUND[kind] = _try_layouts(module)
     return _FOUND[kind]
 
 
@@ -78,7 +79,7 @@ def _kind(module: nn.Module) -> Hashable:
     )
 
 
-def _probe(module: nn.Module) -> Normalizes | None:
+def _try_layouts(module: nn.Module) -> Normalizes | None:
     bare = bare_copy(module)
     if bare is None:
         return None
@@ -155,8 +156,7 @@ def _along(bare: nn.Module, module: nn.Module, axis: int | tuple[int, ...], chan
 def _run(bare: nn.Module, module: nn.Module, x: Tensor) -> Tensor | None:
     device = next((t.device for t in (*bare.parameters(), *bare.buffers())), torch.device("cpu"))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
-            y = bare(x.to(device))
+        y = forward(bare, (x.to(device),), {}, within=in_float64())
     except Exception:  # another shape was expected
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or not bool(y.isfinite().all()):
@@ -176,8 +176,7 @@ def returns_otherwise(module: nn.Module) -> str | None:
     how: str | None = None
     for shape in shapes:
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), in_float64():
-                y = bare(torch.randn(shape, dtype=torch.float64))
+            y = forward(bare, (torch.randn(shape, dtype=torch.float64),), {}, within=in_float64())
         except Exception:  # another shape was expected
             continue
         if isinstance(y, Tensor) and y.shape == shape:  # the others were broadcast
@@ -229,21 +228,21 @@ def _fits(z: Tensor, y: Tensor) -> bool:
     return bool(target.abs().max() > 0) and bool(residual <= EXACT * target.abs().max())
 
 
-def probe_fixed(module: nn.Module) -> float | None:
+def recognise_frozen(module: nn.Module) -> float | None:
     """The eps with which `module` computes BatchNorm by its running statistics, in train mode too; None if it does not.
 
     Of a module with BatchNorm's tensors under BatchNorm's names. A copy is given random statistics, weights and biases.
     """
-    kind = ("fixed", _kind(module))
-    if kind not in _FIXED:
-        _FIXED[kind] = _probe_fixed(module)
-    return _FIXED[kind]
+    kind = ("frozen", _kind(module))
+    if kind not in _FROZEN:
+        _FROZEN[kind] = _try_frozen(module)
+    return _FROZEN[kind]
 
 
-_FIXED: dict[Hashable, float | None] = {}
+_FROZEN: dict[Hashable, float | None] = {}
 
 
-def _probe_fixed(module: nn.Module) -> float | None:
+def _try_frozen(module: nn.Module) -> float | None:
     bare = bare_copy(module)
     tensors = {n: getattr(bare, n, None) for n in ("running_mean", "running_var", "weight", "bias")}
     mean, var = tensors["running_mean"], tensors["running_var"]

@@ -1,4 +1,7 @@
-"""People's own rules: found by name, held to what `Rule` asks of them, and what it takes to write one. See docs/writing_rules.md."""
+"""Rules that users write: what it takes to write one, how one is found by its name, and a check that it keeps to what `Rule` asks of it.
+
+See docs/writing_rules.md.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from torch import Tensor, nn
 from normswap.detect.sites import Rule, Site
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.copying import HOOKS, carry
+from normswap.models.copying import copy_hooks
 from normswap.models.spec import SPEC, imported
-from normswap.rules.batch_norm import layer_with
+from normswap.models.torch_private import HOOKS
+from normswap.rules.batch_norm import Normalization, layer_with
 from normswap.rules.per_sample import uncalibrated
 
 PAGE = "docs/writing_rules.md"
@@ -39,12 +43,13 @@ def batchless_from_statistics(
         weight * (x - mean) / sqrt(variance + eps) + bias
 
     mean, variance, weight, bias: one value per channel, in any shape ((C,) or (1, C, 1, 1)); without a weight it is 1, without a bias 0.
-    std: how the layer stores it, as `build` is told. channel_axis: of x, negative from the end. The layer is trainable if the weight is (or
+    std: the one that `build` is given. channel_axis: of x, negative from the end. The layer is trainable if the weight is (or
     there is none), and takes the hooks and the training flag of `module`.
     """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in (weight, bias)]
-    layer = layer_with(BatchlessNorm, mean.reshape(-1), variance.reshape(-1), eps, std, *flat, channel_axis=channel_axis)
-    carry(module, layer)
+    source = Normalization(mean.reshape(-1), variance.reshape(-1), eps, *flat)
+    layer = layer_with(BatchlessNorm, source, std, channel_axis=channel_axis)
+    copy_hooks(module, layer)
     return layer
 
 
@@ -54,7 +59,7 @@ def batchless_from_data(module: nn.Module, channels: int, *, std: str, channel_a
     channels: how many; channel_axis: where, negative from the end. It is trainable if `module` has a parameter that is, or none at all, and
     takes its hooks and training flag.
     """
-    return uncalibrated(module, (channels,), (channel_axis,), std)
+    return uncalibrated(module, ((channels,), (channel_axis,)), std)
 
 
 # -- for the pipeline ------------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def checked(rule: Rule) -> Rule:
         if site.module is not None:
             layer.training = site.module.training
             if not any(getattr(layer, hooks) for hooks in HOOKS):
-                carry(site.module, layer)
+                copy_hooks(site.module, layer)
         return cast(nn.Module, layer)
 
     def inexact(site: Site) -> str:

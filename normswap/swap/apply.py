@@ -1,4 +1,4 @@
-"""(model, Plan) -> a new model with the planned swaps made; and back again. The only writer of modules and graphs.
+"""(model, Plan) -> a new model with the planned swaps made. The only writer of modules and graphs.
 
 Every replacement goes into the memo of one `copy.deepcopy`, so it stands wherever the model refers to the source: under each of its
 names, in lists, as the owner of a bound method, as the model itself. Calls are rewritten in the copy of the module whose code they are in.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from normswap.detect.handwritten import Found, find
+from normswap.detect.functional import Found
+from normswap.detect.handwritten import find
 from normswap.detect.sites import Plan, Site, Swap
 from normswap.detect.super_calls import put_under_super
 from normswap.errors import SwapError
-from normswap.layer import coupling, formulas
-from normswap.layer.batchless_norm import BatchlessNorm, Source
-from normswap.models.copying import carry, copy_with, on_meta
+from normswap.models.copying import copy_with
 from normswap.models.own_code import BASES, TENSORS, base_forward, base_of, graphs_of, rewrite
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,7 +30,7 @@ def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") 
     std: how the layers store it; one form, or one for each name. Raises SwapError if the copy is not as planned.
     """
     replacements = {s.site.module: _build(s, std) for s in plan.swaps if s.site.call is None and s.site.module is not None}
-    result = _replaced(model, replacements)
+    result = copy_replacing(model, replacements)
     _place(result, {s: _build(s, std) for s in plan.swaps if s.site.call is not None})
     return result
 
@@ -49,8 +47,8 @@ def _build(s: Swap, std: str | Mapping[str, str]) -> nn.Module:
     return s.rule.build(s.site, std if isinstance(std, str) else std[s.name])
 
 
-def _replaced(model: M, replacements: dict[nn.Module, nn.Module]) -> M:
-    """A deep copy of `model` in which each key is its value, wherever it stands."""
+def copy_replacing(model: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
+    """A deep copy of `model` in which the value stands for the key, wherever that is. Raises SwapError if the copy is not that."""
     memo: dict[int, Any] = {}
     for source, target in replacements.items():
         memo[id(source)] = target
@@ -66,11 +64,11 @@ def _replaced(model: M, replacements: dict[nn.Module, nn.Module]) -> M:
         # What a replacement took over from its source (children, hooks, attributes) may refer to any part of the model.
         taken = {name: value for name, value in target.__dict__.items() if name not in ("_parameters", "_buffers")}
         target.__dict__.update(copy_with(taken, memo, f"what belongs to a {type(source).__name__}"))
-    _check(model, copied, replacements)
+    _check_copy(model, copied, replacements)
     return copied
 
 
-def _check(model: nn.Module, copied: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def _check_copy(model: nn.Module, copied: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Hold the copy to the plan: under each name of a source stands its replacement, and nothing else moved."""
     found = dict(copied.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
@@ -181,84 +179,3 @@ def _drop_unread(owner: nn.Module, target: str, graphs: Iterable[fx.Graph]) -> N
                 tensors[attribute] = None
     elif hasattr(holder, attribute):
         delattr(holder, attribute)
-
-
-def revert(model: M, *, skip: bool = False) -> M:
-    """A new model in which every BatchlessNorm is the layer it was made from.
-
-    Where a channel's statistics are still those that were recorded, they come back bit for bit; a trained one has
-    running_mean = mean, running_var = std^2 - eps (and eps = 0 for the layer if some std^2 < eps).
-
-    Raises SwapError, naming them, for layers that were not made from a layer with statistics, unless `skip=True` leaves them.
-    """
-    if not isinstance(model, nn.Module):
-        raise SwapError(
-            f"a {type(model).__name__} has no layers to give back", hint="an exported program: keep the one that it was made from"
-        )
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, BatchlessNorm)}
-    valueless = next((name for layer, name in layers.items() if on_meta(layer)), None)
-    if valueless is not None:
-        raise SwapError(f"{valueless or 'the model'} is on the meta device: it has no values to give back", hint="load the weights first")
-    unknown = [name for layer, name in layers.items() if layer.source is None]
-    if unknown and not skip:
-        own = {name: layer.own_rule[0] for layer, name in layers.items() if layer.source is None and layer.own_rule is not None}
-        by_rules = "; ".join(f"{name} was made by your rule {kind!r}" for name, kind in own.items())
-        raise SwapError(
-            f"{', '.join(unknown)} cannot be reverted: no source layer with statistics was recorded" + (f" ({by_rules})" if own else ""),
-            hint="keep the original model: nothing in the converted one tells what stood there; --skip (skip=True in Python) reverts the "
-            "others and leaves these",
-        )
-    reverted = _replaced(model, {layer: _source_of(layer, layer.source) for layer in layers if layer.source is not None})
-    for module in reverted.modules():
-        coupling.release(module)
-    return reverted
-
-
-@torch.no_grad()
-def _source_of(layer: BatchlessNorm, source: Source) -> nn.Module:
-    mean, var, eps = _recorded_or_trained(layer, source)
-    tensors: dict[str, Tensor | None] = {
-        "running_mean": mean,
-        "running_var": var,
-        "num_batches_tracked": cast("Tensor | None", layer.source_batches),
-        "weight": layer.weight,
-        "bias": layer.bias,
-    }
-    module = source.cls.__new__(source.cls)
-    nn.Module.__init__(module)
-    module.__dict__.update({**source.attributes, "eps": eps})
-    for name in TENSORS:
-        tensor = tensors[name]
-        dtype = source.parameters.get(name) or source.buffers.get(name)
-        value = None if tensor is None or dtype is None else tensor.detach().to(_follow(dtype, layer)).clone()
-        if name in source.buffers or (name not in source.parameters and name not in ("weight", "bias")):
-            module.register_buffer(name, value)
-        else:
-            trainable = tensor is not None and tensor.requires_grad
-            module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
-    for name, child in layer._modules.items():
-        module.add_module(name, child)
-    carry(layer, module)
-    return module
-
-
-def _follow(dtype: torch.dtype, layer: BatchlessNorm) -> torch.dtype:
-    """The recorded dtype, or that of the layer if the model was moved to another since."""
-    moved = layer.mean.dtype != torch.promote_types(dtype, torch.float32)
-    return layer.mean.dtype if moved and dtype.is_floating_point else dtype
-
-
-def _recorded_or_trained(layer: BatchlessNorm, source: Source) -> tuple[Tensor, Tensor, float]:
-    mean, std = layer.statistics()
-    recorded_mean, recorded_var = cast("Tensor | None", layer.source_mean), cast("Tensor | None", layer.source_var)
-    if recorded_mean is None or recorded_var is None:
-        var, eps = formulas.variance_of_std(std, source.eps)
-        return mean, var, eps
-    same_mean = recorded_mean.to(mean.dtype) == mean
-    same_std = layer.as_recorded()
-    # Only a channel that was trained can ask for eps = 0: a dead one (variance 0) may miss eps by a rounding.
-    _, eps = formulas.variance_of_std(std[~same_std], source.eps)
-    trained = std.double().square() - eps
-    # With eps = 0 the recorded variance no longer gives the recorded std, so all of them are then the trained form.
-    var = torch.where(same_std, recorded_var.double(), trained) if eps == source.eps else trained
-    return torch.where(same_mean, recorded_mean.to(mean.dtype), mean), var, eps

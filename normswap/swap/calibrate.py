@@ -28,14 +28,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.errors import UsageError, described
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.models.copying import set_eval, uncompiled
+from normswap.models.copying import set_eval, shared_parameters
+from normswap.models.torch_private import is_functorch_wrapped
+from normswap.models.watching import forward
 from normswap.swap.moments import Moments
+from normswap.swap.strata import StratumLabels
 
 MASK = "attention_mask"
 FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
@@ -94,7 +95,7 @@ class _Site:
 
 
 class _Enough(Exception):
-    """Stops a forward once the stratum has seen all that it will see."""
+    """Stops a forward pass once all layers of the stratum have been called."""
 
 
 def calibrate(
@@ -112,17 +113,17 @@ def calibrate(
     original: the model that `model` was made from, in eval mode; a copy that nobody else uses. reestimate: layers that have statistics
     already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. alone: calibrate each layer as if it
     were the only one that is swapped, on what the original's layers produce; one pass does for all of them, and the fits say stratum 1.
-    progress(done, total) is told after each forward, in strata times batches. Raises UsageError if there is no batch, the model does not
+    progress(done, total) is called after each forward, of strata times batches. Raises UsageError if there is no batch, the model does not
     take them, or a layer cannot be fitted.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
     modules, sources = dict(model.named_modules()), dict(original.named_modules())
-    tied = _tied(model)
+    shared = shared_parameters(model)
     sites, kept = [], []
     for name, how in {**dict.fromkeys(names, "fit"), **(reestimate or {})}.items():
         layer = modules[name]
         assert isinstance(layer, BatchlessNorm)
-        reason = _why_not(layer, how, tied)
+        reason = _why_not(layer, how, shared)
         if reason is not None and how == "fit":
             raise UsageError(f"{name} {reason}", hint="exclude it from the conversion")
         if reason is not None:
@@ -133,25 +134,15 @@ def calibrate(
         return (*calibration.run(batches, progress), *kept)
 
 
-def _tied(model: nn.Module) -> dict[int, str]:
-    """The parameters that more than one module holds: id -> their names."""
-    owners: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return {key: " and ".join(names) for key, names in owners.items() if len(names) > 1}
-
-
-def _why_not(layer: BatchlessNorm, how: str, tied: Mapping[int, str]) -> str | None:
+def _why_not(layer: BatchlessNorm, how: str, shared: Mapping[int, Sequence[str]]) -> str | None:
     """Why this layer cannot be given a weight and a bias of its own, or None."""
     if how == "adapt":
         return None
     if layer.weight is None or layer.bias is None:
         return "has no weight and bias that could keep its function"
     for parameter in (layer.weight, layer.bias):
-        if id(parameter) in tied:
-            return f"shares a parameter: {tied[id(parameter)]} are one, and calibration would change all"
+        if id(parameter) in shared:
+            return f"shares a parameter: {' and '.join(shared[id(parameter)])} are one, and calibration would change all"
     if layer.source is not None and not {"weight", "bias"} <= layer.source.parameters.keys() | layer.source.buffers.keys():
         return f"was made from a {layer.source.cls.__name__} without weight or bias, which could not be given back"
     return None
@@ -162,20 +153,23 @@ def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
     return Fit(name, 0, 0.0, 0, 0, math.nan, None, how, channels, channels, (f"keeps its statistics: {reason}",))
 
 
-class _NotPlain(Exception):
-    """A layer gets something in whose values no calibration can look."""
+class _Unreadable(Exception):
+    """A layer is given a tensor whose values calibration cannot read."""
 
 
 class _Calibration:
-    """Hooks on the layers while they are calibrated: they record, and stand in for layers whose turn has not come."""
+    """Hooks on layers and sources while data go through both models.
+
+    They record what a layer is given and what its source puts out. Until its turn comes, a layer is replaced by its source.
+    """
 
     def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site], alone: bool) -> None:
         self.model, self.original, self.sites, self.alone = model, original, sites, alone
         self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
-        self.labels: _Labels | None = None
+        self.labels: StratumLabels | None = None
         self.stratum = 0
         self.pending = 0
-        self.standing_in = False
+        self.source_stands_in = False
         self.mask: Tensor | None = None
         self.handles: list[Any] = []
         self.training = {module: module.training for module in model.modules()}
@@ -183,7 +177,7 @@ class _Calibration:
     def __enter__(self) -> _Calibration:
         set_eval(self.model)
         self.handles = [site.layer.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True) for site in self.sites]
-        self.handles += [site.layer.register_forward_pre_hook(self._guard(site), with_kwargs=True) for site in self.sites]
+        self.handles += [site.layer.register_forward_pre_hook(self._refuse_unreadable(site), with_kwargs=True) for site in self.sites]
         for site in self.sites:
             self.handles += [
                 site.source.register_forward_pre_hook(self._enter(site)),
@@ -221,11 +215,11 @@ class _Calibration:
         return (*(_fit(site) for site in sorted(self.sites, key=lambda s: s.stratum)), *unseen)
 
     def _find_strata(self, batches: Iterable[Any]) -> list[Fit]:
-        """Gives what is to be said of layers that the data do not reach."""
+        """Number the strata, and give a Fit that says so for each re-estimated layer that the data do not reach."""
         first = next(iter(batches), None)
         if first is None:
             raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
-        with _Labels() as self.labels:
+        with StratumLabels() as self.labels:
             self._forward(first)
         self.labels = None
         unseen = [site for site in self.sites if not site.calls]
@@ -246,10 +240,9 @@ class _Calibration:
         try:
             for model in (self.original, self.model) if self.labels is None else (self.model,):
                 self.pending = sum(site.calls for site in self.sites if site.stratum == self.stratum)
-                with torch.no_grad(), contextlib.suppress(_Enough), torch.random.fork_rng(devices=[]), uncompiled():
-                    own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
-                    model(*own_args, **own_kwargs)
-        except _NotPlain as error:
+                with contextlib.suppress(_Enough):
+                    forward(model, args, kwargs)
+        except _Unreadable as error:
             raise UsageError(str(error), hint="exclude it from the conversion") from error
         except Exception as error:  # the user's model may raise anything
             raise UsageError(
@@ -259,7 +252,7 @@ class _Calibration:
 
     def _enter(self, site: _Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            site.inside, site.before_act = not self.standing_in, None
+            site.inside, site.before_act = not self.source_stands_in, None
 
         return hook
 
@@ -273,10 +266,10 @@ class _Calibration:
         return hook
 
     def _target(self, site: _Site) -> Callable[..., None]:
-        """On the source, in the original model: keeps what it puts out, but not when it stands in for the layer."""
+        """On the source: keeps what it puts out in the original model, but not when it stands in for the layer."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.labels is None and site.stratum == self.stratum and not self.standing_in:
+            if self.labels is None and site.stratum == self.stratum and not self.source_stands_in:
                 # a copy, as whoever reads the output may work in place
                 self.targets.setdefault(site.name, []).append(output.clone() if site.before_act is None else site.before_act)
                 self._seen()
@@ -284,13 +277,13 @@ class _Calibration:
 
         return hook
 
-    def _guard(self, site: _Site) -> Callable[..., None]:
+    def _refuse_unreadable(self, site: _Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for x in (*args, *kwargs.values()):
-                if isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-                    raise _NotPlain(f"{site.name} is called inside torch.vmap or the like, so it cannot be calibrated")
+                if isinstance(x, Tensor) and is_functorch_wrapped(x):
+                    raise _Unreadable(f"{site.name} is called inside torch.vmap or the like, so it cannot be calibrated")
                 if isinstance(x, Tensor) and x.is_nested:
-                    raise _NotPlain(f"{site.name} is called on a nested tensor, so it cannot be calibrated")
+                    raise _Unreadable(f"{site.name} is called on a nested tensor, so it cannot be calibrated")
 
         return hook
 
@@ -301,9 +294,9 @@ class _Calibration:
             x = args[0] if args else next(iter(kwargs.values()))
             if site.done:
                 return None
-            self.standing_in = True
+            self.source_stands_in = True
             y: Tensor = site.source(x)
-            self.standing_in = False
+            self.source_stands_in = False
             if self.labels is not None:
                 site.calls += 1
                 site.stratum = max(site.stratum, self.labels.of(x) + 1)
@@ -320,32 +313,6 @@ class _Calibration:
         self.pending -= 1
         if self.pending == 0:
             raise _Enough
-
-
-class _Labels(TorchFunctionMode):
-    """Labels each tensor with the number of the last stratum that it depends on. Tensors are kept alive, so that no id is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.labels: dict[int, tuple[Tensor, int]] = {}
-
-    def of(self, value: Any) -> int:
-        return max((self.labels[id(t)][1] for t in tree_leaves(value) if id(t) in self.labels), default=0)
-
-    def mark(self, value: Any, label: int) -> None:
-        for tensor in tree_leaves(value):
-            if isinstance(tensor, Tensor):
-                self.labels[id(tensor)] = (tensor, label)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        label = self.of((args, kwargs))
-        if label:
-            self.mark(result, label)
-            if args and getattr(func, "__name__", "") in ("__setitem__",):
-                self.mark(args[0], label)
-        return result
 
 
 def arguments_of(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -94,11 +94,6 @@ class Moments:
         total = (self.y2 + self.count * self.mean_y**2).sum()
         return (residual.sum() / total).sqrt().item() if total > 0 else 0.0
 
-    def fit(self) -> tuple[Tensor, Tensor, float]:
-        """`line`, as a map of the normalized x: (weight, bias, error) with  y ~ weight * (x - mean) / std + bias."""
-        scale, shift = self.line()
-        return scale * self.std, self.mean_y, self.error(scale, shift)
-
 
 def _of(x: Tensor, y: Tensor) -> Moments:
     x, y = x.to("cpu", torch.float64), y.to("cpu", torch.float64)

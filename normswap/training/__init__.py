@@ -1,22 +1,11 @@
-"""Training a converted model: the auxiliary loss, parameter groups, masks, micro-batches, callbacks.
+"""What a training loop uses of a converted model: auxiliary loss, parameter groups, masks, micro-batches, Opacus, drift, callbacks.
 
-The mechanism is in `batchless` (what a layer does in train mode), `injection` (autograd) and `stepping` (optimizers); here are its doors.
-
-    normswap.training.huggingface.NormswapCallback     of the Trainer of transformers; extra: normswap[trainer]
-    normswap.training.lightning.NormswapCallback       of the Trainer of Lightning; extra: normswap[lightning]
-
-The modules of the callbacks are imported when they are first used, as they import what they are for.
+How a layer trains is in `layer`; this room may import `layer`, `models` and `detect`. The callbacks for the Trainers of transformers and of
+Lightning, `huggingface.NormswapCallback` and `lightning.NormswapCallback`, are imported at first use, as they need those packages.
 """
-
-from __future__ import annotations
 
 import importlib
 import types
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from normswap.training import huggingface as huggingface
-    from normswap.training import lightning as lightning
 
 
 def __getattr__(name: str) -> types.ModuleType:

@@ -1,4 +1,4 @@
-"""What the callbacks of every trainer do: tell the layers, check the optimizer, clip, and read the drift."""
+"""What the callbacks of all trainers share: attach the layers, warn about the optimizer, clip gradients, read the drift."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ PREFIX = "normswap/"
 
 
 class Advice(NamedTuple):
-    """How to say it to a trainer.   groups: give it `param_groups`.   unclipped: let it not clip.   clipped: where it does now."""
+    """What warnings tell the user of one trainer.
+
+    groups     how to give it `param_groups`
+    unclipped  the setting with which it does not clip gradients
+    clipped    the setting with which it clips them
+    """
 
     groups: str
     unclipped: str
@@ -32,16 +37,16 @@ def check_max_norm(max_grad_norm: float | None) -> None:
         raise UsageError(f"max_grad_norm is {max_grad_norm!r}; expected a number above 0, or None for no clipping")
 
 
-def tell(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
-    """`attach`, where the term is automatic; where it is explicit it is part of the loss, and there is nothing to tell."""
+def attach_if_automatic(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
+    """Call `attach` where the auxiliary term is automatic. An explicit term is part of the loss, and needs nothing."""
     if any(layer.aux == "auto" for layer in layers_of(model).values()):
         attach(model, scaler=scaler, accumulate=accumulate)
 
 
-def check(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips: bool) -> None:
-    """Warn of what a trainer would do to the statistics of `model` that param_groups would not have done.
+def warn_about_optimizers(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips: bool) -> None:
+    """Warn of what a trainer would do to the statistics of `model` that `param_groups` prevents. clips: whether it clips gradients.
 
-    Natural statistics step by themselves, in whichever group they are: no weight decay reaches them.
+    Statistics with stats="natural" may be in any group: the layers step them, and no weight decay reaches them.
     """
     groups: dict[nn.Parameter, Mapping[str, Any]] = {p: g for o in optimizers for g in o.param_groups for p in g["params"]}
     trained = {name: layer for name, layer in layers_of(model).items() if layer.aux != "none" and _trains(layer)}
@@ -66,8 +71,8 @@ def check(model: nn.Module, optimizers: Iterable[Any], advice: Advice, *, clips:
         )
 
 
-def check_decay(model: nn.Module, optimizer: Any, advice: Advice) -> None:
-    """Warn of weight decay on weights and biases of layers."""
+def warn_about_decay(model: nn.Module, optimizer: Any, advice: Advice) -> None:
+    """Warn of weight decay on the weights and biases of norms."""
     decays = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
     decayed = [name for name, layer in layers_of(model).items() if any(id(p) in decays for p in (layer.weight, layer.bias))]
     if decayed:
@@ -77,15 +82,15 @@ def check_decay(model: nn.Module, optimizer: Any, advice: Advice) -> None:
 def before_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None, *, max_grad_norm: float | None, share: float = 1.0
 ) -> dict[str, Tensor]:
-    """Right before a step: unscale, clip all but the statistics, and return what to log.
+    """Right before an optimizer step: unscale the gradients, clip all but those of the statistics, and return what to log.
 
-    share: how much of the loss the backward passes since the last step were, as `attach` has it; the automatic term is divided by it.
+    share: the backward passes since the last step, over those that `attach` was given; the automatic term is divided by it.
     """
     if scaler is not None and scaler.is_enabled() and scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
         scaler.unscale_(optimizer)
     layers = layers_of(model)
     if share != 1:
-        _multiply([layer for layer in layers.values() if layer.aux == "auto"], 1 / share)
+        _multiply_gradients([layer for layer in layers.values() if layer.aux == "auto"], 1 / share)
     values = {
         f"{PREFIX}{name}/{what}": value
         for name, d in drift(model).items()
@@ -99,8 +104,8 @@ def before_step(
     return values
 
 
-def unchanged(model: nn.Module) -> None:
-    """What was written to the gradients of the statistics until now left their values as they were."""
+def accept_gradients(model: nn.Module) -> None:
+    """Do not take what was written to the gradients of the statistics until now for a change: the values are the same."""
     for layer in layers_of(model).values():
         passes = layer.run.passes
         if passes is not None and passes.grad is not None:
@@ -108,7 +113,7 @@ def unchanged(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _multiply(layers: Iterable[BatchlessNorm], factor: float) -> None:
+def _multiply_gradients(layers: Iterable[BatchlessNorm], factor: float) -> None:
     for layer in layers:
         passes = layer.run.passes
         version = None if passes is None or passes.grad is None else passes.grad._version

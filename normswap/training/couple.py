@@ -1,54 +1,41 @@
-"""Which layers are coupled to their producers, and what mean input they start from: set once, after the swap.
+"""How the layers of a converted model train, set once after the swap: their modes, and which are coupled to their producers.
 
-The starting point decides the first gradients only, never the function:
+A producer is the conv or linear whose output a norm normalizes. A coupled layer starts from an estimate of the mean of the producer's
+input, which decides the first gradients only, never the function:
 
-    data           the mean input over the calibration data
-    closed form    without data, of a producer that reads act(norm(...)): norm's output is taken for normal with mean `bias` and standard
-                   deviation |weight|, and act is averaged over its quantiles; through pooling and dropout, which keep a mean
+    data           its mean over the calibration data
+    closed form    without data, of a producer that reads act(norm(...)): the output of norm is taken to be normal, with mean `bias` and
+                   standard deviation |weight|, and act is averaged over its quantiles; pooling and dropout between keep the mean
     zero           otherwise
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
-from normswap.detect.sites import Site
-from normswap.errors import UsageError, described
-from normswap.layer import coupling
-from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.models.copying import HOOKS, shadow
+from normswap.detect.sites import Site, Swap
+from normswap.errors import described
+from normswap.layer import coupling, optimizer_step
+from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm, BatchlessNormAct
+from normswap.layer.formulas import Stats
+from normswap.models.copying import copy_for_running
+from normswap.models.torch_private import HOOKS
+from normswap.models.watching import forward
 
 Coupling = Literal["auto", "none"]
 COUPLINGS: tuple[Coupling, ...] = ("auto", "none")
-QUANTILES = 256
+QUANTILES = 256  # of a normal distribution, over which an activation is averaged
 
-_ELEMENTWISE = frozenset(
-    f"{name}{ending}"
-    for name in (
-        "relu",
-        "relu6",
-        "hardtanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "silu",
-        "gelu",
-        "mish",
-        "softplus",
-        "hardswish",
-        "sigmoid",
-        "tanh",
-    )
-    for ending in ("", "_")
-)
+_PIECEWISE = ("relu", "relu6", "hardtanh", "leaky_relu", "hardswish")
+_SMOOTH = ("elu", "selu", "celu", "silu", "gelu", "mish", "softplus", "sigmoid", "tanh")
+_ELEMENTWISE = frozenset(name + ending for name in (*_PIECEWISE, *_SMOOTH) for ending in ("", "_"))  # relu, and relu_ in place
 _POOLS = frozenset(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3))
 _KEEPS_THE_MEAN = _POOLS | {"dropout", "feature_dropout", "contiguous", "flatten"}
 
@@ -57,9 +44,10 @@ _KEEPS_THE_MEAN = _POOLS | {"dropout", "feature_dropout", "contiguous", "flatten
 class Pair:
     """What `coupling="auto"` made of one layer.
 
-    name      of the layer       producer  the name of the conv or linear that it is coupled to; None if it stays plain
-    reason    why it stays plain, else None
-    start     where its input mean is from: "data", "closed form" or "zero"; None if it stays plain
+    name      of the layer
+    producer  the name of the conv or linear that it is coupled to; None if the layer stays plain
+    reason    why the layer stays plain, else None
+    start     what its first input mean comes from: "data", "closed form" or "zero"; None if the layer stays plain
     """
 
     name: str
@@ -68,36 +56,48 @@ class Pair:
     start: str | None = None
 
 
-def check(word: str) -> None:
-    """Raise UsageError for a word that is none of the known ones."""
-    if word not in COUPLINGS:
-        raise UsageError(f"coupling is {word!r}; expected one of {', '.join(map(repr, COUPLINGS))}")
+def set_modes(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux: Aux, stats: Stats) -> None:
+    """Set how the new BatchlessNorm layers of `model` train. Those that `original` had keep what they have.
+
+    A layer takes the momentum of the layer that it was made from (where that is None, a cumulative average, BatchNorm's default), and the
+    number of its calls in one forward pass.
+    """
+    known = {name for name, module in original.named_modules() if isinstance(module, BatchlessNorm)}
+    calls = {swap.name: swap.calls for swap in swaps}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BatchlessNorm) or name in known:
+            continue
+        layer.aux, layer.stats = aux, stats
+        momentum = None if layer.source is None else layer.source.attributes.get("momentum")
+        layer.momentum = float(momentum) if isinstance(momentum, (int, float)) else MOMENTUM
+        layer.calls = calls.get(name) or 1
+        optimizer_step.watch(layer)
 
 
 def couple(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Iterable[tuple[Any, Any]] = ()
 ) -> tuple[Pair, ...]:
-    """Couple the BatchlessNorm layers of `model` to their producers where they have one of their own; says of each what became of it.
+    """Couple each BatchlessNorm of `model` that has a producer of its own to it. Returns what became of each layer.
 
-    sites: where they are. args, kwargs: of one forward pass. batches: those of the calibration data, if there are any.
+    sites: where the layers are. args, kwargs: of one forward pass. batches: those of the calibration data, if there are any.
     """
     sites = tuple(sites)
     modules = dict(model.named_modules())
     reasons = {s.name: _why_not(s, modules) for s in sites}
     wanted = {s.name: cast(str, s.producer) for s in sites if reasons[s.name] is None}
-    seen = _See(shadow(model), wanted)
+    watcher = _InputMeans(copy_for_running(model), wanted)
     try:
-        failed = seen.run([(args, kwargs)], data=False) or seen.run(batches, data=True)
+        failed = watcher.run([(args, kwargs)], data=False) or watcher.run(batches, data=True)
     finally:
-        seen.close()
+        watcher.close()
     found = []
     for s in sites:
-        at = seen.sites.get(s.name)
-        reason = reasons[s.name] or (failed and f"a forward pass failed: {failed}") or (_misses(at) if at is not None else None)
-        if reason is None and at is not None:
-            start, mean = at.start()
-            cast(BatchlessNorm, modules[s.name]).couple(modules[at.producer_name], mean, known=start == "data")
-            found.append(Pair(s.name, at.producer_name, None, start))
+        seen = watcher.producers.get(s.name)
+        reason = reasons[s.name] or (failed and f"a forward pass failed: {failed}") or (_why_not_seen(seen) if seen is not None else None)
+        if reason is None and seen is not None:
+            start, mean = seen.start()
+            cast(BatchlessNorm, modules[s.name]).couple(modules[seen.name], mean, known=start == "data")
+            found.append(Pair(s.name, seen.name, None, start))
         else:
             found.append(Pair(s.name, reason=reason))
         layer = modules.get(s.name)
@@ -110,6 +110,7 @@ def couple(
 
 
 def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why a layer cannot be coupled, as far as the model says so without a forward pass."""
     layer = modules.get(s.name)
     if not isinstance(layer, BatchlessNorm):
         return "is no BatchlessNorm"
@@ -133,35 +134,45 @@ def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def _misses(at: _Site) -> str | None:
-    if not at.inputs:
-        return f"a forward pass did not reach it and its producer {at.producer_name}"
-    if not at.aligned:
-        return f"its channels are not the outputs of its producer {at.producer_name} but another axis"
+def _why_not_seen(seen: _Producer) -> str | None:
+    """Why a layer cannot be coupled, as far as a forward pass shows it."""
+    if not seen.inputs:
+        return f"a forward pass did not reach it and its producer {seen.name}"
+    if not seen.aligned:
+        return f"its channels are not the outputs of its producer {seen.name} but another axis"
     return None
 
 
 @dataclass
-class _Site:
-    producer_name: str
-    producer: nn.Module
-    inputs: int = 0  # how many were seen
+class _Producer:
+    """What forward passes show of a producer and its norm.
+
+    inputs       how many inputs of the producer were seen
+    aligned      whether the channels of the norm are the outputs of the producer
+    closed_form  the mean of the input in closed form, or None
+    total, size  the sum over the calibration data of the inputs' means times their sizes, and of the sizes
+    """
+
+    name: str
+    module: nn.Module
+    inputs: int = 0
     aligned: bool = True
-    closed: Tensor | None = None
+    closed_form: Tensor | None = None
     total: Tensor | None = None
-    weight: int = 0
+    size: int = 0
 
     def start(self) -> tuple[str, Tensor]:
-        if self.total is not None and self.weight and self.total.isfinite().all():
-            return "data", self.total / self.weight
-        if self.closed is not None:
-            return "closed form", self.closed
-        return "zero", torch.zeros(coupling.input_shape(self.producer))
+        """(what the input mean comes from, the input mean)."""
+        if self.total is not None and self.size and self.total.isfinite().all():
+            return "data", self.total / self.size
+        if self.closed_form is not None:
+            return "closed form", self.closed_form
+        return "zero", torch.zeros(coupling.input_shape(self.module))
 
 
 @dataclass
-class _Known:
-    """What is known of a tensor: its channels' axis, and their mean; normal: (mean, std) of channels that are normally distributed."""
+class _Channels:
+    """What is known of a tensor: the axis of its channels, and their mean; normal: (mean, std) where they are normally distributed."""
 
     tensor: Tensor  # keeps the id from being used again
     axis: int
@@ -170,96 +181,88 @@ class _Known:
 
 
 @dataclass
-class _See:
-    """Watches forward passes of a copy of the model."""
+class _InputMeans:
+    """Watches forward passes of a copy of the model for the mean input of each producer. wanted: its name, by that of the norm."""
 
     model: nn.Module
     wanted: Mapping[str, str]
-    sites: dict[str, _Site] = field(default_factory=dict)
-    known: dict[int, _Known] = field(default_factory=dict)
+    producers: dict[str, _Producer] = field(default_factory=dict)
+    known: dict[int, _Channels] = field(default_factory=dict)  # by id of the tensor
     data: bool = False
     handles: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         modules = dict(self.model.named_modules())
         for name, producer in self.wanted.items():
-            site = self.sites[name] = _Site(producer, modules[producer])
-            self.handles.append(modules[producer].register_forward_pre_hook(self._fed(site), with_kwargs=True))
-            self.handles.append(modules[name].register_forward_pre_hook(self._reached(site), with_kwargs=True))
+            seen = self.producers[name] = _Producer(producer, modules[producer])
+            self.handles.append(modules[producer].register_forward_pre_hook(partial(self._of_producer, seen), with_kwargs=True))
+            self.handles.append(modules[name].register_forward_pre_hook(partial(self._of_norm, seen), with_kwargs=True))
         for module in modules.values():
             if isinstance(module, BatchlessNorm):
-                self.handles.append(module.register_forward_hook(self._normed))
+                self.handles.append(module.register_forward_hook(self._after_norm))
 
     def close(self) -> None:
-        """Leave no cycle through the copy: its layers have the parameters of the model, and optimizers would step them."""
+        """Remove the hooks: they make a cycle through the copy, whose layers share parameters with the model and would step with it."""
         for handle in self.handles:
             handle.remove()
 
     def run(self, passes: Iterable[tuple[Any, Any]], *, data: bool) -> str | None:
-        """What failed, in words, or None."""
+        """Run the model; returns what failed, in words, or None. data: whether `passes` are calibration data."""
         self.data = data
         try:
             for args, kwargs in passes:
                 self.known = {}
-                args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))  # a model may write into its inputs
-                with torch.no_grad(), torch.random.fork_rng(devices=[]), _Through(self.known):
-                    self.model(*args, **kwargs)
+                forward(self.model, args, kwargs, within=_KnownMeans(self.known))
         except Exception as error:  # the user's model may raise anything
             return described(error)
         finally:
             self.known = {}
         return None
 
-    def _fed(self, site: _Site) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            u = args[0] if args else kwargs["input"]
-            size = args[1] if len(args) > 1 else kwargs.get("output_size")
-            site.inputs += 1
-            if self.data:
-                mean = coupling.patch_mean(module, u, output_size=size) * u.numel()
-                site.total = mean if site.total is None else site.total + mean
-                site.weight += u.numel()
-            elif (known := self.known.get(id(u))) is not None:
-                axis = u.dim() - 1 - coupling.rank(module)
-                if axis == known.axis and len(known.mean) == u.shape[axis]:
-                    shape = [1] * u.dim()
-                    shape[axis] = -1
-                    like = known.mean.view(shape).expand(1 if axis else u.shape[0], *u.shape[1:])
-                    site.closed = coupling.patch_mean(module, like, output_size=size)
+    def _of_producer(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        u = args[0] if args else kwargs["input"]
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        seen.inputs += 1
+        if self.data:
+            mean = coupling.patch_mean(module, u, output_size=size) * u.numel()
+            seen.total = mean if seen.total is None else seen.total + mean
+            seen.size += u.numel()
+        elif (known := self.known.get(id(u))) is not None:
+            axis = u.dim() - 1 - coupling.rank(module)
+            if axis == known.axis and len(known.mean) == u.shape[axis]:
+                shape = [1] * u.dim()
+                shape[axis] = -1
+                like = known.mean.view(shape).expand(1 if axis else u.shape[0], *u.shape[1:])
+                seen.closed_form = coupling.patch_mean(module, like, output_size=size)
 
-        return hook
+    def _of_norm(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        channels = cast(BatchlessNorm, module).channel_axis[0] % x.dim()
+        seen.aligned &= channels == x.dim() - 1 - coupling.rank(seen.module)
 
-    def _reached(self, site: _Site) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            channels = cast(BatchlessNorm, module).channel_axis[0] % x.dim()
-            site.aligned &= channels == x.dim() - 1 - coupling.rank(site.producer)
-
-        return hook
-
-    def _normed(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         assert isinstance(module, BatchlessNorm)
         if isinstance(output, Tensor) and len(module.channel_axis) == 1:
             ones = torch.ones(module.sizes, device=module.mean.device)
             mean = ones * 0 if module.bias is None else module.bias.detach().float()
             std = ones if module.weight is None else module.weight.detach().float().abs()
-            known = _Known(output, module.channel_axis[0] % output.dim(), mean, (mean, std))
+            known = _Channels(output, module.channel_axis[0] % output.dim(), mean, (mean, std))
             if isinstance(module, BatchlessNormAct):
                 known = replace(known, mean=module.act(_quantiles(mean, std)).mean(1), normal=None)
             self.known[id(output)] = known
 
 
 def _quantiles(mean: Tensor, std: Tensor) -> Tensor:
-    """(channels, QUANTILES) of normal distributions."""
+    """The quantiles of normal distributions, (channels, QUANTILES)."""
     levels = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     normal: Tensor = torch.special.ndtri(levels).to(mean)
     return mean[:, None] + std[:, None] * normal
 
 
-class _Through(TorchFunctionMode):
-    """Follows what is known of a norm's output through the functions that are applied to it."""
+class _KnownMeans(TorchFunctionMode):
+    """Carries what is known of a norm's output through the functions that are applied to it."""
 
-    def __init__(self, known: dict[int, _Known]) -> None:
+    def __init__(self, known: dict[int, _Channels]) -> None:
         super().__init__()
         self.known = known
 
@@ -270,7 +273,7 @@ class _Through(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         name = getattr(func, "__name__", "")
-        # What works in place changes what was known, too.
+        # A function that works in place changes what was known as well.
         after = None if name.startswith("__") else self._after(before, func, name, args, kwargs, result)
         if after is not None:
             self.known[id(result)] = after
@@ -278,7 +281,9 @@ class _Through(TorchFunctionMode):
             self.known.pop(id(result), None)
         return result
 
-    def _after(self, before: _Known | None, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], result: Tensor) -> _Known | None:
+    def _after(
+        self, before: _Channels | None, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], result: Tensor
+    ) -> _Channels | None:
         if before is None or result.dim() <= before.axis or result.shape[before.axis] != len(before.mean):
             return None
         if name in _KEEPS_THE_MEAN:
@@ -286,5 +291,5 @@ class _Through(TorchFunctionMode):
             return replace(before, tensor=result, normal=before.normal if same else None)
         if name in _ELEMENTWISE and before.normal is not None:
             values: Tensor = func(_quantiles(*before.normal), *args[1:], **kwargs)
-            return _Known(result, before.axis, values.mean(1))
+            return _Channels(result, before.axis, values.mean(1))
         return None

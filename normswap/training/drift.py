@@ -1,4 +1,4 @@
-"""How far the statistics of each layer are from what passes through it: read from the gradients that are there anyway."""
+"""How far the statistics of each layer are from those of its input, read from the gradients of one step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from normswap.training.loss import layers_of
 
 
 class Drift(NamedTuple):
-    """Of one layer, over the samples of one step; scalars on its device. They are 0 where the statistics fit.
+    """How far one layer's statistics are off, over the samples of one step; scalars on the layer's device, 0 where the statistics fit.
 
     mean_z      the root mean square, over channels, of the mean of z = (x - mean) / std
     mean_z2     the mean, over channels, of the mean of z^2, minus 1: the variance is too small if it is positive
-    held        the share of samples that `guard` held in the last forward pass; None of a layer without it
+    held        the share of samples that reached the layer's limit on one sample in the last forward pass; None for a layer without a limit
     """
 
     mean_z: Tensor
@@ -27,11 +27,11 @@ class Drift(NamedTuple):
 
 @torch.no_grad()
 def drift(model: nn.Module) -> dict[str, Drift]:
-    """name -> Drift of every layer whose statistics have a gradient: call it after the last backward of a step and before the step.
+    """The Drift of every layer whose statistics have a gradient, by name. To call after the last backward of a step and before the step.
 
-    The gradients of mean and std are the first two moments of z (`formulas.nll_gradients`), so that no activation is looked at, and those
-    of all micro-batches and processes are in them. They have to be as they come from backward: unscaled, not clipped, and with `attach`
-    said. Layers that are frozen, in eval mode or converted with aux="none" have none, and are left out. Nothing is copied to the host.
+    The gradients of mean and std are the first two moments of z (`formulas.nll_gradients`), so that no activation is looked at, and all
+    micro-batches and processes are in them. They have to be as backward left them: unscaled, not clipped, and after `attach`. Layers that
+    are frozen, in eval mode or converted with aux="none" have none, and are left out. Nothing is copied to the host.
 
     Raises UsageError if the model has no BatchlessNorm layer.
     """

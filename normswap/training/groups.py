@@ -1,4 +1,4 @@
-"""Which parameters are which: groups for any optimizer of torch, keys for federated training."""
+"""Parameter groups for any optimizer of torch, and the state-dict keys of norms for federated training."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batc
     batch: the number of samples in a step, over all micro-batches and processes. Below 8 the statistics are averaged over more steps, with
     `momentum` times sqrt(batch / 8). None keeps the momentum.
 
-    Empty groups are left out. The statistics' groups have the key "normswap". With stats="natural" their parameters step by themselves when
-    the optimizer does, see `stepping`; with stats="raw" the optimizer steps them, at `lr`.
+    Empty groups are left out. The statistics' groups have the key "normswap". With stats="natural" the layers step their statistics
+    themselves when the optimizer steps (`layer.optimizer_step`); with stats="raw" the optimizer steps them, at `lr`.
 
     Raises UsageError if the model has no BatchlessNorm layer, or for a batch below 1.
     """
@@ -62,8 +62,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batc
 def norm_keys(model: nn.Module) -> list[str]:
     """The state-dict keys of every BatchlessNorm of `model`, and of every BatchNorm that is left, under all their names.
 
-    For federated training that keeps the norms of each client local (FedBN): by class, so that no layer is missed for its name. Those of an
-    activation inside such a layer are not among them.
+    For federated training that keeps the norms of each client local (FedBN): chosen by class, so that no layer is missed for its name. The
+    keys of an activation inside such a layer are not among them.
     """
     keys = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -74,7 +74,7 @@ def norm_keys(model: nn.Module) -> list[str]:
 
 
 def _in_graph(model: nn.Module) -> list[optimizer_step.Layer]:
-    """The statistics that the graph of an exported program names, if `model` is the module of one."""
+    """The statistics that the graph of an exported program holds, if `model` is the module of one; else none."""
     found: list[optimizer_step.Layer] = []
     if isinstance(model, fx.GraphModule) and not any(isinstance(module, BatchlessNorm) for module in model.modules()):
         for node in model.graph.nodes:

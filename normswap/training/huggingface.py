@@ -23,21 +23,21 @@ ADVICE = callbacks.Advice(
 class NormswapCallback(TrainerCallback):
     """Trains a converted model in the Trainer:  Trainer(model, args, callbacks=[NormswapCallback(max_grad_norm=1.0)]).
 
-    * Tells the layers, as `normswap.attach` does, about gradient_accumulation_steps and the GradScaler of fp16. The last step of an epoch
-      may have fewer batches; it counts as a whole one, as in the loss.
+    * Calls `normswap.attach` with gradient_accumulation_steps and the GradScaler of fp16. The last step of an epoch may have fewer
+      batches; it counts as a whole one, as in the loss.
     * Adds the `drift` of each layer at the last step to what is logged: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and
       normswap/LAYER/held.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. The Trainer itself would clip all of
-      them: turn that off with TrainingArguments(max_grad_norm=0.0). In the logs, `grad_norm` is over all and normswap/grad_norm over the
-      others.
+      them: turn that off with TrainingArguments(max_grad_norm=0.0). In the logs, `grad_norm` is over all parameters and
+      normswap/grad_norm over those that are clipped.
     * Warns when training begins if the Trainer clips, if its optimizer holds no statistics, if stats="raw" ones are in a group with
       weights, or if weight decay reaches the weight of a layer. The Trainer keeps it from norms that it knows by class or name.
 
     Models that take num_items_in_batch divide their loss by it, and the Trainer leaves it as it is. That is right
     with aux="auto"; with aux="explicit", divide aux_loss by gradient_accumulation_steps there.
 
-    After training the layers are told that nothing scales the loss, as at the start. The callbacks of report_to come before those that a
-    Trainer is given, and see what this one adds only if they are moved behind it: trainer.add_callback(trainer.pop_callback(cls)).
+    After training the loss counts as unscaled again, as at the start. The callbacks of report_to come before those that a Trainer is
+    given, and see what this one adds only if they are moved behind it: trainer.add_callback(trainer.pop_callback(cls)).
 
     Raises UsageError when training begins if the model has no BatchlessNorm layer, and for a max_grad_norm that is not above 0.
     """
@@ -50,9 +50,9 @@ class NormswapCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        callbacks.check(model, [optimizer], ADVICE, clips=bool(args.max_grad_norm))
-        callbacks.check_decay(model, optimizer, ADVICE)
-        callbacks.tell(model, scaler=getattr(optimizer, "scaler", None), accumulate=args.gradient_accumulation_steps)
+        callbacks.warn_about_optimizers(model, [optimizer], ADVICE, clips=bool(args.max_grad_norm))
+        callbacks.warn_about_decay(model, optimizer, ADVICE)
+        callbacks.attach_if_automatic(model, scaler=getattr(optimizer, "scaler", None), accumulate=args.gradient_accumulation_steps)
         self._batches, self.latest = 0, {}
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class NormswapCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not args.max_grad_norm:
-            callbacks.unchanged(model)  # the Trainer measures the norm by clipping to infinity
+            callbacks.accept_gradients(model)  # the Trainer measures the norm by clipping to infinity
         scaler = getattr(optimizer, "scaler", None)
         share = (self._batches + 1) / args.gradient_accumulation_steps
         self._batches = 0
@@ -78,4 +78,4 @@ class NormswapCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        callbacks.tell(kwargs["model"])
+        callbacks.attach_if_automatic(kwargs["model"])

@@ -27,16 +27,16 @@ class NormswapCallback(Callback):
 
     The LightningModule holds the converted model, under any name.
 
-    * Tells the layers, as `normswap.attach` does, about accumulate_grad_batches, also where it is scheduled, and the GradScaler of
-      16-mixed. The last step of an epoch may have fewer batches; it counts as less than a whole one, as in the loss.
+    * Calls `normswap.attach` with accumulate_grad_batches, also where that is scheduled, and the GradScaler of 16-mixed. The last step of
+      an epoch may have fewer batches; it counts as less than a whole one, as in the loss.
     * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and normswap/LAYER/held.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. Lightning's own gradient_clip_val would
       clip all of them. normswap/grad_norm is the norm before.
     * Warns when training begins if Lightning clips and the module does not say how, if no optimizer holds the statistics, or if
       stats="raw" ones are in a group with weights.
 
-    After training the layers are told that nothing scales the loss, as at the start. With manual optimization the loss is what the module
-    makes it: attach the model by hand after this callback, for example in its on_train_start.
+    After training the loss counts as unscaled again, as at the start. With manual optimization the module scales the loss itself: attach
+    the model by hand after this callback, for example in its on_train_start.
 
     Raises UsageError when training begins if the module has no BatchlessNorm layer, and for a max_grad_norm that is not above 0.
     """
@@ -48,12 +48,12 @@ class NormswapCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clips = bool(trainer.gradient_clip_val) and not is_overridden("configure_gradient_clipping", pl_module)
-        callbacks.check(pl_module, trainer.optimizers, ADVICE, clips=clips)
-        self._tell(trainer, pl_module)
+        callbacks.warn_about_optimizers(pl_module, trainer.optimizers, ADVICE, clips=clips)
+        self._attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.accumulate_grad_batches != self._accumulate:
-            self._tell(trainer, pl_module)
+            self._attach(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -61,12 +61,12 @@ class NormswapCallback(Callback):
         pl_module.log_dict(values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks.tell(pl_module)
+        callbacks.attach_if_automatic(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if any(isinstance(module, BatchlessNorm) for module in pl_module.modules()):
-            callbacks.tell(pl_module)
+            callbacks.attach_if_automatic(pl_module)
 
-    def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._accumulate = trainer.accumulate_grad_batches
-        callbacks.tell(pl_module, scaler=getattr(trainer.precision_plugin, "scaler", None), accumulate=self._accumulate)
+        callbacks.attach_if_automatic(pl_module, scaler=getattr(trainer.precision_plugin, "scaler", None), accumulate=self._accumulate)

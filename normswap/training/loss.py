@@ -1,17 +1,18 @@
-"""The auxiliary loss of a model, and what its automatic form has to be told."""
+"""The auxiliary loss, which trains the statistics of BatchlessNorm layers: its explicit form, the scale of its automatic one, masks."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from normswap.errors import UsageError
+from normswap.layer.autograd import signed
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.layer.export_operator import valued
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
@@ -32,9 +33,9 @@ def aux_loss(model: nn.Module) -> Tensor:
 
         loss = task(model(x)) + normswap.aux_loss(model)
 
-    For a model that was converted with aux="explicit". Its gradient reaches the mean and the std of each layer and nothing else, and is
-    the one that `stats` says. The layers' calls in eval mode or under `torch.no_grad` do not count, nor those that a checkpoint makes
-    again in backward. Read twice, it is the same; the next forward pass begins anew.
+    For a model that was converted with aux="explicit". The gradient of the sum reaches the mean and the std of each layer and nothing else;
+    `stats` decides its form. Calls of a layer in eval mode or under `torch.no_grad` do not count, nor those that a checkpoint repeats in
+    backward. Read twice, the sum is the same; the next forward pass starts a new one.
 
     Raises UsageError for a model whose layers add the term themselves (aux="auto": it would count twice), for one that has none, and if
     there was no forward pass in train mode.
@@ -58,18 +59,43 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
     for forward in forwards:
         forward.read = True
-    values = [valued(term.value, term.parameters, term.by) for term in terms]
+    values = [_with_gradients(term.value, term.parameters, term.by) for term in terms]
     return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
 
 
+class _WithGradients(torch.autograd.Function):
+    """A scalar, as a function of parameters, with the gradients that are given for them: apply(value, *parameters, *gradients)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @signed
+    def forward(value: Tensor, *parameters_and_gradients: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1 + len(inputs) // 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        return None, *(by * gradient for by in given), *(None for _ in given)
+
+
+def _with_gradients(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:
+    """`value`, a scalar whose gradients by the parameters are `by`. No activation is saved for backward."""
+    return _WithGradients.apply(value, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
-    """Tell the layers of a model with aux="auto" what its loss is multiplied by before backward, so that their term has weight 1 per step.
+    """Tell the layers of a model with aux="auto" how its loss is scaled before backward, so that their term has weight 1 per step.
 
     scaler: the GradScaler that scales the loss. Its scale is read in backward; autograd raises an error if `scaler.update()` came between
-    forward and backward. accumulate: the number of backward passes per step, where the loss is divided by it. Says everything: what is not
-    given is as it was at the start. A copy of the model, or one that was loaded, has to be told again.
+    forward and backward. accumulate: the number of backward passes per step, where the loss is divided by it. Each call sets both: what is
+    not given is as it was at the start. A copy of the model, or a loaded one, needs a call of its own.
 
-    Without it the first step warns, and is put right. Raises UsageError for a model with another `aux`, where the loss has the term in it.
+    Without a call the first step warns, and is put right. Raises UsageError for a model with another `aux`, whose loss has the term in it.
     """
     layers = [layer for layer in layers_of(model).values() if layer.aux == "auto"]
     if not layers:
@@ -92,11 +118,11 @@ def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: in
 
 @contextlib.contextmanager
 def masked(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """While it lasts, the statistics of every layer of `model` learn from the positions where `mask` is True only: not from padding.
+    """A context in which the statistics of `model` learn only from the positions where `mask` is True: not from padding.
 
     mask: bool; its axes are the first of those of each layer's input that are not channels: (N, T) for an input (N, C, T) or (N, T, C), or
-    (N,) to leave out whole samples. What the layers compute does not depend on it. Goes around the forward pass (with checkpoints, the
-    backward pass too). A layer whose input has another length, after a stride for instance, raises ValueError.
+    (N,) to leave out whole samples. The outputs of the layers do not depend on it. Put the forward pass into the context (with
+    checkpoints, the backward pass too). A layer whose input has another length, after a stride for instance, raises ValueError.
     """
     layers = list(layers_of(model).values())
     before = [layer.run.mask for layer in layers]

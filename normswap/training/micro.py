@@ -21,8 +21,9 @@ from normswap.training.loss import layers_of
 class MicroBatches:
     """What `backward_in_micro_batches` did.
 
-    loss    of the whole batch, without a history       sizes  samples of each micro-batch, in order
-    activation_bytes   the most that autograd kept for one backward pass, besides the parameters, the buffers and the batch
+    loss              of the whole batch, detached
+    sizes             the number of samples of each micro-batch, in order
+    activation_bytes  the most that autograd kept for one backward pass, besides the parameters, the buffers and the batch
     """
 
     loss: Tensor
@@ -44,12 +45,12 @@ def backward_in_micro_batches(
         optimizer.step()
 
     loss: takes the same rows of each tensor of `batch`, and is a mean over samples (with aux="explicit", plus `aux_loss(model)`). A
-    micro-batch counts as its share of the samples, so they need not divide the batch. Give its size, or max_bytes: the most that autograd
-    may keep for one backward pass. The first micro-batch is then one sample, and the others are as large as it lets them be. scaler: the
-    GradScaler that `attach` was told of.
+    micro-batch counts as its share of the samples, so the sizes need not divide the batch. Give size, the samples of a micro-batch, or
+    max_bytes, the most that autograd may keep for one backward pass: then the first micro-batch is one sample, and the others are as large
+    as that lets them be. scaler: the GradScaler that was given to `attach`.
 
-    This is the gradient of the whole batch up to rounding, as no layer mixes samples; a BatchNorm in train mode does, and is warned of.
-    A DistributedDataParallel model is synchronised once, in the last one.
+    The result is the gradient of the whole batch up to rounding, as no layer mixes samples; a BatchNorm in train mode does, and a warning
+    says so. A DistributedDataParallel model is synchronised once, in the last micro-batch.
 
     Raises UsageError unless there is one of size and max_bytes and a batch, and if one sample needs more than max_bytes.
     """
@@ -95,7 +96,7 @@ def backward_in_micro_batches(
 
 @contextlib.contextmanager
 def _counted(besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """storage -> bytes of everything that autograd keeps meanwhile, besides these tensors, which are there anyway."""
+    """The bytes of each storage that autograd keeps within this context, leaving out the storages of `besides`, which exist anyway."""
     own = {t.untyped_storage()._cdata for t in besides}
     kept: dict[int, int] = {}
 

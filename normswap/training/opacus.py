@@ -1,4 +1,4 @@
-"""Differentially private training with Opacus: a copy of a converted model that it takes as it is."""
+"""Differentially private training with Opacus: a copy of a converted model that Opacus accepts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normswap.training.loss import layers_of
 
 
 class PrivateNorm(BatchlessNorm):
-    """A layer under the hooks of Opacus, which see its input and what `forward` returns."""
+    """A BatchlessNorm under the hooks of Opacus, which see its input and its output."""
 
     forward = BatchlessNorm.forward  # not that of the class it is mixed with below
 
@@ -35,7 +35,7 @@ class PrivateNorm(BatchlessNorm):
 
 
 class PrivateNormAct(PrivateNorm, BatchlessNormAct):
-    """The same of a norm with its own dropout and activation, which run after the hooks."""
+    """A BatchlessNormAct under the hooks of Opacus: its dropout and activation run after the hooks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.act(self.drop(super().__call__(*args, **kwargs)))  # type: ignore[no-any-return]
@@ -43,13 +43,13 @@ class PrivateNormAct(PrivateNorm, BatchlessNormAct):
 
 @torch.no_grad()
 def per_sample_gradients(layer: BatchlessNorm, x: Tensor, by_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    """The gradient of each sample for each parameter of the layer that is trained: the parameter's shape, behind one axis of samples.
+    """The gradient of each sample by each trained parameter of the layer: (samples, *shape of the parameter).
 
         weight   sum((x - mean) / std  by_output)        over all axes that are neither sample nor channel
         bias     sum(by_output)
-        mean, std   those of the NLL of the sample alone, `formulas.nll_gradients`, whatever by_output is
+        mean, std   the gradients of the NLL of that sample (`formulas.nll_gradients`), whatever by_output is
 
-    x (N, ...), the input; by_output, the gradient that came back to what the layer returned, of the same shape.
+    x (N, ...): the input. by_output: the gradient by the layer's output, of the same shape.
     """
     mean, std, parameter = (
         t.view(formulas.axes_shape(t.shape, layer.channel_axis, x.dim())) for t in (layer.mean, layer.statistics()[1], layer.std_parameter)
@@ -80,9 +80,9 @@ def for_opacus(model: nn.Module) -> nn.Module:
         ...
         conversion.model.load_state_dict(private.to_standard_module().state_dict())      # the same keys
 
-    The same function, parameters and state dict. What differs: activations do not work in place, as they would on what Opacus' hooks watch,
-    and the layers copy their output. Opacus is told how to compute the per-sample gradients of the layers, `per_sample_gradients`. The
-    statistics are clipped and get noise like weights, and step as ever (`stepping`), so that epsilon covers them.
+    The copy has the same function, parameters and state dict. What differs: activations do not work in place, as they would change what the
+    hooks of Opacus see, and the layers copy their output. Opacus computes the per-sample gradients of the layers by `per_sample_gradients`.
+    The statistics are clipped and get noise like weights, and step as always (`layer.optimizer_step`), so that epsilon covers them.
 
     Raises UsageError if Opacus is not installed, if the model has no BatchlessNorm, or one whose statistics are trained but get no gradient
     by themselves (aux is not "auto"), or one whose channels lie on axis 0, where Opacus expects the samples.
@@ -101,7 +101,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
             )
         if 0 in layer.channel_axis:
             raise UsageError(f"the channels of {name or 'the model'} lie on axis 0, where Opacus expects the samples")
-        # The gradient of the producer would be that of its hooks, and the trend would be no matter of one sample.
+        # A coupled layer changes the gradient of its producer, which Opacus takes from its own hooks; a trend is not of one sample.
         layer.make_plain()
         layer.__class__ = PrivateNormAct if isinstance(layer, BatchlessNormAct) else PrivateNorm
     for module in private.modules():

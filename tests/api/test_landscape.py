@@ -32,7 +32,7 @@ from normswap.api.landscape import Landscape, Line, Loss
 from normswap.cli.app import app
 from normswap.errors import SwapError, UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.report.landscape import landscape_json, landscape_summary, landscape_table
+from normswap.report.studies import landscape_json, landscape_summary, landscape_table
 
 MODULE = importlib.import_module("normswap.api.landscape")
 F64 = torch.float64
@@ -219,7 +219,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("size", [13, 2])
 def test_a_point_is_where_sgd_goes(kind: str, size: int) -> None:
-    """What coupling and feedback make of the gradient, and where coupled statistics move, is what happens in training."""
+    """What coupling and the gradient trend make of the gradient, and where coupled statistics move, is what happens in training."""
     model, batch = MODELS[kind](), images(size, seed=2)[0]
     steps = [0.003, 0.05]
     line = one(model, [batch], None, steps=steps)
@@ -459,7 +459,7 @@ def test_a_model_that_writes_into_its_input_gets_the_same_one_each_time() -> Non
 
 
 def stops_in_the_middle(model: nn.Module) -> nn.Module:
-    """After backward and before the step: gradients, and what coupling and feedback have seen."""
+    """After backward and before the step: gradients, and what coupling and the gradient trend have seen."""
     x, y = images(7, seed=9)[0]
     F.cross_entropy(model.train()(x), y).backward()  # type: ignore[no-untyped-call]
     model.get_submodule("second").eval()
@@ -869,7 +869,7 @@ def test_without_matplotlib(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error: a plot needs matplotlib, which is not installed\nhint: pip install 'normswap[docs]'" in result.stderr
     monkeypatch.undo()
-    script = "import sys; sys.modules['matplotlib'] = None\nfrom normswap.cli import app\napp(sys.argv[1:])"
+    script = "import sys; sys.modules['matplotlib'] = None\nfrom normswap.cli.app import app\napp(sys.argv[1:])"
     arguments = ("landscape", str(saved / "net.pt"), "--data", str(saved / "data"))
     measured = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert (measured.returncode, measured.stderr) == (0, "")

@@ -1,8 +1,9 @@
-"""Sensitivity: one layer at a time, the ranking, the set that stays inside a budget, and going on after an interruption."""
+"""Sensitivity: one layer at a time, the ranking, the set that stays inside a budget, and what is done and skipped."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
 import functools
 import importlib
@@ -28,12 +29,13 @@ from normswap.detect.sites import Site
 from normswap.errors import SwapError, UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import ParityError
-from normswap.report.sensitivity import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
+from normswap.report.studies import convert_arguments, sensitivity_json, sensitivity_summary, sensitivity_table
 from normswap.rules import DEFAULT_RULES
 from normswap.swap import calibrate
 
 MODULE = importlib.import_module("normswap.api.sensitivity")
 APPROXIMATE = ("1", "7", "9")
+RENAMED = dataclasses.replace(next(rule for rule in DEFAULT_RULES if rule.kind == "layer_norm" and rule.build), kind="renamed")
 
 
 def conv_net() -> nn.Sequential:
@@ -504,24 +506,24 @@ def test_exact_swaps_that_are_not_exact_are_a_parity_error() -> None:
         normswap.sensitivity(model, images(4), rules=(rule, *DEFAULT_RULES))
 
 
-# -- resuming ----------------------------------------------------------------------------------------------------------------
+# -- what is done is skipped -------------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "state.jsonl"
-    first = normswap.sensitivity(conv_net(), images(20, 13), metric=second_output, budget=0.5, resume=file)
+    file = tmp_path / "done.jsonl"
+    first = normswap.sensitivity(conv_net(), images(20, 13), metric=second_output, budget=0.5, skip_done=file)
     assert first.layers == normswap.sensitivity(conv_net(), images(20, 13), metric=second_output, budget=0.5).layers
     content = file.read_bytes()
     monkeypatch.setattr(MODULE, "calibrate", None)
     monkeypatch.setattr(MODULE, "module_runner", lambda model, sites: None)
-    again = normswap.sensitivity(conv_net(), images(20, 13), metric=second_output, budget=0.5, resume=file)
+    again = normswap.sensitivity(conv_net(), images(20, 13), metric=second_output, budget=0.5, skip_done=file)
     assert again == Sensitivity(again.plan, *(getattr(first, name) for name in ("layers", "by", "batches", "metric", "budget", "chosen")))
     assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_ctrl_c_keeps_the_rows(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, calls = tmp_path / "state.jsonl", [0]
+    file, calls = tmp_path / "done.jsonl", [0]
 
     def metric(model: nn.Module) -> float:
         calls[0] += 1
@@ -530,7 +532,7 @@ def test_ctrl_c_keeps_the_rows(after: int, tmp_path: Path, monkeypatch: pytest.M
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        normswap.sensitivity(conv_net(), images(20, 13), metric=metric, resume=file)
+        normswap.sensitivity(conv_net(), images(20, 13), metric=metric, skip_done=file)
     assert len(file.read_text().splitlines()) == 1 + after
     with file.open("a") as opened:
         opened.write('{"swapped": ["1"], "rel_l')  # what a power cut leaves
@@ -542,86 +544,92 @@ def test_ctrl_c_keeps_the_rows(after: int, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(MODULE, "calibrate", counting)
     calls[0] = 100
-    resumed = normswap.sensitivity(conv_net(), images(20, 13), metric=metric, resume=file)
+    again = normswap.sensitivity(conv_net(), images(20, 13), metric=metric, skip_done=file)
     assert calls[0] == 100 + 5 - after  # the original, the exact swaps, three layers
     assert calibrated == list(APPROXIMATE[max(0, after - 2) :])
-    assert resumed.layers == normswap.sensitivity(conv_net(), images(20, 13), metric=lambda model: 1.0).layers
+    assert again.layers == normswap.sensitivity(conv_net(), images(20, 13), metric=lambda model: 1.0).layers
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
-def changed_weight() -> dict[str, Any]:
+def one_norm_less() -> nn.Module:
     model = conv_net()
-    with torch.no_grad():
-        next(model.parameters())[0, 0, 0, 0] += 1e-3
-    return {"model": model}
-
-
-def changed_eps() -> dict[str, Any]:
-    model = conv_net()
-    cast(nn.GroupNorm, model[1]).eps = 1e-3
-    return {"model": model}
-
-
-def changed_attribute() -> dict[str, Any]:
-    """What stands in no tensor and in no repr."""
-    model = conv_net()
-    model.temperature = 2.0
-    return {"model": model}
-
-
-def changed_statistics() -> dict[str, Any]:
-    model = conv_net()
-    cast(Tensor, model[4].running_mean)[0] += 1e-3
-    return {"model": model}
+    model[7] = nn.Identity()
+    return model
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        changed_weight,
-        changed_eps,
-        changed_attribute,
-        changed_statistics,
-        lambda: {"data": images(20, 13, seed=1)},
-        lambda: {"data": images(33)},
-        lambda: {"metric": lambda model: 2.0},
-        lambda: {"rules": DEFAULT_RULES[:-1]},
+        ({"model": one_norm_less()}, "of another model: '7' is a norm of the kind instance_norm there, and no norm in"),
+        (
+            {"rules": (RENAMED, *DEFAULT_RULES)},
+            "of another model: '9' is a norm of the kind layer_norm there, and a norm of the kind renamed in",
+        ),
+        ({"data": images(33)}, "with another number of batches: 2; expected 1"),
+        ({"metric": second_output}, "with another metric: None; expected second_output"),
     ],
-    ids=["weight", "eps", "attribute", "buffer", "data", "batches", "metric", "rules"],
+    ids=["model", "rules", "batches", "metric"],
 )
-def test_a_file_of_something_else_is_refused(change: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
-    file = tmp_path / "state.jsonl"
-    usual: dict[str, Any] = {"model": conv_net(), "data": images(20, 13), "resume": file}
+def test_a_file_of_something_else_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "done.jsonl"
+    usual: dict[str, Any] = {"model": conv_net(), "data": images(20, 13), "skip_done": file}
     normswap.sensitivity(**usual)
     content = file.read_bytes()
-    with pytest.raises(UsageError, match="holds measurements of another model, other data, another metric or another version"):
-        normswap.sensitivity(**usual | change())
+    with pytest.raises(UsageError, match=re.escape(f"done.jsonl holds measurements {message}")):
+        normswap.sensitivity(**usual | change)
     assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "notes",
+        "[]",
+        '{"swapped": ["1"], "rel_l2": 0.1}',
+        '{"swapped": ["1"], "rel_l2": "0.1", "max_rel": 0.1, "metric": null, "change": null, "calibration_error": null}',
+        '{"swapped": ["1"], "rel_l2": null, "max_rel": 0.1, "metric": null, "change": null, "calibration_error": null}',
+        '{"swapped": ["2"], "rel_l2": 0.1, "max_rel": 0.1, "metric": null, "change": null, "calibration_error": null}',
+        '{"swapped": 1, "rel_l2": 0.1, "max_rel": 0.1, "metric": null, "change": null, "calibration_error": null}',
+        '{"swapped": [["1"]], "rel_l2": 0.1, "max_rel": 0.1, "metric": null, "change": null, "calibration_error": null}',
+        '{"swapped": [], "rel_l2": 0.1, "max_rel": 0.1, "metric": null, "change": null, "calibration_error": 0.1}',
+    ],
+)
+def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "done.jsonl"
+    normswap.sensitivity(conv_net(), images(9), skip_done=file)
+    first, *rest = file.read_text().splitlines(keepends=True)
+    content = "".join([first, rest[0], line + "\n", *rest[1:]])
+    file.write_text(content)
+    with pytest.raises(
+        UsageError, match=r"^line 3 of .*done\.jsonl is no measurement\nhint: take that line out, or give the name of a new file"
+    ):
+        normswap.sensitivity(conv_net(), images(9), skip_done=file)
+    assert file.read_text() == content
+
+
 def test_what_does_not_change_a_measurement_may_change(tmp_path: Path) -> None:
-    file = tmp_path / "state.jsonl"
-    normswap.sensitivity(conv_net(), images(20, 13), resume=file)
+    file = tmp_path / "done.jsonl"
+    normswap.sensitivity(conv_net(), images(20, 13), skip_done=file)
     lines = len(file.read_text().splitlines())
-    normswap.sensitivity(conv_net().train(), (b for b in images(20, 13)), by="max_rel", exclude=["7"], resume=file)
+    normswap.sensitivity(conv_net().train(), (b for b in images(20, 13)), by="max_rel", exclude=["7"], skip_done=file)
     assert len(file.read_text().splitlines()) == lines
-    assert normswap.sensitivity(conv_net(), images(20, 13), budget=9.0, resume=file).chosen
+    assert normswap.sensitivity(conv_net(), images(20, 13), budget=9.0, skip_done=file).chosen
     assert len(file.read_text().splitlines()) == lines + 1
 
 
-@pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"some": "json"}\n', "[1]\n"])
+@pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"some": "json"}\n', "[1]\n", '{"normswap sensitivity": 1, "key": "a"}\n'])
 def test_a_file_that_is_not_ours_is_left_alone(content: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text(content)
-    with pytest.raises(UsageError, match="is no file of measurements that can be resumed"):
-        normswap.sensitivity(conv_net(), images(9), resume=file)
+    with pytest.raises(UsageError, match="is no file of measurements, or one of another version of normswap"):
+        normswap.sensitivity(conv_net(), images(9), skip_done=file)
     assert file.read_text() == content
 
 
 def test_an_empty_file_is_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "new").touch()
-    assert normswap.sensitivity(conv_net(), images(9), resume=tmp_path / "new").layers
-    assert json.loads((tmp_path / "new").read_text().splitlines()[0])["normswap sensitivity"] == 1
+    assert normswap.sensitivity(conv_net(), images(9), skip_done=tmp_path / "new").layers
+    assert json.loads((tmp_path / "new").read_text().splitlines()[0])["normswap sensitivity"] == 2
 
 
 # -- progress, JSON, the command ---------------------------------------------------------------------------------------------
@@ -675,12 +683,12 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_what_convert_can_be_told(saved: Path) -> None:
-    result = run("sensitivity", saved / "net.pt", "--data", saved / "data", "--budget", 0.12, "--resume", saved / "state")
+    result = run("sensitivity", saved / "net.pt", "--data", saved / "data", "--budget", 0.12, "--skip-done", saved / "done")
     assert (result.exit_code, result.stderr) == (0, "")
     last = result.stdout.splitlines()[-1]
     assert last.startswith("  for normswap convert: ")
     asked = shlex.split(last.partition(": ")[2])
-    printed = run("sensitivity", saved / "net.pt", "--data", saved / "data", "--budget", 0.12, "--resume", saved / "state", "--json")
+    printed = run("sensitivity", saved / "net.pt", "--data", saved / "data", "--budget", 0.12, "--skip-done", saved / "done", "--json")
     assert (printed.exit_code, printed.stderr) == (0, "")
     content = json.loads(printed.stdout)
     assert 1 < len(content["chosen"]["names"]) < 4
@@ -698,7 +706,7 @@ def test_the_command_prints_what_convert_can_be_told(saved: Path) -> None:
         (["--data", "DATA", "--metric", "nowhere:metric"], 2, "error: --metric nowhere:metric: there is no module nowhere"),
         (["--data", "DATA", "--metric", "math:pi"], 2, "error: --metric math:pi is a float; expected a function"),
         (["--data", "DATA", "--budget", "-1"], 2, "error: the budget is -1.0"),
-        (["--data", "DATA", "--resume", "DATA/0.pt"], 2, "is no file of measurements that can be resumed"),
+        (["--data", "DATA", "--skip-done", "DATA/0.pt"], 2, "is no file of measurements"),
     ],
 )
 def test_exit_codes(options: list[str], code: int, message: str, saved: Path) -> None:

@@ -240,8 +240,8 @@ def test_an_error_is_two_lines_and_a_code(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("normswap.cli.inspect.inspect_files", fail)
-    result = run("inspect", "model.pt", *(["--debug"] if debug else []))
+    monkeypatch.setattr("normswap.api.convert.inspect", fail)
+    result = run("inspect", DIGITS, *(["--debug"] if debug else []))
     assert (result.exit_code, result.stdout) == (code, "")
     assert ("Traceback" in result.stderr) == debug
     assert result.stderr == stderr if not debug else stderr.splitlines()[0] in result.stderr
@@ -285,9 +285,7 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
 
 def test_failed_parity_leaves_the_report_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A swap that is off by 1 %: nothing of the model may be written."""
-    from normswap.api import convert as pipeline
-
-    swap = pipeline.swap
+    from normswap.swap.apply import swap
 
     def bad_swap(*args: Any, **options: Any) -> Any:
         model = swap(*args, **options)
@@ -295,7 +293,7 @@ def test_failed_parity_leaves_the_report_alone(tmp_path: Path, monkeypatch: pyte
             model[4].mean.mul_(1.01)
         return model
 
-    monkeypatch.setattr(pipeline, "swap", bad_swap)
+    monkeypatch.setattr("normswap.api.convert.swap", bad_swap)
     result = run("convert", DIGITS, "-o", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr.startswith("error: ")

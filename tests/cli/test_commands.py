@@ -12,8 +12,9 @@ from torch import nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.cli.convert import convert_files
-from normswap.cli.revert import revert_files
+from normswap.cli.convert import ConvertOptions, convert_to_directory
+from normswap.cli.options import Loading
+from normswap.cli.revert import revert_directory
 from normswap.errors import LoadError, UsageError
 
 
@@ -31,7 +32,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, directory = convert_files(str(program), tmp_path_factory.mktemp("converted") / "out", trust=True)
+    _, directory = convert_to_directory(str(program), tmp_path_factory.mktemp("converted") / "out", ConvertOptions(trust=True))
     return directory
 
 
@@ -53,7 +54,7 @@ def test_a_program_becomes_a_program_and_an_onnx_file_without_norms(program: Pat
 
 def test_a_program_cannot_be_reverted(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds an exported program, which has no layers to give back"):
-        revert_files(str(converted), tmp_path / "back.pt2", trust=True)
+        revert_directory(str(converted), tmp_path / "back.pt2", Loading(trust=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -71,11 +72,11 @@ def test_a_float64_model_is_verified_where_it_can_run(tmp_path: Path) -> None:
     """onnxruntime has no float64 convolution; the file is verified all the same, and the report says where."""
     model = randomise(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), 0).double().eval()
     torch.save(model, tmp_path / "net.pt")
-    report, directory = convert_files(str(tmp_path / "net.pt"), tmp_path / "out", inputs=["2x3x9x8:float64"])
+    report, directory = convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "out", ConvertOptions(inputs=["2x3x9x8:float64"]))
     assert list(report.parities) == ["torch", "onnx's reference evaluator"]
     assert all(report.parities.values())
     assert report.onnx is not None
-    assert "onnxruntime cannot run this file" in report.onnx["notes"][0]
+    assert "onnxruntime cannot run this file" in report.onnx.notes[0]
     assert normswap.verify(tmp_path / "net.pt", directory)
 
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from torch import nn
 
 import normswap
-from normswap.api import convert as pipeline
-from normswap.cli import app
-from normswap.cli.convert import convert_files
+from normswap.api.convert import convert_unchecked
+from normswap.api.request import Request
+from normswap.cli.convert import ConvertOptions, _Clock, convert_to_directory
+from normswap.cli.terminal import _progress
 
 REPOSITORY = Path(__file__).parents[2]
 MODULE = """
@@ -138,7 +139,7 @@ def test_progress_counts_strata_times_batches(lazy: bool) -> None:
     """A generator is read once, so its length is known as well."""
     told: list[tuple[int, int]] = []
     batches = iter(_batches()) if lazy else _batches()
-    pipeline.attempt(_net(), calibration=batches, approximate=True, progress=lambda done, total: told.append((done, total)))
+    convert_unchecked(_net(), Request(calibration=batches, approximate=True), lambda done, total: told.append((done, total)))
     assert told == [(done, 6) for done in range(1, 7)]
 
 
@@ -148,13 +149,13 @@ def test_a_loader_without_a_length_is_counted_in_its_first_pass() -> None:
             return iter(_batches())
 
     told: list[tuple[int, int]] = []
-    pipeline.attempt(_net(), calibration=Loader(), approximate=True, progress=lambda done, total: told.append((done, total)))
+    convert_unchecked(_net(), Request(calibration=Loader(), approximate=True), lambda done, total: told.append((done, total)))
     assert told == [(4, 6), (5, 6), (6, 6)]
 
 
 def test_what_is_not_calibrated_tells_nothing() -> None:
     told: list[tuple[int, int]] = []
-    pipeline.attempt(_net(), _batches()[0], progress=lambda done, total: told.append((done, total)))
+    convert_unchecked(_net(), Request(example_inputs=_batches()[0]), lambda done, total: told.append((done, total)))
     assert told == []
 
 
@@ -162,21 +163,23 @@ def test_the_spinner_makes_way_and_comes_back() -> None:
     """Twice in one stage: an exact re-estimation before an approximate calibration."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    with app._stage(console, "convert and verify") as advance:
+    with _progress(console) as progress, _Clock(progress)("convert and verify") as count:
         for _ in range(2):
             for done in (1, 2, 3):
-                advance(done, 3)
+                count(done, 3)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert text.count("3/3") >= 2
-    assert text.rstrip().endswith("convert and verify ...")
+    last = text.rstrip().split("\r")[-1]
+    assert "convert and verify " in last
+    assert "calibration" not in last
 
 
 def test_an_error_inside_a_stage_comes_out() -> None:
     screen = io.StringIO()
 
     def work() -> None:
-        with app._stage(Console(file=screen, force_terminal=True), "work") as advance:
-            advance(1, 2)
+        with _progress(Console(file=screen, force_terminal=True)) as progress:
+            progress("work", 1, 2)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -187,6 +190,7 @@ def test_an_error_inside_a_stage_comes_out() -> None:
 def test_the_library_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save(_net(), tmp_path / "net.pt")
     torch.save(_batches()[0], tmp_path / "data.pt")
-    convert_files(str(tmp_path / "net.pt"), tmp_path / "out", data=str(tmp_path / "data.pt"), approximate=True, onnx=False)
+    options = ConvertOptions(data=str(tmp_path / "data.pt"), approximate=True, onnx=False)
+    convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "out", options)
     normswap.convert(_net(), calibration=_batches(), reestimate="exact")
     assert capfd.readouterr() == ("", "")

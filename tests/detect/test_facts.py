@@ -1,4 +1,4 @@
-"""What inspect knows of each norm, each trap where it is and where it is not, and that nothing is changed by looking."""
+"""What inspect knows of each norm, each hazard where it is and where it is not, and that nothing is changed by looking."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import normswap
 from fixtures.nets import case, randomise
-from normswap.api import convert as pipeline
+from normswap.api.convert import inspect
 from normswap.cli.app import app
 from normswap.detect.facts import Facts
 from normswap.detect.facts import facts as watch
@@ -31,11 +31,11 @@ DIGITS = str(Path(__file__).parents[2] / "fixtures" / "digits_cnn.pt")
 
 
 def facts(model: Any, *inputs: Any, **options: Any) -> dict[str, Facts]:
-    return {known.name: known for known in pipeline.inspect(model, inputs or None, **options)[1]}
+    return {known.name: known for known in inspect(model, inputs or None, **options)[1]}
 
 
 def texts(known: Facts) -> dict[str, str]:
-    return {trap.code: trap.text for trap in known.warnings}
+    return {hazard.code: hazard.text for hazard in known.warnings}
 
 
 def trained(norm: Any, batches: int = 3) -> Any:
@@ -64,7 +64,7 @@ def filled(norm: Any, name: str, index: Any, value: float) -> Any:
     return norm
 
 
-# -- traps that are read off the layer -----------------------------------------------------------------------------------------
+# -- hazards that are read off the layer -----------------------------------------------------------------------------------------
 
 FRESH = (
     "has running_mean 0 and running_var 1 in every channel, as they are initialised: it was never trained, or its statistics were "
@@ -195,7 +195,7 @@ def test_tokens_that_are_flattened_into_the_batch_are_many_values() -> None:
     assert texts(known) == {}
 
 
-# -- traps that take a look at the model ---------------------------------------------------------------------------------------
+# -- hazards that take a look at the model ---------------------------------------------------------------------------------------
 
 
 def test_calls() -> None:
@@ -478,7 +478,7 @@ def test_what_folds_is_what_the_exporter_folds(name: str, tmp_path: Path) -> Non
 
 def test_what_an_approximate_conversion_would_swap() -> None:
     model = case("other_norms").make()
-    plan, _ = pipeline.inspect(model, (X,))
+    plan, _ = inspect(model, (X,))
     assert [swap.name for swap in plan.swaps] == ["1"]
     wider = normswap.plan(model, (X,), approximate=True)
     found = facts(model, X)
@@ -528,7 +528,7 @@ def test_resnet() -> None:
     from torchvision.models import resnet18
 
     model = randomise(resnet18(weights=None), 0).eval()
-    plan, found = pipeline.inspect(model, (torch.randn(1, 3, 32, 32),))
+    plan, found = inspect(model, (torch.randn(1, 3, 32, 32),))
     assert [known.name for known in found] == [swap.name for swap in plan.swaps]
     assert all(known.folds_into == swap.producer for known, swap in zip(found, plan.swaps, strict=True))
     by_name = {known.name: known for known in found}
@@ -646,7 +646,7 @@ def test_the_table_when_no_forward_runs() -> None:
 
 def test_every_warning_is_documented(repository: Path) -> None:
     source = (repository / "normswap/detect/hazards.py").read_text()
-    codes = set(re.findall(r'Trap\(\s*"(\w+)"', source))
+    codes = set(re.findall(r'Hazard\(\s*"(\w+)"', source))
     assert len(codes) == 11
     assert codes == set(re.findall(r"^    (\w+) {2,}\S", source.partition('"""\n')[0], re.MULTILINE))
     assert codes == set(re.findall(r"^\| `(\w+)` \|", (repository / "docs/inspect.md").read_text(), re.MULTILINE))

@@ -26,7 +26,7 @@ from normswap.cli.app import app
 from normswap.errors import ExportError, LoadError, UsageError
 from normswap.export.any_file import Folded, fold
 from normswap.parity.result import ParityError
-from normswap.report.fold import fold_json, fold_summary
+from normswap.report.onnx import fold_json, fold_summary
 
 # -- what folds -----------------------------------------------------------------------------------------------------------------------
 
@@ -82,9 +82,9 @@ def test_a_norm_of_an_older_opset_is_in_inference_mode(opset: int, tmp_path: Pat
     ],
 )
 def test_the_evaluator_is_corrected_where_it_is_wrong(body: str, opset: int, corrected: bool) -> None:
-    from normswap.parity.runners import _corrected
+    from normswap.parity.run_onnx import corrected_operators
 
-    assert bool(_corrected(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
+    assert bool(corrected_operators(model_of(body, *NORM3, imports=f'"": {opset}', ir_version=7))) == corrected
 
 
 @pytest.mark.parametrize("case", FOLDS)

@@ -169,7 +169,7 @@ def test_a_node_without_a_kernel_is_named(tmp_path: Path) -> None:
     names = {node.name for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert {m.node for m in found.without_kernel} <= names
     assert str(found.without_kernel[0]) == f"MaxPool {found.without_kernel[0].node} (float32, opset 22)"
-    assert cuda_lines(cuda_json(dataclasses.replace(found, why="onnxruntime has no CUDAExecutionProvider here")))[1] == (
+    assert cuda_lines(dataclasses.replace(found, why="onnxruntime has no CUDAExecutionProvider here"))[1] == (
         f"without a kernel: {found.without_kernel[0]}, {found.without_kernel[1]}"
     )
 
@@ -239,7 +239,7 @@ def test_a_run_that_fell_back_does_not_count_as_passed(tmp_path: Path) -> None:
     assert result.cuda.run is not None
     assert result.cuda.status == "partly"
     assert len(result.cuda.run.elsewhere) == result.cuda.run.floating
-    told = cuda_lines(cuda_json(result.cuda))
+    told = cuda_lines(result.cuda)
     assert told[0].startswith("ran, but not on CUDA: ")
 
 
@@ -251,7 +251,7 @@ def test_without_a_provider_nothing_is_run_and_it_says_so(tmp_path: Path) -> Non
     assert (result.cuda.status, result.cuda.why) == ("not run", "onnxruntime has no CUDAExecutionProvider here")
     told = cuda_json(result.cuda)
     assert (told["status"], told["elsewhere"], told["kernels"]) == ("not run", [], {})
-    assert cuda_lines(told)[0].startswith("not run: onnxruntime has no CUDAExecutionProvider here; ")
+    assert cuda_lines(result.cuda)[0].startswith("not run: onnxruntime has no CUDAExecutionProvider here; ")
 
 
 def test_a_run_without_floating_point_nodes_does_not_count() -> None:

@@ -23,7 +23,7 @@ from normswap.export.verified import MEASURED, Attempt, search
 from normswap.folding import write
 from normswap.parity.judge import compare, judge
 from normswap.parity.result import ParityError
-from normswap.report.fold import fold_json, fold_summary
+from normswap.report.onnx import fold_json, fold_summary
 
 # -- which folds -------------------------------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
 def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"holds files that normswap did not write, and would be replaced: thesis\.tex"):
-        atomic.check(tmp_path)
+        atomic.check_output_dir(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "versions": []}', '{"tests": 3, "passed": 3}'])
@@ -65,28 +65,28 @@ def test_a_report_of_somebody_else_is_refused(tmp_path: Path, content: str) -> N
     """report.json is what many tools call theirs."""
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(UsageError, match=r"would be replaced: report\.json"):
-        atomic.check(tmp_path)
+        atomic.check_output_dir(tmp_path)
 
 
 def test_what_a_user_put_beside_our_files_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(OLD)
-    atomic.check(tmp_path)
+    atomic.check_output_dir(tmp_path)
     (tmp_path / "finetuned.pt").touch()
     with pytest.raises(UsageError, match=r"would be replaced: finetuned\.pt"):
-        atomic.check(tmp_path)
+        atomic.check_output_dir(tmp_path)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(UsageError, match="exists and is not a directory"):
-        atomic.check(tmp_path / "out")
+        atomic.check_output_dir(tmp_path / "out")
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="exists and is not a directory"):
-        atomic.check(tmp_path / "out")
+        atomic.check_output_dir(tmp_path / "out")
 
 
 def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from torch.optim import swa_utils
 import normswap
 from fixtures.nets import case, randomise
 from normswap import BatchlessNorm
-from normswap.api.sources import load_any
-from normswap.cli.convert import convert_files
+from normswap.api.verify import load_any
+from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.errors import LoadError, SwapError, UsageError
+from normswap.files.converted import unwrapped
 from normswap.files.load import load as load_source
-from normswap.files.recipe import unwrapped
 from normswap.models.inputs import make
 
 
@@ -327,7 +327,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the command writes of a module; its inputs are those of `x`."""
     monkeypatch.chdir(tmp_path)
     torch.save(_factory(1), "net.pt")
-    return convert_files("net.pt", tmp_path / "out", inputs=["4x3x8x8"])[1]
+    return convert_to_directory("net.pt", tmp_path / "out", ConvertOptions(inputs=["4x3x8x8"]))[1]
 
 
 def recipe_of(directory: Path) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def test_files_that_were_added_are_not_read(written: Path) -> None:
 
 def test_an_older_directory_is_read_with_a_note(written: Path, x: Tensor) -> None:
     """Without hashes, training and frozen. Then the two models in it are held against each other."""
-    convert_files("net.pt", written, inputs=["4x3x8x8"], onnx=False, coupling="none")
+    convert_to_directory("net.pt", written, ConvertOptions(inputs=["4x3x8x8"], onnx=False, coupling="none"))
     without(written, "files", "training", "frozen")
     with pytest.warns(UserWarning, match="recorded no SHA-256 of its files: whether they were changed since is not known"):
         loaded = normswap.load(written)
@@ -509,7 +509,7 @@ def test_the_command_and_python_convert_alike(
     example = make((4, 3, 8, 8), torch.float32)
     torch.save(_factory(1) if source == "module" else _factory(1).state_dict(), "net.pt")
     arch = {} if source == "module" else {"arch": "save_test_net:net"}
-    convert_files("net.pt", tmp_path / "out", inputs=["4x3x8x8"], onnx=False, coupling=coupling, **arch)  # type: ignore[arg-type]
+    convert_to_directory("net.pt", tmp_path / "out", ConvertOptions(inputs=["4x3x8x8"], onnx=False, coupling=coupling, **arch))  # type: ignore[arg-type]
     loaded = normswap.load(tmp_path / "out", trust=True)  # it builds the architecture by code of the directory
     assert isinstance(loaded, nn.Module)
     pickled = [load_source("out/model.pt").model] if source == "module" else []  # which is the same by itself
@@ -588,7 +588,7 @@ def test_an_approximate_bert_is_read_back(tmp_path: Path, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     BertModel(BertConfig(**small, type_vocab_size=2)).eval().save_pretrained("bert")
     torch.save({**tokens(0), "attention_mask": torch.ones(4, 11, dtype=torch.int64)}, "batch.pt")
-    convert_files("hf:bert", tmp_path / "out", data="batch.pt", approximate=True, onnx=False)
+    convert_to_directory("hf:bert", tmp_path / "out", ConvertOptions(data="batch.pt", approximate=True, onnx=False))
     loaded = normswap.load("out")
     assert isinstance(loaded, nn.Module)
     assert sum(isinstance(m, BatchlessNorm) for m in loaded.modules()) == 3
@@ -633,7 +633,7 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(LoadError, match="what was written cannot be read back as it was: its output for the example inputs differs"):
-        convert_files("save_test_unsaved:net", tmp_path / "out", inputs=["4x3"], onnx=False)
+        convert_to_directory("save_test_unsaved:net", tmp_path / "out", ConvertOptions(inputs=["4x3"], onnx=False))
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -717,7 +717,7 @@ def test_state_that_is_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     extra = importlib.import_module("save_test_extra").Extra
     source, x = randomise(extra(3), 1).eval(), torch.randn(4, 3)
     torch.save(source, "net.pt")
-    convert_files("net.pt", tmp_path / "out", inputs=["4x3"], onnx=False, trust_packages=["save_test_extra"])
+    convert_to_directory("net.pt", tmp_path / "out", ConvertOptions(inputs=["4x3"], onnx=False, trust_packages=["save_test_extra"]))
     loaded = normswap.load("out", trust_packages=["save_test_extra"])
     torch.testing.assert_close(loaded(x), source(x))  # type: ignore[operator]
     with pytest.raises(LoadError, match=r"does not fit the given architecture: it has no _extra_state"):

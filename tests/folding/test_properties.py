@@ -19,13 +19,14 @@ from onnx_ir.passes import common
 
 from fixtures import random_onnx
 from fixtures.random_graphs import generate
-from normswap.api.convert import attempt
+from normswap.api.convert import convert_unchecked
+from normswap.api.request import Request
 from normswap.errors import ExportError
 from normswap.export.to_onnx import export
 from normswap.folding import Affine, Constants, Outcome, fold
 from normswap.folding.basis import Bases, Change, Conflict
 from normswap.folding.find import affines
-from normswap.parity.runners import _corrected
+from normswap.parity.run_onnx import corrected_operators
 
 EXACT = 1e-10
 
@@ -120,7 +121,7 @@ def test_graphs_of_older_opsets_keep_their_function(opset: int) -> None:
         after.ir_version = 8
         onnx.checker.check_model(after)
         with np.errstate(all="ignore"):
-            want, got = (onnx.reference.ReferenceEvaluator(p, new_ops=_corrected(p)).run(None, {"x": x}) for p in (proto, after))
+            want, got = (onnx.reference.ReferenceEvaluator(p, new_ops=corrected_operators(p)).run(None, {"x": x}) for p in (proto, after))
         for a, b in zip(want, got, strict=True):
             assert np.abs(a - b).max() <= EXACT * max(float(np.abs(a).max()), 1e-6), onnx.printer.to_text(proto)
     for way in ("into_producer", "into_consumers", "stream_shift", "into_producers", *["threshold"] * (opset > 7)):
@@ -187,7 +188,7 @@ def keeps_its_function(r: random.Random, directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own
         # `convert` refuses a network that rounds to near its limit, which is no matter here.
-        model = attempt(graph.make(torch.float64), inputs).model
+        model = convert_unchecked(graph.make(torch.float64), Request(example_inputs=inputs, coupling="none")).model
         try:
             result = export(model, inputs, {}, directory / "folded.onnx")
         except ExportError:

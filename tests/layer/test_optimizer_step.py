@@ -22,7 +22,7 @@ from normswap.errors import UsageError
 from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import STD_FORMS, StdForm
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
@@ -937,7 +937,7 @@ def test_a_copy_that_shares_the_parameters_does_not_step_in_the_place_of_the_mod
     source = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.ReLU(), nn.Conv1d(3, 5, 2), nn.BatchNorm1d(5)).eval()
     x = torch.randn(4, 2, 7) * 3 + 1
     models = [normswap.convert(source, x).model.train() for _ in range(2)]
-    copies = [shadow(models[0]) for _ in range(20)]
+    copies = [copy_for_running(models[0]) for _ in range(20)]
     for model in models:
         step = SGD(normswap.param_groups(model, lr=0.1))
         model(x).square().mean().backward()

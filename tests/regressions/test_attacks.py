@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.cli.convert import convert_files
+from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.errors import SwapError, UsageError
 from normswap.parity.result import ParityError
 
@@ -223,7 +223,7 @@ def test_a_converted_module_can_be_read_again(tmp_path: Path) -> None:
     """The pickle that `convert` writes passes the review of pickles."""
     model = randomise(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)), 0).eval()
     torch.save(model, tmp_path / "model.pt")
-    _, directory = convert_files(str(tmp_path / "model.pt"), tmp_path / "out", inputs=["2x4x9x7"], onnx=False)
+    _, directory = convert_to_directory(str(tmp_path / "model.pt"), tmp_path / "out", ConvertOptions(inputs=["2x4x9x7"], onnx=False))
     assert normswap.verify(tmp_path / "model.pt", directory)
     reverted = normswap.revert(normswap.load(directory))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in reverted.state_dict().items())

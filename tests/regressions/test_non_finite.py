@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from benchmarks.onnx_skeletons import NETS, PreActivation, leaves, random_norm, with_norms, without_its_operators
 from normswap.export.to_onnx import export
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.parity.judge import LEVELS
 from normswap.parity.probes import Probe
-from normswap.parity.runners import onnx_runner
+from normswap.parity.run_onnx import LEVELS, onnx_runner
 
 SHAPE = (4, 3, 9, 8)
 ODD = (math.nan, math.inf, -math.inf)

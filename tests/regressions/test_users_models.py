@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.api import convert as pipeline
-from normswap.cli.convert import convert_files
+from normswap.api.convert import inspect
+from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.detect.sites import Plan
 from normswap.errors import LoadError, SwapError, UnsafePickleError, UsageError
 
@@ -437,13 +437,13 @@ def test_a_model_that_refuses_to_be_copied() -> None:
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_the_norms_of_a_scripted_part_are_not_called_uncalled() -> None:
     model = nn.Sequential(nn.Linear(5, 8), torch.jit.script(nn.Sequential(nn.BatchNorm1d(8)).eval()))
-    plan, (known,) = pipeline.inspect(model.eval(), batches(6, 5)[0])
+    plan, (known,) = inspect(model.eval(), batches(6, 5)[0])
     assert plan.skips[0].calls is None
     assert "never_called" not in [trap.code for trap in known.warnings]
 
 
 def test_what_is_known_of_a_norm_that_is_written_out() -> None:
-    _, (known,) = pipeline.inspect(Code(rms).eval(), batches(6, 7, 8)[0])
+    _, (known,) = inspect(Code(rms).eval(), batches(6, 7, 8)[0])
     assert known.unseen == "it is written out in code, of which a watched forward pass shows no call"
 
 
@@ -490,7 +490,8 @@ def test_a_file_that_carries_code_says_how_else_it_can_be_read(tmp_path: Path, m
     torch.save(nets.build(), tmp_path / "net.pt")
     torch.save(batches(32, 5)[0], tmp_path / "data.pt")
     out, trusted = tmp_path / "out", ["users_nets"]
-    convert_files(str(tmp_path / "net.pt"), out, data=str(tmp_path / "data.pt"), approximate=True, onnx=False, trust_packages=trusted)
+    options = ConvertOptions(data=str(tmp_path / "data.pt"), approximate=True, onnx=False, trust_packages=trusted)
+    convert_to_directory(str(tmp_path / "net.pt"), out, options)
     with pytest.raises(UnsafePickleError, match=r"out/model.pt carries code, as a norm was replaced in the code of one of its") as raised:
         normswap.load(out, trust_packages=["users_nets"])
     assert raised.value.hint is not None

@@ -23,7 +23,7 @@ from transformers.models.squeezebert.modeling_squeezebert import SqueezeBertLaye
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.models.xlstm.modeling_xlstm import xLSTMMultiHeadLayerNorm
 
-from normswap.rules.recognise import ANY, Normalizes, probe
+from normswap.rules.recognise import ANY, Normalizes, recognise
 
 
 class Unusual(nn.Module):
@@ -127,10 +127,10 @@ def test_found(make: Callable[[], nn.Module], found: Normalizes) -> None:
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     before = [p.clone() for p in module.parameters()]
-    assert probe(module) == found
+    assert recognise(module) == found
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make", NOT_FOUND, ids=[str(i) for i in range(len(NOT_FOUND))])
 def test_not_found(make: Callable[[], nn.Module]) -> None:
-    assert probe(make()) is None
+    assert recognise(make()) is None

@@ -559,7 +559,7 @@ def test_not_a_norm(what: str) -> None:
 
 def test_at_least_as_many_must_not_fire_as_must() -> None:
     assert len(DECLINES) + len(NOT_A_NORM) >= len(FIRES)
-    spoken_for = {kind for kind, *_ in (*FIRES.values(), *DECLINES.values())} | {"hand_written"}  # test_calls.py
+    spoken_for = {kind for kind, *_ in (*FIRES.values(), *DECLINES.values())} | {"hand_written"}  # test_handwritten.py
     assert spoken_for == {rule.kind for rule in DEFAULT_RULES}
 
 
@@ -578,7 +578,7 @@ NODE = "computed"  # stands for a node of the graph
 
 
 def call(change: dict[str, Any]) -> Site:
-    """A graph that calls F.batch_norm with ARGUMENTS and this change, as the site that `calls.find` makes of it."""
+    """A graph that calls F.batch_norm with ARGUMENTS and this change, as the site that `handwritten.find` makes of it."""
     graph, root = torch.fx.Graph(), nn.Module()
     nodes = {name: graph.placeholder(name) for name in ("input", NODE)}
     arguments = {}
@@ -635,7 +635,7 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
         torch.testing.assert_close(rule.build(site, "log")(torch.ones(N, C)), torch.full((N, C), (1 + 1e-5) ** -0.5), rtol=1e-4, atol=0)
 
 
-# reasons that need more than one layer to come about: tested in test_trace.py, test_match.py, test_swap.py and test_users_models.py
+# reasons that need more than one layer to come about: tested in test_trace.py, test_match.py, test_apply.py and test_users_models.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of Net, which cannot be rewritten because its forward sets last; make it a layer",
     "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows; leave it, or "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.models.copying import shadow
+from normswap.models.copying import copy_for_running
 from normswap.swap.apply import swap
 
 IMAGE = (3, 4, 9, 7)  # N, C, H, W
@@ -24,7 +24,7 @@ def swapped(model: nn.Module, *inputs: Tensor, std: str = "log", **options: Any)
 def error(model: nn.Module, candidate: nn.Module, *inputs: Tensor) -> float:
     """max|candidate - model| / max|model| in eval mode."""
     with torch.no_grad():
-        reference, found = shadow(model)(*inputs), shadow(candidate)(*inputs)
+        reference, found = copy_for_running(model)(*inputs), copy_for_running(candidate)(*inputs)
     assert reference.shape == found.shape
     assert reference.dtype == found.dtype
     return float((reference - found).abs().max() / reference.abs().max())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normswap
 from fixtures.nets import randomise
-from normswap.cli.convert import convert_files
+from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import ParityError
@@ -219,16 +219,19 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for i, batch in enumerate(_data(6, 5)):
         torch.save(batch, tmp_path / "data" / f"{i}.pt")
-    report, directory = convert_files(str(tmp_path / "net.pt"), tmp_path / "out", data=str(tmp_path / "data"), approximate=True)
+    report, directory = convert_to_directory(
+        str(tmp_path / "net.pt"), tmp_path / "out", ConvertOptions(data=str(tmp_path / "data"), approximate=True)
+    )
     assert [fit["name"] for fit in report.json()["calibration"]] == ["1", "7", "10"]
     assert list(report.parities)[:2] == ["torch", "drift"]
     assert math.isinf(report.parities["drift"].outputs[0].tolerance)
     assert (directory / "model.onnx").exists()
+    strict = ConvertOptions(data=str(tmp_path / "data"), max_drift=1e-6, onnx=False)
     with pytest.raises(ParityError):
-        convert_files(str(tmp_path / "net.pt"), tmp_path / "strict", data=str(tmp_path / "data"), max_drift=1e-6, onnx=False)
+        convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "strict", strict)
     assert sorted(p.name for p in (tmp_path / "strict").iterdir()) == ["report.html", "report.json"]
     with pytest.raises(UsageError, match="is no file, no directory and no package"):
-        convert_files(str(tmp_path / "net.pt"), tmp_path / "out2", data="nowhere", approximate=True)
+        convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "out2", ConvertOptions(data="nowhere", approximate=True))
 
 
 # -- what of it is bad, in words ----------------------------------------------------------------------------------------------

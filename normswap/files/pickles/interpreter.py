@@ -1,15 +1,143 @@
-"""The interpreter: what a pickle would make, without a thought to whether it may."""
+"""What a pickle would make: its program is run, and descriptions are made where the real thing would make objects.
+
+Whether any of it may be made is not asked here; `review` does that.
+"""
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import torch
 
-from normswap.files.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple
+# --- descriptions ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Global:
+    """A class or function, by its name."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Tuple:
+    """A tuple. Its items at the positions `reviewed` are functions or classes that a reviewed call takes as its arguments."""
+
+    items: list[Any]
+    reviewed: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class List:
+    """A list."""
+
+    items: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Dict:
+    """A dict, or what OrderedDict() and Counter() make."""
+
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Object:
+    """What `cls.__new__(cls, *args)` makes."""
+
+    cls: Any
+    args: Any
+    states: list[Any] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Call:
+    """What `func(*args)` returns."""
+
+    func: Any
+    args: Any
+    states: list[Any] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.func.path if isinstance(self.func, Global) else "?"
+
+
+@dataclass(eq=False)
+class Storage:
+    """The numbers of a tensor, by a persistent id: ('storage', class, key, location, number of elements)."""
+
+    persistent_id: Any
+    numel: int = 0
+    itemsize: int = 1
+    key: str = ""
+
+
+PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+def show(thing: Any, depth: int = 3) -> str:
+    """A description, for the list of what was refused: short, and never a repr that the file has a say in."""
+    if isinstance(thing, Global):
+        return thing.path
+    if isinstance(thing, Tuple):
+        shown = [show(item, depth - 1) for item in thing.items[:4]] if depth else []
+        return f"({', '.join(shown)}{', ...' if len(thing.items) > len(shown) else ''})"
+    if isinstance(thing, PLAIN):
+        text = ascii(thing)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(thing, Object):
+        return f"<{show(thing.cls)} object>"
+    if isinstance(thing, Call):
+        return f"{thing.path}(...)"
+    return f"<{type(thing).__name__.strip('_').lower()}>"
+
+
+DEEPEST, MOST = 100, 1 << 22  # values inside values, and values that are reached from one
+
+
+def endless_nesting(made: Iterable[Any]) -> str | None:
+    """What is nested too deeply, or so often that copying or showing it would not end; None if nothing is. Objects are not looked into."""
+    depths: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    entered: set[int] = set()
+    for root in made:
+        stack = [(root, False)]
+        while stack:  # not by recursion: its depth is what is asked for
+            thing, done = stack.pop()
+            key, parts = id(thing), _parts(thing)
+            if done:
+                entered.discard(key)
+                depths[key] = 1 + max((depths.get(id(part), 0) for part in parts), default=0)
+                sizes[key] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+                if depths[key] > DEEPEST or sizes[key] > MOST:
+                    return "values inside values, more than normswap reads"
+            elif key in entered:
+                return "a value that contains itself"
+            elif parts and key not in depths:
+                entered.add(key)
+                stack.append((thing, True))
+                stack.extend((part, False) for part in parts)
+    return None
+
+
+def _parts(thing: Any) -> list[Any]:
+    if isinstance(thing, Tuple | List):
+        return thing.items
+    return [part for pair in thing.pairs for part in pair] if isinstance(thing, Dict) else []
+
+
+# --- the program ----------------------------------------------------------------------------------------------------------------------
 
 MAX_PICKLE = 16 << 20  # bytes of program, weights not counted; the largest of all torchvision and timm models has under 2 MB
 
@@ -23,6 +151,8 @@ class UnknownOpcode(Exception):
 
 
 class Interpreter:
+    """The instructions that torch's weights-only unpickler has, and no others. `made` is everything that they made, in order."""
+
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
         self.left = MAX_PICKLE

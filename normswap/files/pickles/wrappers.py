@@ -1,8 +1,8 @@
 """Stand-ins for what torch wraps a model in to train it: `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel`.
 
 A pickle of one is read as the model inside. Nothing of the wrapper itself is made: to restore a DistributedDataParallel takes the process
-group that it trained in. In its place stands a `Wrapper`, which keeps its one child; what else belongs to it becomes an `Aside`, which
-keeps nothing. None of their code runs, and none of torch's for them.
+group that it trained in. In its place stands a `Wrapper`, which keeps its one child; what else belongs to it becomes a `Discarded`,
+which keeps nothing. None of their code runs, and none of torch's for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WRAPPERS = frozenset(
         "torch.optim.swa_utils.AveragedModel",
     }
 )
-ASIDES = re.compile(r"torch\.(nn\.parallel\.distributed|distributed\.algorithms\.join)\.\w+")  # settings, as each version of torch has them
+# settings of DistributedDataParallel, as each version of torch has them
+DISCARDED = re.compile(r"torch\.(nn\.parallel\.distributed|distributed\.algorithms\.join)\.\w+")
 
 
 class Wrapper(nn.Module):
@@ -35,42 +36,42 @@ class Wrapper(nn.Module):
             self.module = module
 
 
-class Aside:
+class Discarded:
     """Takes whatever it is made from, and forgets it."""
 
-    def __new__(cls, *told: Any) -> Aside:
+    def __new__(cls, *args: Any) -> Discarded:
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-def stand_in(path: str) -> type[Wrapper] | type[Aside] | None:
+def stand_in(path: str) -> type[Wrapper] | type[Discarded] | None:
     """What a class of this name is read as, if it is a wrapper or belongs to one."""
-    return Wrapper if path in WRAPPERS else Aside if ASIDES.fullmatch(path) else None
+    return Wrapper if path in WRAPPERS else Discarded if DISCARDED.fullmatch(path) else None
 
 
-def unwrapped(found: Any, name: str) -> Any:
+def without_stand_ins(found: Any, file: str) -> Any:
     """What a file holds, with the model in the place of each wrapper: the whole of it, a part, or a value of the dict that was saved."""
     if isinstance(found, dict):
         for key, value in found.items():
             if isinstance(value, nn.Module):
-                found[key] = unwrapped(value, name)
+                found[key] = without_stand_ins(value, file)
         return found
-    found = _inside(found, name)
+    found = _inside(found, file)
     if isinstance(found, nn.Module):
         for _, module in list(every_module(found)):  # which the file may have put together as no constructor does
             children = vars(module).get("_modules")
             if isinstance(children, dict):
-                children.update({key: _inside(child, name) for key, child in children.items()})
+                children.update({key: _inside(child, file) for key, child in children.items()})
     return found
 
 
-def _inside(found: Any, name: str) -> Any:
+def _inside(found: Any, file: str) -> Any:
     seen = set[int]()
     while isinstance(found, Wrapper):
         if id(found) in seen or "module" not in found._modules:
-            raise LoadError(f"{name} is damaged: it wraps no model", hint="copy or save it again")
+            raise LoadError(f"{file} is damaged: it wraps no model", hint="copy or save it again")
         seen.add(id(found))
         found = found.module
     return found

@@ -1,0 +1,76 @@
+"""What a conversion is asked to do: every option of `normswap.convert` and of the command, with its default, checked in one place.
+
+Imports no torch, so that `normswap convert --help` can show the defaults at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from normswap.errors import UsageError, one_of
+
+if TYPE_CHECKING:
+    from normswap.detect.sites import Rule
+    from normswap.layer.batchless_norm import Aux
+    from normswap.layer.formulas import Stats, StdForm
+    from normswap.swap.calibrate import Reestimate
+    from normswap.training.couple import Coupling
+
+
+def _default_rules() -> Sequence[Rule]:
+    from normswap.rules import DEFAULT_RULES
+
+    return DEFAULT_RULES
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection:
+    """Which normalization layers are looked at: globs on qualified names and on kinds, of which exclude wins, and the rules."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    rules: Sequence[Rule] = field(default_factory=_default_rules)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request(Selection):
+    """Every option of `normswap.convert`, which says what each means. Raises UsageError for a word or a combination that means nothing."""
+
+    example_inputs: Any = None
+    calibration: Iterable[Any] | None = None
+    approximate: bool = False
+    max_drift: float | None = None
+    std: StdForm = "log"
+    reestimate: Reestimate | None = None
+    aux: Aux = "auto"
+    stats: Stats = "natural"
+    coupling: Coupling = "auto"
+
+    def __post_init__(self) -> None:
+        from normswap.layer.batchless_norm import AUXES
+        from normswap.layer.formulas import STATS, STD_FORMS
+        from normswap.swap.calibrate import REESTIMATE
+        from normswap.training.couple import COUPLINGS
+
+        words = {"std": STD_FORMS, "aux": AUXES, "stats": STATS, "coupling": COUPLINGS}
+        for name, known in words.items():
+            one_of(name, getattr(self, name), known)
+        if self.reestimate is not None:
+            one_of("reestimate", self.reestimate, REESTIMATE)
+        if self.max_drift is not None and not self.max_drift >= 0:
+            raise UsageError(f"max_drift is {self.max_drift}; expected a number that is 0 or more")
+        if self.calibration is None and (self.may_differ or self.reestimate is not None):
+            what = "statistics are re-estimated" if self.reestimate is not None else "an approximate swap starts"
+            raise UsageError(f"{what} from data, and none were given", hint="give calibration=..., or --data on the command line")
+        if self.reestimate == "adapt" and not self.may_differ:
+            raise UsageError(
+                "layers that adapt to the data compute something else than the original",
+                hint="ask for it with --approximate or --max-drift, approximate=True or max_drift=...; or 'exact' keeps the function",
+            )
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether the converted model may compute something else than the original, within max_drift."""
+        return self.approximate or self.max_drift is not None

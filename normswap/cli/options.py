@@ -1,0 +1,167 @@
+"""The options of the commands, each written once: what it is called, what its help says, and what it is if nobody gives it.
+
+A command takes an option as a parameter of its own, or a frozen dataclass of options that several commands take; `spread` makes one option
+of each field of such a class. No torch here: `normswap COMMAND --help` is to answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from normswap.api.request import Request
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A model file (.pt .pth .pt2 .safetensors), torchvision:NAME[@WEIGHTS], timm:NAME, hf:DIRECTORY or package.module:factory.",
+    ),
+]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")]
+INPUT = typer.Option("--input", metavar="SPEC", help="Example input: 1x3x224x224[:dtype], or a .pt or .npz file. Repeat for more inputs.")
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="Verify at every optimisation level of onnxruntime, and in onnx's own evaluator: slower.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is read."""
+
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="SPEC", help="What a bare state dict belongs to: torchvision:NAME, package.module:factory ..."),
+    ] = None
+    trust_packages: Annotated[
+        list[str],
+        typer.Option("--trust-package", metavar="PKG", help="Let a pickle use the nn.Module classes of this package. Repeatable."),
+    ] = field(default_factory=list)
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            "--trust-pickle",
+            help="Let SRC run any code it wants, as a .pt2 must; for files you would run as a program. --trust-pickle is the old name.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Loading):
+    """How a model is read, and what it is run on."""
+
+    inputs: Annotated[list[str], INPUT] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selecting:
+    """Which norms are swapped, and by which rules."""
+
+    include: Annotated[
+        list[str], typer.Option("--include", metavar="GLOB", help="Swap only layers whose name or kind matches. Repeatable.")
+    ] = field(default_factory=list)
+    exclude: Annotated[list[str], typer.Option("--exclude", metavar="GLOB", help="Keep layers whose name or kind matches. Repeatable.")] = (
+        field(default_factory=list)
+    )
+    rules: Annotated[
+        list[str],
+        typer.Option("--rule", metavar="PKG.MOD:RULE", help="A normswap.Rule for norms of your own; goes before normswap's. Repeatable."),
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converting:
+    """What the new layers are."""
+
+    std: Annotated[Literal["log", "abs", "inv"], typer.Option(help="How the new layers store their standard deviation.")] = Request.std
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Calibration data: a .pt file (a batch or a list of them), an .npz file, a directory of them or package.module:factory.",
+        ),
+    ] = None
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Swap layers, too, that can only be approximated: LayerNorm, GroupNorm ... Needs --data.")
+    ] = Request.approximate
+    max_drift: Annotated[
+        float | None, typer.Option(metavar="X", help="--approximate, but fail if an output moves by more than X of its largest value.")
+    ] = Request.max_drift
+    reestimate: Annotated[
+        Literal["exact", "adapt"] | None,
+        typer.Option(
+            help="Give BatchNorms the statistics of --data: 'exact' keeps the function, 'adapt' lets it change (needs --approximate)."
+        ),
+    ] = Request.reestimate
+    coupling: Annotated[
+        Literal["auto", "none"],
+        typer.Option(help="How it will train: 'auto' couples each layer to the conv or linear before it; 'none' makes plain layers."),
+    ] = Request.coupling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """What an ONNX file is."""
+
+    target: Annotated[
+        Literal["portable", "cuda"],
+        typer.Option(
+            help="What the ONNX file is written for: portable, ONNX operators alone; cuda, also onnxruntime's own, each with its meaning."
+        ),
+    ] = "portable"
+    opset: Annotated[int | None, typer.Option(metavar="N", help="ONNX opset to write; default 20, or 23 for its Attention.")] = None
+    dynamic: Annotated[
+        Literal["batch", "spatial", "none"],
+        typer.Option(help="Free sizes in the ONNX file: batch; spatial, also height, width, length; none."),
+    ] = "batch"
+    fp16: Annotated[bool, typer.Option("--fp16", help="ONNX file with weights, inputs and outputs in float16.")] = False
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="Weights of the ONNX file in FILE.data beside it; above 1.5 GiB they always are.")
+    ] = False
+    thorough: Thorough = False
+
+    def export_options(self) -> dict[str, Any]:
+        """As `export_onnx` takes them."""
+        return {
+            "target": self.target,
+            "opset": self.opset,
+            "dynamic": self.dynamic,
+            "half": self.fp16,
+            "external_data": self.external_data or None,
+            "thorough": self.thorough,
+        }
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of those of its parameters that are a dataclass."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            types = get_type_hints(groups[parameter.name], include_extras=True)
+            for option in dataclasses.fields(groups[parameter.name]):
+                default = [] if option.default is dataclasses.MISSING else option.default
+                parameters.append(inspect.Parameter(option.name, parameter.KEYWORD_ONLY, default=default, annotation=types[option.name]))
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option.name: given.pop(option.name) for option in dataclasses.fields(group)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

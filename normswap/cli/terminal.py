@@ -1,0 +1,110 @@
+"""Around a command: what reaches which stream, which exit code an error has, and what a terminal shows meanwhile.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 cannot convert, 2 usage, 3 converted but parity failed, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from normswap.errors import NormswapError, shown
+from normswap.files import atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PARITY_FAILED = 3
+
+Progress = Callable[[str, int, "int | None"], None]
+
+
+@contextlib.contextmanager
+def work(debug: bool) -> Iterator[Progress]:
+    """What a command does before it prints its result: nothing reaches stdout, and every error ends as an exit code.
+
+    Gives progress(stage, done, total), which shows how far a stage is; the total is None where nothing is counted.
+    """
+    try:
+        # models print while they load, and torch's exporter prints its progress
+        with contextlib.redirect_stdout(sys.stderr), atomic.remember_interrupts(), _progress() as progress:
+            yield progress
+    except NormswapError as error:
+        _fail(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "", code=error.exit_code, debug=debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=INTERRUPTED, debug=debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"error: {where}{error.strerror or error}", code=1, debug=debug)
+    except Exception as error:
+        what = (str(error).strip().splitlines() or ["no message"])[0]
+        hint = "" if debug else "hint: normswap did not expect this; run it again with --debug to see where it comes from"
+        _fail(f"error: {type(error).__name__}: {what}", hint, code=1, debug=debug)
+
+
+def _fail(*lines: str, code: int, debug: bool) -> None:
+    if debug:
+        say(traceback.format_exc(), err=True)
+    for line in filter(None, lines):
+        say(line, err=True)
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None = None) -> Iterator[Progress]:
+    """On a terminal, one line for the stage that runs: a spinner, and a bar with the time left while it counts. Silence elsewhere."""
+    from rich import progress
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    count = progress.TextColumn("{task.fields[count]}")
+    columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), count)
+    with contextlib.ExitStack() as visible:  # nothing is drawn before the first stage
+        bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=console, transient=True)
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if not bar.live.is_started:
+                visible.enter_context(bar)
+            running = [task for task in bar.tasks if task.description == shown(stage, line=True)]
+            for task in bar.tasks:
+                if task not in running:
+                    bar.remove_task(task.id)
+            task_id = running[0].id if running else bar.add_task(shown(stage, line=True), total=total, count="")
+            ends = not running or done == total  # drawn at once, however soon the next stage comes
+            bar.update(task_id, completed=done, total=total, count="" if total is None else f"{done}/{total}", refresh=ends)
+
+        yield show
+
+
+def print_json(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(result, indent=2, allow_nan=False))
+
+
+def print_tables(*tables: Table, text: str) -> None:
+    """The tables that have rows, then the text."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
+    for table in tables:
+        if table.row_count:
+            console.print(table)
+    say(text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text in which what a terminal would obey is escaped."""
+    typer.echo(shown(text), err=err)

@@ -1,0 +1,141 @@
+"""The back-end "walk" of `trace`: norms, their order, calls, producers and readers, as one watched forward pass shows them.
+
+What no path of that pass executes is not seen, and neither is what code does with the numbers of a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from normswap.detect import functional
+from normswap.detect.backend import Names, Seen
+from normswap.detect.handwritten import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALES
+from normswap.models.watching import Watcher, tensors_in
+
+
+@dataclass
+class _Output:
+    """The output of a conv or linear, and how often something read it."""
+
+    maker: nn.Module
+    uses: int = 0
+
+
+# Functions whose result is a plain number and yet depends on the values of a tensor. Others that give no tensor (shape, dtype) do not.
+_VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"})
+
+_ROOTS = frozenset({"rsqrt", "sqrt", "std", "rsqrt_", "sqrt_"})
+
+
+def _may_be_root(function: str, args: tuple[Any, ...]) -> bool:
+    """What a form written by hand cannot do without: whoever calls it may hold one. The caller's graph decides."""
+    return function in _ROOTS or (function in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float))
+
+
+_STATISTIC, _ROOT = 1, 2
+
+
+def _plain_name(function: str) -> str:
+    """The name of an operation, whichever side of the operator it stands on, in place or not: `__rtruediv__` is truediv."""
+    name = function.strip("_")
+    return name[1:] if name in ("rmul", "rdiv", "rtruediv", "radd") else name
+
+
+class Walk(Watcher):
+    """Watches one forward pass of a model: norm calls, functional norms, and who else uses a conv's output."""
+
+    def __init__(self, model: nn.Module, names: Names) -> None:
+        super().__init__(model, opaque=names.norms.keys())
+        self.names, self.seen = names, Seen()
+        # asked before this pass puts its own hooks on the modules
+        self.candidates = {key for key, module in names.modules.items() if names.may_produce(module)}
+        self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}
+        self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
+        self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
+        # what depends on parameters and buffers alone: a weight that is standardised is no activation
+        self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
+        self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # what is a statistic of activations, or the root of one
+        self.module_calls: Counter[int] = Counter()
+        self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
+
+    def result(self, output: Any) -> Seen:
+        """What was seen, once the model has returned `output`."""
+        self._use(output)
+        for place, given in self.fed.items():
+            if given.uses == 1 and self.module_calls[id(given.maker)] == 1:
+                producer = self.names.first(given.maker)
+                if isinstance(place, int):
+                    self.seen.hits[place] = dataclasses.replace(self.seen.hits[place], producer=producer)
+                elif self.seen.calls[place] == 1:
+                    self.seen.producers[place] = producer
+        return self.seen
+
+    def _use(self, value: Any) -> None:
+        for tensor in tensors_in(value):
+            if tensor in self.outputs:
+                self.outputs[tensor].uses += 1
+
+    def _feed(self, place: str | int, given: Any) -> None:
+        """A norm is called with these arguments."""
+        first = next(tensors_in(given), None)
+        if first is not None and first in self.outputs:
+            self.fed[place] = self.outputs[first]
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.module_calls[id(module)] += 1
+        if id(module) in self.names.norms:
+            self._use((args, kwargs))
+            self.seen.call(self.names.first(module), None)
+            self._feed(self.names.first(module), () if id(module) in self.hooked else (args, kwargs))
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        if isinstance(output, Tensor) and id(module) in self.candidates:
+            self.outputs[output] = _Output(module)
+
+    def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = list(tensors_in((args, kwargs)))
+        owner = self.names.first(self.stack[-1]) if self.stack else ""
+        for tensor in given:
+            if id(tensor) in self.names.statistics:
+                self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
+            if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
+                self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
+        fixed = bool(given) and all(tensor in self.fixed for tensor in given)
+        norm = functional.name_of(function)
+        if norm and not fixed:
+            self._feed(self.seen.hit(owner, norm), (args, kwargs))
+        elif not fixed and _may_be_root(function.__name__, args):
+            self.seen.hit(owner, HAND_WRITTEN)
+        result = function(*args, **kwargs)
+        if fixed:
+            self.fixed.update(dict.fromkeys(tensors_in(result)))
+        elif not norm:
+            self._suspect(owner, function.__name__, args, given, result)
+        if result is None or function.__name__ in _VALUES or next(tensors_in(result), None) is not None:
+            self._use(given)
+        return result
+
+    def _suspect(self, owner: str, function: str, args: tuple[Any, ...], given: list[Tensor], result: Any) -> None:
+        """Follow statistics to their root, and the root to what it scales."""
+        name = _plain_name(function)
+        marks = [0 if tensor in self.fixed else self.roots.get(tensor, 0) for tensor in given]
+        if name in SCALES and len(given) == 2 and _ROOT in marks and not all(marks) and not any(tensor in self.fixed for tensor in given):
+            self.seen.suspects[owner] = None
+            return
+        # What is centred is no statistic: only what is computed from statistics alone is one.
+        others = [mark for tensor, mark in zip(given, marks, strict=True) if tensor not in self.fixed]
+        mark = max(others, default=0) if name in ELEMENTWISE and all(others) else 0
+        if name in REDUCTIONS:
+            mark = _ROOT if name in ("std", "std_mean") else _STATISTIC
+        elif name in LENGTHS or (mark and _may_be_root(name, args)):
+            mark = _ROOT
+        if mark:
+            self.roots.update(dict.fromkeys(tensors_in(result), mark))

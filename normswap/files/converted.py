@@ -1,0 +1,222 @@
+"""A converted model <-> a directory with recipe.json and model.safetensors.
+
+The weights are the model's state dict, so any safetensors reader can load them into a converted model. Nothing is pickled: the architecture
+comes from the user's own factory, and the recipe says which of its layers are BatchlessNorm and how each trains.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from normswap.errors import LoadError, SwapError
+from normswap.files.atomic import writing
+from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
+from normswap.layer import coupling
+from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.copying import on_meta, unclear_names
+
+WEIGHTS = "model.safetensors"
+PRODUCERS = (nn.Linear, *coupling.CONVS, *coupling.TRANSPOSED)
+WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DistributedDataParallel or AveragedModel was made of: the names in it are those of the architecture."""
+    while type(model).__module__.startswith(WRAPPERS):
+        (model,) = model.children()
+    return model
+
+
+# --- written ----------------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    directory: Path,
+    *,
+    source: str | None = None,
+    factory: str | None = None,
+    module: str | None = None,
+    inputs: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name. `seal` comes last.
+
+    source, factory, module, inputs: what the recipe says of them.
+    """
+    if valueless := on_meta(model):
+        raise SwapError(f"{valueless[0]} is on the meta device: it has no values that could be saved", hint="load the weights first")
+    if module is None and (others := _state_without_tensors(model)):
+        raise SwapError(
+            f"{others[0]} of {type(model).__name__} is state that is no tensor, which {WEIGHTS} cannot hold",
+            hint="save the whole model with torch.save(model, path)",
+        )
+    if unclear := unclear_names(model):
+        raise SwapError(
+            f"{type(model).__name__} cannot be saved by the names of its tensors: a module of it {next(iter(unclear.values()))}",
+            hint="rename that child",
+        )
+    write_recipe(model, directory, source=source, factory=factory, module=module, inputs=inputs)
+    state = _tensors(model)
+    first_names = _first_names(state)
+    own = {name: tensor.contiguous() for name, tensor in state.items() if first_names[name] == name}
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
+    saved = {name: t.clone() if places[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}  # no two views of one memory
+    aliases = {name: first for name, first in first_names.items() if name != first}
+    with writing(WEIGHTS):
+        save_file(saved, directory / WEIGHTS, metadata={"format": "pt", **aliases})
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def _state_without_tensors(model: nn.Module) -> list[str]:
+    """The names of state that is no tensor: `_extra_state` may be anything."""
+    return [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+
+
+def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """name -> the first name of the same tensor."""
+    first: dict[Any, str] = {}
+    place = {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else name for name, t in state.items()}
+    return {name: first.setdefault(place[name], name) for name in state}
+
+
+def _missing(state: Mapping[str, torch.Tensor], saved: Collection[str]) -> list[str]:
+    """The tensors of a state that were not saved, under none of their names."""
+    first = _first_names(state)
+    there = {first[name] for name in saved if name in first}
+    return [name for name in state if first[name] not in there]
+
+
+# --- read -------------------------------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Load the saved weights into a model whose norms were swapped; raises LoadError if it is not the model that was saved."""
+    if not (directory / WEIGHTS).is_file():  # a pipe would be waited for
+        raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
+    _set_modes(model, recipe)
+    _check_sites(model, directory, recipe)
+    _set_training(model, directory, recipe)
+    saved = _read_weights(directory)
+    _set_dtypes(model, saved)
+    try:
+        _, unexpected = model.load_state_dict(saved, strict=False)
+    except RuntimeError as error:
+        detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise _does_not_fit(directory, detail) from error
+    # What is no tensor is in model.pt alone.
+    for what, names in (
+        ("it has no", _state_without_tensors(model)),
+        ("it has no", _missing(_tensors(model), saved)),
+        ("the architecture has no", unexpected),
+    ):
+        if names:
+            raise _does_not_fit(directory, f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    _set_frozen(model, recipe)
+
+
+def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_file(directory / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{directory / WEIGHTS} cannot be read: {error}", hint="was the file copied whole?") from error
+
+
+def _set_modes(model: nn.Module, recipe: Recipe) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
+    for site in recipe.sites:
+        if site["name"] in layers:
+            for name in MODES:
+                setattr(layers[site["name"]], name, site.get(name, getattr(BatchlessNorm, name)))
+
+
+def _check_sites(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """LoadError for the first site that the model lacks, or has in another form."""
+    found = {site["name"]: site for site in sites_of(model)}
+    for site in recipe.sites:
+        mine = found.get(site["name"])
+        different = sorted(key for key in site if mine is not None and mine.get(key) != site[key])
+        if mine is None or different:
+            what = "no BatchlessNorm" if mine is None else f"{different[0]} {mine[different[0]]!r}"
+            expected = f"a {site['class']}" if mine is None else f"{site[different[0]]!r}"
+            raise LoadError(
+                f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {expected}",
+                hint="the factory must build the model that was converted",
+            )
+
+
+def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Let the layers of a model train as the recipe says. Their state is that of a new run until the weights are loaded."""
+    modules = dict(model.named_modules())
+    for entry in recipe.training:
+        layer, producer = modules.get(entry["name"]), modules.get(entry["producer"])
+        try:
+            if not isinstance(layer, BatchlessNorm) or (producer is None) != (entry["producer"] is None):
+                raise ValueError("there is no such layer")
+            if producer is not None:
+                if not isinstance(producer, PRODUCERS):
+                    raise ValueError(f"a {type(producer).__name__} is no conv or linear")
+                layer.couple(producer, torch.zeros(coupling.input_shape(producer), device=layer.mean.device), units=bool(entry["units"]))
+            if entry["guard"]:
+                layer.guard()
+            if entry["feedback"]:
+                layer.steer()
+            layer.run.pace = float(entry["pace"])
+        except (ValueError, TypeError) as error:
+            raise LoadError(
+                f"{directory / RECIPE} says that {entry['name']} is coupled to {entry['producer']}, which does not fit: {error}",
+                hint="convert the model again",
+            ) from error
+
+
+def _set_dtypes(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give each tensor of the model the dtype that it was saved with: loading alone would convert the values to the factory's."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                other = saved.get(f"{prefix}.{name}" if prefix else name)
+                if tensor is not None and other is not None and tensor.dtype != other.dtype:
+                    tensor.data = tensor.data.to(other.dtype)
+
+
+def _set_frozen(model: nn.Module, recipe: Recipe) -> None:
+    """Freeze what was frozen, and nothing else."""
+    if recipe.frozen is not None:
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(name not in recipe.frozen)
+
+
+def _does_not_fit(directory: Path, detail: str) -> LoadError:
+    return LoadError(
+        f"{directory / WEIGHTS} does not fit the given architecture: {detail}",
+        hint="the factory must build the model that was converted",
+    )
+
+
+# --- compared ---------------------------------------------------------------------------------------------------------------------------
+
+
+def difference(model: nn.Module, directory: Path) -> str | None:
+    """The first tensor of `model` that the weights in `directory` do not hold bit for bit, or the first of theirs that it has not."""
+    saved, own = _read_weights(directory), _tensors(model)
+    other = (name for name, tensor in saved.items() if name not in own or not same_bits(tensor, own[name]))
+    return next(other, next(iter(_missing(own, saved)), None))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit: a NaN is itself, and -0 is not 0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*bits)

@@ -1,0 +1,108 @@
+"""One forward pass of a model: run so that it leaves nothing behind, and watched, where somebody wants to know what it does.
+
+`forward` runs it. A `Watcher` sees it, too: which modules run, inside which other modules, and which functions of torch their code calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.models.copying import uncompiled
+from normswap.models.torch_private import tree_leaves, tree_map_only
+
+
+def forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: AbstractContextManager[Any] | None = None) -> Any:
+    """The output of one forward pass without gradients and uncompiled, on clones of its inputs: a model may write into them.
+
+    within: a context, as a function mode, in which the model runs. All random states are put back. What the model raises comes through.
+    """
+    with torch.no_grad(), _random_states_kept(model, args, kwargs), uncompiled():
+        args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+        with within or nullcontext():
+            return model(*args, **kwargs)
+
+
+@contextmanager
+def _random_states_kept(model: nn.Module, *given: Any) -> Iterator[None]:
+    """Of Python, of numpy, and of torch on the CPU and the devices of a model and of what it is given."""
+    states = random.getstate(), np.random.get_state()
+    tensors = (*model.parameters(), *model.buffers(), *tensors_in(given)) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng({tensor.device.index for tensor in tensors if tensor.is_cuda}):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers, and in the attributes of dataclasses in them: a model may return an object of its own."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from (part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor))
+
+
+class Watcher(TorchFunctionMode):
+    """Watches one forward pass of a model that nobody else uses. What is to be done about what it sees, a subclass says.
+
+    stack   the modules whose forward is running, the outermost first
+    opaque  the ids of modules that are seen as a whole: nothing that happens inside of them is shown
+    """
+
+    def __init__(self, model: nn.Module, opaque: Collection[int] = ()) -> None:
+        super().__init__()
+        self.model, self.opaque = model, opaque
+        self.stack: list[nn.Module] = []
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The forward of a module is about to run; it is not on the stack yet."""
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        """The forward of a module has returned; it is no more on the stack."""
+
+    def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The code of a module calls a function of torch. Has to make the call, and to return what that gives."""
+        return function(*args, **kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Exception | None]:
+        """(the output, None), or (None, what the model raised): what was seen until then stays true."""
+        handles: list[Any] = []
+        for module in self.model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            return forward(self.model, args, kwargs, within=self), None
+        except Exception as error:  # the user's model may raise anything
+            return None, error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hidden(self) -> bool:
+        return any(id(module) in self.opaque for module in self.stack)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._hidden():
+            self.entered(module, args, kwargs)
+        self.stack.append(module)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.stack and self.stack[-1] is module:  # a hook that raises before it is entered leaves it all the same
+            self.stack.pop()
+        if not self._hidden():
+            self.left(module, output)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        return func(*args, **(kwargs or {})) if self._hidden() else self.called(func, args, kwargs or {})

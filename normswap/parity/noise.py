@@ -1,0 +1,89 @@
+"""The second question: how precise is what is right by definition? A candidate may have ten times its error, which is called noise.
+
+For a module, noise is the error of the reference in its own dtype (`reference.truth_of`). For an ONNX file it is measured here: the error
+of its baseline, the same graph before anything was folded in it, in the same runtime at the same level. One error alone may be a small one
+by chance, so before a failure it is measured again, at inputs that differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from normswap.errors import described
+from normswap.parity.comparison import LimitOf, Rows, compare_at
+from normswap.parity.limits import Limit
+from normswap.parity.measure import error
+from normswap.parity.probes import Runner
+from normswap.parity.reference import Baseline, Judgement, Key, Truth
+from normswap.parity.result import NOTHING_FINITE
+from normswap.parity.rounding import moved_probe
+from normswap.parity.run_onnx import onnx_runner
+from normswap.parity.same_function import is_same, rows_of_file
+
+SAMPLES = 3  # inputs near a probe
+INPUT_ULPS = 4  # how far they are from it, in units of the last place
+
+
+def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> LimitOf:
+    """The limit of each tensor in a candidate's own precision. noise: where it is not that of the reference."""
+
+    def limit(key: Key, truth: Truth) -> Limit:
+        here = noise.get(key, truth.noise)
+        if truth.unjudged is not None:
+            return Limit(here, math.nan, truth.unjudged)
+        return judgement.precision.limit(here) if truth.is_rounded or here != 0 else Limit(here, 0.0)
+
+    return limit
+
+
+def baseline_of(judgement: Judgement, path: Path, level: str) -> Baseline:
+    """What a runtime makes of a file before anything was folded in it. Measured once for each level."""
+    known = judgement.baselines.get((path, level))
+    if known is None or not {probe.name for probe in judgement.probes} <= {key.probe for key in known.noise}:
+        known = judgement.baselines[path, level] = _measured(judgement, path, level)
+    return known
+
+
+def _measured(judgement: Judgement, path: Path, level: str) -> Baseline:
+    rows: Rows = {}
+    try:
+        run = onnx_runner(path, level)
+        for probe in judgement.probes:
+            rows |= compare_at(judgement, probe, judgement.by_key(probe, run(probe)), precision_limit(judgement, {}))
+    except Exception as error:
+        return Baseline({}, f"before anything was folded, the file raised {described(error)}", 0)
+    noise = {key: row.max_rel for key, row in rows.items()}
+    doubted = {key: row for key, row in rows.items() if row.problem not in (None, NOTHING_FINITE) or not (row.passed or row.unjudged)}
+    if not doubted:
+        return Baseline(noise, None, len(judgement.probes))
+    same = rows_of_file(judgement.at({key.probe for key in doubted}), path)
+    wrong = None
+    for key, row in doubted.items():
+        if row.problem is not None or row.non_finite or not is_same(same, key):
+            what = row.problem or (f"has {row.non_finite} non-finite mismatches" if row.non_finite else f"is {row.max_rel:.1e} off")
+            wrong = f"{row.name} at the probe {row.probe!r} {what} before anything was folded: torch.onnx.export wrote another function"
+            break
+    return Baseline(noise, wrong, 3 * len(judgement.probes))
+
+
+def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -> dict[Key, float]:
+    """The largest error of each tensor at SAMPLES inputs that are the probe's but for the last digits.
+
+    run: what the noise is of. in_float64: the reference; without it, an error is the distance from what `run` gives at the probe itself.
+    """
+    found: dict[Key, float] = {}
+    for probe in judgement.probes:
+        size = INPUT_ULPS * max((torch.finfo(t.dtype).eps for t in probe.tensors() if t.is_floating_point()), default=0.0)
+        near = [moved_probe(probe, size, seed) for seed in range(SAMPLES)]
+        truths = [run(probe)] * SAMPLES if in_float64 is None else [in_float64(moved.in_float64()) for moved in near]
+        for moved, truth in zip(near, truths, strict=True):
+            values = judgement.by_key(probe, run(moved))
+            for key, value in judgement.by_key(probe, truth).items():
+                if key in values and values[key].shape == value.shape:
+                    noise = error(values[key], value).max_rel
+                    found[key] = max(found.get(key, 0.0), 0.0 if math.isnan(noise) else noise)
+    return found

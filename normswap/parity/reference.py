@@ -1,0 +1,180 @@
+"""What the reference of a comparison computes at each probe: in float64, which is the truth, and in its own dtype, which is its noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normswap.models.copying import copy_for_running, to_float64
+from normswap.parity.limits import CHOICE, Precision
+from normswap.parity.measure import equal, error
+from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.rounding import float64_runner, rounded_by
+from normswap.parity.run_onnx import BY_POSITION, onnx_float64_runner, onnx_runner
+from normswap.parity.run_torch import DtypeRecorder, float64_mode, module_runner, tensors_of
+
+
+class Key(NamedTuple):
+    """One tensor at one probe: an output of the model, or, with `site`, what one call of a compared layer gives ("name@call")."""
+
+    probe: str
+    name: str
+    site: bool = False
+
+
+Tensors = dict[Key, Tensor]
+
+
+def keyed(probe: Probe, found: tuple[Values, Values]) -> Tensors:
+    """What a runner gave at a probe."""
+    return {Key(probe.name, name, site): value for site, values in zip((False, True), found, strict=True) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the reference gives of one tensor at one probe.
+
+    value        in float64
+    dtype        that it has in the reference's own dtype
+    noise        the error of the reference in its own dtype
+    scale_floor  the smallest scale that an error is relative to
+    overflow     where the reference in its own dtype is not finite, although the value is; None if nowhere
+    unjudged     why its own dtype cannot be compared with float64, or None
+    """
+
+    value: Tensor
+    dtype: torch.dtype
+    noise: float
+    scale_floor: float = 0.0
+    overflow: Tensor | None = None
+    unjudged: str | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it holds numbers that are rounded: no integers or booleans, of which no rounding makes others."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+def truth_of(value: Tensor, own: Tensor | None, scale_floor: float) -> Truth:
+    """value: in float64; own: the same tensor in the reference's own dtype."""
+    if own is None or own.shape != value.shape:
+        shape = None if own is None else tuple(own.shape)
+        unjudged = f"its shape is {tuple(value.shape)} in float64 and {shape} in the model's own dtype"
+        return Truth(value, value.dtype if own is None else own.dtype, math.nan, scale_floor, None, unjudged)
+    overflow = ~own.isfinite().cpu() & ~equal(own.cpu(), value.cpu())
+    noise = error(own, value, overflow, scale_floor).max_rel
+    return Truth(value, own.dtype, noise, scale_floor, overflow if bool(overflow.any()) else None)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a candidate is held against, and how to run it.
+
+    sites: names of modules whose outputs are compared, too. unrounded: the model that a module was rounded from, which is then what is run
+    in float64.
+    """
+
+    model: nn.Module | Path
+    sites: Sequence[str] = ()
+    unrounded: nn.Module | None = None
+
+    def own_runner(self, dtypes: set[torch.dtype] | None = None) -> Runner:
+        """In its own dtype. dtypes: a set into which those are put that a module computes in."""
+        if isinstance(self.model, Path):
+            return onnx_runner(self.model, "disabled")
+        mode = nullcontext if dtypes is None else functools.partial(DtypeRecorder, dtypes)
+        return module_runner(copy_for_running(self.model), self.sites, mode)
+
+    def float64_runner(self, probes: Sequence[Probe]) -> Runner:
+        """In float64, with the numbers that it stores."""
+        if isinstance(self.model, Path):
+            return onnx_float64_runner(self.model)
+        module = self.unrounded or self.model
+        return module_runner(copy_for_running(module, to_float64), self.sites, float64_mode(module, probes))
+
+    def unrounded_runner(self, probes: Sequence[Probe], shared: Sequence[Tensor] | None = None, eps: float = 0.0) -> Runner:
+        """In float64, with the numbers that it was made from, where it knows them.
+
+        shared: the tensors of a candidate; then each number is moved: by CHOICE of its size if the candidate has it, too, else by as much
+        as it may have been rounded, which is half of eps.
+        """
+        if isinstance(self.model, Path):
+            return onnx_float64_runner(self.model, nudge=0.0 if shared is None else eps / 2)
+        module = self.unrounded or self.model
+        return float64_runner(module, self.sites, probes, None if shared is None else rounded_by(module, shared, eps, shared_by=CHOICE))
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The numbers of a module: a candidate that has them, too, did not round them."""
+        return tensors_of(self.model) if isinstance(self.model, nn.Module) else ()
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What one runtime makes of an ONNX file before anything was folded in it.
+
+    noise   its errors
+    wrong   why the file itself is another function than the reference, or None
+    passes  forward passes that it took
+    """
+
+    noise: Mapping[Key, float]
+    wrong: str | None
+    passes: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the reference computes at every probe: made once, held against any number of candidates.
+
+    dropped    probes that the reference itself could not run, with the reason
+    passes     forward passes that it took
+    flat       names of the probes that are for ONNX files only
+    float64    whether the truth is that of float64; else that of the reference's own dtype, as it cannot be run in float64
+    baselines  by file and level, those that were measured so far
+    """
+
+    reference: Reference
+    probes: Sequence[Probe]
+    truths: Mapping[Key, Truth] = field(repr=False)
+    precision: Precision
+    dropped: Sequence[str] = ()
+    passes: int = 0
+    flat: frozenset[str] = frozenset()
+    float64: bool = True
+    baselines: dict[tuple[Path, str], Baseline] = field(default_factory=dict, repr=False)
+
+    def truths_at(self, probe: Probe) -> dict[Key, Truth]:
+        return {key: truth for key, truth in self.truths.items() if key.probe == probe.name}
+
+    def at(self, names: Collection[str], *, sites: bool = True) -> Judgement:
+        """The same at fewer probes. sites: whether the outputs of layers are compared, or only those of the model."""
+        truths = {key: truth for key, truth in self.truths.items() if key.probe in names and key.site <= sites}
+        return replace(self, probes=[probe for probe in self.probes if probe.name in names], truths=truths)
+
+    def passed_on(self, candidate: nn.Module) -> Judgement:
+        """The same, which lets go of the reference: where it would be run again, a candidate is that was found to be the same function."""
+        return replace(self, reference=Reference(candidate, self.reference.sites), baselines={})
+
+    def by_key(self, probe: Probe, found: tuple[Values, Values]) -> Tensors:
+        """What a run gave at a probe. The outputs of an ONNX file have positions; they get the names that the reference has for its own."""
+        outputs, sites = found
+        names = [key.name for key in self.truths_at(probe) if not key.site]
+        if any(name.startswith(BY_POSITION) for name in (*names, *outputs)):
+            outputs = dict(zip([*names, *list(outputs)[len(names) :]], outputs.values(), strict=False))
+        return keyed(probe, (outputs, sites))
+
+    def in_float64(self, run: Runner, probes: Sequence[Probe] | None = None) -> Tensors:
+        """What a runner in float64 gives. probes: in place of those of the judgement, with their names."""
+        found: Tensors = {}
+        for probe in self.probes if probes is None else probes:
+            found |= self.by_key(probe, run(probe.in_float64()))
+        return found

@@ -1,0 +1,268 @@
+"""An ONNX file at a probe: in onnxruntime at one level of optimisation, in onnx's reference evaluator, or widened to float64."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from normswap.errors import UsageError
+from normswap.parity.kernels import kernels
+from normswap.parity.measure import sampled
+from normswap.parity.probes import Probe, Runner, Values
+
+if TYPE_CHECKING:
+    import onnx
+
+LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
+MORE_LEVELS = ("disabled", "basic", "extended", "all")
+REFERENCE = "reference"  # in place of a level: onnx's own evaluator, which has every kernel in every dtype, and is slow
+PROVIDER = "ExecutionProvider"  # a level that ends so is one: the file runs on it, at the highest level
+CPU = f"CPU{PROVIDER}"
+BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...
+
+
+def runtime(level: str) -> str:
+    """What runs an ONNX file at a level, in words."""
+    return "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
+
+
+def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
+    """Runs a file at one of MORE_LEVELS, in REFERENCE, or in an execution provider that a level names.
+
+    inner: names of values inside the graph that are given as well.
+    """
+    import onnxruntime
+
+    if level == REFERENCE:
+        import onnx
+
+        return _evaluator(onnx.load(path), inner)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised as well
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait by turning cost the time of others
+    options.graph_optimization_level = {
+        "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    }.get(level, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    provider = level if level.endswith(PROVIDER) else CPU
+    # TF32 has ten bits, and is no way to compute float32 when its rounding is what is measured.
+    chosen = [(provider, {"use_tf32": "0"} if provider.startswith("CUDA") else {}), *([] if provider == CPU else [CPU])]
+    with _with_outputs(path, inner) as (opened, count):
+        session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
+    if session.get_providers()[0] != provider:  # onnxruntime goes on without a provider that does not start
+        raise RuntimeError(f"{provider} did not start")
+    inputs, outputs = [i.name for i in session.get_inputs()], [output.name for output in session.get_outputs()]
+    return lambda probe: _split(dict(zip(outputs, session.run(None, _feeds(inputs, probe)), strict=True)), count, inner)
+
+
+def onnx_float64_runner(path: Path, inner: Sequence[str] = (), *, nudge: float = 0.0) -> Runner:
+    """Runs a file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv.
+
+    nudge: by how much of its size each constant is moved at most, at random.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    _widen(model, nudge)
+    return _evaluator(model, inner)
+
+
+def _evaluator(model: Any, inner: Sequence[str]) -> Runner:
+    import numpy as np
+    from onnx.reference import ReferenceEvaluator
+
+    count = _add_outputs(model.graph, inner)
+    evaluator = ReferenceEvaluator(model, new_ops=[*kernels(), *corrected_operators(model)])
+    inputs, outputs = list(evaluator.input_names), list(evaluator.output_names)
+
+    def run(probe: Probe) -> tuple[Values, Values]:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an overflow, say: the comparison sees it
+            return _split(dict(zip(outputs, evaluator.run(None, _feeds(inputs, probe)), strict=True)), count, inner)
+
+    return run
+
+
+def _add_outputs(graph: Any, inner: Sequence[str]) -> int:
+    """Make inner values of a graph outputs, after those that it has; how many it had."""
+    count = len(graph.output)
+    known = {output.name for output in graph.output}
+    computed = {name for node in graph.node for name in node.output}
+    for name in dict.fromkeys(inner):
+        if name in computed - known:
+            graph.output.add(name=name)
+    return count
+
+
+@contextlib.contextmanager
+def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
+    """(a file like this one that gives the inner values, too; how many outputs it had). Beside it, for the weights that lie there."""
+    if not inner:
+        yield path, None
+        return
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    count = _add_outputs(model.graph, inner)
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".inner", dir=path.parent) as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        yield Path(file.name), count
+
+
+def _split(values: dict[str, Any], count: int | None, inner: Sequence[str]) -> tuple[Values, Values]:
+    """(the first `count` values, or all, as outputs by position; the inner ones by name, of large ones a sample)."""
+    outputs = {f"{BY_POSITION}{i}": torch.as_tensor(value) for i, value in enumerate(list(values.values())[:count])}
+    return outputs, {name: sampled(torch.as_tensor(values[name])) for name in inner if name in values}
+
+
+def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
+    tensors = probe.tensors()
+    if len(tensors) != len(names):
+        raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(tensors)} tensors were given")
+    return {name: tensor.numpy(force=True) for name, tensor in zip(names, tensors, strict=True)}
+
+
+def corrected_operators(model: Any) -> list[Any]:
+    """Operators that onnx's evaluator (1.23) computes otherwise than ONNX defines them.
+
+    From opset 7 to 13, a BatchNormalization with one output is in inference mode; the evaluator mixes the batch's statistics into it.
+    """
+    import numpy as np
+    from onnx.reference.op_run import OpRun
+
+    norms = [node for node in model.graph.node if node.op_type == "BatchNormalization" and node.domain == ""]
+    trains = any(any(node.output[1:]) or any(a.name == "spatial" and not a.i for a in node.attribute) for node in norms)
+    if not norms or trains or not 7 <= opset_of(model) < 14:
+        return []
+
+    class BatchNormalization(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float = 1e-5, **others: Any) -> tuple[Any]:
+            scale, bias, mean, var = (a.reshape(-1, *(1,) * (x.ndim - 2)) for a in (scale, bias, mean, var))
+            return ((scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype),)
+
+    return [BatchNormalization]
+
+
+def onnx_dtypes(path: Path) -> set[torch.dtype]:
+    """The floating dtypes of the file's weights and casts: those that it computes in."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    known = {
+        onnx.TensorProto.FLOAT16: torch.float16,
+        onnx.TensorProto.BFLOAT16: torch.bfloat16,
+        onnx.TensorProto.FLOAT: torch.float32,
+        onnx.TensorProto.DOUBLE: torch.float64,
+    }
+    attributes = [a for nodes in (model.graph, *model.functions) for node in nodes.node for a in node.attribute]
+    found = {tensor.data_type for tensor in model.graph.initializer} | {a.i for a in attributes if a.name == "to"}
+    return {known[dtype] for dtype in found & known.keys()}
+
+
+def _numpy_dtype(element_type: int) -> torch.dtype | None:
+    """The dtype of an ONNX element type; None if numpy has no such numbers."""
+    import numpy as np
+    import onnx
+
+    try:
+        return torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(element_type))).dtype
+    except (KeyError, TypeError):
+        return None
+
+
+def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Tensor, ...] | None:
+    """Seeded inputs of the shapes that a file declares.
+
+    batch: the size of a free first axis; free: that of other free axes. Without it, a file that has such axes has no inputs: None.
+    Raises UsageError for an input that is no tensor of numbers that numpy has.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {i.name for i in graph.initializer}
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for value in graph.input:
+        if value.name in constants:
+            continue
+        kind = value.type.tensor_type
+        dtype = _numpy_dtype(kind.elem_type)
+        if dtype is None:
+            what = value.type.WhichOneof("value") or "value of no type"
+            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if what == "tensor_type" else what.removesuffix("_type")
+            raise UsageError(
+                f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
+                hint="a file can only be held against another one on tensors of numbers",
+            )
+        known = (dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)
+        sizes = [size or (batch if i == 0 else free) for i, size in enumerate(known)]
+        shape = [size for size in sizes if size is not None]
+        if len(shape) < len(sizes):
+            return None
+        floating = dtype.is_floating_point
+        found.append((torch.randn(shape, generator=generator) if floating else torch.randint(2, shape, generator=generator)).to(dtype))
+    return tuple(found)
+
+
+def _widen(model: Any, nudge: float = 0.0) -> None:
+    """Turn float32, float16 and bfloat16 into float64 everywhere in an ONNX model: tensors, declared types, casts.
+
+    nudge: by how much of its size each number is moved at most, at random.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    narrow = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    generator = np.random.default_rng(0)
+
+    def widen_tensor(tensor: Any) -> None:
+        if tensor.data_type in narrow:
+            values = numpy_helper.to_array(tensor).astype("float64")
+            if nudge and values.size:
+                size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
+                # A whole number was not rounded, and a size or a factor of Resize is a whole number.
+                rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
+                values = values + nudge * rounded * generator.uniform(-1, 1, values.shape)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    def widen_graph(graph: Any) -> None:
+        for tensor in graph.initializer:
+            widen_tensor(tensor)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in narrow:
+                value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+        widen_nodes(graph.node)
+
+    def widen_nodes(nodes: Any) -> None:
+        for node in nodes:
+            for attribute in node.attribute:
+                if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                    values = np.asarray(onnx.helper.get_attribute_value(attribute), np.float64)
+                    attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
+                elif attribute.type == onnx.AttributeProto.TENSOR:
+                    widen_tensor(attribute.t)
+                elif attribute.type == onnx.AttributeProto.GRAPH:
+                    widen_graph(attribute.g)
+                elif attribute.name in ("to", "dtype") and attribute.i in narrow:
+                    attribute.i = onnx.TensorProto.DOUBLE
+
+    widen_graph(model.graph)
+    for function in model.functions:
+        widen_nodes(function.node)
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The opset of a model: the version of ONNX's own operators; 0 if it declares none."""
+    return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)

@@ -1,0 +1,130 @@
+"""A torch module at a probe, in its own dtype or in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from normswap.errors import SwapError
+from normswap.models.copying import uncompiled
+from normswap.models.float64 import in_float64
+from normswap.parity.limits import coarsest
+from normswap.parity.measure import sampled
+from normswap.parity.probes import Probe, Runner, Values
+
+
+class DtypeRecorder(TorchFunctionMode):
+    """Collects the dtypes that a model computes in, those of an autocast region inside it included."""
+
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        super().__init__()
+        self.dtypes = dtypes
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)
+        return result
+
+
+class OwnTensors(TorchFunctionMode):
+    """Stops a model that reads one of these tensors, by id: a copy that still uses the original."""
+
+    def __init__(self, foreign: Mapping[int, str]) -> None:
+        super().__init__()
+        self.foreign = foreign
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor) and id(tensor) in self.foreign:
+                    raise SwapError(
+                        f"it still uses {self.foreign[id(tensor)]} of the original, which a function that was made inside the model holds "
+                        "(a lambda or a closure): copying a model does not copy such functions; make it a method"
+                    )
+        return func(*args, **kwargs)
+
+
+def module_runner(
+    model: nn.Module,
+    sites: Sequence[str],
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Runner:
+    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
+
+    sites: names of modules whose outputs are given, too. mode: makes what each forward pass runs in: `float64_mode`, `DtypeRecorder` or
+    `OwnTensors`, say.
+    """
+    kept: Values = {}
+    calls: dict[str, int] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
+            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
+                calls[name] = calls.get(name, 0) + 1
+                kept[f"{name}@{calls[name]}"] = sampled(output)
+
+        return record
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in sites:
+        if name in modules:
+            modules[name].register_forward_hook(keep(name))
+
+    def run(probe: Probe) -> tuple[Values, Values]:
+        kept.clear()
+        calls.clear()
+        # A model may write into its inputs; the probes must stay what they are.
+        args, kwargs = probe.mapped(torch.clone)
+        with torch.no_grad(), torch.random.fork_rng(), uncompiled(), mode():
+            torch.manual_seed(0)
+            output = model(*args, **kwargs)
+        return named_tensors(output), dict(kept)
+
+    return run
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def own_dtype(model: nn.Module, probes: Iterable[Probe]) -> torch.dtype:
+    """The coarsest floating dtype of a model's parameters and buffers, or, if it has none, of what it is given."""
+    return coarsest(t.dtype for t in tensors_of(model) or [t for probe in probes for t in probe.tensors()])
+
+
+def float64_mode(model: nn.Module, probes: Iterable[Probe]) -> Callable[[], AbstractContextManager[Any]]:
+    """In which a model computes in float64, whatever dtype it has otherwise."""
+    return functools.partial(in_float64, own_dtype(model, probes))
+
+
+def named_tensors(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> Values:
+    """The tensors and numbers of a model's output, in order, each under its path; also those in objects and dicts of any class."""
+    found: Values = {}
+    for keys, leaf in tree_flatten_with_path(output)[0]:
+        name = f"{path}{keystr(keys)}"
+        if isinstance(leaf, Tensor):
+            found[name] = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
+        elif isinstance(leaf, (bool, int, float)):
+            found[name] = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                found |= named_tensors(getattr(leaf, field.name), f"{name}.{field.name}")
+        elif isinstance(leaf, Mapping):
+            for key, value in leaf.items():
+                found |= named_tensors(value, f"{name}[{key!r}]")
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf) and id(leaf) not in within:
+            for attribute, value in vars(leaf).items():
+                found |= named_tensors(value, f"{name}.{attribute}", (*within, id(leaf)))
+    return found

@@ -1,0 +1,80 @@
+"""What decides: the rows of a comparison, put together to one Parity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from normswap.parity.comparison import Findings
+from normswap.parity.measure import ratio
+from normswap.parity.reference import Judgement, Key
+from normswap.parity.result import NOTHING_FINITE, Difference, Parity
+
+
+def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: bool) -> Parity:
+    """One Difference for each output, and one for each compared layer over all its calls. name: of the candidate."""
+    rows = [*findings.function.items(), *findings.precision.items()]
+    if is_file:  # in float64 it is run last, if at all
+        rows = [*findings.precision.items(), *findings.function.items()]
+    outputs = [(key, row) for key, row in rows if not key.site]
+    sites = [(key, row) for key, row in rows if key.site]
+    failure = findings.failure
+    if failure is None and not outputs:
+        failure = "nothing was compared: the model returns no tensor"
+    elif failure is None and not any(truth.value.numel() for truth in judgement.truths.values()):
+        failure = "nothing was compared: every tensor that the model returns is empty"
+    by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
+    for of_call in _telling(sites, keep=False):
+        by_site.setdefault(of_call[0].name, []).extend(of_call)
+    order = {site: i for i, site in enumerate(judgement.reference.sites)}
+    dropped = [text for text in judgement.dropped if is_file or text.partition(": ")[0] not in judgement.flat]
+    return Parity(
+        outputs=tuple(map(_worst, _telling(outputs, keep=True))),
+        sites=tuple(sorted(map(_worst, by_site.values()), key=lambda row: order.get(row.name, 0))),
+        failure=failure,
+        candidate=name,
+        probes=tuple(probe.name for probe in judgement.probes),
+        dropped=(*dropped, *findings.notes),
+        unjudged=_unjudged([row for _, row in (*outputs, *sites)]),
+        forward_passes=judgement.passes + findings.passes,
+        all_outputs=tuple(row for _, row in outputs),
+    )
+
+
+def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool) -> list[list[Difference]]:
+    """For each output or call, what was found at each probe, without the rows that tell nothing.
+
+    Where reference and candidate agree in that nothing is finite (half precision x 1e3), or the reference itself rounds too much, nothing
+    is learnt: such a row counts only if there is no other. keep: whether what is judged nowhere is a failure; else it is left out.
+    """
+    by_name: dict[str, list[Difference]] = {}
+    for key, row in rows:
+        by_name.setdefault(key.name, []).append(row)
+    telling = []
+    for found in by_name.values():
+        failed = [row for row in found if not row.passed and row.problem != NOTHING_FINITE]
+        judged = [row for row in found if row.unjudged is None and row.problem != NOTHING_FINITE]
+        unjudged = next((row for row in found if row.unjudged is not None), None)
+        if failed or judged:
+            telling.append(list(dict.fromkeys((*failed, *judged))))
+        elif unjudged is None:
+            telling.append(found)
+        elif keep:
+            telling.append([replace(unjudged, problem=f"cannot be judged at any probe: {unjudged.unjudged}")])
+    return telling
+
+
+def _unjudged(rows: Sequence[Difference]) -> tuple[str, ...]:
+    """What decides nothing, in words; of many rows with one reason, the first."""
+    texts: dict[tuple[str, str, bool], str] = {}
+    for row in rows:
+        if row.unjudged is not None:
+            where = f"{row.name or 'the model'} at the probe {row.probe!r}"
+            texts.setdefault((row.probe, row.unjudged.partition(":")[0], row.float64), f"{where}: {row.unjudged}")
+    return tuple(texts.values())
+
+
+def _worst(rows: Sequence[Difference]) -> Difference:
+    """The first that failed, else the one that used up most of its limit; of rows in float64 only if there are no others."""
+    failed = next((row for row in rows if not row.passed), None)
+    return failed or max([row for row in rows if not row.float64] or rows, key=lambda row: ratio(row.max_rel, row.tolerance))

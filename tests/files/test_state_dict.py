@@ -1,0 +1,187 @@
+"""State dicts: found in a file, and loaded as the architecture itself loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision_shim  # noqa: F401
+from own_net import NET, fails, own_model
+from torch import nn
+
+from normswap.errors import LoadError, UsageError
+from normswap.files.build import build
+from normswap.files.load import load
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in own_model().state_dict().items()}
+
+
+WRAPPINGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "bare": lambda w: w,
+    "ordered": OrderedDict,
+    "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "model": lambda w: {"model": w, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}},
+    "ddp": lambda w: {f"module.{key}": value for key, value in w.items()},
+    "compiled": lambda w: {f"_orig_mod.{key}": value for key, value in w.items()},
+    "lightning": lambda w: {"state_dict": {f"model.{key}": value for key, value in w.items()}},
+    "ddp of compiled": lambda w: {f"module._orig_mod.{key}": value for key, value in w.items()},
+}
+
+
+@pytest.mark.parametrize("new_form", [True, False])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_state_dicts(package: Path, wrapping: str, new_form: bool) -> None:
+    expected = weights()
+    torch.save(WRAPPINGS[wrapping](expected), package / "w.pt", _use_new_zipfile_serialization=new_form)
+    loaded = load(str(package / "w.pt"), arch=f"{NET}:net")
+    assert (loaded.form, loaded.factory, loaded.stem) == ("state_dict", f"{NET}:net", "w")
+    found = loaded.model.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_state_dicts_keep_their_dtype(package: Path, dtype: torch.dtype) -> None:
+    safetensors.torch.save_file(own_model().to(dtype).state_dict(), package / "w.safetensors")
+    assert load("w.safetensors", arch=f"{NET}:net").model.state_dict()["conv.weight"].dtype == dtype
+
+
+def test_state_dicts_that_do_not_fit(package: Path) -> None:
+    found = weights()
+    del found["norm.weight"]
+    found |= {f"extra{i}": torch.ones(1) for i in range(9)}
+    found["conv.weight"] = torch.ones(4, 1, 3, 3)
+    torch.save(found, package / "w.pt")
+    text = fails("w.pt", arch=f"{NET}:net")
+    assert "w.pt does not hold the weights of load_test_net:net" in text
+    assert "missing: norm.weight\n" in text
+    assert "unexpected: extra0, extra1, extra2, extra3, extra4 ... and 4 more" in text
+    assert "of another shape (model against file): conv.weight (2, 1, 3, 3) against (4, 1, 3, 3)" in text
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.3)
+    return model
+
+
+def without(state: dict[str, Any], ending: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.endswith(ending)}
+
+
+def of_torch_04(state: dict[str, Any]) -> dict[str, Any]:
+    old = OrderedDict(without(state, "num_batches_tracked"))
+    old._metadata = OrderedDict({"": {"version": 1}, "0": {"version": 1}, "1": {"version": 1}})  # type: ignore[attr-defined]
+    return old
+
+
+def norms() -> nn.Module:
+    return drawn(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)))
+
+
+def old_weight_norm() -> nn.Module:
+    return drawn(nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 6, 3))))
+
+
+OLD_KEYS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "no num_batches_tracked": ("norms", lambda: without(norms().state_dict(), "num_batches_tracked")),
+    "no num_batches_tracked, of torch 0.4": ("norms", lambda: of_torch_04(norms().state_dict())),
+    "BatchNorm into frozen BatchNorm": ("frozen", lambda: norms().state_dict()),
+    "frozen BatchNorm into BatchNorm": ("norms", lambda: without(dict(norms().state_dict()), "num_batches_tracked")),
+    "weight_g and weight_v": ("weight_norm", lambda: old_weight_norm().state_dict()),
+    "a name that the module changed": ("renamed", lambda: {k.replace("1.", "1.norm."): v for k, v in norms().state_dict().items()}),
+    "lazy layers": ("lazy", lambda: norms().state_dict()),
+    "a version that transposes": ("versioned", lambda: drawn(nn.Sequential(nn.Linear(4, 4))).state_dict()),
+    "the same version": ("versioned", lambda: drawn(build(f"{NET}:versioned")).state_dict()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("saved", OLD_KEYS)
+def test_what_the_modules_know_of_their_past(package: Path, saved: str, prefix: str) -> None:
+    """As torch's own load_state_dict(strict=True), tensor for tensor; and a prefix on all keys changes nothing."""
+    factory, make = OLD_KEYS[saved]
+    state = make()
+    expected = build(f"{NET}:{factory}")
+    expected.load_state_dict(copy.deepcopy(state), strict=True)
+    inner = {prefix[:-1] + ("." + key if key else ""): value for key, value in getattr(state, "_metadata", {}).items()}
+    prefixed = OrderedDict((prefix + key, value) for key, value in state.items())
+    if hasattr(state, "_metadata"):
+        prefixed._metadata = state._metadata if not prefix else {"": {"version": 1}, **inner}  # type: ignore[attr-defined]
+    torch.save(prefixed, package / "w.pt")
+    found = load("w.pt", arch=f"{NET}:{factory}").model.state_dict()
+    assert list(found) == list(expected.state_dict())
+    assert all(torch.equal(value, found[key]) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("factory", "state", "texts"),
+    [
+        ("norms", lambda: without(norms().state_dict(), "bias"), ["missing: 0.bias, 1.bias"]),
+        ("renamed", lambda: norms().state_dict(), ["missing: 1.bn.weight, 1.bn.bias", "unexpected: 1.weight, 1.bias, 1.running_mean"]),
+        ("lax", lambda: {"0.weight": torch.ones(5, 3), "0.bias": torch.ones(5)}, ["missing: 1.weight, 1.bias, 1.running_mean"]),
+        ("norms", lambda: {**norms().state_dict(), "0.bias": torch.ones(7)}, ["(model against file): 0.bias (6,) against (7,)"]),
+        ("norms", lambda: {**norms().state_dict(), "0.bias": torch.tensor(1.0)}, ["(model against file): 0.bias (6,) against ()"]),
+        ("Raising", lambda: {"weight": torch.ones(5, 3)}, ["its load_state_dict raised KeyError: 'backbone'"]),
+        ("meta", lambda: norms().state_dict(), ["builds a model on the meta device", "without torch.device('meta') around it"]),
+    ],
+)
+def test_what_torch_does_not_load_is_refused(package: Path, factory: str, state: Callable[[], Any], texts: list[str]) -> None:
+    torch.save(dict(state()), package / "w.pt")
+    found = fails("w.pt", arch=f"{NET}:{factory}")
+    assert all(text in found for text in texts), found
+
+
+@pytest.mark.parametrize("versions", [[1], {"": 3}, {1: {}}, "text", {"1": {"version": "x"}}])
+def test_versions_that_make_no_sense_are_no_traceback(package: Path, versions: object) -> None:
+    state = norms().state_dict()
+    state._metadata = versions
+    torch.save(state, package / "w.pt")
+    with contextlib.suppress(LoadError):
+        load("w.pt", arch=f"{NET}:norms")
+
+
+def test_a_state_dict_asks_for_its_architecture(package: Path) -> None:
+    torch.save(weights(), package / "w.pt")
+    text = fails("w.pt", UsageError)
+    assert "holds the weights of a model (7 tensors), not the model" in text
+    assert "--arch torchvision:NAME[@WEIGHTS], timm:NAME[@TAG], hf:DIRECTORY or package.module:factory" in text
+
+
+def test_arch_where_there_is_an_architecture(package: Path) -> None:
+    torch.save(nn.Linear(2, 3), package / "m.pt")
+    assert "m.pt holds the whole model" in fails("m.pt", UsageError, arch="torch.nn:Flatten")
+    assert "builds its own architecture" in fails("torch.nn:Flatten", UsageError, arch="torch.nn:Flatten")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "holds 2 models: a, b"),
+        ({"epoch": 3}, "holds a dict, neither a model nor a state dict"),
+        ({}, "holds a dict"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        (None, "holds None"),
+    ],
+)
+def test_files_without_a_model(tmp_path: Path, content: object, text: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    assert text in fails(tmp_path / "x.pt")
+
+
+def test_a_module_beside_other_things(tmp_path: Path) -> None:
+    torch.save({"model": nn.Linear(2, 3), "epoch": 1}, tmp_path / "x.pt")
+    assert load(str(tmp_path / "x.pt")).form == "module"

@@ -1,0 +1,122 @@
+"""Each private name of torch that normswap uses, in the installed torch: what fails here names what a new version has moved.
+
+One test per name, each with a message that says what is broken without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from normswap.models import torch_private
+
+# module -> name -> what it is for
+NAMES: dict[str, dict[str, str]] = {
+    "torch._ops": {"OpOverload": "the operators of an exported program are not known"},
+    "torch.fx.graph_module": {
+        "_format_import_block": "code in which a norm was replaced cannot be compiled",
+        "_forward_from_src": "code in which a norm was replaced cannot be compiled",
+    },
+    "torch.multiprocessing.reductions": {"StorageWeakRef": "inspect cannot tell what overwrites the output of a norm"},
+    "torch.nn.modules.batchnorm": {"_BatchNorm": "BatchNorm is not known"},
+    "torch.nn.modules.instancenorm": {"_InstanceNorm": "InstanceNorm is not known"},
+    "torch.package.importer": {"sys_importer": "code in which a norm was replaced cannot be compiled"},
+    "torch.utils._pytree": dict.fromkeys(
+        ("keystr", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),
+        "the tensors in nested inputs and outputs are not found",
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in NAMES.items() for name in names])
+def test_the_name_is_there(module: str, name: str) -> None:
+    found = getattr(importlib.import_module(module), name, None)
+    assert found is not None, f"torch {torch.__version__} has no {module}.{name}: {NAMES[module][name]}"
+
+
+@pytest.mark.parametrize("hooks", torch_private.HOOKS)
+def test_modules_keep_hooks_there(hooks: str) -> None:
+    assert hasattr(nn.Module(), hooks), f"torch {torch.__version__} keeps hooks elsewhere than in {hooks}: a swapped layer loses them"
+
+
+def test_no_other_attribute_keeps_hooks() -> None:
+    of_state_dicts = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+    more = {name for name in torch_private.MODULE_STATE if "hook" in name} - {*torch_private.HOOKS} - of_state_dicts
+    assert not more, f"torch {torch.__version__} keeps hooks in {more}, too: a swapped layer loses them"
+
+
+@pytest.mark.parametrize("registry", ["_parameters", "_buffers", "_modules"])
+def test_modules_keep_their_parts_there(registry: str) -> None:
+    assert registry in torch_private.MODULE_STATE, f"torch {torch.__version__} has no nn.Module.{registry}: nothing can be swapped"
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d(3, 5, 1), nn.Conv2d(3, 5, 1), nn.Conv3d(3, 5, 1)])
+def test_a_convolution_calls_that_method(conv: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(type(conv), torch_private.CONV_FORWARD, lambda self, *args: called.append("yes"), raising=False)
+    conv(torch.zeros(2, 3, *(4,) * int(type(conv).__name__[-2])))
+    assert called, f"{type(conv).__name__} of torch {torch.__version__} does not call its {torch_private.CONV_FORWARD}: a subclass may hide"
+
+
+NORMS = [(torch_private.AnyBatchNorm, "_check_input_dim"), (torch_private.AnyInstanceNorm, "_apply_instance_norm")]
+
+
+@pytest.mark.parametrize(("cls", "method"), NORMS)
+def test_norms_have_the_method_that_ours_override_or_call(cls: type[nn.Module], method: str) -> None:
+    assert hasattr(cls, method), f"torch {torch.__version__} has no {cls.__name__}.{method}: calls of F.batch_norm cannot be swapped"
+
+
+def test_torch_compile_is_known_by_its_module() -> None:
+    assert importlib.util.find_spec(torch_private.DYNAMO), f"torch {torch.__version__} has no {torch_private.DYNAMO}"
+
+
+def test_an_operator_says_what_it_takes_and_returns() -> None:
+    operator = torch.ops.aten.native_layer_norm.default
+    message = f"the schema of an operator of torch {torch.__version__} reads otherwise: calls in exported programs are not understood"
+    assert [p.name for p in torch_private.parameters_of(operator)] == ["input", "normalized_shape", "weight", "bias", "eps"], message
+    assert torch_private.returned_by(operator) == 3, message
+    assert torch_private.name_in_aten(operator) == "native_layer_norm", message
+
+
+def test_a_tensor_of_a_vmap_is_known() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_functorch_wrapped(x))
+        return x
+
+    torch.vmap(look)(torch.zeros(3, 2))
+    assert (seen, torch_private.is_functorch_wrapped(torch.zeros(1))) == ([True], False), (
+        f"torch {torch.__version__} does not tell the tensors of a vmap from others"
+    )
+
+
+def test_a_view_knows_its_base() -> None:
+    whole = torch.zeros(3, 2)
+    message = f"a view of torch {torch.__version__} does not tell its base: a copied model would share memory with the original"
+    assert torch_private.base_of_view(whole[0]) is whole, message
+    assert torch_private.base_of_view(whole) is None, message
+
+
+def test_writes_in_place_are_counted_for_all_views() -> None:
+    whole = torch.zeros(3, 2)
+    before, view = torch_private.written(whole), whole[1:]
+    F.relu(view, inplace=True)
+    message = f"torch {torch.__version__} does not tell what overwrites a tensor"
+    assert torch_private.written(whole) > before, message
+    assert torch_private.storage_key(view) == torch_private.storage_key(whole) != torch_private.storage_key(whole.clone()), message
+    assert torch_private.StorageWeakRef(whole.untyped_storage()).cdata == torch_private.storage_key(whole), message
+
+
+def test_the_code_of_a_graph_can_be_compiled() -> None:
+    graph: Any = fx.symbolic_trace(lambda x: torch.relu(x) + 1).graph  # type: ignore[arg-type]
+    code = graph.python_code("self")
+    imports = torch_private.format_import_block(code.globals, torch_private.sys_importer)
+    forward = torch_private.forward_from_source(f"{imports}\n{code.src}", {})
+    assert torch.equal(forward(None, torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0])), f"of torch {torch.__version__}"

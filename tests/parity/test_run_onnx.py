@@ -1,0 +1,30 @@
+"""An ONNX file in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+from comparing import X
+from onnx import TensorProto, helper, numpy_helper
+
+from normswap.parity.probes import Probe
+from normswap.parity.run_onnx import onnx_float64_runner
+
+
+def test_a_convolution_is_widened_too(tmp_path: Path) -> None:
+    """onnxruntime has no float64 Conv; the judge of an ONNX file has."""
+    weight = torch.randn(4, 3, 2, 2).numpy()
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 5, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 4, 3])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "conv.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    found, _ = onnx_float64_runner(path)(Probe("p", (X.double(),), {}))
+    expected = torch.nn.functional.conv2d(X.double(), torch.from_numpy(weight).double())
+    torch.testing.assert_close(found["#0"], expected, rtol=1e-13, atol=1e-13)

@@ -1,0 +1,64 @@
+"""A comparison says what was measured, what differs first, and what could not be compared."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from reports import BAD, GOOD, NAN, SITES, difference, parity, rendered
+
+from normswap.parity.result import Located, Parity
+from normswap.report.parity import parity_summary, parity_table
+
+
+@pytest.mark.parametrize(
+    ("measured", "line"),
+    [
+        (GOOD, "max error 2.0e-07, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs"),
+        (
+            BAD,
+            "FAILED; max error 5.0e-04, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: body.norm; "
+            "the outputs would pass at tolerance 5.0e-04",
+        ),
+        (NAN, "FAILED; max error nan, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem.norm"),
+        (Parity(()), "FAILED; nothing was compared"),
+        (
+            parity(difference(error=0.25), located=Located("stem", "module.stem", 0.25, "example", "place")),
+            "FAILED; max error 2.5e-01, allowed 1.0e-06, rounding of the original 1.0e-07, over 2 inputs; first to differ: stem, "
+            "module.stem of the candidate, 2.5e-01 off in float64 at the probe 'example' (paired by place); "
+            "the outputs would pass at tolerance 2.5e-01",
+        ),
+        (Parity((), failure="the candidate raised KeyError"), "FAILED; the candidate raised KeyError"),
+        (parity(difference(problem="is missing")), None),
+        (parity(difference(), dropped=("batch of 1 (needs two)",)), None),
+    ],
+)
+def test_parity_in_one_line(measured: Parity, line: str | None) -> None:
+    if line is not None:
+        assert parity_summary(measured) == line
+    assert ("FAILED" in parity_summary(measured)) == (not measured.passed)
+
+
+def test_what_could_not_be_compared_is_named() -> None:
+    missing = parity(difference("logits", math.nan, problem="is missing"), difference("aux", 1.0))
+    assert parity_summary(missing).startswith("FAILED; output 'logits': is missing; first to differ: logits")
+    dropped = parity(difference(), dropped=("batch of 1 (the model needs two)",))
+    assert parity_summary(dropped).endswith("; not compared: batch of 1 (the model needs two)")
+
+
+def test_the_worst_output_is_the_one_furthest_over_what_it_is_allowed() -> None:
+    large_but_allowed = difference("half", 2e-3, tolerance=5e-3)
+    small_but_not = difference("single", 2e-6)
+    assert "max error 2.0e-06, allowed 1.0e-06" in parity_summary(parity(large_but_allowed, small_but_not))
+
+
+def test_table_of_one_parity() -> None:
+    lost = parity(
+        difference(error=5e-4), difference("mask", non_finite=7), difference("box", math.nan, problem="is missing"), sites=SITES[:1]
+    )
+    assert rendered(parity_table(lost)) == [
+        ["output output", "1.5e-03", "5.0e-04", "2.5e-04", "1.0e-06", "differs, at batch of 3"],
+        ["output mask", "6.0e-07", "2.0e-07", "1.0e-07", "1.0e-06", "7 not finite, at batch of 3"],
+        ["output box", "nan", "nan", "nan", "1.0e-06", "is missing"],
+        ["layer stem.norm", "3.0e-07", "1.0e-07", "5.0e-08", "1.0e-06", "same"],
+    ]
