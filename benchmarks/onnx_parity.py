@@ -176,7 +176,7 @@ def peers(name: str, signs: bool) -> Row | None:
                 "more": dict(theirs - ours - (_operators(its_bare) - bare)),
                 "less": dict(ours - theirs - (bare - _operators(its_bare))),
                 "changed": result.changed,
-                "passed": result.legs.passed,
+                "passed": result.comparisons.passed,
                 "error": None if result.parity is None else result.parity.max_rel,
                 "noise": None if result.parity is None else result.parity.noise,
             }

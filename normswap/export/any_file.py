@@ -49,7 +49,7 @@ class Folded:
     sites          where each affine went, one `normswap.folding.Outcome` each, and each norm that is none
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
-    legs           everything that the new file was held against
+    comparisons    everything that the new file was held against
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Folded:
     sites: tuple[Outcome, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
-    legs: Comparisons = field(default_factory=Comparisons, repr=False)
+    comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
 
     @property
     def rolled_back(self) -> bool:

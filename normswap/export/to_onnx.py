@@ -65,7 +65,7 @@ class Export:
     parity    what comparing the file to the model gave, once somebody did
     target    what the file was written for
     cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
-    legs      everything that it was held against
+    comparisons  everything that it was held against
     """
 
     path: Path
@@ -82,7 +82,7 @@ class Export:
     parity: Parity | None = None
     target: Target = "portable"
     cuda: Cuda | None = None
-    legs: Comparisons = field(default_factory=Comparisons, repr=False)
+    comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
 
     @property
     def folded(self) -> tuple[str, ...]:

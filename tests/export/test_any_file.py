@@ -233,7 +233,7 @@ def test_the_rest_of_a_graph_that_was_folded_is_shortened(tmp_path: Path) -> Non
     result = fold_onnx(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Transpose": 1}
     assert result.notes == ()
-    assert result.legs.passed
+    assert result.comparisons.passed
 
 
 def test_the_rest_of_a_graph_with_nothing_to_fold_is_not(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_what_cannot_be_shortened_is_folded_all_the_same(kind: str, tmp_path: Pa
     source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
     result = fold_onnx(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}
-    assert result.legs.passed
+    assert result.comparisons.passed
     (note,) = result.notes
     why = {
         "raises": "the folded graph cannot be shortened: a graph that it does not know",
@@ -400,7 +400,7 @@ def test_inputs_that_the_file_does_not_say(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say how large its inputs are") as caught:
         fold_onnx(str(source), tmp_path / "out.onnx")
     assert caught.value.hint == "give them: --input 1x3x224x224"
-    assert fold_onnx(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).legs.passed
+    assert fold_onnx(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).comparisons.passed
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
