@@ -45,7 +45,7 @@ import torch
 from torch import nn
 
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
-from normswap.export import file as onnx_file
+from normswap.export.norms import operators
 from normswap.export.opset import DEFAULT_OPSET
 from normswap.export.to_onnx import export
 from normswap.layer.batchless_norm import BatchlessNorm
@@ -122,7 +122,9 @@ def exported_by_torch(model: nn.Module, x: torch.Tensor, path: Path) -> None:
 
 
 def count(proto: Any) -> int:
-    return sum(number for name, number in onnx_file.census(proto.graph).items() if name != "Constant")
+    import onnx_ir as ir
+
+    return sum(number for name, number in operators(ir.from_proto(proto).graph).items() if name != "Constant")
 
 
 def session(path: Path, optimized: Path | None = None) -> Any:

@@ -37,8 +37,7 @@ from torch import nn
 from benchmarks.onnx_latency import SIGNS, TOOLS, applied, exported_by_torch, same_norms
 from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_norms, without_its_operators
 from normswap.api.fold import fold_onnx
-from normswap.export import file as onnx_file
-from normswap.export.norms import alike
+from normswap.export.norms import alike, operators
 from normswap.export.to_onnx import export
 from normswap.export.verified import verified_export
 from normswap.layer.batchless_norm import BatchlessNorm
@@ -136,9 +135,9 @@ def _operators(nodes: Mapping[str, int]) -> Counter[str]:
 
 
 def _counted(path: Path) -> dict[str, int]:
-    import onnx
+    import onnx_ir as ir
 
-    return onnx_file.census(onnx.load(str(path), load_external_data=False).graph)
+    return operators(ir.load(str(path)).graph)
 
 
 def peers(name: str, signs: bool) -> Row | None:
@@ -177,7 +176,7 @@ def peers(name: str, signs: bool) -> Row | None:
                 "more": dict(theirs - ours - (_operators(its_bare) - bare)),
                 "less": dict(ours - theirs - (bare - _operators(its_bare))),
                 "changed": result.changed,
-                "passed": result.legs.passed,
+                "passed": result.comparisons.passed,
                 "error": None if result.parity is None else result.parity.max_rel,
                 "noise": None if result.parity is None else result.parity.noise,
             }

@@ -76,4 +76,4 @@ def export_onnx(
                 noise = max((d.noise for d in error.parity.outputs), default=float("nan"))
                 error.hint = f"torch's own model.half() is {noise:.1e} away there: if that is as much, write this model in float32"
             raise
-    return dataclasses.replace(result, path=Path(path), parity=main_result(compared), legs=compared)
+    return dataclasses.replace(result, path=Path(path), parity=main_result(compared), comparisons=compared)

@@ -83,7 +83,7 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
         result, compared = search(attempt).result
         if compared.failed is not None:
             raise_for(compared.failed)
-    return dataclasses.replace(result, path=output, parity=main_result(compared), legs=compared)
+    return dataclasses.replace(result, path=output, parity=main_result(compared), comparisons=compared)
 
 
 def _given(inputs: Any) -> Inputs | None:

@@ -1,9 +1,9 @@
-"""Folds what any ONNX file holds of normalization into its layers, without the model that it was made from.
+"""Folds the normalization of any ONNX file into its layers, without the model that it was made from.
 
-1. The file is read and checked, and the shapes of its values are inferred (`normswap.folding.shapes`).
-2. Operators that give what they take are left out of account (`normswap.folding.noops`).
-3. Its affines are found (`normswap.folding.found`) and folded where that is exact (`normswap.folding`).
-4. If any could be, the new graph is shortened (`normswap.lean`) and written in the opset that the file had; if none, the file is copied as
+1. The file is read and checked, and the shapes of its values are inferred (`folding/shapes.py`).
+2. Operators that give what they take are removed (`folding/noops.py`).
+3. Its affines are found (`folding/find.py`) and folded where that is exact (`folding/decide.py`).
+4. If any could be, the new graph is shortened (`simplify.py`) and written in the opset that the file had; if none, the file is copied as
    it is.
 
 Whether the two files are the same function is for `verify` to say, before the new one gets its name.
@@ -12,16 +12,19 @@ Whether the two files are the same function is for `verify` to say, before the n
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap.errors import ExportError, LoadError, first_line
-from normswap.export import file as onnx_file
-from normswap.export.simplify import lean, norms_stay
+from normswap.export.file import write
+from normswap.export.norms import operators
+from normswap.export.simplify import norms_stay, simplify
+from normswap.files import external_data
 from normswap.parity.result import Comparisons, Parity
 from normswap.parity.run_onnx import opset_of
 from normswap.versions import version_of
@@ -46,7 +49,7 @@ class Folded:
     sites          where each affine went, one `normswap.folding.Outcome` each, and each norm that is none
     notes          why nothing was folded, if that is not for the sites to say
     parity         what comparing the two files gave, once somebody did
-    legs           everything that the new file was held against
+    comparisons    everything that the new file was held against
     """
 
     path: Path
@@ -57,7 +60,7 @@ class Folded:
     sites: tuple[Outcome, ...] = ()
     notes: tuple[str, ...] = ()
     parity: Parity | None = None
-    legs: Comparisons = field(default_factory=Comparisons, repr=False)
+    comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
 
     @property
     def rolled_back(self) -> bool:
@@ -82,8 +85,9 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
     from normswap.folding.find import affines, others
 
     proto = read(source)
-    before, size = onnx_file.census(proto.graph), _size(source, _external(proto))
+    size = _size(source)
     model = ir.load(str(source))
+    before = dict(operators(model.graph).most_common())
     if "ai.onnx" in model.opset_imports:  # the long form of the empty name
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     open_to_callers, notes = _listed(model)
@@ -91,7 +95,7 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
     if constants.opset < OLDEST:
         convert = f"`onnx.version_converter.convert_version(model, {MODERN})` makes a newer file of it"
         reason = f"the file has opset {constants.opset}, and what is older than {OLDEST} is left as it is: {convert}"
-        return _copied(source, target, proto, before, _other_norms(others(model, (), constants, reason), ()), (reason,))
+        return _copied(source, target, before, _other_norms(others(model, (), constants, reason), ()), (reason,))
     with _unknown(model, open_to_callers):
         shapes.infer(model)
     noops.remove(model.graph, constants)
@@ -104,20 +108,17 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
             f"{len(open_to_callers)} of its weights are inputs that a caller may replace: "
             "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them"
         )
-        return _copied(source, target, proto, before, (*sites, *others_kept), (note,) if open_to_callers else ())
+        return _copied(source, target, before, (*sites, *others_kept), (note,) if open_to_callers else ())
     common.RemoveUnusedNodesPass()(model)
-    constants.settle()
+    constants.restore_names()
     if shorten:
         _shorten(model, open_to_callers)
     model.metadata_props["normswap_version"] = version_of("normswap")
     _with_base(model, source)
-    new, tensors = onnx_file.skeleton(model)
-    _as_declared(new, proto)
-    _check(new)
-    nodes = onnx_file.census(new.graph)
-    onnx_file.write(new, tensors, target)
-    outside = sum(tensor.nbytes for tensor in tensors.values()) > onnx_file.INLINE_LIMIT
-    after = _size(target, [f"{target.name}.data"] if outside else [])
+    declared = functools.partial(_as_declared, old=proto)
+    _check(model, declared)
+    nodes = dict(operators(model.graph).most_common())
+    after = write(model, target, edit=declared)
     return Folded(target, before, nodes, size, after, (*sites, *others_kept), notes)
 
 
@@ -134,7 +135,7 @@ def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _other_norms(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> tuple[Outcome, ...]:
-    """The norms that are no affines, under names that no affine has."""
+    """An Outcome for each norm that cannot be folded at all, under a name that no affine has."""
     from normswap.folding import Outcome
 
     names, found = set(taken), []
@@ -148,7 +149,7 @@ def _other_norms(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> 
 
 @contextlib.contextmanager
 def _unknown(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
-    """Forget the values of these weights for a while: a shape, or a sum, that follows from one may be another when it is replaced."""
+    """Hide the values of weights that a caller may replace, so that no shape and no sum is computed from them."""
     values = {name: model.graph.initializers.pop(name) for name in names}
     held = {name: value.const_value for name, value in values.items()}
     for value in values.values():
@@ -162,11 +163,11 @@ def _unknown(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
 
 
 def _shorten(model: ir.Model, open_to_callers: Sequence[str]) -> None:
-    """What `export` does to a graph once its norms are folded; names and what others noted in it stay."""
+    """Shorten a graph whose norms are folded. Names of inputs and outputs stay, and so does all that others noted in the file."""
     names = _interface(model.graph)
     try:
         with _unknown(model, open_to_callers), norms_stay(model):
-            lean(model)
+            simplify(model)
     except Exception as error:  # onnxscript's, of a graph unlike those that it was written for
         raise ExportError(f"the folded graph cannot be shortened: {first_line(error)}") from error
     if _interface(model.graph) != names:
@@ -178,7 +179,7 @@ def _interface(graph: ir.Graph) -> list[str | None]:
 
 
 def _as_declared(new: onnx.ModelProto, old: onnx.ModelProto) -> None:
-    """Inputs and outputs as the file has them. Shapes of inner values can be inferred: only those that it had are written again."""
+    """Declare inputs and outputs as the old file does, and the shapes of those inner values whose shapes it had."""
     declared = {value.name: value for value in (*old.graph.input, *old.graph.output) if value.type.tensor_type.HasField("shape")}
     for value in (*new.graph.input, *new.graph.output):
         if value.name in declared:
@@ -190,7 +191,7 @@ def _as_declared(new: onnx.ModelProto, old: onnx.ModelProto) -> None:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The file without the data of its large tensors."""
+    """Read and check an ONNX file, without the data of its large tensors. Raises LoadError if it is not valid."""
     import onnx
 
     try:
@@ -282,29 +283,23 @@ def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
     return shaped
 
 
-def _copied(
-    source: Path, target: Path, proto: onnx.ModelProto, before: Mapping[str, int], sites: tuple[Outcome, ...], notes: tuple[str, ...]
-) -> Folded:
-    """The same bytes under another name, and those of the files that hold its large tensors."""
+def _copied(source: Path, target: Path, before: Mapping[str, int], sites: tuple[Outcome, ...], notes: tuple[str, ...]) -> Folded:
+    """Copy an ONNX file in which nothing was folded, and the files that hold its large tensors."""
     try:
         shutil.copyfile(source, target)
-        for name in dict.fromkeys(_external(proto)):
+        for name in external_data.locations(source):
             with contextlib.suppress(shutil.SameFileError):
                 (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.parent / name, target.parent / name)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
-    size = _size(target, _external(proto))
+    size = _size(target)
     return Folded(target, before, before, size, size, sites, notes)
 
 
-def _size(path: Path, beside: Iterable[str]) -> int:
-    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in dict.fromkeys(beside))))
-
-
-def _external(proto: onnx.ModelProto) -> list[str]:
-    """The files that hold its large tensors."""
-    return [entry.value for tensor in _tensors(proto.graph) for entry in tensor.external_data if entry.key == "location"]
+def _size(path: Path) -> int:
+    """How many bytes an ONNX file has, together with the files that hold its large tensors."""
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in external_data.locations(path))))
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -316,7 +311,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
-    """onnx's checker looks whether the files are there, and not how long they are."""
+    """Raise LoadError if a file that holds tensors ends too early: onnx's checker looks only whether it is there."""
     import onnx
 
     for tensor in _tensors(proto.graph):
@@ -337,17 +332,23 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _with_base(model: ir.Model, source: Path) -> None:
-    """Read what lies in files beside the source: the new file has its own."""
+    """Read the tensors that lie in files beside the source into memory: the new file has files of its own."""
     import onnx_ir as ir
 
     ir.external_data.set_base_dir(model.graph, str(source.parent))
     ir.external_data.load_to_model(model)
 
 
-def _check(proto: onnx.ModelProto) -> None:
+def _check(model: ir.Model, edit: Callable[[onnx.ModelProto], None]) -> None:
+    """Raise ExportError if the file, as it will be written, would not be valid."""
     import onnx
+    from onnx_ir.passes.common._c_api_utils import call_onnx_api
+
+    def check(proto: onnx.ModelProto) -> None:
+        edit(proto)
+        onnx.checker.check_model(_checkable(proto))
 
     try:
-        onnx.checker.check_model(_checkable(proto))
+        call_onnx_api(check, model)
     except Exception as error:
         raise ExportError(f"the folded graph is not valid: {first_line(error)}") from error

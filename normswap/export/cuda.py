@@ -41,7 +41,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one run of a file computed.
+    """Where the kernels of one run of a file were computed.
 
     floating   how many floating-point kernels ran
     elsewhere  those of them that did not run on the provider that was asked for, as "type name"
@@ -197,11 +197,11 @@ class _Kernel:
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> _Kernel:
-        """One event of onnxruntime's profile."""
-        told = event["args"]
-        types = {name for key in ("input_type_shape", "output_type_shape") for entry in told.get(key, ()) for name in entry}
+        """The kernel that one event of onnxruntime's profile is about."""
+        given = event["args"]
+        types = {name for key in ("input_type_shape", "output_type_shape") for entry in given.get(key, ()) for name in entry}
         node = event["name"].removesuffix("_kernel_time")
-        return cls(node, told["op_name"], told.get("provider", ""), bool(types & {"float", "double", "float16", "bfloat16"}))
+        return cls(node, given["op_name"], given.get("provider", ""), bool(types & {"float", "double", "float16", "bfloat16"}))
 
     def is_left_of(self, norm: str, types: Sequence[str]) -> bool:
         return any(self.node == f"{norm}.{op}" or self.node.startswith(f"{norm}.{op}_") for op in types)

@@ -1,4 +1,4 @@
-"""What makes a file of a folded graph: nothing in it that nobody needs, the names that were asked for, and the opset."""
+"""The last steps from a folded graph to a file: unused nodes go, inputs and outputs get their names, and the opset is set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from normswap.errors import ExportError, first_words
 from normswap.export.opset import DEFAULT_OPSET, DOMAIN, NO_ONNX, TORCH_OPSET, unused
-from normswap.export.simplify import lean, norms_stay
+from normswap.export.simplify import norms_stay, simplify
 from normswap.parity.run_onnx import opset_of
-from normswap.versions import version_of
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +21,7 @@ def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str
 
     graph = model.graph
     with norms_stay(model):
-        lean(model)  # again: without the norms there is more to shorten
+        simplify(model)  # again: without the norms there is more to shorten
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(DOMAIN, None)
@@ -49,43 +48,50 @@ def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str
     model.metadata_props.clear()
 
 
-def at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    import onnx
+def at_opset(model: ir.Model, opset: int) -> ir.Model:
+    """The model in an opset. Raises ExportError if ONNX's converter cannot write it in an older one."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common._c_api_utils import call_onnx_api
 
-    if opset_of(proto) > opset:
-        _drop_defaults(proto)
+    if model.graph.opset_imports[""] > opset:
         try:
-            proto = onnx.version_converter.convert_version(proto, opset)
+            converted = ir.from_proto(call_onnx_api(lambda proto: _converted(proto, opset), model))
         except Exception as error:
             raise ExportError(
                 f"this model cannot be written in opset {opset}: {first_words(error)}",
                 hint=f"opset {TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
             ) from error
-    if opset_of(proto) != opset:
+        count = len(model.graph.inputs)
+        for value in converted.graph.inputs[count:]:  # large constants are inputs of what ONNX's own tools see
+            value.const_value = model.graph.initializers[str(value.name)].const_value
+            converted.graph.register_initializer(value)
+        del converted.graph.inputs[count:]
+        model = converted
+    if model.graph.opset_imports[""] != opset:
         raise ExportError(
-            f"opset {opset} was asked for, but this model came out in opset {opset_of(proto)}",
+            f"opset {opset} was asked for, but this model came out in opset {model.graph.opset_imports['']}",
             hint=f"the default is opset {DEFAULT_OPSET}",
         )
-    onnx.helper.set_model_props(proto, {"normswap_version": version_of("normswap")})
-    return proto
+    return model
 
 
-def _drop_defaults(proto: onnx.ModelProto) -> None:
-    """Remove attributes that say what is so without them: an older opset may not know their names."""
+def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     import onnx
 
-    for node in proto.graph.node:
+    for node in proto.graph.node:  # attributes that say what is so without them: an older opset may not know their names
         known = onnx.defs.get_schema(node.op_type, opset_of(proto), node.domain).attributes
         for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
             node.attribute.remove(attribute)
+    return onnx.version_converter.convert_version(proto, opset)
 
 
-def check(proto: onnx.ModelProto) -> None:
-    import onnx
+def check(model: ir.Model) -> None:
+    """Raise ExportError if the model is not valid ONNX."""
+    from onnx_ir.passes import common
 
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        common.CheckerPass(full_check=True)(model)
     except Exception as error:
-        line = first_words(error)
+        line = first_words(error.__cause__ or error)
         hint = "most operators take bfloat16 from opset 22 on" if "bfloat16" in line else NO_ONNX
         raise ExportError(f"the ONNX graph that torch made is not valid: {line}", hint=hint) from error

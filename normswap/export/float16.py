@@ -30,7 +30,7 @@ LARGEST = float(torch.finfo(torch.float16).max)
 
 
 def to_half(tensor: Tensor) -> Tensor:
-    """A copy: in float16 if it is floating, else in its own dtype."""
+    """A copy of the tensor: in float16 if it is floating, else in its own dtype."""
     return tensor.to(torch.float16, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 

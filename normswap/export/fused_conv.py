@@ -1,4 +1,4 @@
-r"""The target "cuda": operators of onnxruntime's own in which two are one, each with its meaning in the file.
+r"""The target "cuda": a convolution and its ReLU as onnxruntime's own operator FusedConv, whose meaning is in the file.
 
     com.microsoft::FusedConv(x, W, b) = Relu(Conv(x, W, b))
 
@@ -17,6 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from normswap.folding import Constants
+
 DOMAIN, NAME, VERSION = "com.microsoft", "FusedConv", 1
 FUSED = f"{DOMAIN}::{NAME}"
 INTS = ("dilations", "kernel_shape", "pads", "strides")
@@ -24,9 +26,12 @@ INTS = ("dilations", "kernel_shape", "pads", "strides")
 
 def fuse(model: ir.Model) -> int:
     """Make one node of every two-dimensional Conv in float32 that a Relu alone reads; how many there are. The function comes along."""
+    from normswap.folding import Constants
+
     pairs = [pair for node in model.graph.all_nodes() if (pair := _pair(node)) is not None]
+    constants = Constants(model.graph)
     for conv, relu in pairs:
-        _replace(model, conv, relu)
+        _replace(conv, relu, constants)
     if pairs:
         function = _function(model.opset_imports[""])
         model.functions[function.identifier()] = function
@@ -37,6 +42,8 @@ def fuse(model: ir.Model) -> int:
 def _pair(conv: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     import onnx_ir as ir
 
+    from normswap.folding.affine import only_use
+
     y = conv.outputs[0]
     if (conv.domain, conv.op_type) != ("", "Conv") or y.dtype != ir.DataType.FLOAT or y.shape is None or len(y.shape) != 4:
         return None
@@ -44,13 +51,15 @@ def _pair(conv: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     if weight is None or weight.const_value is None or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return None
     relu = next(iter(y.consumers()), None)
-    if relu is None or (relu.domain, relu.op_type) != ("", "Relu") or len(y.uses()) != 1 or y.is_graph_output():
+    if relu is None or (relu.domain, relu.op_type) != ("", "Relu") or not only_use(y):
         return None
     return conv, relu
 
 
-def _replace(model: ir.Model, conv: ir.Node, relu: ir.Node) -> None:
+def _replace(conv: ir.Node, relu: ir.Node, constants: Constants) -> None:
     import onnx_ir as ir
+
+    from normswap.folding.affine import replace_value
 
     x, weight, y = conv.inputs[0], conv.inputs[1], relu.outputs[0]
     assert weight is not None
@@ -58,7 +67,7 @@ def _replace(model: ir.Model, conv: ir.Node, relu: ir.Node) -> None:
     size, axes = weight.const_value.shape.numpy(), 2
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if bias is None:  # the function has no input that may be missing
-        bias = _zeros(model.graph, f"{weight.name}_zeros", size[0])
+        bias = constants.add(f"{weight.name}_zeros", np.zeros(size[0], np.float32))
     plain = {"dilations": [1] * axes, "kernel_shape": list(size[2:]), "pads": [0] * 2 * axes, "strides": [1] * axes}
     attributes = [ir.AttrInt64s(name, list(conv.attributes.get_ints(name, plain[name]))) for name in INTS]
     group = ir.AttrInt64("group", conv.attributes.get_int("group", 1))
@@ -66,26 +75,11 @@ def _replace(model: ir.Model, conv: ir.Node, relu: ir.Node) -> None:
     value = fused.outputs[0]
     value.shape, value.type = y.shape, y.type
     conv.prepend(fused)
-    if y.is_graph_output():
-        y.name, value.name = value.name, y.name
-    ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
-    assert conv.graph is not None
-    conv.graph.remove([relu, conv], safe=True)
-
-
-def _zeros(graph: ir.Graph, name: str, channels: int) -> ir.Value:
-    import onnx_ir as ir
-
-    found = graph.initializers.get(name)
-    if found is None:
-        tensor = ir.tensor(np.zeros(channels, np.float32), name=name)
-        found = ir.Value(name=name, shape=ir.Shape([channels]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(found)
-    return found
+    replace_value(y, value, [conv, relu])
 
 
 def _function(opset: int) -> ir.Function:
-    """What FusedConv means."""
+    """FusedConv as a function of operators of ONNX."""
     import onnx
     import onnx_ir as ir
 

@@ -44,7 +44,7 @@ class Graph:
 
 
 def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
-    """Raises ExportError if torch cannot make a graph of the model."""
+    """The graph of a model in eval mode, from its example inputs. Raises ExportError if torch cannot make one."""
     marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
     choices = [_Choice(None)]
     if dynamic != "none" and isinstance(model, nn.Module):
@@ -97,7 +97,7 @@ AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
-    """What to try, best first."""
+    """The choices of free axes to try, the one that frees the most first."""
     arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     leaves, structure = pytree.tree_flatten(arguments)
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]

@@ -53,7 +53,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def mark(twin: nn.Module) -> tuple[Site, ...]:
-    """Put a mark in the place of every norm of a model that is nobody else's."""
+    """Let every BatchlessNorm of a copied model leave a mark in its graph; the norms, in the order of their numbers."""
     sites = tuple(Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
     for number, site in enumerate(sites):
         # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around

@@ -13,7 +13,7 @@ import torch
 from normswap.export.fused_conv import FUSED
 from normswap.export.marks import Site
 from normswap.export.opset import DOMAIN
-from normswap.export.simplify import lean
+from normswap.export.simplify import simplify
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.quiet import quiet
 
@@ -34,7 +34,7 @@ def shorten(model: ir.Model, *, marked: bool) -> None:
     if not marked:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
         with quiet():
             optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
-    lean(model)
+    simplify(model)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -57,7 +57,7 @@ def fold_norms(
         kept = {affine.name: UNFOLDED for affine in affines}
     outcomes = fold(model.graph, affines, constants, kept, spatial_thresholds=spatial_thresholds)
     common.RemoveUnusedNodesPass()(model)
-    constants.settle()
+    constants.restore_names()
     return outcomes, skeleton
 
 
@@ -76,7 +76,7 @@ def alike(operators: Counter[str]) -> Counter[str]:
 
 
 def _marked(node: ir.Node, sites: Sequence[Site]) -> Affine | None:
-    """The affine of a normswap::Affine."""
+    """The affine that a node normswap::Affine stands for."""
     import onnx_ir as ir
 
     from normswap.folding import Affine

@@ -41,7 +41,7 @@ class _Watch(TorchFunctionMode):
 
 
 def attends(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether one forward pass calls it. `model` is in eval mode, and nobody else's; what it raises is for the export to say."""
+    """Whether one forward pass of a copied model calls scaled_dot_product_attention. What it raises is for the export to say."""
     if isinstance(model, ExportedProgram):
         return any(node.target is _CALL.default for node in model.graph.nodes)
     watch = _Watch()

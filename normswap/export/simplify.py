@@ -1,4 +1,4 @@
-r"""What a graph that torch wrote has more than one that a person would write: shapes computed at run time that are known, copies, detours.
+r"""Rewrites that shorten an ONNX graph without changing what it computes: torch writes longer ones than a person would.
 
     a shape that is known up to one size              a constant with -1 in that place
     a part of a constant                              that part
@@ -33,7 +33,7 @@ _PICKS = ("Gather", "Slice")  # what they take of a constant is smaller than it
 _HIDDEN = "normswap.hidden"
 
 
-def lean(model: ir.Model) -> None:
+def simplify(model: ir.Model) -> None:
     """Shorten the graph, in place. Its inputs, its outputs and its functions stay as they are, and so does every node of a domain that ONNX
     does not know."""
     from onnx_ir.passes import common
@@ -55,7 +55,7 @@ def lean(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _through(graph: ir.Graph) -> Iterator[None]:
-    """Put away the outputs that nothing computes, inputs or constants: onnx_ir would rename those, and put an Identity behind them."""
+    """Hide outputs of the graph that are inputs or constants: onnx_ir would rename them, and put an Identity behind them."""
     hidden = {index: value for index, value in enumerate(graph.outputs) if value.producer() is None}
     for index in reversed(hidden):
         del graph.outputs[index]
@@ -70,7 +70,7 @@ def _through(graph: ir.Graph) -> Iterator[None]:
 
 @contextlib.contextmanager
 def norms_stay(model: ir.Model) -> Iterator[None]:
-    """What is left of a norm is left for a reason, and onnxscript would fold it into a convolution before it all the same, in float32."""
+    """Hide the BatchNormalizations that are left from onnxscript, which would fold them into convolutions all the same, in float32."""
     left = [node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
     for node in left:
         node.domain = _HIDDEN
@@ -84,7 +84,7 @@ def norms_stay(model: ir.Model) -> Iterator[None]:
 
 
 def _is_smaller(node: ir.Node) -> bool:
-    """Whether it takes a part of a constant: a file that holds the part is not larger for it."""
+    """Whether the node takes a part of a constant: a file that holds that part instead is not larger."""
     data, result = (node.inputs[0] if node.inputs else None), node.outputs[0]
     if node.domain != "" or node.op_type not in _PICKS or data is None or data.const_value is None or result.shape is None:
         return False
@@ -98,19 +98,23 @@ def _reshape(node: ir.Node) -> bool:
 
 def _same_shape(node: ir.Node) -> bool:
     """Reshape to the shape that its input has."""
+    from normswap.folding.affine import replace_value
+
     x, y = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or y.shape is None or y.is_graph_output() or len(x.shape) != len(y.shape):
         return False
     known = [isinstance(a, int) and a == b for a, b in zip(x.shape, y.shape, strict=True)]
     if known.count(False) > 1:  # one size is what the others leave of the whole
         return False
-    _replace(y, x)
+    replace_value(y, x, [node])
     return True
 
 
 def _transposition(node: ir.Node) -> bool:
     """(..., a, b) to (-1, a, b) to (-1, b, a) to (..., b, a): what torch makes of a transposition if it does not know the rank."""
     import onnx_ir as ir
+
+    from normswap.folding.affine import replace_value
 
     y, middle = node.outputs[0], node.inputs[0]
     transpose = _only(middle, "Transpose")
@@ -131,7 +135,7 @@ def _transposition(node: ir.Node) -> bool:
     new = ir.Node("", "Transpose", [x], [ir.AttrInt64s("perm", [*range(rank - 2), rank - 1, rank - 2])], name=node.name)
     new.outputs[0].shape, new.outputs[0].type = ir.Shape([*source[:-2], b, a]), y.type
     node.prepend(new)
-    _replace(y, new.outputs[0])
+    replace_value(y, new.outputs[0], [node])
     return True
 
 
@@ -139,6 +143,8 @@ def _gather_elements(node: ir.Node) -> bool:
     """GatherElements of constants, which ONNX's reference implementation cannot compute where it picks more than one of each."""
     import numpy as np
     import onnx_ir as ir
+
+    from normswap.folding.affine import replace_value
 
     data, indices = (_numbers(value) for value in node.inputs)
     y, graph = node.outputs[0], node.graph
@@ -148,7 +154,7 @@ def _gather_elements(node: ir.Node) -> bool:
     part = data[tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))]
     picked = np.take_along_axis(part, indices, axis)
     value = ir.Value(name=y.name, shape=ir.Shape(picked.shape), type=y.type, const_value=ir.tensor(picked, name=y.name))
-    _replace(y, value)
+    replace_value(y, value, [node])
     graph.register_initializer(value)
     return True
 
@@ -156,6 +162,8 @@ def _gather_elements(node: ir.Node) -> bool:
 def _concat(node: ir.Node) -> bool:
     """Concat of a Concat along the same axis."""
     import onnx_ir as ir
+
+    from normswap.folding.affine import replace_value
 
     axis, y = node.attributes.get_int("axis"), node.outputs[0]
     inner = [_only(value, "Concat") for value in node.inputs]
@@ -166,13 +174,16 @@ def _concat(node: ir.Node) -> bool:
     new = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)], name=node.name)
     new.outputs[0].shape, new.outputs[0].type = y.shape, y.type
     node.prepend(new)
-    _replace(y, new.outputs[0])
+    replace_value(y, new.outputs[0], [node])
     return True
 
 
 def _average_pool(node: ir.Node) -> bool:
     """AveragePool of a pointwise convolution, where that leaves less to compute."""
     import onnx_ir as ir
+
+    from normswap.folding.affine import replace_value
+    from normswap.folding.linear import is_padded
 
     y = node.outputs[0]
     conv = _only(node.inputs[0], "Conv")
@@ -181,13 +192,13 @@ def _average_pool(node: ir.Node) -> bool:
         return False
     outputs, inputs, *kernel = weight.const_value.shape.numpy()
     group = conv.attributes.get_int("group", 1)
-    strides, taps = node.attributes.get_ints("strides", ()), node.attributes.get_ints("kernel_shape", ())
+    strides, kernel_shape = node.attributes.get_ints("strides", ()), node.attributes.get_ints("kernel_shape", ())
     fewer = math.prod(strides)
-    plain = all(size == 1 for size in (*kernel, *conv.attributes.get_ints("strides", ()))) and not _pads(conv)
-    inside = not _pads(node) and node.attributes.get_int("ceil_mode", 0) == 0
+    plain = all(size == 1 for size in (*kernel, *conv.attributes.get_ints("strides", ()))) and not is_padded(conv)
+    inside = not is_padded(node) and node.attributes.get_int("ceil_mode", 0) == 0
     means = inside or node.attributes.get_int("count_include_pad", 0) == 0  # of the input alone, not of zeros around it
     saved = outputs * inputs * (1 - 1 / fewer)  # multiplications at each place of the input
-    added = (inputs * group - outputs) * math.prod(taps) / fewer
+    added = (inputs * group - outputs) * math.prod(kernel_shape) / fewer
     x, pooled = conv.inputs[0], node.inputs[0]
     if x is None or pooled is None or not (plain and means and fewer > 1 and saved > added):
         return False
@@ -197,23 +208,21 @@ def _average_pool(node: ir.Node) -> bool:
         pool.outputs[0].shape = ir.Shape([y.shape[0], inputs * group, *y.shape[2:]])
     pool.outputs[0].type, later.outputs[0].shape, later.outputs[0].type = x.type, y.shape, y.type
     node.prepend([pool, later])
-    _replace(y, later.outputs[0])
+    replace_value(y, later.outputs[0], [node])
     return True
 
 
 _RULES = {"Reshape": _reshape, "GatherElements": _gather_elements, "Concat": _concat, "AveragePool": _average_pool}
 
 
-def _pads(node: ir.Node) -> bool:
-    return any(node.attributes.get_ints("pads", ())) or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-
-
 def _only(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """What computes the value, if it is of this type and nothing else reads the value."""
+    from normswap.folding.affine import only_use
+
     node = None if value is None else value.producer()
     if value is None or node is None or node.domain != "" or node.op_type != op_type:
         return None
-    return node if len(value.uses()) == 1 and not value.is_graph_output() and node.graph is not None else None
+    return node if only_use(value) and node.graph is not None else None
 
 
 def _numbers(value: ir.Value | None) -> np.ndarray | None:
@@ -221,16 +230,3 @@ def _numbers(value: ir.Value | None) -> np.ndarray | None:
 
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads `old` read `new`, and remove what computed it. An output of the graph keeps its name."""
-    import onnx_ir as ir
-
-    node = old.producer()
-    assert node is not None
-    assert node.graph is not None
-    if old.is_graph_output():
-        old.name, new.name = new.name, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    node.graph.remove(node, safe=True)

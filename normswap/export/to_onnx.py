@@ -40,6 +40,7 @@ from normswap.export.norms import alike, fold_norms, operators, shorten
 from normswap.export.opset import ATTENTION_OPSET, DEFAULT_OPSET, TORCH_OPSET, attends
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import Comparisons, Parity
+from normswap.versions import version_of
 
 if TYPE_CHECKING:
     import onnx
@@ -64,7 +65,7 @@ class Export:
     parity    what comparing the file to the model gave, once somebody did
     target    what the file was written for
     cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
-    legs      everything that it was held against
+    comparisons  everything that it was held against
     """
 
     path: Path
@@ -81,7 +82,7 @@ class Export:
     parity: Parity | None = None
     target: Target = "portable"
     cuda: Cuda | None = None
-    legs: Comparisons = field(default_factory=Comparisons, repr=False)
+    comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ class Settings:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for an unknown word."""
+        """Raises UsageError for a setting that there is not."""
         import onnx
 
         if self.target not in get_args(Target):
@@ -202,15 +203,14 @@ class Program:
         self._write(made, path)
         return dataclasses.replace(made.export, path=Path(path), target=self.settings.target)
 
-    def write_baseline(self, path: Path) -> bool:
-        """Write the file with every norm as it is, if there is any: what a folded file is as precise as. After `write`."""
+    def write_baseline(self, path: Path) -> None:
+        """Write the file with every norm as it is: what a folded file is as precise as. After `write`."""
         assert self.opset is not None
-        made = self._made(self.opset, None, folded=False)
-        if made.export.sites:
-            self._write(made, path)
-        return bool(made.export.sites)
+        self._write(self._made(self.opset, None, folded=False), path)
 
     def _made(self, opset: int, kept: Mapping[str, str] | None, *, folded: bool = True) -> _Made:
+        from onnx_ir.passes.common._c_api_utils import call_onnx_api
+
         original, cuda_target = self._graph(max(opset, TORCH_OPSET)), self.settings.target == "cuda"
         model, notes = original.model.clone(), original.notes
         weights = list(model.graph.initializers.values())
@@ -223,16 +223,15 @@ class Program:
         free = tuple(
             {axis: str(size) for axis, size in enumerate(value.shape or ()) if not isinstance(size, int)} for value in model.graph.inputs
         )
-        proto, tensors = file.skeleton(model)
+        model = at_opset(model, opset)
+        check(model)
         for value in weights:
-            value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
-        del model, weights
-        proto = at_opset(proto, opset)
-        check(proto)
+            if value.graph is not model.graph:
+                value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
         export = Export(
             path=Path(),
             opset=opset,
-            nodes=file.census(proto.graph),
+            nodes=dict(operators(model.graph).most_common()),
             sites=tuple(outcomes),
             skeleton=dict(skeleton.most_common()),
             extra=dict(extra.most_common()),
@@ -241,32 +240,31 @@ class Program:
             dynamic=any(0 in axes for axes in free),
             free=free,
             notes=notes,
-            cuda=cuda.of_file(proto),
+            cuda=call_onnx_api(cuda.of_file, model),
         )
-        del proto.graph.value_info[:]  # shapes of inner values: whoever wants them can infer them
-        return _Made(proto, tensors, export)
+        return _Made(model, export)
 
     def _write(self, made: _Made, path: Path) -> None:
-        import onnx
-
-        metadata = self.settings.metadata
-        made.proto.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in metadata.items())
-        file.write(made.proto, made.tensors, Path(path), external=self.settings.external_data)
-        made.tensors.clear()
-        gc.collect()  # a graph refers to itself all over; with it go the folded weights
+        made.model.metadata_props.update({"normswap_version": version_of("normswap"), **self.settings.metadata})
+        file.write(made.model, Path(path), external=self.settings.external_data, edit=_without_shapes)
+        gc.collect()  # a graph refers to itself all over
 
 
 @dataclass
 class _Made:
     """A file that was not written yet, and what there is to say about it."""
 
-    proto: onnx.ModelProto
-    tensors: dict[str, ir.TensorProtocol]
+    model: ir.Model
     export: Export
 
 
+def _without_shapes(proto: onnx.ModelProto) -> None:
+    """Leave out the shapes of inner values, which can be inferred."""
+    del proto.graph.value_info[:]
+
+
 def _with_attention(make: Callable[[int], _Made]) -> tuple[_Made, int, str | None]:
-    """In the opset that has an operator for attention, unless torch cannot, or more of the rest would be without a CUDA kernel there.
+    """The file in the opset that has Attention, unless torch cannot write it there, or more other nodes would lack a CUDA kernel.
 
     (the file, its opset, why it is not that with attention, if so).
     """

@@ -76,9 +76,11 @@ def verified_export(
             notes.append(f"not verified: other sizes of {', '.join(refused)}; the model runs at none that was tried")
             others = None
     with tempfile.TemporaryDirectory(prefix=".baseline-", dir=path.parent) as folder:
-        before = Path(folder) / "baseline.onnx"
+        baseline = None
         # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
-        baseline = before if not settings.half and program.write_baseline(before) else None
+        if first.sites and not settings.half:
+            baseline = Path(folder) / "baseline.onnx"
+            program.write_baseline(baseline)
 
         def attempt(kept: Mapping[str, str]) -> Attempt[tuple[Export, Comparisons]]:
             result = first
@@ -104,7 +106,7 @@ def _judged(
     *,
     half: bool,
 ) -> Judgement:
-    """What the model gives, or what it gives in float16. asked: makes the probes, in place of the usual ones."""
+    """The judgement of the model, or of the model in float16. asked: makes the probes, in place of the usual ones."""
     module, given, wide = as_module(model), (inputs.args, dict(inputs.kwargs)), None
     if half:
         module, given, wide = halved(module), arguments(given), module
@@ -127,7 +129,7 @@ def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judg
 
 
 def clear(path: Path) -> None:
-    """Take away what an attempt before this one has written."""
+    """Remove the file of an earlier attempt, and that of its weights."""
     for file in (path, path.with_name(f"{path.name}.data")):
         file.unlink(missing_ok=True)
 
@@ -207,7 +209,7 @@ class Attempt(Generic[T]):
 
 
 def measured(result: tuple[T, Comparisons], outcomes: Sequence[Outcome], kept: Mapping[str, str]) -> Attempt[tuple[T, Comparisons]]:
-    """What `search` has to know of a file. kept: what was not to be folded."""
+    """A file and its comparisons as an Attempt. kept: the norms that were not to be folded."""
     failed = result[1].failed
     if failed is None:
         return Attempt(result, True)
@@ -246,7 +248,7 @@ def search(attempt: Callable[[Mapping[str, str]], Attempt[T]]) -> Attempt[T]:
 
 
 def _rest(names: Sequence[str], failed: Attempt[T]) -> dict[str, str]:
-    """Why none of these is folded, if which of them it was is not found."""
+    """The reason of each of these folds to be left out, where it is not known which of them breaks the file."""
     return dict.fromkeys(names, f"rolled back: with this one or others folded, {failed.why}")
 
 

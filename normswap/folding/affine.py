@@ -69,13 +69,17 @@ class Affine:
 
     def replace_by(self, value: ir.Value) -> None:
         """Let everything that reads y read `value`, and remove what computed y. An output of the graph keeps its name."""
-        y = self.y
-        if y.is_graph_output() and not value.is_graph_output():
-            y.name, value.name = value.name, y.name
-        ir.convenience.replace_all_uses_with(y, value, replace_graph_outputs=True)
-        for node in reversed(self.nodes):
-            assert node.graph is not None
-            node.graph.remove(node, safe=True)
+        replace_value(self.y, value, self.nodes)
+
+
+def replace_value(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Let everything that reads `old` read `new`, and remove the nodes, in order, that computed it. An output keeps its name."""
+    if old.is_graph_output() and not new.is_graph_output():
+        old.name, new.name = new.name, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    for node in reversed(nodes):
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
 
 
 class Constants:
@@ -129,7 +133,7 @@ class Constants:
     def add(self, name: str, array: Array, dtype: npt.DTypeLike | None = None, *, wanted: str | None = None) -> ir.Value:
         """A new constant under `name`, or under a name derived from it if that is taken. Equal arrays under one name are one constant.
 
-        dtype: round it to this; that of the array unless given. wanted: the name that it gets by `settle`, if it is free then.
+        dtype: round it to this; that of the array unless given. wanted: the name that it gets by `restore_names`, if it is free then.
         """
         rounded = array if dtype is None else array.astype(dtype)
         key = (name, rounded.dtype, rounded.shape, rounded.tobytes())
@@ -143,7 +147,7 @@ class Constants:
         return made
 
     def bias(self, weight: ir.Value, array: Array, dtype: npt.DTypeLike) -> ir.Value:
-        """A new bias of the layer that `weight` is that of, or was folded from, rounded to `dtype`."""
+        """A new bias for the layer of `weight`, rounded to `dtype`. Its name follows from that of the weight before it was folded."""
         name = str(self._wanted.get(weight, weight.name))
         stem, dot, last = name.rpartition(".")
         return self.add(f"{name}_folded_bias", array, dtype, wanted=f"{stem}{dot}bias" if last == "weight" else f"{name}_bias")
@@ -171,7 +175,7 @@ class Constants:
         assert tensor is not None
         return tensor.dtype.numpy()
 
-    def settle(self) -> None:
+    def restore_names(self) -> None:
         """Give what was folded the name of what it was folded from, if that is gone."""
         taken = set(_names(self._graph))
         for value, name in self._wanted.items():
@@ -201,7 +205,7 @@ PRECISE = "normswap.precise"
 
 
 def note_precise(value: ir.Value, array: Array) -> None:
-    """Say what a constant was rounded from, elementwise: it has the same shape. Folds are computed from that."""
+    """Note the array that a constant was rounded from, of the same shape. Folds are computed from that."""
     value.meta[PRECISE] = array
 
 
@@ -212,7 +216,7 @@ def precise(value: ir.Value, array: Array) -> Array:
 
 
 def _names(graph: ir.Graph) -> Iterator[str | None]:
-    """Of the values of a graph and of the graphs inside it."""
+    """The names of the values of a graph, and of the graphs inside it."""
     for value in (*graph.inputs, *graph.initializers.values()):
         yield value.name
     for node in graph:
@@ -247,7 +251,7 @@ def slices(array: Array) -> list[slice]:
 
 
 def factor_of(factor: Array, part: slice) -> Array:
-    """That of a part."""
+    """The part of a factor that belongs to a part of the array."""
     return factor[part] if len(factor) > 1 else factor
 
 

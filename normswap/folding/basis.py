@@ -38,7 +38,7 @@ class Conflict(Exception):
 
 
 class Imprecise(Conflict):
-    """It would be exact, but cost digits."""
+    """A change of basis would be exact, but cost digits."""
 
 
 class Use(NamedTuple):
@@ -100,7 +100,7 @@ class Basis:
 
 
 def total(*terms: Array) -> Array:
-    """Their sum, and exactly 0 where they cancel."""
+    """The sum of the terms, and exactly 0 where they cancel."""
     result = sum(terms, np.zeros(()))
     return np.where(np.abs(result) <= ZERO * sum(np.abs(term) for term in terms), 0.0, result)
 
@@ -140,7 +140,7 @@ class Bases:
 
 
 class Change:
-    """One attempt. `thresholds` says whether a ReLU may become max(x, a constant per channel)."""
+    """One attempt to change bases. `thresholds` says whether a ReLU may become max(x, a constant per channel)."""
 
     def __init__(self, bases: Bases, *, thresholds: bool = False) -> None:
         self.bases, self.thresholds = bases, thresholds
@@ -211,7 +211,7 @@ def rank_of(slot: Slot) -> int:
 
 
 def sizes_of(slot: Slot) -> tuple[int | str | None, ...]:
-    """Each dimension as a number, as a name, or None."""
+    """The size of each axis of the value: a number, a name, or None."""
     value = slot.node.inputs[slot.place] if isinstance(slot, Use) else slot
     if value is None or value.shape is None:
         raise Conflict("a value of unknown shape is next to it")

@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def touched(self) -> bool:
-        """Whether anything of it went somewhere."""
+        """Whether anything of the affine was folded."""
         return bool(self.how or self.into)
 
 
@@ -85,7 +85,7 @@ def fold(
                     outcomes[affine] = Outcome(affine.name, "", (layer,), ("Add",), outcomes[affine].reason)
         left = [affine for affine in left if not outcomes[affine].left]
         pending = [(affine, *write.scale_and_shift(affine, bases.of(affine.x), bases.of(affine.y))) for affine in left]
-        write.write(bases)
+        write.write_operators(bases)
         names = {str(node.name) for node in graph.all_nodes()}
         for affine, scale, shift in pending:
             if affine in bases.gone and affine.has_two_names():

@@ -1,14 +1,14 @@
 r"""Einsum: what its equation says about bases.
 
-    y[out] = sum over the others of  x[t] w[s]       w a constant, t, s, out: letters
+    y[out] = sum over the others of  x[letters_x] w[letters_w]        w a constant
 
 With x = a x' + c, y = p y' + q and w stored as w' = w a / p, which has the letters that w has:
 
-    y'[out] = sum x'[t] w'[s]          a varies along letters of w alone, p likewise
-    q = sum c[t] w[s]
+    y'[out] = sum x'[letters_x] w'[letters_w]        a varies along letters of w alone, p likewise
+    q = sum c[letters_x] w[letters_w]
 
 So a constant takes any scale along the letters that it shares with a value, and a shift becomes that of the result, as there is no bias. An
-equation of one term moves and adds up: a goes along, and c only where nothing is added up.
+equation of one letters_x moves and adds up: a goes along, and c only where nothing is added up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from normswap.folding.basis import Basis, Change, Conflict, give_shift, rank_of
 
 
 def spread(node: ir.Node, change: Change) -> None:
-    """Raises Conflict where an equation cannot be followed."""
+    """The rule of Einsum. Raises Conflict where an equation cannot be followed."""
     constants = [change.bases.constants.of(value) for value in node.inputs]
     terms, out = _letters(node, constants)
     if len(terms) == 1:
@@ -39,7 +39,7 @@ def spread(node: ir.Node, change: Change) -> None:
 
 
 def holds_a_constant(node: ir.Node, constants: Constants) -> bool:
-    """Whether it is a layer, with a weight that a fold may go into."""
+    """Whether an Einsum is a layer: one of its inputs is a constant, which a fold may go into."""
     return node.op_type == "Einsum" and node.domain == "" and any(constants.of(value) is not None for value in node.inputs)
 
 
@@ -52,7 +52,7 @@ def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str
         letters = left.replace(",", "").replace("...", "")
         out = ("..." if "..." in left else "") + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     free = [letter for letter in string.ascii_uppercase if letter not in equation]
-    with_dots = [index for index, term in enumerate(terms) if "..." in term]
+    with_dots = [index for index, letters_x in enumerate(terms) if "..." in letters_x]
     if len(with_dots) > 1 or any(constants[index] is not None for index in with_dots):
         raise Conflict(f"{called(node)} has an equation that no fold is known through")
     for index in with_dots:
@@ -60,42 +60,43 @@ def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str
         assert value is not None
         count = rank_of(value) - len(terms[index].replace("...", ""))
         terms[index], out = (text.replace("...", "".join(free[:count])) for text in (terms[index], out))
-    if any(len(set(term)) < len(term) for term in (*terms, out)):
+    if any(len(set(letters_x)) < len(letters_x) for letters_x in (*terms, out)):
         raise Conflict(f"{called(node)} takes a diagonal")
     return terms, out
 
 
-def _moved(node: ir.Node, term: str, out: str, change: Change) -> None:
+def _moved(node: ir.Node, letters_x: str, out: str, change: Change) -> None:
     x, y = change.bases.slot(node, 0), node.outputs[0]
     forward = change.fixed(x)
     basis = change.of(x if forward else y)
-    summed = [axis for axis, letter in enumerate(term) if letter not in out]
+    summed = [axis for axis, letter in enumerate(letters_x) if letter not in out]
     if summed and basis.shift.any():
         raise Conflict(f"{called(node)} adds up a shift as often as there are values")
     if forward and any(basis.scale.shape[axis] > 1 for axis in summed):
         raise Conflict(f"{called(node)} adds up what would be scaled differently")
-    source, target = (term, out) if forward else (out, term)
+    source, target = (letters_x, out) if forward else (out, letters_x)
     change.set(y if forward else x, Basis(*(_aligned(array, source, target) for array in (basis.scale, basis.shift))))
 
 
-def _linear(node: ir.Node, change: Change, term: str, held: str, out: str, place: int, array: Array) -> None:
+def _linear(node: ir.Node, change: Change, letters_x: str, letters_w: str, out: str, place: int, array: Array) -> None:
     x, use, y = change.bases.slot(node, 1 - place), change.bases.slot(node, place), node.outputs[0]
-    if any(letter not in held + out for letter in term):
+    if any(letter not in letters_w + out for letter in letters_x):
         raise Conflict(f"{called(node)} adds up an axis of its input alone")
-    _along(node, change.of(x), term, held)
-    answer = _aligned(_response(change.of(x).shift, array, term, held, out), "".join(letter for letter in out if letter in held), out)
+    _along(node, change.of(x), letters_x, letters_w)
+    shared = "".join(letter for letter in out if letter in letters_w)
+    answer = _aligned(_response(change.of(x).shift, array, letters_x, letters_w, out), shared, out)
     give_shift(node, answer, change)
     change.hold(x)
-    _along(node, change.of(y), out, held)
+    _along(node, change.of(y), out, letters_w)
     if not change.of(y).scale.all() or not change.of(x).scale.all():
         raise Conflict(f"{called(node)} would be divided by 0")
-    scale = _aligned(change.of(y).scale, out, held) / _aligned(change.of(x).scale, term, held)
-    change.set(use, Basis(scale, np.zeros((1,) * len(held))))
+    scale = _aligned(change.of(y).scale, out, letters_w) / _aligned(change.of(x).scale, letters_x, letters_w)
+    change.set(use, Basis(scale, np.zeros((1,) * len(letters_w))))
 
 
-def _along(node: ir.Node, basis: Basis, letters: str, held: str) -> None:
+def _along(node: ir.Node, basis: Basis, letters: str, letters_w: str) -> None:
     for array in (basis.scale, basis.shift):
-        if any(size > 1 and letter not in held for letter, size in zip(letters, array.shape, strict=True)):
+        if any(size > 1 and letter not in letters_w for letter, size in zip(letters, array.shape, strict=True)):
             raise Conflict(f"{called(node)} has a constant that does not vary along the channels")
 
 
@@ -108,10 +109,10 @@ def _aligned(array: Array, source: str, target: str) -> Array:
     return np.expand_dims(array, tuple(axis for axis, letter in enumerate(target) if letter not in letters))
 
 
-def _response(shift: Array, array: Array, term: str, held: str, out: str) -> Array:
+def _response(shift: Array, array: Array, letters_x: str, letters_w: str, out: str) -> Array:
     """What a shift of x becomes, along the letters of the result that the constant has."""
-    shared = "".join(letter for letter in term if letter in held)
-    sizes = [array.shape[held.index(letter)] for letter in shared]
-    spread_out = np.broadcast_to(_aligned(shift, term, shared), sizes)
-    result = "".join(letter for letter in out if letter in held)
-    return np.asarray(np.einsum(f"{shared},{held}->{result}", spread_out, array.astype(np.float64)))
+    shared = "".join(letter for letter in letters_x if letter in letters_w)
+    sizes = [array.shape[letters_w.index(letter)] for letter in shared]
+    spread_out = np.broadcast_to(_aligned(shift, letters_x, shared), sizes)
+    result = "".join(letter for letter in out if letter in letters_w)
+    return np.asarray(np.einsum(f"{shared},{letters_w}->{result}", spread_out, array.astype(np.float64)))

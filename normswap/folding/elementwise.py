@@ -49,7 +49,7 @@ def _sum(node: ir.Node, change: Change) -> None:
 
 
 def _taker(node: ir.Node, left: Sequence[Slot], change: Change) -> Slot:
-    """Who is shifted to make up for the others: a constant, what a bias can shift, the result, anything."""
+    """Which operand is shifted to make up for the others: best a constant, then what a bias can shift, the result, anything."""
     y = node.outputs[0]
     constants = [slot for slot in left if isinstance(slot, Use)]
     biased = [slot for slot in left if slot is not y and absorbs(slot, change.bases)]

@@ -30,7 +30,7 @@ TRAINING = "it is in training mode, so it normalizes by the statistics of each b
 
 
 def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
-    """In the order of the graph."""
+    """The affines of the graph, in its order."""
     done: set[ir.Node] = set()
     result = []
     for node in graph.all_nodes():
@@ -91,7 +91,7 @@ def _why(node: ir.Node, constants: Constants) -> str:
 
 
 def _trains(node: ir.Node, opset: int) -> bool:
-    """Before opset 14 it did if it had a second output, read or not."""
+    """Whether a BatchNormalization is in training mode. Before opset 14 it was if it had a second output, read or not."""
     return bool(node.attributes.get_int("training_mode", 0)) or (opset < 14 and any(value.name for value in node.outputs[1:]))
 
 
@@ -111,7 +111,7 @@ def _chain(node: ir.Node, constants: Constants) -> Iterator[ir.Node]:
 
 
 def _axes(node: ir.Node, constants: Constants) -> set[int]:
-    """Those that it varies along, from the last."""
+    """The axes along which the constants of a node vary, counted from the last."""
     y = node.outputs[0]
     assert y.shape is not None
     if node.op_type == "BatchNormalization":
@@ -141,7 +141,7 @@ def _is_affine(node: ir.Node, constants: Constants) -> bool:
 
 
 def _place(node: ir.Node, constants: Constants) -> int | None:
-    """Which input is no constant, if the other is one."""
+    """The index of the input that is not constant, if the other one is."""
     known = [constants.of(value) is not None for value in node.inputs]
     return known.index(False) if sum(known) == 1 else None
 

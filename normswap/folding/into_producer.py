@@ -25,7 +25,7 @@ from normswap.folding.write import set_bias
 
 
 def fold(affine: Affine, constants: Constants, *, adding: bool = False) -> str | None:
-    """Do it if it is exact here, and return the name of the layer; else None.
+    """Fold the affine into the layer before it if that is exact, and return the name of the layer; else None.
 
     adding: also where the layer has no place for a bias, with an Add after it.
     """

@@ -26,12 +26,12 @@ Sizes = Sequence[int | str | None]
 
 
 def forward(node: ir.Node, array: Array) -> Array:
-    """What an array that broadcasts against the input is for the output."""
+    """An array that broadcasts against the input, moved as the node moves the input: it broadcasts against the output."""
     return _moved(node, array, back=False)
 
 
 def backward(node: ir.Node, array: Array) -> Array:
-    """The converse."""
+    """The converse of `forward`: from the output to the input."""
     return _moved(node, array, back=True)
 
 
@@ -80,7 +80,7 @@ def _blocks(node: ir.Node, array: Array, *, into_space: bool) -> Array:
 
 
 def _tiled(node: ir.Node, array: Array, source: Sizes, target: Sizes, *, back: bool) -> Array:
-    """Several times the same along each axis."""
+    """An array before or after Tile, which repeats it along each axis."""
     for axis, (size, whole) in enumerate(zip(source, target, strict=True)):
         if array.shape[axis] == 1 or (size == whole and size is not None):
             continue
@@ -116,7 +116,7 @@ def reshaped(array: Array, source: Sizes, target: Sizes) -> Array:
 
 
 def _compressed(array: Array) -> Array:
-    """Of size 1 along the axes along which it is the same: those that a reshape had merged with the channels, say."""
+    """The array with size 1 along axes on which it does not vary: a reshape may have merged them with the channels."""
     for axis in range(array.ndim):
         first = array.take([0], axis) if array.shape[axis] > 1 else array
         array = first if (array == first).all() else array
@@ -158,7 +158,7 @@ def _last_group(source: Sizes, target: Sizes) -> tuple[int, int] | None:
 
 
 def take(node: ir.Node, change: Change) -> None:
-    """Slice, Gather, Split."""
+    """The rule of Slice, Gather and Split."""
     x = change.bases.slot(node, 0)
     outputs = _parts(node, change)
     for y, axis, where, shape in outputs:
@@ -265,7 +265,7 @@ def _unshaped(node: ir.Node, array: Array, axis: int, shape: tuple[int, ...] | N
 
 
 def concat(node: ir.Node, change: Change) -> None:
-    """Concat. Along an axis on which nothing varies, all parts are stored alike; else each has its own."""
+    """The rule of Concat. Along an axis on which nothing varies, all parts are stored alike; else each has its own."""
     y = node.outputs[0]
     axis = node.attributes.get_int("axis", 0) % rank_of(y)
     slots = [change.bases.slot(node, index) for index in range(len(node.inputs))]
@@ -304,12 +304,12 @@ def _joined(node: ir.Node, arrays: Sequence[Array], axis: int, sizes: Sizes) -> 
 
 
 def _apart(array: Array, axis: int) -> tuple[int, ...]:
-    """Its shape, but 1 along the axis."""
+    """The shape of the array, but 1 along the axis."""
     return (*array.shape[:axis], 1, *array.shape[axis + 1 :])
 
 
 def move(node: ir.Node, change: Change) -> None:
-    """Transpose, Reshape and the like."""
+    """The rule of Transpose, Reshape and the like."""
     x, y = change.bases.slot(node, 0), node.outputs[0]
     if change.fixed(x):
         basis = change.of(x)

@@ -3,7 +3,7 @@ r"""The layers of an ONNX graph that are linear in their first input: what they 
     y = W x + b        x = a x' + c,  y = p y' + q        y' = (W a / p) x' + (b + W c - q) / p
 
 a, c: one number per input channel; p, q: one per output channel, no p zero. Exact if W and b are constants. With c unequal to 0 it is
-exact only where every output sees every tap of W, so not at a border of zeros.
+exact only where every output sees the whole kernel, so not at a border of zeros.
 
 Shapes of W: Conv (O, I/g, *k); ConvTranspose (I, O/g, *k), output channel g' * O/g + j; Gemm (K, O), or (O, K) under transB; MatMul (K, O).
 """
@@ -95,7 +95,7 @@ class Linear:
 
 def describe(node: ir.Node | None, constants: Constants) -> Linear | None:
     """The node as a Linear, if it is one with constant weight and bias."""
-    makers = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
+    makers = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _matmul}
     if node is None or node.domain != "" or node.op_type not in makers:
         return None
     weight = constants.of(node.inputs[1])
@@ -103,7 +103,7 @@ def describe(node: ir.Node | None, constants: Constants) -> Linear | None:
 
 
 def why_not(node: ir.Node, constants: Constants) -> str:
-    """Why one of those operators is no Linear, as a clause."""
+    """Why a Conv, ConvTranspose, Gemm or MatMul is no Linear, as a clause."""
     weight, bias = ((*node.inputs, None)[index] for index in (1, 2))
     name = called(node)
     if weight is None:
@@ -135,32 +135,20 @@ def _array(value: ir.Value) -> Array:
 
 
 def _conv(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
+    """Conv, whose weight has the channels of the output on axis 0, or ConvTranspose, whose weight has those of the input there."""
     bias = vector_of(node, constants)
     if bias is None:
         return None
-    group = node.attributes.get_int("group", 1)
-    outputs, inputs, *kernel = weight.shape
+    group, transposed = node.attributes.get_int("group", 1), node.op_type == "ConvTranspose"
+    first, second, *kernel = weight.shape
     ones, rank = (1,) * len(kernel), weight.ndim
-    view, in_shape, out_shape = weight.shape, (1, inputs, *ones), (outputs, 1, *ones)
+    view, axis_0, axis_1 = weight.shape, (first, 1, *ones), (1, second, *ones)
     if group > 1:
-        view = (group, outputs // group, inputs, *kernel)
-        in_shape, out_shape = (group, 1, inputs, *ones), (group, outputs // group, 1, *ones)
-    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=is_padded(node))
-
-
-def _conv_transpose(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:
-    bias = vector_of(node, constants)
-    if bias is None:
-        return None
-    group = node.attributes.get_int("group", 1)
-    inputs, outputs, *kernel = weight.shape
-    ones, rank = (1,) * len(kernel), weight.ndim
-    view, in_shape, out_shape = weight.shape, (inputs, 1, *ones), (1, outputs, *ones)
-    if group > 1:
-        view = (group, inputs // group, outputs, *kernel)
-        in_shape, out_shape = (group, inputs // group, 1, *ones), (group, 1, outputs, *ones)
-    # How many taps an output sees depends on where it lies.
-    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=True)
+        view = (group, first // group, second, *kernel)
+        axis_0, axis_1 = (group, first // group, 1, *ones), (group, 1, second, *ones)
+    in_shape, out_shape = (axis_0, axis_1) if transposed else (axis_1, axis_0)
+    border = transposed or is_padded(node)  # how many places of a transposed kernel an output sees depends on where it lies
+    return Linear(node, _value(node), rank, 1, rank, 1, view, in_shape, out_shape, bias, border=border)
 
 
 def _gemm(node: ir.Node, weight: Array, constants: Constants) -> Linear | None:

@@ -1,4 +1,4 @@
-"""Operators that give what they take (Identity, Dropout in inference, a Cast to the type that is there) go first, so that folds pass."""
+"""Removes operators that do nothing (Identity, Dropout in inference, a Cast to the type that is there), so that folds go past them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from normswap.folding.affine import Constants
 
 
 def remove(graph: ir.Graph, constants: Constants) -> None:
-    """Let what reads the output of one read its input. One that gives an output of the graph its name stays where nothing else can."""
+    """Remove every operator that does nothing, but for one that gives an output of the graph its name where nothing else can."""
     for node in list(graph.all_nodes()):
         if gives_what_it_takes(node, constants):
             _remove(node)

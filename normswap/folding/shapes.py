@@ -68,7 +68,7 @@ def _known(size: int | ir.SymbolicDim) -> int | str | None:
 
 
 def _by_layer(node: ir.Node) -> bool:
-    """Note what the node itself tells of the values around it. Whether anything was new."""
+    """Note the shapes that follow from the operator of a node and from its weight; whether anything was new."""
     x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
     if x is None:
         return False
@@ -105,7 +105,7 @@ def _sizes(value: ir.Value) -> list[Size] | None:
 
 
 def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
-    """Note of the value what is not known of it yet."""
+    """Note the sizes of a value that were not known yet; whether there were any."""
     if sizes is None:
         return False
     own = _sizes(value)
@@ -114,7 +114,7 @@ def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
         return True
     if len(own) != len(sizes):
         return False
-    merged = [known if isinstance(known, int) or not isinstance(told, int) else told for known, told in zip(own, sizes, strict=True)]
+    merged = [known if isinstance(known, int) or not isinstance(new, int) else new for known, new in zip(own, sizes, strict=True)]
     if merged == own:
         return False
     value.shape = ir.Shape(merged)
@@ -122,7 +122,7 @@ def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
 
 
 def _same_type(*values: ir.Value) -> bool:
-    """Let those of unknown type have that of the others."""
+    """Give values of unknown type the type of the others; whether there were any."""
     kind = next((value.type for value in values if value.type is not None and value.dtype is not None), None)
     left = [value for value in values if value.type is None or value.dtype is None]
     for value in left if kind is not None else ():

@@ -1,4 +1,4 @@
-r"""What every operator asks of the bases of its inputs and its output, v = a v' + c, and what it computes with v'.
+r"""The rule of every operator: what it asks of the bases of its inputs and its output, v = a v' + c, and what it computes with v'.
 
     operator                    scales                      shifts                          is rewritten to
     linear (linear.py)          any; none 0 at the output   any; 0 at the input if some     W a_x / a_y,  (b + W c_x - c_y) / a_y
@@ -217,7 +217,7 @@ def _alike_along(axes: Iterable[int], node: ir.Node, basis: Basis) -> None:
 
 
 def _leaky(node: ir.Node, basis: Basis, constants: Constants) -> None:
-    """LeakyRelu, PRelu, Abs."""
+    """The condition of LeakyRelu, PRelu and Abs."""
     if node.op_type == "PRelu" and constants.of(node.inputs[1]) is None:
         raise Conflict(f"{called(node)} is next to it, whose slope depends on the input")
     _positive(basis.scale, node)
@@ -226,7 +226,7 @@ def _leaky(node: ir.Node, basis: Basis, constants: Constants) -> None:
 
 
 def _spatial(node: ir.Node, basis: Basis, constants: Constants) -> None:
-    """Pooling, Resize: along axes 2 and up."""
+    """The condition of pooling and Resize, which work along axes 2 and up."""
     _alike_along(range(2, basis.rank), node, basis)
     if node.op_type in ("MaxPool", "GlobalMaxPool"):
         if len(node.outputs) > 1:
@@ -252,7 +252,7 @@ def _resize(node: ir.Node, basis: Basis, constants: Constants) -> None:
 
 
 def _pad(node: ir.Node, basis: Basis, constants: Constants) -> None:
-    """Pads of less than 0 cut off; along an axis on which something varies, neither can be."""
+    """The condition of Pad. Pads of less than 0 cut off; along an axis on which something varies, neither can be."""
     rank, (_, amounts, filler, where) = basis.rank, (*node.inputs, None, None, None)[:4]
     pads = constants.of(amounts) if amounts is not None else np.asarray(node.attributes.get_ints("pads", ()))  # opset 10 has an attribute
     axes = list(range(rank)) if where is None else constants.of(where)
@@ -279,7 +279,7 @@ def _cumsum(node: ir.Node, basis: Basis, constants: Constants) -> None:
 
 
 def _reduce(node: ir.Node, change: Change) -> None:
-    """ReduceMean, ReduceSum, ReduceMax, ReduceMin over axes of which nothing varies."""
+    """The rule of ReduceMean, ReduceSum, ReduceMax and ReduceMin, over axes along which no basis varies."""
     x, y = change.bases.slot(node, 0), node.outputs[0]
     rank = rank_of(x)
     given = change.bases.constants.of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
@@ -303,7 +303,7 @@ def _reduce(node: ir.Node, change: Change) -> None:
 
 
 def threshold_of(basis: Basis) -> Array:
-    """Below which the stored input of a ReLU counts for no more than this: -c / a, and anything where a = 0."""
+    """The constant in max(x', constant) that a ReLU of a shifted x becomes: -c / a, and anything where a = 0."""
     return np.where(basis.scale == 0, 0.0, -basis.shift / np.where(basis.scale == 0, 1.0, basis.scale))
 
 

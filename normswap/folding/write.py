@@ -23,7 +23,7 @@ from normswap.folding.spread import around, threshold_of
 EPSILON = 2.0**-16
 
 
-def write(bases: Bases) -> None:
+def write_operators(bases: Bases) -> None:
     """Let every operator compute with values as they are stored. Affines are the caller's."""
     change = Change(bases)
     seen = dict.fromkeys(node for slot, basis in bases.known.items() if not basis.is_identity() for node in _neighbours(slot))
@@ -102,7 +102,7 @@ def _write_constant(node: ir.Node, index: int, basis: Basis, constants: Constant
 
 
 def scale_and_shift(affine: Affine, x: Basis, y: Basis) -> tuple[Array, Array]:
-    """What computes y' from x'."""
+    """The affine that computes y' from x', where x and y are stored in other bases."""
     if x.is_identity() and y.is_identity():
         return affine.scale, affine.shift
     return affine.scale * x.scale / y.scale, (affine.scale * x.shift + affine.shift - y.shift) / y.scale
@@ -114,7 +114,7 @@ def batch_normalizes(affine: Affine) -> bool:
 
 
 def write_remainder(affine: Affine, scale: Array, shift: Array, constants: Constants, names: set[str]) -> tuple[str, ...]:
-    """Compute y so, with as few operators as there are; their types. What does so already, in as few, is left as it is."""
+    """Compute y = x * scale + shift with as few operators as there can be; their types. Nodes that do so already are left as they are."""
     as_it_is = scale is affine.scale and shift is affine.shift
     dtype = affine.x.dtype
     assert dtype is not None

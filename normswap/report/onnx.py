@@ -57,7 +57,7 @@ def export_json(result: Export) -> dict[str, Any]:
 
 def export_summary(result: Export) -> str:
     """What was written, and what was measured. Plain text."""
-    lines = [f"wrote {result.path}, opset {result.opset}", *comparisons_summary(result.legs.parities, result.legs.not_run)]
+    lines = [f"wrote {result.path}, opset {result.opset}", *comparisons_summary(result.comparisons.parities, result.comparisons.not_run)]
     lines += [f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}" for site in result.sites if site.left]
     lines += [f"  cuda: {line}" for line in cuda_lines(result.cuda)]
     return text_of([*lines, *(f"  note: {note}" for note in result.notes)])
@@ -88,7 +88,7 @@ def fold_summary(result: Folded) -> str:
     before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
     unchanged = "nothing was folded: what could be was rolled back, as it did not pass" if result.rolled_back else "nothing to fold"
     lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else unchanged]
-    lines += comparisons_summary(result.legs.parities, result.legs.not_run)
+    lines += comparisons_summary(result.comparisons.parities, result.comparisons.not_run)
     lines += [f"  note: {note}" for note in result.notes]
     return text_of([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
 
@@ -151,5 +151,5 @@ def cuda_lines(cuda: Cuda | None) -> list[str]:
 def _measured(result: Export | Folded) -> dict[str, Any]:
     return {
         "parity": None if result.parity is None else parity_json(result.parity),
-        "legs": comparisons_json(result.legs.parities, result.legs.not_run),
+        "legs": comparisons_json(result.comparisons.parities, result.comparisons.not_run),
     }

@@ -129,7 +129,7 @@ def test_a_file_of_torchs_exporter(tmp_path: Path) -> None:
 
 
 def test_large_weights_stay_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normswap.onnx_file, "INLINE_LIMIT", 100_000)
+    monkeypatch.setattr("normswap.export.file.INLINE_LIMIT", 100_000)
     wide = (tensor("w", 300, 3, 9, 9), *(tensor(name, 300, low=0.5) for name in "stmv"))
     proto = model_of("h = Conv(x, w) y = BatchNormalization(h, s, t, m, v)", *wide, inputs="float[b,3,11,10] x")
     source = tmp_path / "in" / "model.onnx"
@@ -233,7 +233,7 @@ def test_the_rest_of_a_graph_that_was_folded_is_shortened(tmp_path: Path) -> Non
     result = fold_onnx(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Transpose": 1}
     assert result.notes == ()
-    assert result.legs.passed
+    assert result.comparisons.passed
 
 
 def test_the_rest_of_a_graph_with_nothing_to_fold_is_not(tmp_path: Path) -> None:
@@ -305,11 +305,11 @@ def test_what_cannot_be_shortened_is_folded_all_the_same(kind: str, tmp_path: Pa
         else:
             node.op_type = "Transposition"
 
-    monkeypatch.setattr(normswap.fold, "lean", shorten)
+    monkeypatch.setattr("normswap.export.any_file.simplify", shorten)
     source = saved(tmp_path / "in.onnx", detour("h = Conv(x, w, c) y0 = BatchNormalization(h, s, t, m, v)", *NORM))
     result = fold_onnx(str(source), tmp_path / "out.onnx")
     assert result.nodes == {"Conv": 1, "Reshape": 3, "Transpose": 1}
-    assert result.legs.passed
+    assert result.comparisons.passed
     (note,) = result.notes
     why = {
         "raises": "the folded graph cannot be shortened: a graph that it does not know",
@@ -400,7 +400,7 @@ def test_inputs_that_the_file_does_not_say(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say how large its inputs are") as caught:
         fold_onnx(str(source), tmp_path / "out.onnx")
     assert caught.value.hint == "give them: --input 1x3x224x224"
-    assert fold_onnx(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).legs.passed
+    assert fold_onnx(str(source), tmp_path / "out.onnx", inputs=["2x3x9x8"]).comparisons.passed
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

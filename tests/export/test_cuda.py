@@ -221,15 +221,15 @@ def placed(path: Path, provider: str) -> tuple[Export, dict[str, Any]]:
 
 
 def test_a_run_where_every_node_is_on_the_provider(tmp_path: Path) -> None:
-    result, legs = placed(tmp_path / "m.onnx", "CPUExecutionProvider")
+    result, parities = placed(tmp_path / "m.onnx", "CPUExecutionProvider")
     assert result.cuda is not None
     assert result.cuda.run is not None
     assert (result.cuda.status, result.cuda.why, result.cuda.run.elsewhere) == ("passed", "", ())
     assert result.cuda.run.floating >= 5
     assert {name: left for site in result.sites for name, left in [(site.name, len(site.left))]} == result.cuda.run.kernels
     assert result.cuda.run.kernels == {"2": 0, "4": 0, "6": 1}
-    assert list(legs) == ["onnxruntime (CPUExecutionProvider)"]
-    assert all(legs.values())
+    assert list(parities) == ["onnxruntime (CPUExecutionProvider)"]
+    assert all(parities.values())
 
 
 @pytest.mark.skipif("AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="another build of onnxruntime")
@@ -245,8 +245,8 @@ def test_a_run_that_fell_back_does_not_count_as_passed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(cuda.PROVIDER in onnxruntime.get_available_providers(), reason="there is one")
 def test_without_a_provider_nothing_is_run_and_it_says_so(tmp_path: Path) -> None:
-    result, legs = placed(tmp_path / "m.onnx", cuda.PROVIDER)
-    assert legs == {}
+    result, parities = placed(tmp_path / "m.onnx", cuda.PROVIDER)
+    assert parities == {}
     assert result.cuda is not None
     assert (result.cuda.status, result.cuda.why) == ("not run", "onnxruntime has no CUDAExecutionProvider here")
     told = cuda_json(result.cuda)

@@ -175,7 +175,7 @@ def test_a_wrong_fold_is_rolled_back(path: Path, monkeypatch: pytest.MonkeyPatch
     _, _, result = exported("conv", path)
     assert result.residue
     assert all(site.reason.startswith("rolled back: folded, ") for site in result.sites if site.left)
-    assert result.legs.passed
+    assert result.comparisons.passed
 
 
 def test_a_wrong_file_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,10 +305,10 @@ def test_a_model_that_needs_more_than_float16_is_not_written(path: Path) -> None
 
 
 def test_the_rounding_of_torch_is_told_where_it_is_large(path: Path) -> None:
-    _, legs = verified_export(nn.Linear(7, 5).eval(), as_inputs(torch.randn(3, 7)), path, half=True)
-    assert legs.passed
-    result, legs = verified_export(Cancels().eval(), as_inputs(torch.rand(3, 1) + 1), path, half=True)
-    assert not any(legs.parities.values())
+    _, found = verified_export(nn.Linear(7, 5).eval(), as_inputs(torch.randn(3, 7)), path, half=True)
+    assert found.passed
+    result, found = verified_export(Cancels().eval(), as_inputs(torch.rand(3, 1) + 1), path, half=True)
+    assert not any(found.parities.values())
     (note,) = result.notes
     assert note.startswith("run by torch in float16, the model itself is ")
 
@@ -341,7 +341,7 @@ def test_a_model_that_does_not_run_in_float16_says_so(path: Path) -> None:
 def test_whole_nets_are_as_near_as_torch_makes_them(name: str, path: Path) -> None:
     """Networks with random weights are ill-conditioned: rounding their weights alone is more than the limit, which refuses some of them."""
     import torchvision
-    from test_export import relative, run
+    from test_to_onnx import relative, run
 
     model = getattr(torchvision.models, name)(num_classes=10)
     with torch.no_grad():

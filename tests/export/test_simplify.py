@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from normswap.export.simplify import lean, norms_stay
+from normswap.export.simplify import norms_stay, simplify
 
 GENERATOR = np.random.default_rng(0)
 
@@ -44,7 +44,7 @@ def run(proto: onnx.ModelProto, **feeds: Any) -> list[Any]:
 def shortened(proto: onnx.ModelProto, **feeds: Any) -> Counter[str]:
     """The operators that are left; the outputs are the same, and so are their names."""
     model = ir.from_proto(proto)
-    lean(model)
+    simplify(model)
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
     assert [value.name for value in after.graph.output] == [value.name for value in proto.graph.output]
@@ -119,7 +119,7 @@ POINT = {"w": f(5, 4, 1, 1), "b": f(5)}
 
 def order(proto: onnx.ModelProto) -> list[str]:
     model = ir.from_proto(proto)
-    lean(model)
+    simplify(model)
     shortened(proto, **X)
     return [node.op_type for node in model.graph]
 
@@ -207,7 +207,7 @@ def test_outputs_that_nothing_computes_stay() -> None:
     outputs = "float[n,4,6,8] x, float[n,a,b,c] y, float[5] k"
     proto = made("r = Reshape(x, p)  y = Relu(r)", outputs=outputs, p=i(-1, 4, 6, 8), k=f(5))
     model = ir.from_proto(proto)
-    lean(model)
+    simplify(model)
     assert [value.name for value in (*model.graph.inputs, *model.graph.outputs)] == ["x", "x", "y", "k"]
     assert [node.op_type for node in model.graph] == ["Relu"]
     assert "k" in model.graph.initializers
@@ -220,7 +220,7 @@ def test_a_norm_after_a_convolution_stays_if_asked() -> None:
     for stays in (norms_stay, lambda model: contextlib.nullcontext()):
         model = ir.from_proto(proto)
         with stays(model):
-            lean(model)
+            simplify(model)
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
         counts.append(Counter(node.op_type for node in model.graph))
     assert counts == [{"Conv": 1, "BatchNormalization": 1, "Relu": 1}, {"Conv": 1, "Relu": 1}]

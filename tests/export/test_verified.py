@@ -135,7 +135,7 @@ def test_the_first_bad_fold_is_undone_and_the_other_one_stays(tmp_path: Path) ->
     assert (bad.how, bad.left, good.how, good.left) == ("", ("Mul", "Add"), "stream_shift", ())
     assert bad.reason.startswith("rolled back: folded, #0 in onnxruntime (disabled) was ")
     assert bad.reason.endswith(" passes")
-    assert result.legs.passed
+    assert result.comparisons.passed
     written = onnx.load(target)
     assert [node.op_type for node in written.graph.node].count("Mul") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
@@ -198,8 +198,8 @@ def test_a_model_loses_one_fold_and_not_its_file(tmp_path: Path) -> None:
     assert result.residue == ("norm1",)
     assert result.sites[0].left == ("BatchNormalization",)
     assert "rolled back: folded, output in onnxruntime (disabled) was" in result.sites[0].reason
-    assert result.legs.passed
-    assert list(result.legs.parities) == ["onnxruntime (disabled)", "onnxruntime (all)"]
+    assert result.comparisons.passed
+    assert list(result.comparisons.parities) == ["onnxruntime (disabled)", "onnxruntime (all)"]
     assert plain.residue == ()
 
 
