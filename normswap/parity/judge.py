@@ -85,27 +85,27 @@ def judge(
 
     Raises UsageError if the reference cannot run on the example inputs.
     """
-    known = Reference(reference, sites, unrounded)
+    original = Reference(reference, sites, unrounded)
     asked = list(probes(args, kwargs)) if asked is None else list(asked)
     dropped: list[str] = []
     computed_in: set[torch.dtype] = set()
     in_float64: dict[str, Tensors] | None = None
     try:
-        in_float64 = _run_all(lambda: known.float64_runner(asked), [probe.in_float64() for probe in asked], dropped, " in float64")
+        in_float64 = _run_all(lambda: original.float64_runner(asked), [probe.in_float64() for probe in asked], dropped, " in float64")
     except NormswapError as error:
         # Int8 kernels, say. Then the reference in its own dtype is the truth.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
     usable = [probe for probe in asked if in_float64 is None or probe.name in in_float64]
-    own = _run_all(lambda: known.own_runner(computed_in), usable, dropped)
-    judged = own if in_float64 is None else in_float64
-    usable = [probe for probe in usable if probe.name in own]
-    dtypes = onnx_dtypes(reference) if isinstance(reference, Path) else {tensor.dtype for tensor in known.tensors}
-    dtypes |= {tensor.dtype for values in own.values() for tensor in values.values()}
+    in_own_dtype = _run_all(lambda: original.own_runner(computed_in), usable, dropped)
+    judged = in_own_dtype if in_float64 is None else in_float64
+    usable = [probe for probe in usable if probe.name in in_own_dtype]
+    dtypes = onnx_dtypes(reference) if isinstance(reference, Path) else {tensor.dtype for tensor in original.tensors}
+    dtypes |= {tensor.dtype for values in in_own_dtype.values() for tensor in values.values()}
     precision = Precision(coarsest(dtypes), coarsest(dtypes | computed_in))
     reach = _reach(judged[probe.name] for probe in usable if not probe.scaled)
     truths = {
         probe.name: {
-            key: truth_of(value, own[probe.name].get(key), SCALE_SHARE * reach.get((key.name, key.site), 0.0))
+            key: truth_of(value, in_own_dtype[probe.name].get(key), SCALE_SHARE * reach.get((key.name, key.site), 0.0))
             for key, value in judged[probe.name].items()
         }
         for probe in usable
@@ -116,12 +116,12 @@ def judge(
             dropped.append(f"{probe.name}: {useless}")
             del truths[probe.name]
     return Judgement(
-        reference=known,
+        reference=original,
         probes=[probe for probe in usable if probe.name in truths],
         truths={key: truth for found in truths.values() for key, truth in found.items()},
         precision=precision,
         dropped=dropped,
-        passes=len(judged) + len(own),
+        passes=len(judged) + len(in_own_dtype),
         flat=frozenset(probe.name for probe in asked if probe.flat),
         float64=in_float64 is not None,
     )
@@ -190,36 +190,37 @@ def compare(
     """
     is_file = isinstance(candidate, Path)
     fitting = [p.name for p in judgement.probes if (p.like_example or not only_like_example) and (is_file or not p.flat)]
-    held = judgement.at(fitting, sites=not is_file)
-    findings, noise = Findings(), dict[Key, float]()
-    noisy: Callable[[], Runner] | None = held.reference.own_runner
+    judgement = judgement.at(fitting, sites=not is_file)
+    findings = Findings()
+    noise: Mapping[Key, float] = {}
+    noise_runner: Callable[[], Runner] | None = judgement.reference.own_runner
     if isinstance(candidate, Path):
-        make, noisy = functools.partial(onnx_runner, candidate, level), None
+        make, noise_runner = functools.partial(onnx_runner, candidate, level), None
         if baseline is not None and tolerance is None:
-            known = baseline_of(held, baseline, level)
-            noise, findings.failure, findings.passes = dict(known.noise), known.wrong, known.passes
-            noisy = functools.partial(onnx_runner, baseline, level)
+            measured = baseline_of(judgement, baseline, level)
+            noise, findings.failure, findings.passes = measured.noise, measured.wrong, measured.passes
+            noise_runner = functools.partial(onnx_runner, baseline, level)
     else:
-        make = functools.partial(_own_runner, candidate, held.reference.sites, original)
-        if held.float64 and tolerance is None:
+        make = functools.partial(_own_runner, candidate, judgement.reference.sites, original)
+        if judgement.float64 and tolerance is None:
             try:
-                findings.function, findings.passes = rows_of_module(held, candidate)
+                findings.function, findings.passes = rows_of_module(judgement, candidate)
             except Exception as error:  # whether it can be run at all is for its own dtype to say
                 findings.notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
-    limit = precision_limit(held, noise) if tolerance is None else _fixed_limit(tolerance)
+    limit = precision_limit(judgement, noise) if tolerance is None else _fixed_limit(tolerance)
     if findings.failure is None:
         try:
             run = make()
-            for probe in held.probes:
-                findings.precision |= compare_at(held, probe, held.by_key(probe, run(probe)), limit)
+            for probe in judgement.probes:
+                findings.precision |= compare_at(judgement, probe, judgement.by_key(probe, run(probe)), limit)
                 findings.passes += 1
         except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
             findings.failure = f"the candidate raised {described(error)}"
     if findings.failure is None and tolerance is None:
-        look_again(held, candidate, findings, noisy)
-        if isinstance(candidate, Path) and held.float64:
-            look_at_unjudged(held, candidate, findings)
-    return verdict(held, findings, runtime(level) if is_file else str(held.precision.dtype), is_file=is_file)
+        look_again(judgement, candidate, findings, noise_runner)
+        if isinstance(candidate, Path) and judgement.float64:
+            look_at_unjudged(judgement, candidate, findings)
+    return verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
 
 
 def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:

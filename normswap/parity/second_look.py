@@ -1,4 +1,4 @@
-"""What failed, or was judged nowhere, is looked at again before it is called a failure."""
+"""What failed, or was judged nowhere, is again at again before it is called a failure."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from normswap.parity.reference import Judgement
 from normswap.parity.same_function import is_same, rows_of_file
 
 
-def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Findings, noisy: Callable[[], Runner] | None) -> None:
+def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Findings, noise_runner: Callable[[], Runner] | None) -> None:
     """Measure again how precise what failed for that alone may be.
 
-    noisy: makes a runner of the model or file whose noise is the limit; then noise is measured at more inputs. Without it, a file that is
-    the same function in float64 passes with an error of CAP.
+    noise_runner: makes what runs the model or file whose noise is the limit; then noise is measured at more inputs. Without it, a file
+    that is the same function in float64 passes with an error of CAP.
     """
     rows = findings.precision
     failing = {key for key, row in rows.items() if not row.passed and row.problem is None and not row.non_finite}
     others = [row for key, row in rows.items() if key not in failing]
     if not failing or not all(row.passed for row in (*others, *findings.function.values())):
         return
-    looked = judgement.at({key.probe for key in failing})
-    if noisy is not None:
+    again = judgement.at({key.probe for key in failing})
+    if noise_runner is not None:
         in_float64 = judgement.reference.unrounded_runner(judgement.probes) if judgement.float64 else None
-        noise = noise_nearby(looked, noisy(), in_float64)
+        noise = noise_nearby(again, noise_runner(), in_float64)
         for key in failing:
             limit = judgement.precision.limit(max(rows[key].noise, noise.get(key, 0.0)))
             rows[key] = replace(rows[key], noise=limit.noise, tolerance=max(limit.tolerance, rows[key].tolerance), unjudged=limit.unjudged)
-        findings.passes += 2 * SAMPLES * len(looked.probes)
+        findings.passes += 2 * SAMPLES * len(again.probes)
     elif isinstance(candidate, Path) and judgement.float64:
-        same = rows_of_file(looked, candidate)
+        same = rows_of_file(again, candidate)
         for key in failing:
             if is_same(same, key):
                 rows[key] = replace(rows[key], tolerance=max(rows[key].tolerance, judgement.precision.cap))
-        findings.passes += 2 * len(looked.probes)
+        findings.passes += 2 * len(again.probes)
 
 
 def look_at_unjudged(judgement: Judgement, path: Path, findings: Findings) -> None:
