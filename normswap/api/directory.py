@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from normswap.files.load import load as load_source
 from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
 from normswap.models import own_code
 from normswap.models.copying import copy_for_running, copy_with, on_meta
-from normswap.models.inputs import Inputs, make
+from normswap.models.inputs import Inputs
 from normswap.models.programs import as_module
 from normswap.models.spec import is_within
 from normswap.models.torch_private import tree_leaves, tree_map_only
@@ -41,7 +41,7 @@ def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     conversion = model if isinstance(model, Conversion) else None
     module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
     with atomic.directory(Path(directory)) as partial:
-        save_directory(module, partial, inputs=recorded(conversion.inputs) if conversion else ())
+        save_directory(module, partial, inputs=conversion.inputs if conversion else None)
         recipe = read_recipe(partial)
         again = copy_with(module, {})
         with torch.no_grad():
@@ -155,7 +155,7 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
         else:
             others.append(site.name)
     if others:
-        planned = plan(model, restored(recipe.inputs), approximate=True, rules=rules)  # the inputs tell what no weight tells
+        planned = plan(model, recipe.example_inputs(), approximate=True, rules=rules)  # the inputs tell what no weight tells
         swaps += [swap for swap in planned.swaps if swap.name in others]
     return Plan(tuple(swaps), (), "names")
 
@@ -213,27 +213,3 @@ def _is_imported(spec: str) -> bool:
     """Whether the rule that package.module:NAME names can be had without importing anything."""
     module, _, name = spec.partition(":")
     return module in sys.modules and isinstance(vars(sys.modules[module]).get(name), Rule)
-
-
-def recorded(inputs: Inputs) -> list[dict[str, Any]]:
-    """Shape and dtype of each input, and of integers what they stay below, if each is one tensor; else nothing."""
-    named = [*((None, a) for a in inputs.args), *inputs.kwargs.items()]
-    if not all(isinstance(value, Tensor) for _, value in named):
-        return []
-    return [{"name": name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), **_range(t)} for name, t in named]
-
-
-def _range(t: Tensor) -> dict[str, int]:
-    integers = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-    return {"high": max(int(t.max()) + 1, 1)} if integers and t.numel() else {}
-
-
-def restored(entries: Sequence[Mapping[str, Any]]) -> Inputs | None:
-    """Seeded inputs of the recorded shapes."""
-    if not entries:
-        return None
-    tensors = [
-        (entry["name"], make(entry["shape"], getattr(torch, entry["dtype"]), seed=i, **{k: entry[k] for k in ("high",) if k in entry}))
-        for i, entry in enumerate(entries)
-    ]
-    return Inputs(tuple(t for name, t in tensors if name is None), {name: t for name, t in tensors if name is not None})

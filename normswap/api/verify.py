@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.api.convert import given_to
-from normswap.api.directory import load, restored
+from normswap.api.directory import load
 from normswap.errors import LoadError, UsageError
 from normswap.files import atomic, external_data
 from normswap.files.build import build
@@ -88,7 +88,7 @@ def factory_of(arch: str | None) -> Callable[[], nn.Module] | None:
 def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:
     """The inputs that one side of a comparison knows: those it was saved with, those it declares, or inferred ones."""
     if isinstance(side, (str, Path)) and Path(side).is_dir():
-        known = restored(read_recipe(Path(side)).inputs)
+        known = read_recipe(Path(side)).example_inputs()
         if known:
             return known
     if isinstance(side, ExportedProgram) and side.example_inputs:

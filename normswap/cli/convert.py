@@ -179,7 +179,7 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
     import torch
     from torch.export import ExportedProgram
 
-    from normswap.api.directory import check_same, opened, recorded
+    from normswap.api.directory import check_same, opened
     from normswap.files.converted import save
     from normswap.files.recipe import read_recipe
     from normswap.models.programs import as_module
@@ -194,7 +194,7 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
         with atomic.writing(name):
             torch.save(model, directory / name)
     module = as_module(model)
-    save(module, directory, module=name, inputs=recorded(conversion.inputs), **origin)
+    save(module, directory, module=name, inputs=conversion.inputs, **origin)
     # The file is trusted, as it was written a moment ago, and by this process.
     again = as_module(opened(directory, read_recipe(directory), None, trust=True))
     check_same(module, again, directory, conversion.inputs)

@@ -7,7 +7,7 @@ comes from the user's own factory, and the recipe says which of its layers are B
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
 from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.copying import on_meta, unclear_names
+from normswap.models.inputs import Inputs
 
 WEIGHTS = "model.safetensors"
 PRODUCERS = (nn.Linear, *coupling.CONVS, *coupling.TRANSPOSED)
@@ -45,7 +46,7 @@ def save(
     source: str | None = None,
     factory: str | None = None,
     module: str | None = None,
-    inputs: Sequence[Mapping[str, Any]] = (),
+    inputs: Inputs | None = None,
 ) -> None:
     """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name. `seal` comes last.
 

@@ -1,8 +1,8 @@
 """recipe.json of a converted directory: what was swapped and how, how it trains, and the SHA-256 of each other file.
 
 `Recipe` has its entries. Those that are lists of objects have a table of their fields (SITE, INPUT, RULE, TRAINING): what each is called,
-what it may be, and what is written for a layer. What is written, checked and read follows from these. A recipe is a file like any other:
-somebody else may have made it.
+what it may be, and what is written for a layer or an input. What is written, checked and read follows from these. A recipe is a file like
+any other: somebody else may have made it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.errors import LoadError
 from normswap.files.atomic import recover
 from normswap.files.json_file import read_json
 from normswap.layer.batchless_norm import AUXES, BatchlessNorm
 from normswap.layer.formulas import STATS, STD_FORMS
+from normswap.models.inputs import HIGH, Inputs, make
 from normswap.versions import version_of
 
 RECIPE = "recipe.json"
@@ -75,23 +76,26 @@ def _list_of(test: Test) -> Test:
 # --- what a recipe holds ----------------------------------------------------------------------------------------------------------------
 
 
+T = TypeVar("T")  # what an object in the recipe describes: a layer or an input
+
+
 @dataclass(frozen=True)
-class Field:
+class Field(Generic[T]):
     """One field of an object in the recipe.
 
     test      whether a value that is found there may stand there
-    value_of  what is written for a layer; None: whoever writes the object knows it
+    value_of  what is written for a layer, or for an input; None: whoever writes the object knows it
     optional  whether the object may lack it
     mode      whether it says how a layer trains: then loading sets it, and otherwise the architecture must have the same
     """
 
     test: Test
-    value_of: Callable[[BatchlessNorm], Any] | None = None
+    value_of: Callable[[T], Any] | None = None
     optional: bool = False
     mode: bool = False
 
 
-SITE: Mapping[str, Field] = {
+SITE: Mapping[str, Field[BatchlessNorm]] = {
     "name": Field(_text),
     "aliases": Field(_list_of(_text), optional=True),
     "class": Field(_text, lambda layer: type(layer).__name__),
@@ -106,14 +110,17 @@ SITE: Mapping[str, Field] = {
     "calls": Field(_positive, lambda layer: layer.calls, optional=True, mode=True),
     "eps": Field(_or_none(_number), lambda layer: None if layer.source is None else layer.source.eps, optional=True),
 }
-INPUT: Mapping[str, Field] = {
+INPUT: Mapping[str, Field[Tensor]] = {
     "name": Field(_or_none(_text)),
-    "shape": Field(_shape),
-    "dtype": Field(_word(*(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)))),
+    "shape": Field(_shape, lambda tensor: list(tensor.shape)),
+    "dtype": Field(
+        _word(*(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))),
+        lambda tensor: str(tensor.dtype).removeprefix("torch."),
+    ),
     "high": Field(_positive, optional=True),  # of integers: what they stay below
 }
-RULE: Mapping[str, Field] = {"kind": Field(_text), "rule": Field(_or_none(_text)), "sites": Field(_list_of(_text))}
-TRAINING: Mapping[str, Field] = {
+RULE: Mapping[str, Field[Any]] = {"kind": Field(_text), "rule": Field(_or_none(_text)), "sites": Field(_list_of(_text))}
+TRAINING: Mapping[str, Field[BatchlessNorm]] = {
     "name": Field(_text),
     "producer": Field(_or_none(_text)),  # None: not coupled
     "units": Field(_flag, lambda layer: layer.units),
@@ -124,7 +131,7 @@ TRAINING: Mapping[str, Field] = {
 MODES = tuple(name for name, each in SITE.items() if each.mode)
 
 
-def _entry(test: Test, of_each: Mapping[str, Field] | None = None, **default: Any) -> Any:
+def _entry(test: Test, of_each: Mapping[str, Field[Any]] | None = None, **default: Any) -> Any:
     """An entry of the recipe; of_each: the fields of its objects, if it is a list of such."""
     return field(metadata={"test": test, "of_each": of_each or {}}, **default)
 
@@ -156,19 +163,28 @@ class Recipe:
         _or_none(lambda value: isinstance(value, Mapping) and all(map(_text, value.values()))), default=None
     )
 
+    def example_inputs(self) -> Inputs | None:
+        """Inputs of the recorded shapes, the same every time; None if none were recorded."""
+        named = [
+            (entry["name"], make(entry["shape"], getattr(torch, entry["dtype"]), high=entry.get("high", HIGH), seed=seed))
+            for seed, entry in enumerate(self.inputs)
+        ]
+        args = tuple(tensor for name, tensor in named if name is None)
+        return Inputs(args, {name: tensor for name, tensor in named if name is not None}) if named else None
+
 
 # --- written ----------------------------------------------------------------------------------------------------------------------------
 
 
 def write_recipe(
-    model: nn.Module, directory: Path, *, source: str | None, factory: str | None, module: str | None, inputs: Sequence[Mapping[str, Any]]
+    model: nn.Module, directory: Path, *, source: str | None, factory: str | None, module: str | None, inputs: Inputs | None
 ) -> None:
     """The recipe of a model; `seal` adds its files when all are written."""
     recipe = Recipe(
         source=source,
         factory=factory,
         module=module,
-        inputs=list(inputs),
+        inputs=[] if inputs is None else _recorded(inputs),
         sites=sites_of(model),
         rules=rules_of(model),
         training=training_of(model),
@@ -212,8 +228,21 @@ def frozen_of(model: nn.Module) -> list[str]:
     return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def _values(fields: Mapping[str, Field], layer: BatchlessNorm) -> dict[str, Any]:
-    return {name: each.value_of(layer) for name, each in fields.items() if each.value_of is not None}
+def _recorded(inputs: Inputs) -> list[dict[str, Any]]:
+    """Shape and dtype of each input, and of integers what they stay below, if each is one tensor; else nothing."""
+    named = [*((None, value) for value in inputs.args), *inputs.kwargs.items()]
+    if not all(isinstance(value, Tensor) for _, value in named):
+        return []
+    return [{"name": name, **_values(INPUT, tensor), **_bound(tensor)} for name, tensor in named]
+
+
+def _bound(tensor: Tensor) -> dict[str, int]:
+    integers = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return {"high": max(int(tensor.max()) + 1, 1)} if integers and tensor.numel() else {}
+
+
+def _values(fields: Mapping[str, Field[T]], described: T) -> dict[str, Any]:
+    return {name: each.value_of(described) for name, each in fields.items() if each.value_of is not None}
 
 
 def recipe_hash(model: nn.Module) -> str:
@@ -279,7 +308,7 @@ def _problem(content: object) -> str | None:
         if not entry.metadata["test"](content.get(entry.name)):
             return f"its {entry.name} is not one"
     for entry in dataclasses.fields(Recipe):
-        fields: Mapping[str, Field] = entry.metadata["of_each"]
+        fields: Mapping[str, Field[Any]] = entry.metadata["of_each"]
         for found in (content.get(entry.name) or ()) if fields else ():
             if not isinstance(found, Mapping):
                 return f"one of its {entry.name} is no JSON object"

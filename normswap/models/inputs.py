@@ -29,6 +29,7 @@ from normswap.errors import SwapError, UsageError, first_line
 from normswap.models.copying import copy_for_running
 
 SEED = 0
+HIGH = 10  # what integers stay below, where nothing else is known
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
 _EXPECTED = "expected a shape such as 1x3x224x224, with a dtype if it is not float32: 1x128:int64, or a .pt or .npz file"
 _DTYPES = {
@@ -150,7 +151,7 @@ def _fitting(model: nn.Module, first: nn.Module, shapes: list[tuple[int, ...]]) 
         yield from ((1, first.in_channels, size, size) for size in range(4, 65) if size not in _IMAGE_SIZES)
 
 
-def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = 10, seed: int = SEED) -> Tensor:
+def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = HIGH, seed: int = SEED) -> Tensor:
     """A tensor of standard normal numbers, of non-negative integers below `high`, or of fair coins, by its dtype. The same every time."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
