@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
 from normswap.detect.facts import Facts, facts
 from normswap.detect.match import match
@@ -32,6 +31,7 @@ from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
 from normswap.models.programs import as_module, like
+from normswap.models.torch_private import tree_map_only
 from normswap.parity.judge import NOTHING_FINITE, Judgement, compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.result import Parity, ParityError

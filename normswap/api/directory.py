@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.api import convert as pipeline
 from normswap.detect.sites import Plan, Rule, Site, Swap
@@ -39,6 +38,7 @@ from normswap.models import own_code
 from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs, make
 from normswap.models.programs import as_module
+from normswap.models.torch_private import tree_leaves, tree_map_only
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap

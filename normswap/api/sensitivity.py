@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten
 
 from normswap.api import convert as pipeline
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import as_module
+from normswap.models.torch_private import tree_flatten
 from normswap.parity.probes import Probe
 from normswap.parity.runners import Runner, Values, module_runner
 from normswap.rules import DEFAULT_RULES

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from normswap.models.torch_private import tree_flatten, tree_unflatten
 
 LARGE = " x 1000"  # how the name of the one with large inputs ends
 FLAT = 3.0

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap.errors import SwapError, UsageError
 from normswap.models import float64
 from normswap.models.copying import uncompiled
+from normswap.models.torch_private import is_functorch_wrapped, keystr, tree_flatten_with_path
 from normswap.parity.kernels import kernels
 from normswap.parity.probes import Probe
 from normswap.parity.taps import Tap, key
@@ -99,7 +99,7 @@ def module_runner(
     def tap(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
-            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
+            if isinstance(output, Tensor) and not is_functorch_wrapped(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
                 if inputs and args:
                     taps[key(name, calls[name], input=True)] = sampled(args[0])

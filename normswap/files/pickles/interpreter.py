@@ -7,9 +7,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-import torch
-
 from normswap.files.pickles.descriptions import Call, Dict, Global, List, Object, Storage, Tuple
+from normswap.models.torch_private import PYTHON2_MODULES, PYTHON2_NAMES
 
 MAX_PICKLE = 16 << 20  # bytes of program, weights not counted; the largest of all torchvision and timm models has under 2 MB
 
@@ -76,10 +75,10 @@ class Interpreter:
     def global_(self) -> None:
         module, name = self.line(), self.line()
         # Python 2 names, translated as torch translates them
-        if (module, name) in torch._utils.NAME_MAPPING:
-            module, name = torch._utils.NAME_MAPPING[module, name]
+        if (module, name) in PYTHON2_NAMES:
+            module, name = PYTHON2_NAMES[module, name]
         else:
-            module = torch._utils.IMPORT_MAPPING.get(module, module)
+            module = PYTHON2_MODULES.get(module, module)
         self.make(Global(module, name))
 
     def newobj(self) -> None:

@@ -17,6 +17,7 @@ from normswap.files.pickles.interpreter import MAX_PICKLE, Broken, Interpreter, 
 from normswap.files.pickles.messages import damaged, names_of_any_protocol, not_a_model, raise_wanted, reason
 from normswap.files.pickles.review import Judge
 from normswap.files.pickles.wrappers import unwrapped
+from normswap.models.torch_private import PyTorchFileReader
 
 
 def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> Any:
@@ -116,7 +117,7 @@ def open_archive(file: IO[bytes], name: str) -> Any:
     """The reader that torch.load itself uses, so that both see the same records of a zip file made to look like two."""
     file.seek(0)
     try:
-        archive = torch._C.PyTorchFileReader(file)
+        archive = PyTorchFileReader(file)
         held = sum(archive.get_record_size(record) for record in archive.get_all_records())
     except Exception as error:  # RuntimeError of the reader, OSError of a seek to where it was told to
         if zipfile.is_zipfile(file):
