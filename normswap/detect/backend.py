@@ -17,7 +17,7 @@ PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspo
 
 @dataclass
 class Seen:
-    """What one back-end saw. Modules are known by their first name."""
+    """What one back-end saw. Modules are known by their first name; a hit is a normalization in the code of a module."""
 
     order: list[str | int] = field(default_factory=list)  # names of norms at their first execution, and the numbers of hits
     calls: Counter[str] = field(default_factory=Counter)
@@ -28,16 +28,19 @@ class Seen:
     suspects: dict[str, None] = field(default_factory=dict)  # modules whose code scales by the root of a mean or variance
 
     def read(self, name: str, reader: str) -> None:
+        """`reader`, in words, reads a tensor of the norm `name` instead of calling it."""
         if reader not in self.readers.setdefault(name, []):
             self.readers[name].append(reader)
 
     def call(self, name: str, producer: str | None) -> None:
+        """The norm `name` is called on what `producer` alone gives it."""
         if name not in self.calls:
             self.order.append(name)
         self.calls[name] += 1
         self.producers[name] = producer if self.calls[name] == 1 else None
 
     def hit(self, owner: str, function: str, producer: str | None = None) -> int:
+        """The code of `owner` normalizes; gives the number of the hit."""
         self.order.append(len(self.hits))
         self.hits.append(Hit(owner, function, producer))
         return len(self.hits) - 1
@@ -73,6 +76,7 @@ class Names:
         }
 
     def first(self, module: nn.Module) -> str:
+        """The first of its names, in the order of `named_modules`."""
         return self.all[id(module)][0]
 
     def may_produce(self, module: nn.Module) -> bool:
@@ -90,4 +94,5 @@ class Names:
         return next((tuple(self.shared[id(parameter)]) for parameter in own if id(parameter) in self.shared), ())
 
     def inside(self, module: nn.Module) -> list[nn.Module]:
+        """The norms in a module, itself included."""
         return [part for part in module.modules() if id(part) in self.listed]

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError
 from normswap.models.copying import copy_with, set_eval
+from normswap.models.torch_private import AnyBatchNorm, tree_map_only
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,7 +35,7 @@ def to_half(tensor: Tensor) -> Tensor:
 
 def arguments(given: A) -> A:
     """Arguments of a model, their floats in float16."""
-    halved: A = pytree.tree_map_only(Tensor, to_half, given)
+    halved: A = tree_map_only(Tensor, to_half, given)
     return halved
 
 
@@ -47,7 +46,7 @@ def halved(model: nn.Module) -> nn.Module:
     copy = set_eval(copy_with(model, memo))
     originals = dict(model.named_modules())
     for name, module in copy.named_modules():
-        if isinstance(module, _BatchNorm) and isinstance(originals[name], _BatchNorm):
+        if isinstance(module, AnyBatchNorm) and isinstance(originals[name], AnyBatchNorm):
             _rescale(module, originals[name])
     return copy
 

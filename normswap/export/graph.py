@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
 from normswap.errors import ExportError, first_words
 from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.opset import NO_ONNX, unused
 from normswap.layer.export_operator import inject_operator
 from normswap.models.quiet import quiet
+from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,7 +99,7 @@ AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
     """The choices of free axes to try, the one that frees the most first."""
     arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    leaves, structure = pytree.tree_flatten(arguments)
+    leaves, structure = tree_flatten(arguments)
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
     batch = next((size for size in sizes if size is not None), None)
     if batch is None:
@@ -108,12 +108,12 @@ def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     batches = [same]
     if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
         batches.append([i == same.index(True) for i in range(len(same))])
-    choices = [_Choice(pytree.tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
+    choices = [_Choice(tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
     wider: list[_Choice] = []
     for sequences in (False, True) if spatial else ():
         axes = _spatial_axes(leaves, sequences=sequences)
         both = [({0: "batch"} if free else {}) | more for free, more in zip(same, axes, strict=True)]
-        shapes = pytree.tree_unflatten([found or None for found in both], structure)
+        shapes = tree_unflatten([found or None for found in both], structure)
         if any(axes) and shapes not in [choice.shapes for choice in wider]:
             wider.append(_Choice(shapes, spatial=True))
     return [*wider, *choices, _Choice(None)]
@@ -149,14 +149,14 @@ def _output_names(program: ExportedProgram) -> list[str]:
     specs = [spec for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     structure = program.call_spec.out_spec
     try:
-        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(specs))), structure))[0]]
+        paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(list(range(len(specs))), structure))[0]]
     except Exception:  # a container that has no names for its items
         paths = [()] * len(specs)
     names: list[str] = []
     for spec, path in zip(specs, paths, strict=True):
         if isinstance(spec.arg, ConstantArgument):
             continue  # torch leaves out what is no tensor
-        words = [key.key if isinstance(key, pytree.MappingKey) else getattr(key, "name", None) for key in path]
+        words = [key.key if isinstance(key, MappingKey) else getattr(key, "name", None) for key in path]
         names.append(unused("_".join(str(word) for word in words if word is not None) or "output", names))
     return names
 

@@ -27,6 +27,7 @@ from torch.utils.data import default_collate
 
 from normswap.errors import SwapError, UsageError, first_line
 from normswap.models.copying import copy_for_running
+from normswap.models.torch_private import AnyBatchNorm
 
 SEED = 0
 HIGH = 10  # what integers stay below, where nothing else is known
@@ -139,7 +140,7 @@ def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
             return [(1, _TOKENS, module.input_size)]
         case nn.Embedding() | nn.EmbeddingBag():
             return [(1, min(_TOKENS, module.num_embeddings))]
-        case nn.modules.batchnorm._BatchNorm() if module.affine:
+        case AnyBatchNorm() if module.affine:
             return [(1, module.num_features, *rest) for rest in ((), (16,), (32, 32), (8, 16, 16))]
     return None
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map
 
 from normswap.errors import SwapError, UsageError
 from normswap.models import wellformed
 from normswap.models.inputs import Inputs
+from normswap.models.torch_private import tree_map
 
 Model = nn.Module | ExportedProgram
 M = TypeVar("M", bound=Model)

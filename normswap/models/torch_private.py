@@ -11,6 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+# The reader of zip archives that torch.load itself uses, so that both see the same records of a file.
+from torch._C import PyTorchFileReader
+
 # An aten operator, as an exported program calls it: to know one, to bind its arguments, to tell how much it returns.
 from torch._ops import OpOverload
 
@@ -27,16 +30,30 @@ from torch.nn.modules.instancenorm import _InstanceNorm as AnyInstanceNorm
 from torch.package.importer import sys_importer
 
 # The tensors in whatever a model takes or returns: torch has no public walk through nested containers.
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    MappingKey,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [
     "CONV_FORWARD",
     "DYNAMO",
     "HOOKS",
     "MODULE_STATE",
+    "PYTHON2_MODULES",
+    "PYTHON2_NAMES",
+    "STORAGE_CLASSES",
     "AnyBatchNorm",
     "AnyInstanceNorm",
+    "MappingKey",
     "OpOverload",
+    "PyTorchFileReader",
     "StorageWeakRef",
     "base_of_view",
     "format_import_block",
@@ -77,6 +94,11 @@ CONV_FORWARD = "_conv_forward"
 
 # The module that torch.compile imports: where it is not loaded nothing is compiled, and importing it takes seconds.
 DYNAMO = "torch._dynamo"
+
+
+# The classes of storages that the pickle of a model may name; and what became, in Python 3, of the names in a pickle of Python 2.
+STORAGE_CLASSES = frozenset(torch._storage_classes)
+PYTHON2_NAMES, PYTHON2_MODULES = torch._utils.NAME_MAPPING, torch._utils.IMPORT_MAPPING
 
 
 def parameters_of(operator: OpOverload) -> list[Any]:

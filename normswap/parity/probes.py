@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from normswap.models.copying import to_float64
+from normswap.models.torch_private import tree_flatten, tree_unflatten
 
 LARGE = " x 1000"  # how the name of the one with large inputs ends
 FLAT = 3.0

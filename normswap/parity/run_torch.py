@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from normswap.errors import SwapError
 from normswap.models.copying import uncompiled
 from normswap.models.float64 import in_float64
+from normswap.models.torch_private import is_functorch_wrapped, keystr, tree_flatten_with_path
 from normswap.parity.limits import coarsest
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
@@ -70,7 +70,7 @@ def module_runner(
     def keep(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
-            if isinstance(output, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(output) and not output.is_nested:
+            if isinstance(output, Tensor) and not is_functorch_wrapped(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
                 kept[f"{name}@{calls[name]}"] = sampled(output)
 

@@ -35,6 +35,7 @@ def build(site: Site, std: str) -> nn.Module:
 
 
 def is_flavour(site: Site) -> bool:
+    """Whether the site is a layer that calls itself a norm, computes a known formula, and takes nothing but x."""
     if not is_called_a_norm(site) or isinstance(site.module, torch.jit.ScriptModule):
         return False
     found = recognise(cast(nn.Module, site.module))
@@ -42,6 +43,7 @@ def is_flavour(site: Site) -> bool:
 
 
 def check_flavour(site: Site) -> str | None:
+    """Why the flavour has to stay: it has no size of its own, or may do more than the formula; None if it can be swapped."""
     module = cast(nn.Module, site.module)
     found = recognise(module)
     assert found is not None
@@ -54,10 +56,12 @@ def check_flavour(site: Site) -> str | None:
 
 
 def is_hand_written(site: Site) -> bool:
+    """Whether the site is a layer that was made of code that looks like a norm."""
     return isinstance(site.module, HandwrittenNorm)
 
 
 def check_hand_written(site: Site) -> str | None:
+    """Why the code has to stay: it computes no known formula, or not even its input says how many channels there are; None if it can go."""
     module = cast(nn.Module, site.module)
     found = recognise(module)
     if found is not None and found.sized and found.kind != "affine":

@@ -1,3 +1,5 @@
-"""Acts on a Plan: makes the converted model, sets its statistics from data where the Plan asks for that, and goes back to the norms
-that were there. May import `detect`, `models` and `layer`.
+"""Acts on a Plan. May import `detect`, `models` and `layer`.
+
+`apply.py` makes the converted model, `calibrate.py` sets its statistics from data where the Plan asks for that, and `revert.py` goes back
+to the norms that were there.
 """

@@ -19,9 +19,11 @@ class StratumLabels(TorchFunctionMode):
         self.labels: dict[int, tuple[Tensor, int]] = {}
 
     def of(self, value: Any) -> int:
+        """The last stratum that any tensor in `value` depends on; 0 for none."""
         return max((self.labels[id(t)][1] for t in tensors_in(value) if id(t) in self.labels), default=0)
 
     def mark(self, value: Any, label: int) -> None:
+        """From here on, the tensors in `value` depend on the stratum `label`."""
         self.labels.update((id(tensor), (tensor, label)) for tensor in tensors_in(value))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:

@@ -18,6 +18,9 @@ from normswap.models import torch_private
 
 # module -> name -> what it is for
 NAMES: dict[str, dict[str, str]] = {
+    "torch": {"_storage_classes": "pickled models cannot be read without running them"},
+    "torch._C": {"PyTorchFileReader": "pickled models cannot be read without running them"},
+    "torch._utils": dict.fromkeys(("NAME_MAPPING", "IMPORT_MAPPING"), "pickles of Python 2 cannot be read"),
     "torch._ops": {"OpOverload": "the operators of an exported program are not known"},
     "torch.fx.graph_module": {
         "_format_import_block": "code in which a norm was replaced cannot be compiled",
@@ -28,7 +31,7 @@ NAMES: dict[str, dict[str, str]] = {
     "torch.nn.modules.instancenorm": {"_InstanceNorm": "InstanceNorm is not known"},
     "torch.package.importer": {"sys_importer": "code in which a norm was replaced cannot be compiled"},
     "torch.utils._pytree": dict.fromkeys(
-        ("keystr", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),
+        ("MappingKey", "keystr", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),
         "the tensors in nested inputs and outputs are not found",
     ),
 }

@@ -9,6 +9,8 @@ import re
 
 import torch
 
+from normswap.models.torch_private import STORAGE_CLASSES
+
 # Where nn.Module classes may come from. Importing one of these modules defines classes and does nothing else: no scripts (the
 # convert_* files of transformers), no compilers of code (torch.fx, torch.jit, torch.package), nothing quantised. Of transformers,
 # not the four families whose forward fetches compiled kernels from the hub.
@@ -69,5 +71,5 @@ OBJECTS = frozenset(
 HOOK = "normswap.layer.coupling.Observer"
 
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
-STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes)
+STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in STORAGE_CLASSES)
 TENSOR_TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import torch
-
 # --- descriptions ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -206,10 +204,10 @@ class Interpreter:
     def global_(self) -> None:
         module, name = self.line(), self.line()
         # Python 2 names, translated as torch translates them
-        if (module, name) in torch._utils.NAME_MAPPING:
-            module, name = torch._utils.NAME_MAPPING[module, name]
+        if (module, name) in PYTHON2_NAMES:
+            module, name = PYTHON2_NAMES[module, name]
         else:
-            module = torch._utils.IMPORT_MAPPING.get(module, module)
+            module = PYTHON2_MODULES.get(module, module)
         self.make(Global(module, name))
 
     def newobj(self) -> None:

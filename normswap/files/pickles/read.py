@@ -19,6 +19,7 @@ from normswap.errors import LoadError, described
 from normswap.files.pickles.interpreter import MAX_PICKLE, Broken, Global, Interpreter, Storage, UnknownOpcode
 from normswap.files.pickles.review import Reviewer, reason
 from normswap.files.pickles.wrappers import stand_in, without_stand_ins
+from normswap.models.torch_private import PyTorchFileReader
 
 
 def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> Any:
@@ -188,7 +189,7 @@ def open_archive(file: IO[bytes], name: str) -> Any:
     """The reader that torch.load itself uses, so that both see the same records of a zip file made to look like two."""
     file.seek(0)
     try:
-        archive = torch._C.PyTorchFileReader(file)
+        archive = PyTorchFileReader(file)
         held = sum(archive.get_record_size(record) for record in archive.get_all_records())
     except Exception as error:  # RuntimeError of the reader, OSError of a seek to where it was told to
         if zipfile.is_zipfile(file):
