@@ -137,7 +137,7 @@ def rows_of(report: Report) -> Iterator[Row]:
         drift = report.parities.get("drift", Parity(()))
         own = [d for d in drift.sites if d.name == swap.name]
         exact = [d for name, parity in report.parities.items() if name != "drift" for d in parity.sites if d.name == swap.name]
-        # An approximate swap is judged by its drift: in the other comparisons it is not made, or is held against itself.
+        # An approximate swap is judged by its drift: the other comparisons leave it out, or compare it with itself.
         worst = worst_of(own if own and swap.preserves == "approximate" else exact)
         what = f"swapped, {swap.preserves}" if report.parities else f"would swap, {swap.preserves}"
         error = "" if worst is None else figure(worst.max_rel) if worst.problem is None else worst.problem

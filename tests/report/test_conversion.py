@@ -201,9 +201,9 @@ def test_json_holds_the_plan() -> None:
     assert result["versions"]["torch"].startswith("2.")
 
 
-def test_every_leg_is_named_and_what_was_not_run_is_no_pass() -> None:
+def test_every_comparison_is_named_and_what_was_not_run_is_no_pass() -> None:
     result = full()
-    assert [(leg["leg"], leg["status"], leg["reason"]) for leg in result.json()["legs"]] == [
+    assert [(row["leg"], row["status"], row["reason"]) for row in result.json()["legs"]] == [
         ("original", "noise floor", None),
         ("torch", "passed", None),
         ("onnxruntime (all)", "failed", None),
@@ -221,7 +221,7 @@ def keys(value: object) -> Iterator[str]:
         for key, item in value.items():
             yield key
             if key == "parities":
-                yield from (inner for leg in item.values() for inner in keys(leg))
+                yield from (inner for parity in item.values() for inner in keys(parity))
             elif key not in {"seconds", "versions", "nodes", "skeleton", "extra", "kernels"}:
                 yield from keys(item)
     elif isinstance(value, list):

@@ -47,7 +47,7 @@ def test_what_could_not_be_compared_is_named() -> None:
 
 
 def test_the_worst_output_is_the_one_furthest_over_what_it_is_allowed() -> None:
-    large_but_allowed = difference("half", 2e-3, tolerance=5e-3)
+    large_but_allowed = difference("float16", 2e-3, tolerance=5e-3)
     small_but_not = difference("single", 2e-6)
     assert "max error 2.0e-06, allowed 1.0e-06" in parity_summary(parity(large_but_allowed, small_but_not))
 

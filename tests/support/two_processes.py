@@ -166,7 +166,7 @@ COUPLED = {
     for micro in (1, 2)
 }
 CHECKPOINTED = (("ddp", "none"), ("fsdp", "none"), ("ddp", "auto"), ("pairs", "auto"))
-UNTOLD = {
+NOT_ATTACHED = {
     f"{wrap} untold{' synchronised' if each else ''}": Case(wrap, micro=2, synchronised=each, told=False)
     for wrap in WRAPS
     for each in (False, True)
@@ -330,7 +330,7 @@ def main(rank: int, directory: Path) -> None:
 def everything(rank: int, directory: Path) -> dict[str, Any]:
     x, y = X[4 * rank : 4 * rank + 4], Y[4 * rank : 4 * rank + 4]
     warnings.simplefilter("error")
-    found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | UNTOLD | COUPLED).items()}
+    found: dict[str, Any] = {name: trained(case, x, y) for name, case in (CASES | NOT_ATTACHED | COUPLED).items()}
     for wrap in WRAPS:
         found[f"{wrap} two forwards"] = two_forwards(wrap, x, y)
         found[f"{wrap} micro-batches"] = in_micro_batches(wrap, x, y)

@@ -205,18 +205,18 @@ def test_transformers(accumulate: int, aux: Any, tmp_path: Path) -> None:
     assert not any(key.startswith("normswap") for key in built.state.log_history[-1])
 
 
-@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("trend", [True, False])
 @pytest.mark.parametrize("cls", [Net, CountsItems])
-def test_transformers_with_coupled_statistics(cls: Any, feedback: bool, tmp_path: Path) -> None:
-    """With feedback two whole steps: in the shorter last one the Trainer, which knows too late, takes away a part of the trend."""
+def test_transformers_with_coupled_statistics(cls: Any, trend: bool, tmp_path: Path) -> None:
+    """With the trend two whole steps: of a shorter last one the Trainer learns too late, and takes away a part of the trend."""
     model = net(cls, coupling="auto")
     for layer in layers(model):
         assert layer.producer is not None
-        if not feedback:
+        if not trend:
             layer.unsteer()
     reference = copy.deepcopy(model)
-    trainer(model, tmp_path, gradient_accumulation_steps=4, **({"max_steps": 2} if feedback else {})).train()
-    by_hand(reference, model.seen, [4, 4] if feedback else HF_STEPS[4])
+    trainer(model, tmp_path, gradient_accumulation_steps=4, **({"max_steps": 2} if trend else {})).train()
+    by_hand(reference, model.seen, [4, 4] if trend else HF_STEPS[4])
     assert_same(model, reference)
 
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from doc_blocks import blocks
 from processes import REPOSITORY, run
 from torch import Tensor
-from two_processes import BOTH, CASES, CHECKPOINTED, COUPLED, LATE, UNTOLD, WRAPS, Case, X, Y, build, full, trained
+from two_processes import BOTH, CASES, CHECKPOINTED, COUPLED, LATE, NOT_ATTACHED, WRAPS, Case, X, Y, build, full, trained
 
 import normswap.layer.coupling
 from normswap.layer import gradient_trend, sample_limit
@@ -66,12 +66,12 @@ def test_the_reference_is_worth_comparing_with(alone: dict[Case, dict[str, Any]]
 
 
 def test_the_coupled_reference_is_worth_comparing_with(alone: dict[Case, dict[str, Any]]) -> None:
-    """All five norms are coupled and have feedback; samples are held, and gradients of producers are shortened."""
+    """All five norms are coupled, with a trend; samples reach the limit, and gradients of producers are clipped."""
     (case,) = {counterpart(c) for c in COUPLED.values() if c.aux == "auto"}
     changes = {
-        "guard": (sample_limit, "LIMIT", 1e9),
+        "limit": (sample_limit, "LIMIT", 1e9),
         "clip": (normswap.layer.coupling, "TURN", 1e9),
-        "feedback": (gradient_trend, "RATE", 0.0),
+        "trend": (gradient_trend, "RATE", 0.0),
     }
     assert {n for n in alone[case]["grads"] if "input_mean" in n} == {f"{i}.input_mean" for i in (1, 4, 6, 8, 12)}
     for module, name, value in changes.values():
@@ -91,7 +91,7 @@ def test_half_the_batch_each(name: str, found: list[dict[str, Any]], alone: dict
         assert_same(found[rank][name]["state"], expected["state"])
 
 
-@pytest.mark.parametrize("name", [*CASES, *UNTOLD, *COUPLED])
+@pytest.mark.parametrize("name", [*CASES, *NOT_ATTACHED, *COUPLED])
 def test_both_processes_hold_the_same(name: str, found: list[dict[str, Any]]) -> None:
     """Bit for bit: a statistic that stepped with the gradients of its own process alone would part here."""
     first, second = (found[rank][name]["state"] for rank in (0, 1))
@@ -99,8 +99,8 @@ def test_both_processes_hold_the_same(name: str, found: list[dict[str, Any]]) ->
     assert [n for n in first if not torch.equal(first[n], second[n])] == []
 
 
-@pytest.mark.parametrize("name", UNTOLD)
-def test_accumulation_that_was_not_told_of_is_put_right(name: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", NOT_ATTACHED)
+def test_accumulation_without_attach_is_put_right(name: str, found: list[dict[str, Any]], alone: dict[Case, dict[str, Any]]) -> None:
     for rank in (0, 1):
         (warning,) = found[rank][name]["warnings"]
         assert "Say normswap.attach(model, accumulate=...)" in warning
@@ -109,13 +109,13 @@ def test_accumulation_that_was_not_told_of_is_put_right(name: str, found: list[d
 
 def test_fsdp_with_a_plain_optimizer_is_put_right_from_the_second_step_on(found: list[dict[str, Any]]) -> None:
     """Nothing of the optimizer's parameters is known before its first step, when the gradients of several passes are one already."""
-    told = trained(LATE._replace(wrap=None), X, Y)
+    attached = trained(LATE._replace(wrap=None), X, Y)
     for rank in (0, 1):
         (warning,) = found[rank]["late"]["warnings"]
         assert "Say normswap.attach(model, accumulate=...)" in warning
         first, second = found[rank]["late"]["states"]
-        moved = {n: (second[n] - first[n], told["states"][1][n] - told["states"][0][n]) for n in ("1.mean", "4.mean")}
-        assert not torch.allclose(first["1.mean"], told["states"][0]["1.mean"])
+        moved = {n: (second[n] - first[n], attached["states"][1][n] - attached["states"][0][n]) for n in ("1.mean", "4.mean")}
+        assert not torch.allclose(first["1.mean"], attached["states"][0]["1.mean"])
         for mine, expected in moved.values():
             assert (mine / expected).abs().max() < 1.2
 

@@ -46,7 +46,7 @@ def converted(aux: str = "auto", *, dtype: torch.dtype = torch.float64, **option
     model = copy.deepcopy(_converted(door, dtype, coupling="auto" if coupled else "none", **options))
     for layer in model.modules():
         if isinstance(layer, BatchlessNorm):
-            layer.stepped = True  # the guard is there from the first step on
+            layer.stepped = True  # the limit holds from the first step on
     return model
 
 
@@ -90,25 +90,25 @@ def coupled(layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
     return answers + n * ((mean - answers) / n).detach(), n * (std / n).detach()
 
 
-def leaning(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """The forward pass of a layer with feedback and guard, as it is written down. left: what is left of the gradient by z, and z."""
+def without_trend(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """The forward pass of a layer with a trend and a limit, as it is written down. left: what is left of the gradient by z, and z."""
 
     def shaped(t: Tensor) -> Tensor:
         return t.view(-1, 1, 1)
 
     mean, std = coupled(layer)
     z = (x - shaped(mean)) / shaped(std) + torch.zeros((), requires_grad=True)
-    held = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.guarded else 1
+    limit = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.guarded else 1
     z = z + 0  # the trend is taken away from what comes along z alone
     fixed, (slope, level) = z.detach(), layer.trend.detach() / (z[:, 0].numel() * layer.calls)
 
-    def lean(g: Tensor) -> Tensor:
+    def take_trend(g: Tensor) -> Tensor:
         r: Tensor = g - shaped(slope) * fixed - shaped(level)
         left.append((r, fixed))
         return r
 
-    z.register_hook(lean)  # type: ignore[no-untyped-call]
-    z = z * held
+    z.register_hook(take_trend)  # type: ignore[no-untyped-call]
+    z = z * limit
     return z if layer.weight is None or layer.bias is None else shaped(layer.weight) * z + shaped(layer.bias)
 
 
@@ -121,7 +121,7 @@ def reference(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
     for layer in layers:
         if layer.aux == "auto" and layer.steering is not None and layer._learns:
             left[layer] = []
-            layer.forward = functools.partial(leaning, layer, left[layer])  # type: ignore[method-assign]
+            layer.forward = functools.partial(without_trend, layer, left[layer])  # type: ignore[method-assign]
         layer.aux = "none"
         for module in (layer, layer.producer):
             if module is not None:

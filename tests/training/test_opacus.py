@@ -275,7 +275,7 @@ def test_without_noise_and_clipping_it_is_plain_training(stats: str) -> None:
 
 
 def test_a_batch_in_virtual_steps_is_one_batch() -> None:
-    """Gradients are zeroed in place between the parts, and their number must not be taken for passes that nobody told of."""
+    """Gradients are zeroed in place between the parts, and their number must not be taken for passes without `attach`."""
     model, optimizer, loader = engine(converted(), 8, poisson_sampling=False)
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as parts:
         state = epochs((model, optimizer, parts))
