@@ -21,13 +21,13 @@ from torch import nn
 from normswap.errors import LoadError, SwapError
 from normswap.files import recipe_checks
 from normswap.files.atomic import read_json, recover, writing
-from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.producer import CONVS, TRANSPOSED, input_shape
 from normswap.models.copying import on_meta, unclear_names
 from normswap.versions import version_of
 
 RECIPE, WEIGHTS = "recipe.json", "model.safetensors"
-PRODUCERS = (nn.Linear, *coupling.CONVS, *coupling.TRANSPOSED)
+PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 VERSION = 1
 WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
 MODES = ("aux", "stats", "momentum", "calls")  # how a layer trains: taken from the recipe, as they are no matter of the architecture
@@ -195,9 +195,11 @@ def training_of(model: nn.Module) -> list[dict[str, Any]]:
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     found = []
     for name, layer in model.named_modules():
-        if isinstance(layer, BatchlessNorm) and (layer.pair or layer.guarded or layer.steering is not None or layer.run.pace != 1):
-            told = {"producer": names.get(id(layer.producer)), "units": layer.units, "feedback": layer.steering is not None}
-            found.append({"name": name, **told, "guard": layer.guarded, "pace": layer.run.pace})
+        if isinstance(layer, BatchlessNorm):
+            coupled, feedback = layer.producer is not None, layer.trend is not None
+            if coupled or feedback or layer.limits_samples or layer.run.pace != 1:
+                told = {"producer": names.get(id(layer.producer)), "feedback": feedback, "guard": layer.limits_samples}
+                found.append({"name": name, **told, "pace": layer.run.pace})
     return found
 
 
@@ -216,11 +218,11 @@ def _take_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
             if producer is not None:
                 if not isinstance(producer, PRODUCERS):
                     raise ValueError(f"a {type(producer).__name__} is no conv or linear")
-                layer.couple(producer, torch.zeros(coupling.input_shape(producer), device=layer.mean.device), units=bool(told["units"]))
+                layer.couple(producer, torch.zeros(input_shape(producer), device=layer.mean.device))
             if told["guard"]:
-                layer.guard()
+                layer.enable_sample_limit()
             if told["feedback"]:
-                layer.steer()
+                layer.enable_trend()
             layer.run.pace = float(told["pace"])
         except (ValueError, TypeError) as error:
             raise LoadError(

@@ -121,7 +121,6 @@ _OF_RULE: Mapping[str, Test] = {"kind": _text, "rule": _or_none(_text), "sites":
 _OF_TRAINING: Mapping[str, Test] = {
     "name": _text,
     "producer": _or_none(_text),
-    "units": _flag,
     "feedback": _flag,
     "guard": _flag,
     "pace": lambda value: _number(value) and 0 < value <= 1,

@@ -1,6 +1,6 @@
 """Training a converted model: the auxiliary loss, parameter groups, masks, micro-batches, callbacks.
 
-The mechanism is in `batchless` (what a layer does in train mode), `injection` (autograd) and `stepping` (optimizers); here are its doors.
+The mechanism is in `layer`: `train_pass` (what a layer does in train mode) and `optimizer_step` (optimizers); here are its doors.
 
     normswap.training.huggingface.NormswapCallback     of the Trainer of transformers; extra: normswap[trainer]
     normswap.training.lightning.NormswapCallback       of the Trainer of Lightning; extra: normswap[lightning]

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from normswap.detect.sites import Site
 from normswap.errors import UsageError, described
-from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
+from normswap.layer.producer import input_shape, outputs_of, patch_mean, rank
 from normswap.models.copying import HOOKS, shadow
 
 Coupling = Literal["auto", "none"]
@@ -103,9 +103,9 @@ def couple(
         layer = modules.get(s.name)
         if isinstance(layer, BatchlessNorm):
             if layer.aux != "none":
-                layer.guard()
+                layer.enable_sample_limit()
             if layer.aux == "auto":
-                layer.steer()
+                layer.enable_trend()
     return tuple(found)
 
 
@@ -124,7 +124,7 @@ def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
     hooks = [name for name in HOOKS if name != "_is_full_backward_hook" and getattr(producer, name)]
     if hooks:
         return f"its producer {s.producer} has hooks, which may change what it computes"
-    outputs = coupling.outputs_of(producer)
+    outputs = outputs_of(producer)
     if layer.sizes != (outputs,) or layer.mean.shape != layer.sizes:
         return (
             f"its statistics have the shape {tuple(layer.mean.shape)} for {' x '.join(map(str, layer.sizes))} channels; "
@@ -156,7 +156,7 @@ class _Site:
             return "data", self.total / self.weight
         if self.closed is not None:
             return "closed form", self.closed
-        return "zero", torch.zeros(coupling.input_shape(self.producer))
+        return "zero", torch.zeros(input_shape(self.producer))
 
 
 @dataclass
@@ -216,16 +216,16 @@ class _See:
             size = args[1] if len(args) > 1 else kwargs.get("output_size")
             site.inputs += 1
             if self.data:
-                mean = coupling.patch_mean(module, u, output_size=size) * u.numel()
+                mean = patch_mean(module, u, output_size=size) * u.numel()
                 site.total = mean if site.total is None else site.total + mean
                 site.weight += u.numel()
             elif (known := self.known.get(id(u))) is not None:
-                axis = u.dim() - 1 - coupling.rank(module)
+                axis = u.dim() - 1 - rank(module)
                 if axis == known.axis and len(known.mean) == u.shape[axis]:
                     shape = [1] * u.dim()
                     shape[axis] = -1
                     like = known.mean.view(shape).expand(1 if axis else u.shape[0], *u.shape[1:])
-                    site.closed = coupling.patch_mean(module, like, output_size=size)
+                    site.closed = patch_mean(module, like, output_size=size)
 
         return hook
 
@@ -233,7 +233,7 @@ class _See:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             channels = cast(BatchlessNorm, module).channel_axis[0] % x.dim()
-            site.aligned &= channels == x.dim() - 1 - coupling.rank(site.producer)
+            site.aligned &= channels == x.dim() - 1 - rank(site.producer)
 
         return hook
 

@@ -17,7 +17,7 @@ class Drift(NamedTuple):
 
     mean_z      the root mean square, over channels, of the mean of z = (x - mean) / std
     mean_z2     the mean, over channels, of the mean of z^2, minus 1: the variance is too small if it is positive
-    held        the share of samples that `guard` held in the last forward pass; None of a layer without it
+    held        the share of samples that the `sample_limit` scaled down in the last forward pass; None of a layer without it
     """
 
     mean_z: Tensor
@@ -45,10 +45,10 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     std = layer.statistics()[1]
     f = layer._eps / std.square()
     modes = {"stats": layer.stats, "reduction": layer.reduction}
-    d, r = formulas.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
+    d, r = formulas.misfit_of((mean.grad, parameter.grad), f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
-    factor = layer.run.factor if layer.guarded else None
+    factor = layer.run.factor if layer.limits_samples else None
     if factor is not None and torch._C._functorch.is_functorch_wrapped_tensor(factor):
         factor = None  # of a forward pass in a transform of torch.func, which has left nothing that can be read
     return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

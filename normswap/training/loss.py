@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.layer.export_operator import valued
+from normswap.layer.train_pass import signed
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
@@ -58,8 +59,33 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
     for forward in forwards:
         forward.read = True
-    values = [valued(term.value, term.parameters, term.by) for term in terms]
+    values = [valued(term.value, term.parameters, term.gradients) for term in terms]
     return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
+
+
+class _Valued(torch.autograd.Function):
+    """Takes a value, then parameters, and as many gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @signed
+    def forward(value: Tensor, *pairs: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1 + len(inputs) // 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        return None, *(by * gradient for by in given), *(None for _ in given)
+
+
+def valued(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """value, a scalar with these gradients by the parameters; it saves them, and no activation."""
+    return _Valued.apply(value, *parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:

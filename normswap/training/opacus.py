@@ -54,11 +54,10 @@ def per_sample_gradients(layer: BatchlessNorm, x: Tensor, by_output: Tensor) -> 
     mean, std, parameter = (
         t.view(formulas.axes_shape(t.shape, layer.channel_axis, x.dim())) for t in (layer.mean, layer.statistics()[1], layer.std_parameter)
     )
-    options = layer._options()
-    modes = {name: options[name] for name in ("stats", "reduction")}
-    d, r, f = formulas.misfit(formulas.sums(x, mean, kept=[0]), std, eps=layer._eps)
-    by_mean, by_parameter = formulas.nll_gradients(d, r, f, std, parameter, layer.std, **modes)
-    found = {layer.mean: by_mean * options["share"], layer.std_parameter: by_parameter * options["share"]}
+    settings = layer._settings()
+    misfit = formulas.misfit(formulas.sums(x, mean, kept=[0]), std, eps=layer._eps)
+    by_mean, by_parameter = formulas.nll_gradients(misfit, std, parameter, layer.std, stats=settings.stats, reduction=settings.reduction)
+    found = {layer.mean: by_mean * settings.share, layer.std_parameter: by_parameter * settings.share}
     if layer.weight is not None and layer.bias is not None:
         channels = {axis % x.dim() for axis in layer.channel_axis}
         rest = [axis for axis in range(1, x.dim()) if axis not in channels]
@@ -82,7 +81,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
 
     The same function, parameters and state dict. What differs: activations do not work in place, as they would on what Opacus' hooks watch,
     and the layers copy their output. Opacus is told how to compute the per-sample gradients of the layers, `per_sample_gradients`. The
-    statistics are clipped and get noise like weights, and step as ever (`stepping`), so that epsilon covers them.
+    statistics are clipped and get noise like weights, and step as ever (`optimizer_step`), so that epsilon covers them.
 
     Raises UsageError if Opacus is not installed, if the model has no BatchlessNorm, or one whose statistics are trained but get no gradient
     by themselves (aux is not "auto"), or one whose channels lie on axis 0, where Opacus expects the samples.
