@@ -11,7 +11,7 @@ faults      small nets, each with every kind of planted fault (fixtures/faults.p
 torchvision, timm, transformers, random, real
             conversions that are right: every refusal is listed with its reason
 
-Each model runs in a process of its own. A result is appended to results/judge.jsonl as soon as it is there; interrupted with Ctrl-C, the next
+Each model runs in a process of its own. A result is appended to results/judge.jsonl at once; interrupted with Ctrl-C, the next
 run goes on where this one stopped. To put together what two machines have measured, append one's file to the other's. A conversion that
 takes more than --seconds of processor time counts as refused.
 """

@@ -112,8 +112,8 @@ def made(net: str, row: str) -> nn.Module:
         model = normswap.convert(model, x, **options).model
         for layer in model.modules():
             if isinstance(layer, BatchlessNorm):
-                layer.steer() if row in ("coupled+feedback", "default") else layer.unsteer()
-                layer.guarded = row == "default"
+                layer.enable_trend() if row in ("coupled+feedback", "default") else layer.disable_trend()
+                layer.limits_samples = row == "default"
     for module in model.modules():
         own = [(name, tensor, True) for name, tensor in module._parameters.items()]
         for name, tensor, trained in [*own, *((name, tensor, False) for name, tensor in module._buffers.items())]:

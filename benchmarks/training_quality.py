@@ -267,15 +267,13 @@ def _measured(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-def _converted(
-    model: nn.Module, start: Tensor, *, coupled: bool = True, units: bool = True, feedback: bool = False, guarded: bool = False
-) -> nn.Module:
+def _converted(model: nn.Module, start: Tensor, *, coupled: bool = True, feedback: bool = False, guarded: bool = False) -> nn.Module:
     options: dict[str, Any] = {"calibration": [start], "coupling": "auto"} if coupled else {"coupling": "none"}
     made = normswap.convert(model.eval(), start[:2], **options).model
     for layer in made.modules():
         if isinstance(layer, BatchlessNorm):
-            layer.units, layer.guarded = units, guarded
-            layer.steer() if feedback else layer.unsteer()
+            layer.limits_samples = guarded
+            layer.enable_trend() if feedback else layer.disable_trend()
     return made
 
 
@@ -298,7 +296,6 @@ ROWS: dict[str, Callable[[nn.Module, Tensor, int], nn.Module]] = {
     "plain": lambda model, start, batch: _converted(model, start, coupled=False),
     "feedback": lambda model, start, batch: _converted(model, start, coupled=False, feedback=True),
     "guarded": lambda model, start, batch: _converted(model, start, coupled=False, guarded=True),
-    "centred": lambda model, start, batch: _converted(model, start, units=False),
     "coupled": lambda model, start, batch: _converted(model, start),
     "coupled+feedback": lambda model, start, batch: _converted(model, start, feedback=True),
     "default": lambda model, start, batch: _converted(model, start, feedback=True, guarded=True),  # and param_groups(batch=batch)

@@ -103,7 +103,7 @@ def trained(steps: int) -> tuple[nn.Module, study.Images]:
         optimizer.step()
     set_trends(model, learned)
     for layer in norms(model):
-        layer.guarded = False
+        layer.limits_samples = False
     return model, data
 
 

@@ -281,10 +281,10 @@ class _Measure:
     @torch.no_grad()
     def _move(self, step: float, gradient: Sequence[Tensor]) -> None:
         """To x - step g; coupled statistics move along with the weight of their producer, as they do when an optimizer steps."""
-        anchors = [(norm, norm.anchor()) for norm in self.norms if norm.follows is not None]
+        snapshots = [(norm, norm.snapshot()) for norm in self.norms if norm.producer_in_training is not None]
         for parameter, g in zip(self.task, gradient, strict=True):
             parameter.sub_(g, alpha=step)
-        optimizer_step.follow(anchors)
+        optimizer_step.follow_weights(snapshots)
 
     @torch.no_grad()
     def _back(self) -> None:
@@ -351,7 +351,7 @@ def _task(name: str, model: nn.Module, layer: str | None) -> list[nn.Parameter]:
         id(p)
         for m in modules.values()
         if isinstance(m, BatchlessNorm)
-        for p in (m.mean, m.std_parameter, m.tracked, m.steering)
+        for p in (m.mean, m.std_parameter, m.input_mean, m.trend)
         if p is not None
     }
     found = [p for p in (model if layer is None else modules[layer]).parameters() if p.requires_grad and id(p) not in statistics]

@@ -19,13 +19,13 @@ from torch import nn
 from normswap.errors import LoadError, SwapError
 from normswap.files.atomic import writing
 from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
-from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.producer import CONVS, TRANSPOSED, input_shape
 from normswap.models.copying import on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
 WEIGHTS = "model.safetensors"
-PRODUCERS = (nn.Linear, *coupling.CONVS, *coupling.TRANSPOSED)
+PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
 
 
@@ -167,11 +167,11 @@ def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
             if producer is not None:
                 if not isinstance(producer, PRODUCERS):
                     raise ValueError(f"a {type(producer).__name__} is no conv or linear")
-                layer.couple(producer, torch.zeros(coupling.input_shape(producer), device=layer.mean.device), units=bool(entry["units"]))
+                layer.couple(producer, torch.zeros(input_shape(producer), device=layer.mean.device))
             if entry["guard"]:
-                layer.guard()
+                layer.enable_sample_limit()
             if entry["feedback"]:
-                layer.steer()
+                layer.enable_trend()
             layer.run.pace = float(entry["pace"])
         except (ValueError, TypeError) as error:
             raise LoadError(

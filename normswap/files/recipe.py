@@ -123,9 +123,8 @@ RULE: Mapping[str, Field[Any]] = {"kind": Field(_text), "rule": Field(_or_none(_
 TRAINING: Mapping[str, Field[BatchlessNorm]] = {
     "name": Field(_text),
     "producer": Field(_or_none(_text)),  # None: not coupled
-    "units": Field(_flag, lambda layer: layer.units),
-    "feedback": Field(_flag, lambda layer: layer.steering is not None),
-    "guard": Field(_flag, lambda layer: layer.guarded),
+    "feedback": Field(_flag, lambda layer: layer.trend is not None),
+    "guard": Field(_flag, lambda layer: layer.limits_samples),
     "pace": Field(lambda value: _number(value) and 0 < value <= 1, lambda layer: layer.run.pace),
 }
 MODES = tuple(name for name, each in SITE.items() if each.mode)
@@ -219,7 +218,7 @@ def training_of(model: nn.Module) -> list[dict[str, Any]]:
         {"name": name, "producer": names.get(id(layer.producer)), **_values(TRAINING, layer)}
         for name, layer in model.named_modules()
         if isinstance(layer, BatchlessNorm)
-        and (layer.producer is not None or layer.guarded or layer.steering is not None or layer.run.pace != 1)
+        and (layer.producer is not None or layer.limits_samples or layer.trend is not None or layer.run.pace != 1)
     ]
 
 

@@ -1,28 +1,30 @@
-"""BatchlessNorm: normalization by learned statistics instead of those of the batch."""
+"""BatchlessNorm, the layer: it normalizes by a learned mean and standard deviation instead of those of the batch."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, formulas, gradient_trend, optimizer_step, sample_limit
-from normswap.layer.coupling import Coupled
+from normswap.layer import coupling, formulas, gradient_trend, optimizer_step, sample_limit, train_pass
+from normswap.layer.coupling import Coupled, Snapshot
 from normswap.layer.export_operator import in_graph
-from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Reduction, Stats, StdForm
+from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Misfit, Reduction, Stats, StdForm
 from normswap.layer.fsdp import is_part
-from normswap.layer.gradient_trend import Lean
-from normswap.layer.sample_limit import Held
-from normswap.layer.train_pass import Given, passed
+from normswap.layer.gradient_trend import TrendTerm
+from normswap.layer.producer import input_shape, outputs_of
+from normswap.layer.run import Run, Term, check_precision, records_term, refuse_replicas, watch_passes
+from normswap.layer.sample_limit import Limit
+from normswap.layer.train_pass import Given
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
-KNOWN = 10**9
+KNOWN = 10**9  # `BatchlessNorm.steps` of an input mean that was measured
 MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
 PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
 
@@ -62,35 +64,66 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> T
     return formulas.applied(x, scale.view(shape), shift.view(shape))
 
 
-Misfit = tuple[Tensor, Tensor, Tensor]  # (d, r, f) of `formulas.misfit`, as shaped there
+class Settings(NamedTuple):
+    """How a layer normalizes and how its statistics learn: what a forward pass in train mode reads of it, but for tensors.
 
-
-def _gradients(
-    x: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    parameter: Tensor,
-    mask: Tensor | None,
-    options: Mapping[str, Any],
-    found: Misfit | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(r of the misfit of x, the gradient of its NLL by mean, by the std's parameter), with no history; the gradients in their shapes.
-
-    found: the misfit of x, if it is known.
+    sizes, axes   of the channels, as in `BatchlessNorm.sizes` and `channel_axis`
+    rate          the momentum            eps   what the source adds to the variance
+    share         of the NLL's gradient in this call
     """
-    _shape(x, options["sizes"], options["axes"])
-    shape = formulas.axes_shape(mean.shape, options["axes"], x.dim())
+
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+    form: StdForm
+    stats: Stats
+    reduction: Reduction
+    rate: float
+    eps: float
+    share: float
+
+
+class Training(NamedTuple):
+    """What a forward pass in train mode does besides the normalization. None for what it does not do.
+
+    statistics   (mean, the std's parameter), if the NLL gives them a gradient
+    given        other parameters, and the gradients that they get: the input mean
+    mask, scale  what counts, and what the loss is multiplied by, see `run.Run`
+    coupled      the producer, if the gradient passes through its weight and bias
+    misfit       that of the input, if it is known
+    trend        what is taken out of the gradient
+    limit        the factor of each sample; samples: the axes of the input that have one each
+    """
+
+    statistics: tuple[Tensor, Tensor] | None = None
+    given: Given = ()
+    mask: Tensor | None = None
+    scale: Tensor | None = None
+    coupled: Coupled | None = None
+    misfit: Misfit | None = None
+    trend: TrendTerm | None = None
+    limit: Limit | None = None
+    samples: tuple[int, ...] = ()
+
+
+def _nll(
+    x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, settings: Settings, misfit: Misfit | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(r of the misfit of x, the gradients of its NLL by mean and by the std's parameter), with no history; the gradients in their shapes.
+
+    misfit: that of x, if it is known.
+    """
+    axes = settings.axes
+    _shape(x, settings.sizes, axes)
+    shape = formulas.axes_shape(mean.shape, axes, x.dim())
     mean, std, parameter = (t.detach().view(shape) for t in (mean, std, parameter))
-    if found is None:
-        counted = None if mask is None else _mask_of(x, mask, options["axes"])
-        found = formulas.misfit(formulas.sums(x.detach(), mean, counted), std, eps=options["eps"])
-    d, r, f = found
-    modes = {name: options[name] for name in ("stats", "reduction")}
-    by_mean, by_parameter = formulas.nll_gradients(d, r, f, std, parameter, options["form"], **modes)
-    flat = [axis % x.dim() for axis in options["axes"]]
-    sizes = [shape[axis] for axis in flat]
-    by_mean, by_parameter = (formulas.weighed(t.view(sizes), options["share"]) for t in (by_mean, by_parameter))
-    return r, by_mean, by_parameter
+    if misfit is None:
+        counted = None if mask is None else _mask_of(x, mask, axes)
+        misfit = formulas.misfit(formulas.sums(x.detach(), mean, counted), std, eps=settings.eps)
+    modes: dict[str, Any] = {"stats": settings.stats, "reduction": settings.reduction}
+    gradients = formulas.nll_gradients(misfit, std, parameter, settings.form, **modes)
+    sizes = [shape[axis % x.dim()] for axis in axes]
+    by_mean, by_parameter = (formulas.times(t.view(sizes), settings.share) for t in gradients)
+    return misfit.r, (by_mean, by_parameter)
 
 
 def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -105,47 +138,27 @@ def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
     return mask.view(formulas.axes_shape(tuple(mask.shape), free[: mask.dim()], x.dim()))
 
 
-def _passed(
-    x: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    trained: tuple[Tensor, Tensor] | None,
-    more: Given,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    coupled: Coupled | None,
-    found: Misfit | None = None,
-    lean: Lean | None = None,
-    held: Held | None = None,
-    samples: tuple[int, ...] = (),
-    **options: Any,
+def _train(
+    x: Tensor, mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | None, training: Training, settings: Settings
 ) -> Tensor:
-    """The output of a layer in train mode. trained: (mean, the std's parameter) if the NLL gives them a gradient; more: who else gets one.
-
-    found: the misfit of x, if it is known.
-    """
-    shape = _shape(x, options["sizes"], options["axes"])
-    _, *by = (None,) if trained is None else _gradients(x, mean, std, trained[1], mask, options, found)
+    """The output of a layer in train mode. mean, std: without a history."""
+    shape = _shape(x, settings.sizes, settings.axes)
+    statistics, mask = training.statistics, training.mask
+    gradients = None if statistics is None else _nll(x, mean, std, statistics[1], mask, settings, training.misfit)[1]
     if torch.compiler.is_exporting():  # to a graph of operators, which has no autograd.Function
-        slope, shift = (t.expand(options["sizes"]) for t in formulas.affine_of(mean, std, weight, bias))
-        if trained is not None:
-            shift = in_graph(shift, *trained, *by, **{name: options[name] for name in ("form", "stats", "rate")})
+        slope, shift = (t.expand(settings.sizes) for t in formulas.affine_of(mean, std, weight, bias))
+        if statistics is not None and gradients is not None:
+            shift = in_graph(shift, statistics, gradients, form=settings.form, stats=settings.stats, rate=settings.rate)
         return formulas.applied(x, slope.view(shape), shift.view(shape))
-    given = (*zip(trained or (), by, strict=True), *more)
-    axes = tuple(axis % x.dim() for axis in options["axes"])
+    given = (*zip(statistics or (), gradients or (), strict=True), *training.given)
+    axes = tuple(axis % x.dim() for axis in settings.axes)
     mean, std = (t.view(formulas.axes_shape(t.shape, axes, x.dim())) for t in (mean, std))
     counted = None if mask is None else _mask_of(x, mask, axes)
-    kinds: dict[str, Any] = {"held": held, "samples": samples, "coupled": coupled, "lean": lean}
-    return passed(x, mean, std, weight, bias, axes=axes, shape=shape, given=given, mask=counted, scale=scale, **kinds)
-
-
-def _term(x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, more: Given, **options: Any) -> optimizer_step.Term:
-    r, *by = _gradients(x, mean, std, parameter, mask, options)
-    value = formulas.gaussian_nll_of(r, reduction=options["reduction"])
-    return optimizer_step.Term(value, (mean, parameter, *(t for t, _ in more)), (*by, *(by for _, by in more)))
+    limit, coupled, trend = training.limit or (None,) * 4, training.coupled, training.trend or (None,) * 3
+    producer = (None,) * 3 if coupled is None else coupled[:3]
+    tensors = train_pass.Tensors(x, mean, std, weight, bias, counted, training.scale, *limit, *producer, *trend)
+    options = train_pass.Options(axes, shape, training.samples, None if coupled is None else coupled.constants)
+    return train_pass.apply(tensors, options, given)
 
 
 def _refuse_traces(x: Any, why: str) -> None:
@@ -158,7 +171,7 @@ def _refuse_traces(x: Any, why: str) -> None:
 
 # Leaves for torch.fx: they look at the input's shape, which a tracer cannot.
 torch.fx.wrap("_affine")
-torch.fx.wrap("_passed")
+torch.fx.wrap("_train")
 
 
 class BatchlessNorm(nn.Module):
@@ -166,9 +179,9 @@ class BatchlessNorm(nn.Module):
 
         y = weight * (x - sg(mean)) / sg(std) + bias          sg: no gradient passes
 
-    Train and eval mode compute the same function (but for a layer with a `guard`), and each sample's output depends on that sample alone.
-    The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input, `nll(x)`,
-    whose gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
+    Train and eval mode compute the same function (but for a layer with a sample limit), and each sample's output depends on that sample
+    alone. The task's loss trains weight and bias; `mean` and `std` are trained by the Gaussian negative log-likelihood of the input,
+    `nll(x)`, whose gradient does not reach x. In eval mode the statistics stay as they are, as BatchNorm's do.
 
     Args:
         num_features: the number of channels, or one size per channel axis.
@@ -183,7 +196,7 @@ class BatchlessNorm(nn.Module):
             `mean` and the std's parameter, with weight 1, whenever a gradient comes back to the layer's output. "explicit": the loss adds
             `normswap.aux_loss(model)`.
         stats: the gradient that "auto" and "explicit" give: "natural", with which the statistics are BatchNorm's running averages, or
-            "raw", that of `nll`. See `formulas.nll_gradients` and `stepping`.
+            "raw", that of `nll`. See `formulas.nll_gradients` and `optimizer_step`.
         momentum: the rate of the natural statistics, as BatchNorm's.
         dtype: of the parameters, at least float32.
 
@@ -201,20 +214,19 @@ class BatchlessNorm(nn.Module):
     mean: nn.Parameter
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    input_mean: nn.Parameter | None  # the mean input of the producer, of a coupled layer
+    trend: nn.Parameter | None  # (slope, level) of the gradient over the normalized input, stacked: what is taken out of it
     own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
 
-    run: (
-        optimizer_step.Run
-    )  # what belongs to a run and not to the layer: not in the state dict, and but for its pace neither copied nor pickled
+    run: Run  # not in the state dict, and but for its pace neither copied nor pickled
 
     # Class attributes, so that layers pickled before they existed have them.
     aux: Aux = "none"
     stats: Stats = "natural"
     momentum: float = MOMENTUM
-    units: bool = True  # whether coupled statistics are in units of the weight norm, see `coupling`
     steps: Tensor | None
-    guarded: bool = False  # whether no sample passes on more than a limit in train mode, once `stepped`, see `guard`
-    pair: tuple[nn.Module, ...] = ()  # (producer,): in a tuple, so that it is no child
+    limits_samples: bool = False  # whether there is a limit on each sample in train mode, once `stepped`: `sample_limit`
+    _producer: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
     stepped: bool = False  # whether an optimizer has moved the statistics
     calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
 
@@ -261,13 +273,15 @@ class BatchlessNorm(nn.Module):
         self.register_parameter(PARAMETER_OF_FORM[std], nn.Parameter(formulas.parameter_of(torch.ones(shape, **like), std)))  # type: ignore[arg-type]
         self.register_parameter("weight", nn.Parameter(torch.ones(sizes, **like)) if affine else None)  # type: ignore[arg-type]
         self.register_parameter("bias", nn.Parameter(torch.zeros(sizes, **like)) if affine else None)  # type: ignore[arg-type]
+        self.register_parameter("input_mean", None)
+        self.register_parameter("trend", None)
         # What the source layer measured, so that `revert` can give back an untrained layer bit for bit. Part of the state dict, hence
         # of every checkpoint; never read by forward.
         self.register_buffer("source_mean", None)
         self.register_buffer("source_var", None)
         self.register_buffer("source_batches", None)
-        # Of a layer that is coupled or guarded: the steps of training that input_mean is the mean of, from KNOWN on if that was good from
-        # the start. With it a run that goes on from a checkpoint does what it would have done.
+        # Of a layer that is coupled or limits samples: the steps of training that input_mean is the mean of, from KNOWN on if that was good
+        # from the start. With it a run that goes on from a checkpoint does what it would have done.
         self.register_buffer("steps", None)
         optimizer_step.watch(self)
 
@@ -312,56 +326,52 @@ class BatchlessNorm(nn.Module):
     @property
     def producer(self) -> nn.Module | None:
         """The conv or linear to whose weight the statistics are coupled."""
-        return self.pair[0] if self.pair else None
+        return self._producer[0] if self._producer else None
 
     @property
-    def tracked(self) -> nn.Parameter | None:
-        """`input_mean`, the mean input of the producer, of a coupled layer."""
-        return self._parameters.get("input_mean")
-
-    @property
-    def steering(self) -> nn.Parameter | None:
-        """`trend`: (slope, level) of the gradient over the normalized input, stacked: of a layer that was told to `steer`."""
-        return self._parameters.get("trend")
-
-    @property
-    def _steers(self) -> bool:
-        return self.aux == "auto" and self.steering is not None and self._learns and torch.is_grad_enabled()
-
-    @property
-    def follows(self) -> nn.Module | None:
+    def producer_in_training(self) -> nn.Module | None:
         """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen.
 
         None while its weight is computed from others, as pruning and parametrizations do that came after the swap: what a step made of
         it is not known before the next forward pass.
         """
-        producer = self._watched
+        producer = self._producer_that_trains
         return None if producer is None or "weight" not in producer._parameters else producer
 
     @property
-    def observes(self) -> bool:
-        """Whether the producer tells its mean input."""
-        return self._watched is not None and self.aux != "none"
+    def measures_input(self) -> bool:
+        """Whether the producer hands over the mean of its input."""
+        return self._producer_that_trains is not None and self.aux != "none"
 
     @property
-    def _watched(self) -> nn.Module | None:
-        frozen = not all(tensor.requires_grad for tensor in self._held)
+    def _producer_that_trains(self) -> nn.Module | None:
+        frozen = not all(tensor.requires_grad for tensor in self._statistics)
         return None if frozen or not self.training else self.producer
 
     @property
     def _learns(self) -> bool:
-        return any(tensor.requires_grad for tensor in self._held)
+        return any(tensor.requires_grad for tensor in self._statistics)
 
     @property
-    def _held(self) -> list[Tensor]:
-        """Mean and the std's parameter as they are held: a tracer hands out proxies instead. A replica of nn.DataParallel has tensors."""
-        held: Mapping[str, Any] = self._parameters if "mean" in self._parameters else self.__dict__
-        return [held[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
+    def _takes_out_trend(self) -> bool:
+        trained = self.aux == "auto" and self._learns and torch.is_grad_enabled()
+        return trained and self._parameters.get("trend") is not None  # a replica of nn.DataParallel has none
 
-    def couple(self, producer: nn.Module, input_mean: Tensor, *, units: bool = True, known: bool = True) -> None:
+    @property
+    def _statistics(self) -> list[Tensor]:
+        """Mean and the std's parameter, past a tracer, which hands out proxies instead. A replica of nn.DataParallel has tensors."""
+        found: Mapping[str, Any] = self.__dict__ if self._is_replicated else self._parameters
+        return [found[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
+
+    @property
+    def _is_replicated(self) -> bool:
+        """Whether this is a copy that nn.DataParallel made for one of its devices: it has tensors in the place of parameters."""
+        return "mean" not in self._parameters
+
+    def couple(self, producer: nn.Module, input_mean: Tensor, *, known: bool = True) -> None:
         """Couple the statistics to the weight of the conv or linear whose output goes to this layer and nowhere else.
 
-            mean = <W, input_mean> + b + offset        units: offset and std in units of the norm of each filter of W
+            mean = <W, input_mean> + b + |W| c        std = |W| s        |W| per filter
 
         In train mode the gradient of the task passes through W, and mean and std move with W when an optimizer steps; their values do not
         change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
@@ -370,51 +380,52 @@ class BatchlessNorm(nn.Module):
         input_mean: (input channels, *kernel); known: whether it is measured, and moves by the momentum. Else it becomes the mean over the
         first steps. Raises ValueError for another shape, or a producer with other outputs than channels here.
         """
-        shape, sizes = coupling.input_shape(producer), (coupling.outputs_of(producer),)
+        shape, sizes = input_shape(producer), (outputs_of(producer),)
         if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
             raise ValueError(
                 f"a {type(producer).__name__} with {sizes[0]} outputs and inputs {shape} cannot be coupled to a layer with statistics of "
                 f"shape {tuple(self.mean.shape)} by an input mean of shape {tuple(input_mean.shape)}"
             )
         self.decouple()
-        self.units, self.pair = units, (producer,)
+        self._producer = (producer,)
         self.steps = torch.tensor(KNOWN if known else 0, device=self.mean.device)
         self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
         producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
 
     def decouple(self) -> None:
-        """Back to statistics of its own: the same function, without the gradient."""
-        for producer in self.pair:
+        """End the coupling: the same function and the same statistics, without the gradient through the producer."""
+        for producer in self._producer:
             coupling.release(producer, self)
-        self.pair = ()
-        self._parameters.pop("input_mean", None)
-        self.steps = self.steps if self.guarded else None
+        self._producer = ()
+        self.input_mean = None
+        self.steps = self.steps if self.limits_samples else None
 
-    def guard(self) -> None:
-        """From the first step on, let no sample pass on more than a limit in train mode. See `guard`."""
-        self.guarded = True
+    def enable_sample_limit(self) -> None:
+        """From the first step on, limit how large a sample may become in train mode. See `sample_limit`."""
+        self.limits_samples = True
         self.steps = torch.tensor(0, device=self.mean.device) if self.steps is None else self.steps
 
-    def steer(self) -> None:
-        """Take away what BatchNorm's gradient lacks, its mean and its part along the normalized input, by feedback. See `feedback`.
+    def enable_trend(self) -> None:
+        """Take out of the gradient what BatchNorm's lacks: its mean and its part along the normalized input. See `gradient_trend`.
 
-        In train mode with aux="auto", as the statistics are trained. The function is the same. It starts from 0, which takes nothing away.
+        In train mode with aux="auto", as the statistics are trained. The function is the same. It starts from 0, which takes nothing out.
         """
         self.trend = nn.Parameter(torch.zeros(2, *self.mean.shape).to(self.mean), requires_grad=self._learns)
 
-    def unsteer(self) -> None:
-        self._parameters.pop("trend", None)
+    def disable_trend(self) -> None:
+        """Leave the gradient as it is, and forget its trend."""
+        self.trend = None
 
     def make_plain(self) -> None:
-        """Without what is a matter of a training run: no producer, no feedback, no guard. The function and its statistics are the same."""
+        """Drop what belongs to a training run: producer, trend and sample limit. The function and its statistics are the same."""
         self.decouple()
-        self.unsteer()
-        self.guarded, self.steps = False, None
+        self.disable_trend()
+        self.limits_samples, self.steps = False, None
 
     def _coupled(self) -> Coupled | None:
         """The producer, if the gradient passes through its weight and bias: in train mode."""
-        producer, tracked = self.follows, self.tracked
-        if producer is None or tracked is None or not torch.is_grad_enabled():
+        producer = self.producer_in_training
+        if producer is None or self._is_replicated or not torch.is_grad_enabled():
             return None
         if is_part(cast(Tensor, producer.weight)) and not is_part(self.mean):
             raise UsageError(
@@ -422,13 +433,12 @@ class BatchlessNorm(nn.Module):
                 "Its gradient passes through that weight, of which there is only a part here while the norm runs",
                 hint='put both into one unit, fully_shard([producer, norm]), or convert with coupling="none"',
             )
-        return coupling.coupled_to(producer, tracked, self.mean.dtype, units=self.units, eps=self._eps)
+        return coupling.coupled_to(producer, cast(Tensor, self.input_mean), self.mean.dtype, eps=self._eps)
 
-    def anchor(self) -> tuple[Tensor, Tensor]:
-        """What `optimizer_step.follow` has to know of the producer before its weight is moved."""
-        producer, tracked = self.pair[0], cast(nn.Parameter, self.tracked)
-        moving, size = coupling.place(producer, tracked)
-        return moving.detach(), size.detach()
+    def snapshot(self) -> Snapshot:
+        """What `optimizer_step.follow_weights` has to know of the producer before its weight is moved."""
+        now = coupling.snapshot(self._producer[0], cast(Tensor, self.input_mean))
+        return Snapshot(*(t.detach() for t in now))
 
     @property
     def _eps(self) -> float:
@@ -468,82 +478,80 @@ class BatchlessNorm(nn.Module):
             scale, shift = self.affine_map()
             return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
         mean, std = (t.detach() for t in self.statistics())
-        guards = self.guarded and self.stepped and self._learns
-        options = self._options()
-        looked: dict[str, Any] = self._looked_at(input, mean, std, options["share"], guards=guards) if guards or self._steers else {}
-        trained, more = self._observed(input, std, options) if self._learns and self.aux != "none" else (None, ())
+        limits = self.limits_samples and self.stepped and self._learns
+        settings = self._settings()
+        measured = self._measured(input, mean, std, settings.share, limits=limits) if limits or self._takes_out_trend else {}
+        statistics, given = self._recorded_pass(input, std, settings) if self._learns and self.aux != "none" else (None, ())
         coupled = self._coupled()
         if coupled is not None:
             _refuse_traces(input, "is coupled to its producer")
-        told: dict[str, Any] = {"mask": self.run.mask, "scale": self.run.scale, "coupled": coupled, **looked}
-        return _passed(input, mean, std, self.weight, self.bias, trained=trained, more=more, **told, **options)
+        training = Training(statistics, given, self.run.mask, self.run.scale, coupled, **measured)
+        return _train(input, mean, std, self.weight, self.bias, training, settings)
 
-    def _looked_at(self, x: Tensor, mean: Tensor, std: Tensor, share: float, *, guards: bool) -> dict[str, Any]:
-        """What guard and feedback see in x."""
-        _refuse_traces(x, "is guarded" if guards else "has feedback")
+    def _settings(self) -> Settings:
+        share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)
+        return Settings(self.sizes, self.channel_axis, self.std, self.stats, self.reduction, self.momentum, self._eps, share)
+
+    def _measured(self, x: Tensor, mean: Tensor, std: Tensor, share: float, *, limits: bool) -> dict[str, Any]:
+        """What of `Training` is measured of x: the sample limit, the misfit, and the term of the gradient's trend."""
+        _refuse_traces(x, "limits samples" if limits else "takes a trend out of its gradient")
         _shape(x, self.sizes, self.channel_axis)
         mean, std = (t.view(formulas.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
         mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
-        looked: dict[str, Any] = {}
-        if guards:
+        measured: dict[str, Any] = {}
+        if limits:
             # One after the other lie samples before the channels, and what belongs to a sample behind them. With channels on the last axis
             # it cannot be seen which of the others are the samples (a transformer may have its batch second): each place is one.
             samples = tuple(range(min(axis % x.dim() for axis in self.channel_axis)))
-            held, sums = sample_limit.held(x.detach(), mean, std, samples, mask)
-            looked = {"samples": samples, "held": held}
-            self.run.factor = held.factor
+            limit, sums = sample_limit.limit(x.detach(), mean, std, samples, mask)
+            measured = {"samples": samples, "limit": limit}
+            self.run.factor = limit.factor
         else:
             sums = formulas.sums(x.detach(), mean, mask)
-        d, r, _ = looked["found"] = formulas.misfit(sums, std, eps=self._eps)
-        if self._steers:
-            trend = cast(nn.Parameter, self.steering)
-            looked["lean"] = gradient_trend.lean(trend, d / std, r + 1, sums[2], std, share)
-        return looked
+        misfit = measured["misfit"] = formulas.misfit(sums, std, eps=self._eps)
+        if self._takes_out_trend:
+            first, second = misfit.d / std, misfit.r + 1  # <z>, <z^2>
+            measured["trend"] = gradient_trend.trend_term(cast(Tensor, self.trend), first, second, sums[2], std, share)
+        return measured
 
-    def _observed(self, x: Tensor, std: Tensor, options: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor] | None, Given]:
-        """((mean, the std's parameter), what else is given a gradient), if a backward pass is to train them, after note was taken of x."""
-        if "mean" not in self._parameters:
-            optimizer_step.refuse_replicas()
-        optimizer_step.check_precision(self._parameters["mean"])  # type: ignore[arg-type]
-        mean, parameter, run = self.mean, self.std_parameter, self.run
-        more = self._input_seen(x, options["share"])
+    def _recorded_pass(self, x: Tensor, std: Tensor, settings: Settings) -> tuple[tuple[Tensor, Tensor] | None, Given]:
+        """(`statistics`, `given`) of `Training`, if a backward pass is to train them; the run has a record of this forward pass then."""
+        if self._is_replicated:
+            refuse_replicas()
+        check_precision(self._statistics[0])
+        mean, parameter = self.mean, self.std_parameter
+        given = self._input_mean_given(x, settings.share)
         if self.aux == "explicit":
-            if optimizer_step.counts(x):
-                optimizer_step.note(run, _term(x, mean, std, parameter, run.mask, more, **options))
+            if records_term(x):
+                self.run.record_term(self._term(x, std, given, settings))
             return None, ()
-        optimizer_step.owe(run)
+        self.run.mark_pending()
         if not torch.is_grad_enabled():
             return None, ()
-        optimizer_step.watch_passes(self)
-        return (mean, parameter), more
+        watch_passes(self)
+        return (mean, parameter), given
 
-    def _input_seen(self, x: Tensor, share: float) -> Given:
+    def _term(self, x: Tensor, std: Tensor, given: Given, settings: Settings) -> Term:
+        """The term of this call for `aux_loss`: the NLL of x, and the gradients of mean, the std's parameter and what else is given one."""
+        mean, parameter = self.mean, self.std_parameter
+        r, gradients = _nll(x, mean, std, parameter, self.run.mask, settings)
+        value = formulas.gaussian_nll_of(r, reduction=settings.reduction)
+        return Term(value, (mean, parameter, *(t for t, _ in given)), (*gradients, *(by for _, by in given)))
+
+    def _input_mean_given(self, x: Tensor, share: float) -> Given:
         """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""
-        tracked, run = self.tracked, self.run
-        if tracked is None or self._watched is None:
+        if self._producer_that_trains is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
-        seen = run.input_seen()
+        seen = self.run.take_input()
         if seen is None:
             raise UsageError(
                 f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
             )
-        by = formulas.weighed(tracked.detach() - seen.to(tracked.dtype), share if x.numel() else 0)
-        return ((tracked, by if run.mask is None else by * run.mask.any()),)
-
-    def _options(self) -> dict[str, Any]:
-        share = (1 / self.calls if self.stats == "natural" else 1.0) * (self.run.share if self.aux == "auto" else 1.0)
-        return {
-            "sizes": self.sizes,
-            "axes": self.channel_axis,
-            "form": self.std,
-            "stats": self.stats,
-            "reduction": self.reduction,
-            "rate": self.momentum,
-            "eps": self._eps,
-            "share": share,
-        }
+        input_mean, mask = cast(nn.Parameter, self.input_mean), self.run.mask
+        by = formulas.times(input_mean.detach() - seen.to(input_mean.dtype), share if x.numel() else 0)
+        return ((input_mean, by if mask is None else by * mask.any()),)
 
     def nll(self, x: Tensor, *, gauge: bool = True) -> Tensor:
         """The Gaussian NLL of x under the statistics, a scalar; the gradient reaches `mean` and the std's parameter, never x.
@@ -563,10 +571,10 @@ class BatchlessNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The function does not depend on them: the state of a coupled layer fits a plain one, and the other way round.
-        for name, held in (("input_mean", self.tracked), ("trend", self.steering), ("steps", self.steps)):
+        for name, own in (("input_mean", self.input_mean), ("trend", self.trend), ("steps", self.steps)):
             given = state_dict.pop(f"{prefix}{name}", None)
-            if held is not None:
-                state_dict[f"{prefix}{name}"] = held.detach() if given is None else given
+            if own is not None:
+                state_dict[f"{prefix}{name}"] = own.detach() if given is None else given
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.steps is not None and not self.steps.is_meta:
             self.stepped = bool(self.steps % KNOWN)

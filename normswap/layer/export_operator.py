@@ -1,32 +1,49 @@
-"""A gradient that reaches parameters without being in the loss, in a graph that is exported.
+"""The automatic term of a layer as an operator, `normswap::inject`, in a graph that torch.export makes in train mode.
 
-    in_graph(shift, mean, p, ...)       shift, unchanged, as an operator: when a gradient comes back to it, mean and p get the given ones.
+    in_graph(shift, (mean, p), (by_mean, by_p), ...)     shift, unchanged: when a gradient comes back to it, mean and p get the given ones
 
-It saves what it gives and no activation. Elsewhere the term comes in the backward pass of the layer: `train_pass`.
+torch.export traces through an autograd.Function and loses its backward pass; an operator stays. It names the parameters of the statistics,
+so that they step when the exported program is trained (`InGraph`). A graph that is exported in eval mode has no such operator. Outside
+exported graphs the term comes in the backward pass of the layer, see `train_pass`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.layer import optimizer_step
+from normswap.layer.coupling import Snapshot
+from normswap.layer.formulas import StdForm
+from normswap.layer.run import Run
 
 OP = "normswap::inject"
 
 
 def inject_operator() -> Any:
-    """The operator that stands for the term in an exported graph. In eval mode there is none."""
+    """The operator that stands for the term in an exported graph."""
     return torch.ops.normswap.inject.default
+
+
+def in_graph(
+    shift: Tensor, statistics: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], *, form: str, stats: str, rate: float
+) -> Tensor:
+    """shift, with the gradients of the statistics, in a graph that is being exported.
+
+    statistics: mean and the std's parameter; gradients: theirs. form, stats, rate: how they step, see `optimizer_step`.
+    """
+    return torch.ops.normswap.inject(shift, *statistics, *gradients, form, stats, rate)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(OP, mutates_args=())
 def _inject(
     shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, form: str, stats: str, rate: float
 ) -> Tensor:
-    """shift. An operator: torch.export traces through an autograd.Function and loses its backward; an operator stays."""
     return shift.clone()
 
 
@@ -37,7 +54,7 @@ def _(shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parame
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, mean, parameter, by_mean, by_parameter, form, stats, rate = inputs
-    optimizer_step.adopt(mean, parameter, form, stats, rate)
+    adopt(mean, parameter, form, stats, rate)
     ctx.save_for_backward(by_mean, by_parameter)
 
 
@@ -49,8 +66,46 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 _inject.register_autograd(_backward, setup_context=_set_up)
 
 
-def in_graph(
-    shift: Tensor, mean: Tensor, parameter: Tensor, by_mean: Tensor, by_parameter: Tensor, *, form: str, stats: str, rate: float
-) -> Tensor:
-    """shift, with its gradients, in a graph that is being exported. form, stats, rate: what it says of the statistics, see `stepping`."""
-    return torch.ops.normswap.inject(shift, mean, parameter, by_mean, by_parameter, form, stats, rate)  # type: ignore[no-any-return]
+# --- the step ---------------------------------------------------------------------------------------------------------------------------
+
+
+class InGraph:
+    """The statistics of a norm in an exported program, a `run.Layer`: there is no module, but an operator that names their parameters."""
+
+    aux: Any = "auto"
+    stepped, training = False, True
+    input_mean = trend = producer_in_training = None
+    reduction, _eps, calls = "mean", 0.0, 1  # those of a layer that nothing else is known of
+    steps: Tensor | None = None
+
+    def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
+        self._parameters = weakref.ref(mean), weakref.ref(parameter)
+        self.std: StdForm = form
+        self.stats: Any = stats
+        self.momentum = momentum
+        self.run = Run()
+
+    @property
+    def mean(self) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[0]())
+
+    @property
+    def std_parameter(self) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[1]())
+
+    def snapshot(self) -> Snapshot:
+        raise NotImplementedError("an exported program has no producers")
+
+
+_adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> InGraph, which lives as long as it does
+
+
+def adopt(mean: Tensor, parameter: Tensor, form: str, stats: str, rate: float) -> InGraph | None:
+    """Let the statistics of an exported program step with the optimizer that holds them. None if these are not parameters."""
+    if not isinstance(mean, nn.Parameter) or not isinstance(parameter, nn.Parameter) or isinstance(mean.data, FakeTensor):
+        return None
+    if mean not in _adopted:
+        layer = InGraph(mean, parameter, cast(StdForm, form), stats, rate)
+        _adopted[mean] = layer
+        optimizer_step.watch(layer)
+    return cast(InGraph, _adopted[mean])

@@ -1,6 +1,6 @@
-"""Tensors of many layers as one, so that a step takes one operator for all of them where it would take one for each.
+"""Tensors of many layers as one tensor, so that a step runs each operator once for all layers and not once for each.
 
-Of a single one nothing is made: it keeps its shape, and may be a part that FSDP keeps here, which cannot be joined with others.
+A single tensor stays as it is: it keeps its shape, and may be a DTensor (a part that FSDP keeps here), which cannot be stacked with others.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-def joined(tensors: Sequence[Tensor], kept: int = 0) -> Tensor:
-    """One after the other along the axis `kept`, with all later ones in it. The axes before that are alike."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(*t.shape[:kept], -1) for t in tensors], kept)
+def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """The tensors one after the other along `axis`; their later axes are flattened into it, their earlier ones are alike."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(*t.shape[:axis], -1) for t in tensors], axis)
 
 
-def parted(t: Tensor, like: Sequence[Tensor], kept: int = 0) -> list[Tensor]:
-    """What `joined` has made one, in the shapes of `like`: views."""
+def unstack(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> list[Tensor]:
+    """The inverse of `stack`: views of the stacked tensor in the shapes of `like`."""
     if len(like) == 1:
-        return [t]
-    parts = torch.split(t, [math.prod(each.shape[kept:]) for each in like], kept)
+        return [stacked]
+    parts = torch.split(stacked, [math.prod(each.shape[axis:]) for each in like], axis)
     return [part.view(each.shape) for part, each in zip(parts, like, strict=True)]
 
 
-def spread(numbers: Tensor, like: Sequence[Tensor], kept: int = 0) -> Tensor:
-    """One number for each of `like`, `joined`, in all places that its values have when these are."""
+def expand(numbers: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """One number for each tensor of `like`, repeated at every place that the tensor's values have in `stack(like)`."""
     if len(like) == 1:
         return numbers
-    each = zip(numbers.unbind(kept), like, strict=True)
-    return torch.cat([number[..., None].expand(*t.shape[:kept], math.prod(t.shape[kept:])) for number, t in each], kept)
+    each = zip(numbers.unbind(axis), like, strict=True)
+    return torch.cat([number[..., None].expand(*t.shape[:axis], math.prod(t.shape[axis:])) for number, t in each], axis)
 
 
-def bunched(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
-    """Those with the same key together, in the order in which the first of them came."""
+def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Lists of the items with equal keys, in the order in which each key first came."""
     found: dict[Hashable, list[Item]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)

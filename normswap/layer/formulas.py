@@ -1,4 +1,4 @@
-"""Pure tensor maths of Batchless normalization: no modules, no state, nothing of ours imported.
+"""The formulas of Batchless normalization as functions of tensors: no modules, no state, nothing of ours imported.
 
 Symbols (shapes are those of the statistics, broadcast against x):
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ STATS: tuple[Stats, ...] = ("natural", "raw")
 # Keeps `abs` and `inv` finite at p = 0. Small enough to vanish next to any std that float32 statistics produce.
 TINY = 1e-12
 
-# The most of a variance that one step of the statistics takes away. A momentum of .9 is the largest that is left as it is.
+# The largest part of a variance that one step of the statistics may take away. A momentum of .9 is the largest that is left as it is.
 MOST = 0.9
 
 
 def std_of(parameter: Tensor, form: StdForm) -> Tensor:
-    """The standard deviation that a stored parameter stands for.
+    """The standard deviation for a stored parameter p.
 
     log: std = exp(p)      abs: std = |p| + TINY      inv: std = 1 / (|p| + TINY)
 
@@ -79,9 +79,9 @@ def affine_of(mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 def applied(x: Tensor, scale: Tensor, shift: Tensor, factor: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x * scale + shift; or with a factor per sample, factor times what that is beyond the bias. All broadcast against x.
+    """x * scale + shift; with a factor f per sample, f (x * scale + shift - bias) + bias. All broadcast against x.
 
-    Of the dtype of x, and contiguous, or channels last if it is that.
+    The result has the dtype of x, and is contiguous, or channels last if that is its memory format.
     """
     if factor is not None:
         scale, shift = scale * factor, torch.lerp(torch.zeros_like(shift) if bias is None else bias, shift, factor)
@@ -91,7 +91,7 @@ def applied(x: Tensor, scale: Tensor, shift: Tensor, factor: Tensor | None = Non
 
 
 def laid_out(y: Tensor) -> Tensor:
-    """Contiguous, or channels last if it is that: what the layers of torch return, so that a `view` of their output goes on working."""
+    """y as contiguous or channels last: what the layers of torch return, so that a `view` of their output goes on working."""
     if y.is_contiguous() or (y.dim() in (4, 5) and y.movedim(1, -1).is_contiguous()):
         return y
     return y.contiguous()
@@ -142,12 +142,12 @@ def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction =
 
 
 def over(t: Tensor, axes: Sequence[int]) -> Tensor:
-    """The sum over these axes, which keep the size 1."""
-    return t.sum(list(axes), keepdim=True) if axes else t  # of no axes, torch sums over all
+    """The sum of t over these axes, which keep the size 1; t itself if there are none (torch would sum over all)."""
+    return t.sum(list(axes), keepdim=True) if axes else t
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The widest of their dtypes, at least float32. (torch.promote_types is an operator, and would be one in an exported graph.)"""
+    """The widest dtype of the tensors, at least float32. (torch.promote_types is an operator, and would be one in an exported graph.)"""
     return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
@@ -173,36 +173,44 @@ def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[
 
 
 def at_least_one(number: Tensor | int) -> Tensor | int:
-    """Of an int without a decision about it, as it may be the size of a graph that is traced for any."""
+    """max(number, 1), of an int without a comparison in Python, as it may be a size of a graph that is traced for any size."""
     return number.clamp(min=1) if isinstance(number, Tensor) else cast(int, torch.sym_max(number, 1))  # type: ignore[no-untyped-call]
 
 
 def at_most_one(number: Tensor | int) -> Tensor | int:
-    """1, or 0 of nothing; likewise."""
+    """min(number, 1): 1, or 0 where nothing counts; likewise."""
     return number.clamp(max=1) if isinstance(number, Tensor) else cast(int, torch.sym_min(number, 1))  # type: ignore[no-untyped-call]
 
 
-def misfit(found: Sums, std: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, r, f) with d = m - mean, r = S / std^2 - 1 and f = eps / std^2: how far x is from N(mean, std^2).
+class Misfit(NamedTuple):
+    """How far an input x is from N(mean, std^2):  d = m - mean,  r = S / std^2 - 1  and  f = eps / std^2.
 
-    m = mean(x) and S = mean((x - mean)^2) are those of the `sums` of x, and d, r, f have their shape. std: broadcast against them.
-    Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
-
-    d = r = f = 0 where nothing counts, as if the fit were right.
+    m = mean(x) and S = mean((x - mean)^2). d = r = f = 0 where nothing counts, as if the fit were right.
     """
-    first, second, number = found
+
+    d: Tensor
+    r: Tensor
+    f: Tensor
+
+
+def misfit(moments: Sums, std: Tensor, *, eps: float = 0.0) -> Misfit:
+    """The misfit of the x with these `sums`, in their shape. std: broadcast against them.
+
+    Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
+    """
+    first, second, number = moments
     inverse = std.to(first.dtype).square().reciprocal()
     some, number = at_most_one(number), at_least_one(number)
-    return first / number, second * inverse / number - some, eps * some * inverse
+    return Misfit(first / number, second * inverse / number - some, eps * some * inverse)
 
 
 def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """`gaussian_nll` with its gauge, of the x whose `misfit` is (d, r, f): mean_c(r) / 2, or the sum. A scalar."""
+    """`gaussian_nll` with its gauge, of an x with this r of its `Misfit`: mean_c(r) / 2, or the sum. A scalar."""
     return (r.sum() if reduction == "sum" else r.mean()) / 2
 
 
-def weighed(t: Tensor, factor: float | Tensor) -> Tensor:
-    """factor t. A layer runs some hundred operators a step, and most on so few numbers that their number is what they take."""
+def times(t: Tensor, factor: float | Tensor) -> Tensor:
+    """factor t, without an operator for a factor of 1: most operators of a layer have so few numbers that each takes the same time."""
     return t if isinstance(factor, (int, float)) and factor == 1 else t * factor
 
 
@@ -215,9 +223,9 @@ def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor | float:
 
 
 def nll_gradients(
-    d: Tensor, r: Tensor, f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction = "mean"
+    misfit: Misfit, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction = "mean"
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by mean and by the stored parameter p of the std, of the NLL of the x whose `misfit` is (d, r, f).
+    """The gradients by mean and by the stored parameter p of the std, of the NLL of an x with this misfit (d, r, f).
 
         raw       -d / std^2            -r / (dp/dlog std)             times 1/C if the reduction is "mean"
         natural   -d                    -(r + f)/2 (dp/dlog std)       whatever the reduction
@@ -227,17 +235,19 @@ def nll_gradients(
     rate a is to first order BatchNorm's running average with momentum a:  mean += a (m - mean),  log std += a/2 ((S + eps)/std^2 - 1).
     `natural_step` is that average exactly. All shapes alike.
     """
+    d, r, f = misfit
     slope = slope_of_log(parameter, form)
     if stats == "natural":
-        return -d, weighed((r + f) / -2, slope)
+        return -d, times((r + f) / -2, slope)
     share = 1 / std.numel() if reduction == "mean" else 1.0
     return -d / std.square() * share, -r / slope * share
 
 
 def misfit_of(
-    by_mean: Tensor, by_parameter: Tensor, f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction
+    gradients: tuple[Tensor, Tensor], f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction
 ) -> tuple[Tensor, Tensor]:
-    """(d, r) of the `misfit` whose gradients these are: the inverse of `nll_gradients`. All shapes alike."""
+    """(d, r) of the `Misfit` with these gradients by mean and by p: the inverse of `nll_gradients`. All shapes alike."""
+    by_mean, by_parameter = gradients
     slope = slope_of_log(parameter, form)
     if stats == "natural":
         return -by_mean, by_parameter * (-2 / slope) - f
@@ -254,7 +264,7 @@ def natural_step(
         std^2 <- std^2 (1 - 2 rate by_log)                   = (1 - rate) std^2 + rate (S + eps)    by_log = by_parameter / (dp/dlog std)
 
     The first order of the second, log std -= rate by_log, overshoots exponentially where S is far above std^2. Of a sum of gradients (two
-    calls before one step) the variance falls at most to 1 - MOST of itself. None: that one does not step.
+    calls before one step) the variance falls at most to 1 - MOST of itself. A gradient that is None: that statistic does not step.
     """
     if by_mean is not None:
         mean = mean - rate * by_mean

@@ -1,15 +1,15 @@
-r"""A limit on how large one sample may become while the statistics lag behind, in train mode.
+r"""The sample limit: in train mode, how large one sample may become while the statistics lag behind.
 
     z = (x - mean) / std
     y = weight z f + bias       f = min(1, LIMIT / sqrt(<z^2>))       < > over all channels and places of one sample
 
-with the gradient through f. What lies on the axes before that of the channels is one sample after the other. After a step the statistics of
-a layer are late, the input of the next layer is too large, and its own are late as well: in a deep network that multiplies from layer to
-layer. Here no layer passes on more than LIMIT, at once and not some steps later, and a sample still sees itself only. Where the statistics
-fit, <z^2> is about 1, and only an unusual sample is held. Before the first step nothing is late, and none is held; nor is any in eval mode.
+with the gradient through f. The axes before those of the channels are the axes of samples. After a step of the optimizer the statistics
+of a layer are late: the input of the next layer is too large, and its statistics are late as well. In a deep network the factors multiply.
+With the limit no layer passes on a sample whose z f has a root mean square above LIMIT, at once and not some steps later, and a sample
+still depends on itself alone. Where the statistics fit, <z^2> is about 1, and only unusual samples are limited. There is no limit before
+the first step, when nothing is late, and none in eval mode.
 
-Source: the layer scaling of Online Normalization, Chiley et al. arXiv:1905.05894, as a limit, so that it is not there where it is not
-needed.
+Source: the layer scaling of Online Normalization, Chiley et al. arXiv:1905.05894, but as a limit: a sample below it is not scaled.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ from normswap.layer import formulas
 LIMIT = 1.2
 
 
-class Held(NamedTuple):
-    """factor: f of each sample, with the sizes of the axes of samples and 1 elsewhere. pull: what df is along z dz, summed: 0 where f is 1.
+class Limit(NamedTuple):
+    """The factor of each sample, and what its derivatives need.
 
-    first, second: the `formulas.sums` of each sample, which the gradients by mean and std ask for.
+    factor     f, with the sizes of the axes of samples and size 1 elsewhere
+    d_factor   what df is of the sum of z dz over the sample:  df = d_factor sum(z dz); 0 where f is 1
+    first, second   the `formulas.sums` of each sample, for the gradients by mean and std; None where nobody asks for these
     """
 
     factor: Tensor
-    pull: Tensor
+    d_factor: Tensor
     first: Tensor | None
     second: Tensor | None
 
 
-def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: Tensor | None = None) -> tuple[Held, formulas.Sums]:
-    """What is held of each sample, and the `formulas.sums` of x over all samples.
+def limit(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: Tensor | None = None) -> tuple[Limit, formulas.Sums]:
+    """The limit of each sample of x, and the `formulas.sums` of x over all samples.
 
         f = LIMIT / sqrt(<z^2>) where that is below 1,  df = -f / <z^2> <z dz>
 
-    x: any shape, any float dtype; mean, std: as many dimensions, broadcast against it. samples: the axes along which x has one sample after
-    the other. counted: bool, broadcast against x; None for everywhere. Differentiable in x.
+    x: any shape, any float dtype; mean, std: as many dimensions, broadcast against it. samples: the axes of x along which one sample comes
+    after the other. counted: bool, broadcast against x; None for everywhere. Differentiable in x.
     """
     first, second, number = formulas.sums(x, mean, counted, kept=samples)
     others = [axis for axis in range(x.dim()) if axis not in samples]
@@ -54,21 +56,22 @@ def held(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted: 
         size = math.prod([x.shape[axis] for axis in others])
         number = number * math.prod([x.shape[axis] for axis in samples])
     size = formulas.at_least_one(size)
-    square = formulas.over(second / std.square(), others) / size
+    square = formulas.over(second / std.square(), others) / size  # <z^2>
     large = square.clamp(min=LIMIT**2)
     factor = LIMIT * large.rsqrt()
-    pull = (square > LIMIT**2) * factor / (large * -size)
-    return Held(factor, pull, first, second), (formulas.over(first, samples), formulas.over(second, samples), number)
+    d_factor = (square > LIMIT**2) * factor / (large * -size)
+    return Limit(factor, d_factor, first, second), (formulas.over(first, samples), formulas.over(second, samples), number)
 
 
-def gradients(by_factor: Tensor, held: Held, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(what x - mean is multiplied by in the gradient by x, the gradients by mean, by std) of a function of f.
+def gradients(by_factor: Tensor, limit: Limit, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients by x, mean and std that come through the factor f, for the gradient by f (`by_factor`).
 
-        by x     by_f df/dx = by_f pull (x - mean) / std^2          by mean     the sum of -that          by std     of -z of that
+        by x     slope (x - mean)  with  slope = by_f d_factor / std^2
+        by mean  the sum of -slope (x - mean)           by std   the sum of -slope (x - mean)^2 / std
 
-    None where the sums of the samples are not there.
+    Returns (slope, by mean, by std); None for the last two where the sums of the samples are not there.
     """
-    bend = by_factor * held.pull / std.square()
-    if held.first is None or held.second is None:
-        return bend, None, None
-    return bend, -formulas.over(bend * held.first, samples), -formulas.over(bend * held.second, samples) / std
+    slope = by_factor * limit.d_factor / std.square()
+    if limit.first is None or limit.second is None:
+        return slope, None, None
+    return slope, -formulas.over(slope * limit.first, samples), -formulas.over(slope * limit.second, samples) / std

@@ -98,7 +98,7 @@ def before_step(
         if value is not None
     }
     if max_grad_norm is not None:
-        own = {id(p) for layer in layers.values() for p in (*_statistics(layer), layer.tracked, layer.steering)}
+        own = {id(p) for layer in layers.values() for p in (*_statistics(layer), layer.input_mean, layer.trend)}
         others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
         values[f"{PREFIX}grad_norm"] = torch.nn.utils.clip_grad_norm_(others, max_grad_norm)
     return values
@@ -117,7 +117,7 @@ def _multiply_gradients(layers: Iterable[BatchlessNorm], factor: float) -> None:
     for layer in layers:
         passes = layer.run.passes
         version = None if passes is None or passes.grad is None else passes.grad._version
-        for parameter in (*_statistics(layer), layer.tracked):  # the gradient of the trend is of what passed, and that is whole
+        for parameter in (*_statistics(layer), layer.input_mean):  # the gradient of the trend is of what passed, and that is whole
             if parameter is not None and parameter.grad is not None:
                 parameter.grad.mul_(factor)
         if passes is not None and passes.grad is not None and version is not None:

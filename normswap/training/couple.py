@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.detect.sites import Site, Swap
 from normswap.errors import described
-from normswap.layer import coupling, optimizer_step
+from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm, BatchlessNormAct
 from normswap.layer.formulas import Stats
+from normswap.layer.producer import input_shape, outputs_of, patch_mean, rank
 from normswap.models.copying import copy_for_running
 from normswap.models.torch_private import HOOKS
 from normswap.models.watching import forward
@@ -103,9 +104,9 @@ def couple(
         layer = modules.get(s.name)
         if isinstance(layer, BatchlessNorm):
             if layer.aux != "none":
-                layer.guard()
+                layer.enable_sample_limit()
             if layer.aux == "auto":
-                layer.steer()
+                layer.enable_trend()
     return tuple(found)
 
 
@@ -125,7 +126,7 @@ def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
     hooks = [name for name in HOOKS if name != "_is_full_backward_hook" and getattr(producer, name)]
     if hooks:
         return f"its producer {s.producer} has hooks, which may change what it computes"
-    outputs = coupling.outputs_of(producer)
+    outputs = outputs_of(producer)
     if layer.sizes != (outputs,) or layer.mean.shape != layer.sizes:
         return (
             f"its statistics have the shape {tuple(layer.mean.shape)} for {' x '.join(map(str, layer.sizes))} channels; "
@@ -167,7 +168,7 @@ class _Producer:
             return "data", self.total / self.size
         if self.closed_form is not None:
             return "closed form", self.closed_form
-        return "zero", torch.zeros(coupling.input_shape(self.module))
+        return "zero", torch.zeros(input_shape(self.module))
 
 
 @dataclass
@@ -224,21 +225,21 @@ class _InputMeans:
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         seen.inputs += 1
         if self.data:
-            mean = coupling.patch_mean(module, u, output_size=size) * u.numel()
+            mean = patch_mean(module, u, output_size=size) * u.numel()
             seen.total = mean if seen.total is None else seen.total + mean
             seen.size += u.numel()
         elif (known := self.known.get(id(u))) is not None:
-            axis = u.dim() - 1 - coupling.rank(module)
+            axis = u.dim() - 1 - rank(module)
             if axis == known.axis and len(known.mean) == u.shape[axis]:
                 shape = [1] * u.dim()
                 shape[axis] = -1
                 like = known.mean.view(shape).expand(1 if axis else u.shape[0], *u.shape[1:])
-                seen.closed_form = coupling.patch_mean(module, like, output_size=size)
+                seen.closed_form = patch_mean(module, like, output_size=size)
 
     def _of_norm(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         channels = cast(BatchlessNorm, module).channel_axis[0] % x.dim()
-        seen.aligned &= channels == x.dim() - 1 - coupling.rank(seen.module)
+        seen.aligned &= channels == x.dim() - 1 - rank(seen.module)
 
     def _after_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         assert isinstance(module, BatchlessNorm)

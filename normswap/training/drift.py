@@ -45,10 +45,10 @@ def _of(layer: BatchlessNorm) -> Drift | None:
     std = layer.statistics()[1]
     f = layer._eps / std.square()
     modes = {"stats": layer.stats, "reduction": layer.reduction}
-    d, r = formulas.misfit_of(mean.grad, parameter.grad, f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
+    d, r = formulas.misfit_of((mean.grad, parameter.grad), f, std, parameter, layer.std, **modes)  # type: ignore[arg-type]
     if layer.stats == "raw":  # the natural gradient is the mean over the calls already
         d, r = d / layer.calls, r / layer.calls
-    factor = layer.run.factor if layer.guarded else None
+    factor = layer.run.factor if layer.limits_samples else None
     if factor is not None and torch._C._functorch.is_functorch_wrapped_tensor(factor):
         factor = None  # of a forward pass in a transform of torch.func, which has left nothing that can be read
     return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

@@ -8,10 +8,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from normswap.errors import UsageError
-from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.layer.export_operator import inject_operator
+from normswap.layer.export_operator import adopt, inject_operator
 from normswap.layer.optimizer_step import MARK, PACE, STATISTICS
+from normswap.layer.run import Layer, pace_of, watch_passes
 from normswap.training.loss import layers_of
 
 
@@ -35,12 +35,12 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batc
     rates: dict[nn.Parameter, float] = {}
     for layer in _in_graph(model) or layers_of(model).values():
         if layer.aux == "auto":
-            optimizer_step.watch_passes(layer)
-        layer.run.pace = optimizer_step.pace_of(batch)
+            watch_passes(layer)
+        layer.run.pace = pace_of(batch)
         momentum = layer.momentum * layer.run.pace
         for parameter in (layer.mean, layer.std_parameter):
             rates.setdefault(parameter, momentum if layer.stats == "natural" and layer.aux != "none" else lr)
-        for own in (layer.tracked, layer.steering):
+        for own in (layer.input_mean, layer.trend):
             if own is not None:
                 rates.setdefault(own, momentum)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -51,7 +51,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batc
     ]
     for rate in sorted(set(rates.values())):
         statistics = [p for p in trained if rates.get(p) == rate]
-        fixed: dict[str, Any] = {"lr": rate, "weight_decay": 0.0, "momentum": 0.0, MARK: STATISTICS, PACE: optimizer_step.pace_of(batch)}
+        fixed: dict[str, Any] = {"lr": rate, "weight_decay": 0.0, "momentum": 0.0, MARK: STATISTICS, PACE: pace_of(batch)}
         groups.append({"params": statistics, **fixed})
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -73,13 +73,13 @@ def norm_keys(model: nn.Module) -> list[str]:
     return [key for key in model.state_dict() if key in found]
 
 
-def _in_graph(model: nn.Module) -> list[optimizer_step.Layer]:
-    """The statistics that the graph of an exported program holds, if `model` is the module of one; else none."""
-    found: list[optimizer_step.Layer] = []
+def _in_graph(model: nn.Module) -> list[Layer]:
+    """The statistics that the graph of an exported program names, if `model` is the module of one."""
+    found: list[Layer] = []
     if isinstance(model, fx.GraphModule) and not any(isinstance(module, BatchlessNorm) for module in model.modules()):
         for node in model.graph.nodes:
             if node.target is inject_operator():
                 mean, parameter = (model.get_parameter(node.args[i].target) for i in (1, 2))
-                layer = optimizer_step.adopt(mean, parameter, *node.args[5:])
+                layer = adopt(mean, parameter, *node.args[5:])
                 found += [layer] if layer is not None else []
     return found

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from normswap.errors import UsageError
-from normswap.layer.autograd import signed
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.train_pass import signed
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
@@ -59,7 +59,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
     for forward in forwards:
         forward.read = True
-    values = [_with_gradients(term.value, term.parameters, term.by) for term in terms]
+    values = [_with_gradients(term.value, term.parameters, term.gradients) for term in terms]
     return torch.stack([v.to(values[0].device, values[0].dtype) for v in values]).sum() if values else torch.zeros(())
 
 
@@ -83,9 +83,9 @@ class _WithGradients(torch.autograd.Function):
         return None, *(by * gradient for by in given), *(None for _ in given)
 
 
-def _with_gradients(value: Tensor, parameters: Sequence[Tensor], by: Sequence[Tensor]) -> Tensor:
-    """`value`, a scalar whose gradients by the parameters are `by`. No activation is saved for backward."""
-    return _WithGradients.apply(value, *parameters, *by)  # type: ignore[no-any-return, no-untyped-call]
+def _with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """`value`, a scalar whose gradients by the parameters are `gradients`. No activation is saved for backward."""
+    return _WithGradients.apply(value, *parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:

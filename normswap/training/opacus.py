@@ -54,11 +54,10 @@ def per_sample_gradients(layer: BatchlessNorm, x: Tensor, by_output: Tensor) -> 
     mean, std, parameter = (
         t.view(formulas.axes_shape(t.shape, layer.channel_axis, x.dim())) for t in (layer.mean, layer.statistics()[1], layer.std_parameter)
     )
-    options = layer._options()
-    modes = {name: options[name] for name in ("stats", "reduction")}
-    d, r, f = formulas.misfit(formulas.sums(x, mean, kept=[0]), std, eps=layer._eps)
-    by_mean, by_parameter = formulas.nll_gradients(d, r, f, std, parameter, layer.std, **modes)
-    found = {layer.mean: by_mean * options["share"], layer.std_parameter: by_parameter * options["share"]}
+    settings = layer._settings()
+    misfit = formulas.misfit(formulas.sums(x, mean, kept=[0]), std, eps=layer._eps)
+    by_mean, by_parameter = formulas.nll_gradients(misfit, std, parameter, layer.std, stats=settings.stats, reduction=settings.reduction)
+    found = {layer.mean: by_mean * settings.share, layer.std_parameter: by_parameter * settings.share}
     if layer.weight is not None and layer.bias is not None:
         channels = {axis % x.dim() for axis in layer.channel_axis}
         rest = [axis for axis in range(1, x.dim()) if axis not in channels]

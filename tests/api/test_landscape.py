@@ -184,14 +184,6 @@ def coupled(model: nn.Module, **options: Any) -> nn.Module:
     return normswap.convert(model, images(2)[0][0], calibration=[images(9)[0][0]], coupling="auto", **options).model
 
 
-def without_units(model: nn.Module) -> nn.Module:
-    made = coupled(model)
-    for layer in made.modules():
-        if isinstance(layer, BatchlessNorm):
-            layer.units = False
-    return made
-
-
 def trained(model: nn.Module, batches: int = 4) -> nn.Module:
     """With a trend, and input means of its own."""
     model.train()
@@ -208,7 +200,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: plain(conv_net()),
     "plain abs": lambda: normswap.convert(conv_net(), images(2)[0][0], std="abs").model,
     "coupled": lambda: coupled(conv_net()),
-    "centred": lambda: without_units(conv_net()),
     "coupled inv": lambda: coupled(conv_net(), std="inv"),
     "trained": lambda: trained(coupled(conv_net())),
     "trained plain": lambda: trained(plain(conv_net())),
@@ -234,7 +225,7 @@ def test_the_trend_and_the_input_mean_of_a_trained_model_decide() -> None:
     """Or else the test above has nothing to see."""
     model, batch = MODELS["trained"](), images(13, seed=2)
     found = one(model, batch, None)
-    for change in (BatchlessNorm.unsteer, BatchlessNorm.decouple):
+    for change in (BatchlessNorm.disable_trend, BatchlessNorm.decouple):
         other = copy.deepcopy(model)
         for layer in other.modules():
             if isinstance(layer, BatchlessNorm):

@@ -58,8 +58,8 @@ def test_every_method_but_group_norm_starts_from_one_function(method: str, start
 def test_what_trains(start: nn.Module) -> None:
     layers = {name: [m for m in make(start, 4).modules() if isinstance(m, BatchlessNorm)] for name, make in finetune.METHODS.items()}
     assert {name: len(found) for name, found in layers.items() if found} == {"coupled": 4, "natural": 4, "slow": 4, "raw": 4}
-    assert all(layer.producer is not None and layer.steering is not None for layer in layers["coupled"])
-    assert not any(layer.producer is not None or layer.steering is not None for layer in layers["natural"])
+    assert all(layer.producer is not None and layer.trend is not None for layer in layers["coupled"])
+    assert not any(layer.producer is not None or layer.trend is not None for layer in layers["natural"])
     assert {layer.momentum for layer in layers["natural"]} == {0.1}
     assert {layer.momentum for layer in layers["slow"]} == {0.1 / 16}
     assert {layer.stats for layer in layers["raw"]} == {"raw"}

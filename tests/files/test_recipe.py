@@ -429,7 +429,7 @@ def test_a_recipe_names_a_file_of_its_own_directory(written: Path, module: objec
         ("training", 3, "is not a recipe"),
         (
             "training",
-            [{"name": "1", "producer": "0", "units": True, "feedback": True, "guard": True, "pace": "fast"}],
+            [{"name": "1", "producer": "0", "feedback": True, "guard": True, "pace": "fast"}],
             "one of its training has a pace that is not one",
         ),
         ("frozen", [3], "its frozen is not one"),

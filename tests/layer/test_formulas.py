@@ -1,4 +1,4 @@
-"""The formulas of `numerics`, in float64, against autograd of the formula written out and against the closed forms of docs/method.md."""
+"""The formulas of the layer, in float64, against autograd of the formula written out and against the closed forms of docs/method.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from normswap.layer import formulas
 from normswap.layer.formulas import (
     STD_FORMS,
     TINY,
+    Misfit,
     Reduction,
     StdForm,
     affine_of,
@@ -189,7 +190,7 @@ def _misfit_case(*sizes: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.
     return x, torch.randn(sizes, dtype=torch.float64) + offset, torch.rand(sizes, dtype=torch.float64) + 0.3
 
 
-def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def misfit(x: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None = None, *, eps: float = 0.0) -> Misfit:
     return formulas.misfit(formulas.sums(x, mean, mask), std, eps=eps)
 
 
@@ -237,12 +238,12 @@ def test_raw_gradients_are_those_of_the_nll(form: StdForm, reduction: Any) -> No
     parameter = torch.tensor([-0.7, 0.4, 1.3], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
     std = formulas.std_of(parameter, form)
     formulas.gaussian_nll(x, mean, std, reduction=reduction).backward()
-    d, r, f = misfit(x, mean, std, eps=1e-3)
-    found = formulas.nll_gradients(d, r, f, std.detach(), parameter.detach(), form, stats="raw", reduction=reduction)
+    how_far = misfit(x, mean, std, eps=1e-3)
+    found = formulas.nll_gradients(how_far, std.detach(), parameter.detach(), form, stats="raw", reduction=reduction)
     torch.testing.assert_close(found[0], mean.grad, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(found[1], parameter.grad, rtol=1e-11, atol=1e-12)
     expected = formulas.gaussian_nll(x, mean, std, reduction=reduction)
-    torch.testing.assert_close(formulas.gaussian_nll_of(r, reduction=reduction), expected.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(formulas.gaussian_nll_of(how_far.r, reduction=reduction), expected.detach(), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -254,8 +255,8 @@ def test_natural_is_raw_times_the_inverse_fisher_information(form: StdForm, sign
     std = formulas.std_of(parameter, form)
     d, r, _ = misfit(x, mean, std)
     zero = torch.zeros_like(d)
-    raw = formulas.nll_gradients(d, r, zero, std, parameter, form, stats="raw", reduction="sum")
-    natural = formulas.nll_gradients(d, r, zero, std, parameter, form, stats="natural")
+    raw = formulas.nll_gradients(Misfit(d, r, zero), std, parameter, form, stats="raw", reduction="sum")
+    natural = formulas.nll_gradients(Misfit(d, r, zero), std, parameter, form, stats="natural")
     slope = formulas.slope_of_log(parameter, form)
     torch.testing.assert_close(natural[0], raw[0] * std**2, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(natural[1], raw[1] * slope**2 / 2, rtol=1e-12, atol=1e-12)
@@ -271,7 +272,7 @@ def test_a_natural_step_is_the_running_average(form: StdForm, rate: float, offse
     mean = mean - offset
     parameter = formulas.parameter_of(std, form) * (1 if form == "log" else sign)
     std = formulas.std_of(parameter, form)
-    gradients = formulas.nll_gradients(*misfit(x, mean, std, eps=1e-3), std, parameter, form, stats="natural")
+    gradients = formulas.nll_gradients(misfit(x, mean, std, eps=1e-3), std, parameter, form, stats="natural")
     stepped, parameter = formulas.natural_step(mean, parameter, *gradients, form, rate)
     square = (x - mean).square().mean((0, 2, 3), keepdim=True)
     torch.testing.assert_close(stepped, (1 - rate) * mean + rate * x.mean((0, 2, 3), keepdim=True), rtol=1e-11, atol=1e-12)

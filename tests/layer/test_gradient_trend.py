@@ -1,4 +1,4 @@
-"""Feedback: in the long run the gradient of BatchNorm, and in every single step one without a batch."""
+"""The trend taken out of the gradient: in the long run the gradient of BatchNorm, and in every single step one without a batch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ F64 = torch.float64
 X = torch.randn(6, 2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.4
 
 
-def steered(*sizes: int, **options: Any) -> BatchlessNorm:
+def with_trend(*sizes: int, **options: Any) -> BatchlessNorm:
     """A layer of its own, with a trend."""
     torch.manual_seed(0)
     layer = BatchlessNorm(sizes if len(sizes) > 1 else sizes[0], aux="auto", dtype=F64, **options)
-    layer.steer()
+    layer.enable_trend()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.3, 1.2)
@@ -47,9 +47,9 @@ def written_down(layer: BatchlessNorm, x: Tensor, task: Tensor, counted: Tensor)
     n = counted.expand(x.shape).sum() / mean.numel()
     axes = [axis for axis, size in enumerate(narrow) if size == 1]
     slope, level = (t.view(narrow) / n for t in layer.trend.detach())
-    lean = (slope * z + level) * counted
-    by["input"] = (g - lean) / std
-    by["trend"] = -torch.stack([((g - lean) * factor).sum(axes).view(layer.mean.shape) for factor in (z, torch.ones_like(z))])
+    term = (slope * z + level) * counted
+    by["input"] = (g - term) / std
+    by["trend"] = -torch.stack([((g - term) * factor).sum(axes).view(layer.mean.shape) for factor in (z, torch.ones_like(z))])
     if layer.weight is not None:
         outside = [axis for axis in range(x.dim()) if axis not in channels]
         by["weight"], by["bias"] = (task * z).sum(outside), task.sum(outside)
@@ -68,11 +68,11 @@ def written_down(layer: BatchlessNorm, x: Tensor, task: Tensor, counted: Tensor)
     ],
 )
 def test_the_gradient_is_that_of_the_formulas(shape: tuple[int, ...], sizes: tuple[int, ...], axes: Any, options: Any) -> None:
-    layer = steered(*sizes, **axes, **options)
+    layer = with_trend(*sizes, **axes, **options)
     x = torch.randn(shape, dtype=F64).requires_grad_()
     task = torch.randn(shape, dtype=F64)
     plain = copy.deepcopy(layer)
-    plain.unsteer()
+    plain.disable_trend()
     y = layer(x)
     close(y, plain(x))
     (y * task).sum().backward()
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_formulas(shape: tuple[int, ...], sizes: tup
 
 
 def test_masked() -> None:
-    layer, mask = steered(2), torch.rand(6, 7, 5, generator=torch.Generator().manual_seed(2)) < 0.6
+    layer, mask = with_trend(2), torch.rand(6, 7, 5, generator=torch.Generator().manual_seed(2)) < 0.6
     x, task = X.clone().requires_grad_(), torch.randn(X.shape, dtype=F64)
     with normswap.masked(layer, mask):
         (layer(x) * task * mask[:, None]).sum().backward()
@@ -104,7 +104,7 @@ def test_masked() -> None:
 
 def test_in_the_long_run_it_is_the_gradient_of_batch_norm() -> None:
     """On one batch, with statistics that fit it: to all digits."""
-    layer, norm = steered(2), nn.BatchNorm2d(2, eps=1e-12).to(F64)
+    layer, norm = with_trend(2), nn.BatchNorm2d(2, eps=1e-12).to(F64)
     with torch.no_grad():
         layer.set_statistics(X.mean((0, 2, 3)), X.var((0, 2, 3), unbiased=False).sqrt())
         norm.weight.copy_(layer.weight)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_in_the_long_run_it_is_the_gradient_of_batch_norm() -> None:
 @pytest.mark.parametrize("far", [1.0, 5.0, 40.0])
 def test_it_is_stable_where_the_statistics_lag(far: float) -> None:
     """<z^2> up to 1600: without the division it is multiplied by 1 - .1 * 1600 in each step."""
-    layer = steered(2)
+    layer = with_trend(2)
     layer.set_statistics(X.mean((0, 2, 3)), X.var((0, 2, 3), unbiased=False).sqrt() / far)
     layer.momentum = 0.0
     task = torch.randn(X.shape, dtype=F64)
@@ -180,16 +180,16 @@ def test_a_trend_that_halves_is_followed_faster_than_it_is_learned() -> None:
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_the_trend_does_not_depend_on_the_size_of_the_batch(batch: int) -> None:
     """As the loss is a mean: the same images again and again."""
-    layer = steered(2)
+    layer = with_trend(2)
     layer(X[:1].repeat(batch, 1, 1, 1)).square().mean().backward()
-    expected = steered(2)
+    expected = with_trend(2)
     expected(X[:1]).square().mean().backward()
     close(layer.trend.grad, expected.trend.grad)  # type: ignore[arg-type]
 
 
 def test_half_precision() -> None:
     layer = BatchlessNorm(2, aux="auto")
-    layer.steer()
+    layer.enable_trend()
     x = X.bfloat16().requires_grad_()
     layer(x).float().sum().backward()
     assert layer.trend.dtype == torch.float32
@@ -202,7 +202,7 @@ def test_half_precision() -> None:
 
 def test_it_starts_from_nothing() -> None:
     layer, plain = BatchlessNorm(2, aux="auto", dtype=F64), BatchlessNorm(2, aux="auto", dtype=F64)
-    layer.steer()
+    layer.enable_trend()
     inputs = [X.clone().requires_grad_() for _ in range(2)]
     for each, x in zip((layer, plain), inputs, strict=True):
         each(x).square().sum().backward()
@@ -211,9 +211,9 @@ def test_it_starts_from_nothing() -> None:
 
 @pytest.mark.parametrize("what", ["eval", "frozen", "none", "explicit", "no grad", "empty"])
 def test_what_does_not_learn_has_none(what: str) -> None:
-    layer = steered(2)
+    layer = with_trend(2)
     plain = copy.deepcopy(layer)
-    plain.unsteer()
+    plain.disable_trend()
     for each in (layer, plain):
         each.train(what != "eval")
         if what in ("none", "explicit"):
@@ -232,23 +232,23 @@ def test_what_does_not_learn_has_none(what: str) -> None:
     assert layer.trend.grad is None or (what == "empty" and not layer.trend.grad.any())
 
 
-def test_a_scale_that_was_not_told_leaves_the_trend() -> None:
+def test_a_scale_that_attach_does_not_know_leaves_the_trend() -> None:
     """What is taken away would be a part in 65536 of it, and the trend would grow without an end."""
     layer = BatchlessNorm(2, aux="auto")
-    layer.steer()
-    for told in (False, True):
+    layer.enable_trend()
+    for attached in (False, True):
         scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
         step = torch.optim.SGD(normswap.param_groups(layer, lr=0.0))
-        if told:
+        if attached:
             normswap.attach(layer, scaler=scaler)
         step.zero_grad()
         scaler.scale(layer(X.float()).square().mean()).backward()
-        if told:
+        if attached:
             scaler.step(step)
         else:
             with pytest.warns(UserWarning, match="a GradScaler that normswap was not told of"):
                 scaler.step(step)
-        assert bool(layer.trend.any()) == told
+        assert bool(layer.trend.any()) == attached
 
 
 def test_no_layer_but_those_of_a_coupled_conversion_has_one() -> None:
@@ -263,10 +263,10 @@ def test_no_layer_but_those_of_a_coupled_conversion_has_one() -> None:
 
 
 def test_states_with_and_without_fit_each_other() -> None:
-    layer, plain = steered(2), BatchlessNorm(2, dtype=F64)
+    layer, plain = with_trend(2), BatchlessNorm(2, dtype=F64)
     plain.load_state_dict(layer.state_dict())
     other = BatchlessNorm(2, aux="auto", dtype=F64)
-    other.steer()
+    other.enable_trend()
     other.load_state_dict(plain.state_dict())
     assert not other.trend.any()
     other.load_state_dict(layer.state_dict())
@@ -274,12 +274,12 @@ def test_states_with_and_without_fit_each_other() -> None:
 
 
 def test_it_cannot_be_traced_in_train_mode() -> None:
-    with pytest.raises(UsageError, match="has feedback cannot be traced in train mode"):
-        torch.fx.symbolic_trace(nn.Sequential(steered(2)))
-    torch.fx.symbolic_trace(nn.Sequential(steered(2)).eval())
+    with pytest.raises(UsageError, match="takes a trend out of its gradient cannot be traced in train mode"):
+        torch.fx.symbolic_trace(nn.Sequential(with_trend(2)))
+    torch.fx.symbolic_trace(nn.Sequential(with_trend(2)).eval())
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 2), (6, 1, 7), (6,)])
 def test_an_input_of_a_wrong_shape_is_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="BatchlessNorm has 3 channels on axis 1, but its input has the shape"):
-        steered(3).train()(torch.randn(shape, dtype=F64))
+        with_trend(3).train()(torch.randn(shape, dtype=F64))

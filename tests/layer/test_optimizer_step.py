@@ -1,18 +1,17 @@
-"""How the statistics step with an optimizer, and what is noticed when it was not told something."""
+"""How the statistics step when an optimizer does, and what of a training loop makes no difference to it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
-import linecache
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
+from batchless_net import ACCUMULATED, ADAMW, SGD, Net, assert_tracks, batches, one_step, statistics, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -22,48 +21,8 @@ from normswap.errors import UsageError
 from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import STD_FORMS, StdForm
+from normswap.layer.run import pace_of
 from normswap.models.copying import copy_for_running
-
-SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
-
-
-class Net(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.norm = BatchlessNorm(3, aux=options.pop("aux", "auto"), **options)
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x).mean(2))  # type: ignore[no-any-return]
-
-    def loss(self, x: Tensor) -> Tensor:
-        loss = self(x).square().mean()
-        return loss + normswap.aux_loss(self) if self.norm.aux == "explicit" else loss
-
-
-def batches(mean: float, std: float, n: int = 300, size: int = 16) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(n):
-        yield torch.randn(size, 3, 8, generator=generator) * std + mean
-
-
-def train(net: Net, optimizer: torch.optim.Optimizer, data: Iterator[Tensor]) -> None:
-    for x in data:
-        optimizer.zero_grad()
-        net.loss(x).backward()
-        optimizer.step()
-
-
-def statistics(net: Net) -> tuple[Tensor, Tensor]:
-    mean, std = net.norm.statistics()
-    return mean.detach().clone(), std.detach().clone()
-
-
-def assert_tracks(net: Net, mean: float, std: float) -> None:
-    m, s = statistics(net)
-    assert float((m - mean).abs().max()) < 0.1 * std
-    assert float((s - std).abs().max()) < 0.1 * std
-
 
 OPTIMIZERS: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
     (SGD, {"lr": 0.01, "momentum": 0.9}),
@@ -255,344 +214,6 @@ def test_aux_none_leaves_everything_to_the_optimizer() -> None:
     expected = net.norm.mean.detach() - 0.5 * net.norm.mean.grad  # type: ignore[operator]
     SGD(net.parameters(), lr=0.5).step()
     torch.testing.assert_close(net.norm.mean.detach(), expected)
-
-
-# --- what was not said is noticed --------------------------------------------------------------------------------------------------------
-
-ACCUMULATED = r"more backward passes have reached .* Say normswap\.attach\(model, accumulate=\.\.\.\)"
-SCALED = r"a GradScaler that normswap was not told of .* Say normswap\.attach\(model, scaler=\.\.\.\)"
-CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the others only"
-UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(model, lr=\.\.\.\)'
-UNSCALED = r"steps without the GradScaler that normswap was told of.* Say scaler\.scale\(loss\)\.backward\(\) and scaler\.step"
-LOST = r"its term was read, but no gradient of it came.* before backward: loss \+ normswap\.aux_loss\(model\)"
-UNREACHED = r"called in train mode since the last step, but no gradient came back to it.* Freeze them if that is meant"
-FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
-
-
-def one_step(
-    net: Net, *, k: int = 1, scaler: Any = None, optimizer: Any = None, clip: Any = False, unscale: bool = False, to_none: bool = True
-) -> None:
-    optimizer = optimizer or SGD(net.parameters(), lr=0.0)
-    (x,) = batches(3.0, 2.0, 1)
-    for part in x.chunk(k):
-        loss = net.loss(part) / k
-        (loss if scaler is None else scaler.scale(loss)).backward()
-    if unscale:
-        scaler.unscale_(optimizer)
-    if clip:
-        torch.nn.utils.clip_grad_norm_(net.head.parameters() if clip == "head" else net.parameters(), 1.0)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=to_none)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulation_that_was_not_told_of(set_to_none: bool) -> None:
-    told, silent = Net(), Net()
-    silent.load_state_dict(told.state_dict())
-    normswap.attach(told, accumulate=4)
-    for net in (told, silent):
-        optimizer = SGD(net.parameters(), lr=0.0)
-        for _ in range(2):
-            if net is told:
-                one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
-            else:
-                with pytest.warns(UserWarning, match=ACCUMULATED) as caught:
-                    one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
-                assert linecache.getline(caught[0].filename, caught[0].lineno).strip() == "optimizer.step()"  # of the loop
-    torch.testing.assert_close(statistics(silent), statistics(told))
-
-
-def test_an_incomplete_accumulation_is_as_the_loss_has_it() -> None:
-    net = Net()
-    normswap.attach(net, accumulate=4)
-    one_step(net, k=2)  # the loop divides by 2 here; in its last window it would by 4
-    torch.testing.assert_close(statistics(net)[0], torch.full((3,), 0.15), rtol=0.1, atol=0)
-
-
-def zeros(net: Net) -> None:
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-
-
-@pytest.mark.parametrize("throw_away", [nn.Module.zero_grad, lambda net: net.zero_grad(set_to_none=False), zeros])
-@pytest.mark.parametrize("aux", ["auto", "explicit"])
-def test_passes_are_counted_from_the_last_gradient(aux: str, throw_away: Callable[[Net], None]) -> None:
-    """Another model's loss goes through this one (a GAN's generator), and its gradient is thrown away."""
-    plain, net = Net(aux=aux), Net(aux=aux)
-    for _ in range(3):
-        net.loss(torch.randn(4, 3, 8)).backward()
-        throw_away(net)
-        one_step(net)
-        one_step(plain)
-    assert torch.equal(statistics(net)[0], statistics(plain)[0])
-    assert torch.equal(statistics(net)[1], statistics(plain)[1])
-
-
-def test_a_gradient_that_was_written_to_is_not_thrown_away() -> None:
-    net = Net()
-    for _ in range(2):
-        net.loss(torch.randn(4, 3, 8)).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=CHANGED):
-        SGD(net.parameters(), lr=0.0).step()
-
-
-def test_what_came_after_the_thrown_away_is_accumulation() -> None:
-    net = Net()
-    for _ in range(3):
-        net.zero_grad(set_to_none=False)
-        net.loss(torch.randn(4, 3, 8)).backward()
-    with pytest.warns(UserWarning, match=ACCUMULATED):
-        one_step(net)
-
-
-SCALERS = [
-    (SGD, {}, False),
-    (SGD, {}, True),
-    (ADAMW, {}, False),
-    (ADAMW, {"fused": True}, False),
-    (ADAMW, {"fused": True}, True),
-    (SGD, {"fused": True}, False),
-]
-
-
-@pytest.mark.parametrize("attached", [True, False])
-@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
-def test_a_grad_scaler(cls: Any, options: dict[str, Any], unscale: bool, attached: bool) -> None:
-    plain, net = Net(), Net()
-    one_step(plain)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    optimizer = cls(net.parameters(), lr=0.0, **options)
-    if attached:
-        normswap.attach(net, scaler=scaler)
-        one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
-    else:
-        with pytest.warns(UserWarning, match=SCALED):
-            one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
-    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
-
-
-def test_a_scaler_and_accumulation() -> None:
-    plain, net = Net(), Net()
-    one_step(plain)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=SCALED):
-        one_step(net, k=4, scaler=scaler)
-    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
-
-
-def test_another_scaler_than_the_one_it_was_told_of() -> None:
-    plain, net = Net(), Net()
-    one_step(plain)
-    normswap.attach(net, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    with pytest.warns(UserWarning, match=SCALED):
-        one_step(net, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
-    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
-def test_a_step_that_the_scaler_skips(cls: Any, options: dict[str, Any], unscale: bool) -> None:
-    net = Net()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    normswap.attach(net, scaler=scaler)
-    before = copy.deepcopy(net.state_dict())
-    optimizer = cls(net.parameters(), lr=0.1, **options)
-    scaler.scale(net.loss(torch.randn(4, 3, 8)) * float("inf")).backward()
-    if unscale:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert scaler.get_scale() == 512.0
-
-
-@pytest.mark.parametrize("attached", [True, False])
-def test_a_scaler_that_is_disabled(attached: bool) -> None:
-    """As in a loop that is written for both: GradScaler(enabled=use_amp)."""
-    plain, net = Net(), Net()
-    one_step(plain)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    if attached:
-        normswap.attach(net, scaler=scaler)
-    one_step(net, scaler=scaler)
-    assert torch.equal(statistics(net)[0], statistics(plain)[0])
-
-
-@pytest.mark.parametrize("stats", ["natural", "raw"])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_a_scaler_that_normswap_was_told_of_and_that_does_not_make_the_step(scaled: bool, stats: str) -> None:
-    """Left behind by another loop: the term is multiplied by a scale that nobody takes away."""
-    plain, net = Net(stats=stats), Net(stats=stats)
-    one_step(plain, optimizer=SGD(normswap.param_groups(plain, lr=0.1)))
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(normswap.param_groups(net, lr=0.1))
-    normswap.attach(net, scaler=scaler)
-    loss = net.loss(next(batches(3.0, 2.0, 1)))
-    (scaler.scale(loss) if scaled else loss).backward()
-    with pytest.warns(UserWarning, match=UNSCALED):
-        optimizer.step()
-    torch.testing.assert_close(statistics(net), statistics(plain))
-
-
-def test_gradients_that_the_scaler_has_unscaled() -> None:
-    plain, net = Net(), Net()
-    one_step(plain)
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(net.parameters(), lr=0.0)
-    normswap.attach(net, scaler=scaler)
-    scaler.scale(net.loss(next(batches(3.0, 2.0, 1)))).backward()
-    scaler.unscale_(optimizer)
-    optimizer.step()
-    torch.testing.assert_close(statistics(net), statistics(plain))
-
-
-def halved(net: Net) -> None:
-    for p in net.parameters():
-        p.grad = p.grad / 2  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("change", [halved, lambda net: nn.utils.clip_grad_value_(net.parameters(), 0.01)])
-def test_other_changes_of_the_gradients(change: Callable[[Net], None]) -> None:
-    net = Net()
-    net.loss(torch.randn(4, 3, 8) + 1).backward()
-    change(net)
-    with pytest.warns(UserWarning, match=CHANGED):
-        SGD(net.parameters(), lr=0.1).step()
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping_the_statistics_too(scaled: bool) -> None:
-    net = Net()
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
-    if scaler:
-        normswap.attach(net, scaler=scaler)
-    with pytest.warns(UserWarning, match=CHANGED):
-        one_step(net, clip=True, scaler=scaler, unscale=scaled)
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping_the_others_only(scaled: bool) -> None:
-    net = Net()
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
-    if scaler:
-        normswap.attach(net, scaler=scaler)
-    optimizer = SGD(normswap.param_groups(net, lr=0.1))
-    one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)
-
-
-@pytest.mark.parametrize("cls", [SGD, ADAMW, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.LBFGS])
-def test_raw_statistics_given_like_any_weight(cls: Any) -> None:
-    net = Net(stats="raw")
-    optimizer = cls(net.parameters(), lr=1e-3)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = net.loss(torch.randn(4, 3, 8))
-        loss.backward()
-        return loss
-
-    with pytest.warns(UserWarning, match=UNGROUPED):
-        optimizer.step(closure)
-
-
-@pytest.mark.parametrize("k", [1, 4])
-def test_raw_statistics_in_their_group_are_the_optimizers(k: int) -> None:
-    net = Net(stats="raw")
-    optimizer = SGD(normswap.param_groups(net, lr=0.5, weight_decay=0.1), momentum=0.9)
-    before = net.norm.mean.detach().clone()
-    (x,) = batches(3.0, 2.0, 1)
-    if k > 1:
-        with pytest.warns(UserWarning, match=ACCUMULATED):
-            one_step(net, k=k, optimizer=optimizer)
-    else:
-        one_step(net, optimizer=optimizer)
-    torch.testing.assert_close(net.norm.mean.detach(), before + 0.5 * x.mean((0, 2)) / 3)
-
-
-def test_an_explicit_term_that_nobody_reads() -> None:
-    net = Net(aux="explicit")
-    optimizer = SGD(net.parameters(), lr=0.1)
-    net(torch.randn(4, 3, 8)).sum().backward()
-    with pytest.warns(UserWarning, match=FORGOTTEN):
-        optimizer.step()
-    one_step(net)
-
-
-def test_an_explicit_term_that_is_read_and_not_added() -> None:
-    net = Net(aux="explicit")
-    optimizer = SGD(net.parameters(), lr=0.1)
-    loss = net(torch.randn(4, 3, 8)).sum()
-    normswap.aux_loss(net)
-    loss.backward()
-    with pytest.warns(UserWarning, match=LOST):
-        optimizer.step()
-    one_step(net)
-
-
-def without_gradients(net: Net, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return net.norm(x)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("hidden", [without_gradients, lambda net, x: net.norm(x).detach()])
-def test_statistics_that_no_gradient_reaches(hidden: Callable[[Net, Tensor], Tensor]) -> None:
-    """A head on features, where BatchNorm would have moved."""
-    net, x = Net(), torch.randn(4, 3, 8)
-    optimizer = SGD(net.parameters(), lr=0.1)
-    net.head(hidden(net, x).mean(2)).sum().backward()
-    with pytest.warns(UserWarning, match=UNREACHED):
-        optimizer.step()
-    net.zero_grad()
-    net.eval()
-    net.head(hidden(net, x).mean(2)).sum().backward()
-    optimizer.step()
-
-
-def test_statistics_that_need_no_gradient() -> None:
-    """Frozen ones, a pass without gradients beside one with, another model's step, and a step of nothing."""
-    net, x = Net(), torch.randn(4, 3, 8)
-    without_gradients(net, x)
-    SGD(net.parameters(), lr=0.1).step()
-    net.head(x.mean(2)).sum().backward()
-    SGD(net.head.parameters(), lr=0.1).step()
-    net.zero_grad()
-    one_step(net)
-    net.norm.requires_grad_(False)
-    net.head(without_gradients(net, x).mean(2)).sum().backward()
-    SGD(net.parameters(), lr=0.1).step()
-
-
-@pytest.mark.parametrize("aux", ["auto", "explicit"])
-def test_replicas_of_data_parallel(aux: str) -> None:
-    """As nn.parallel.replicate makes them on several GPUs: their gradients would be added up."""
-
-    def replica(layer: nn.Module) -> nn.Module:
-        copied = layer._replicate_for_data_parallel()
-        for name, p in layer.named_parameters():
-            setattr(copied, name, p * 1)
-        return copied
-
-    layer, x = BatchlessNorm(3, aux=aux), torch.randn(4, 3, 8)
-    with pytest.raises(UsageError, match=r"^nn.DataParallel adds up the gradients .*\nhint: use torch.nn.parallel.DistributedDataParallel"):
-        replica(layer)(x)
-    expected = layer.eval()(x)
-    assert torch.equal(replica(layer)(x), expected)
-    layer.train()
-    layer.mean.requires_grad_(False)
-    layer.log_std.requires_grad_(False)
-    assert torch.equal(replica(layer)(x), expected)
-
-
-def test_the_warning_is_shown_once_by_default() -> None:
-    net = Net()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.resetwarnings()
-        warnings.simplefilter("default")
-        for _ in range(3):
-            one_step(net, k=2)
-    assert len(caught) == 1
 
 
 # --- what surrounds a step ---------------------------------------------------------------------------------------------------------------
@@ -980,16 +601,16 @@ def test_trained_and_reverted() -> None:
 # -- copies of a model and its optimizer -------------------------------------------------------------------------------------------------
 
 
-def saved_and_loaded(pair: Any) -> Any:
+def saved_and_loaded(both: Any) -> Any:
     file = io.BytesIO()
-    torch.save(pair, file)
+    torch.save(both, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-def state_loaded(pair: Any) -> Any:
+def state_loaded(both: Any) -> Any:
     """As a run that goes on from a checkpoint, and does not say the batch again."""
-    model, optimizer = copy.deepcopy(pair[0]), pair[1]
+    model, optimizer = copy.deepcopy(both[0]), both[1]
     again = torch.optim.SGD(normswap.param_groups(model, lr=0.5), momentum=0.9)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return model, again
@@ -997,7 +618,7 @@ def state_loaded(pair: Any) -> Any:
 
 COPIES = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
     "torch.save": saved_and_loaded,
     "the state dict of the optimizer": state_loaded,
 }
@@ -1023,10 +644,10 @@ def test_a_copy_of_model_and_optimizer_goes_on_at_the_same_pace(how: str, batch:
     trained(model, optimizer)
     copied = COPIES[how]((model, optimizer))
     assert trained(*copied) == trained(model, optimizer)
-    assert {m.run.pace for m in copied[0].modules() if isinstance(m, BatchlessNorm)} == {optimizer_step.pace_of(batch)}
+    assert {m.run.pace for m in copied[0].modules() if isinstance(m, BatchlessNorm)} == {pace_of(batch)}
 
 
-def test_a_copy_of_the_model_alone_keeps_the_pace_until_it_is_told_another() -> None:
+def test_a_copy_of_the_model_alone_keeps_the_pace_until_it_is_given_another() -> None:
     model = normswap.convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval(), torch.randn(4, 2)).model
     normswap.param_groups(model, lr=0.1, batch=2)
     copied = copy.deepcopy(model)

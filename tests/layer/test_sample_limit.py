@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import UsageError
-from normswap.layer import coupling, sample_limit
+from normswap.layer import sample_limit
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.producer import filters
 from normswap.training.drift import drift
 
 F64 = torch.float64
@@ -39,8 +40,8 @@ def drawn(kind: str, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_factor_is_the_formula_and_so_are_its_gradients(kind: str, masked: bool) -> None:
     x, mean, std = drawn(kind)
     counted = torch.tensor([True, True, False, True, True, True]).view(-1, *(1,) * (x.dim() - 1)) if masked else None
-    held, sums = sample_limit.held(x, mean, std, [0], counted)
-    found = held.factor
+    limit, sums = sample_limit.limit(x, mean, std, [0], counted)
+    found = limit.factor
     rms = ((x - mean) / std).flatten(1).square().mean(1).sqrt()
     expected = (1.2 / rms).clamp(max=1)
     if masked:
@@ -49,35 +50,35 @@ def test_the_factor_is_the_formula_and_so_are_its_gradients(kind: str, masked: b
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-13, atol=0)
     rows = x[[0, 1, 3, 4, 5]] if masked else x
     torch.testing.assert_close(sums[0], (rows - mean).sum_to_size(mean.shape), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *a: sample_limit.held(*a, [0], counted)[0].factor, (x, mean, std))  # type: ignore[arg-type]
+    assert torch.autograd.gradcheck(lambda *a: sample_limit.limit(*a, [0], counted)[0].factor, (x, mean, std))  # type: ignore[arg-type]
     by_factor = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
     by_x, by_mean, by_std = torch.autograd.grad((found * by_factor).sum(), (x, mean, std))
-    bend, *by = sample_limit.gradients(by_factor, sample_limit.Held(*(t.detach() for t in held)), std.detach(), [0])
-    through = (bend * (x - mean)).detach()
+    slope, *by = sample_limit.gradients(by_factor, sample_limit.Limit(*(t.detach() for t in limit)), std.detach(), [0])
+    through = (slope * (x - mean)).detach()
     for one, other in zip((through if counted is None else torch.where(counted, through, 0), *by), (by_x, by_mean, by_std), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-15)  # rounding, of a quarter
 
 
 def test_a_sample_that_fits_is_not_touched_and_passes_no_gradient() -> None:
     x, mean, std = drawn("conv", 0.3)
-    held, _ = sample_limit.held(x, mean, std, [0])
-    held.factor.sum().backward()
-    assert bool((held.factor == 1).all())
-    assert bool((held.pull == 0).all())
+    limit, _ = sample_limit.limit(x, mean, std, [0])
+    limit.factor.sum().backward()
+    assert bool((limit.factor == 1).all())
+    assert bool((limit.d_factor == 0).all())
     assert bool((x.grad == 0).all())  # type: ignore[union-attr]
 
 
-def test_without_a_sample_there_is_nothing_to_hold() -> None:
+def test_without_a_sample_there_is_nothing_to_limit() -> None:
     x, mean, std = drawn("conv")
-    held, (_, _, number) = sample_limit.held(x[:0], mean, std, [0])
-    assert held.factor.shape == (0, 1, 1, 1)
+    limit, (_, _, number) = sample_limit.limit(x[:0], mean, std, [0])
+    assert limit.factor.shape == (0, 1, 1, 1)
     assert number == 0
 
 
 def test_half_precision_is_squared_in_float32() -> None:
     x = torch.full((2, 3, 5), 400.0, dtype=torch.float16, requires_grad=True)
-    held, _ = sample_limit.held(x, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), [0])
-    torch.testing.assert_close(held.factor, torch.full((2, 1, 1), 1.2 / 400))
+    limit, _ = sample_limit.limit(x, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), [0])
+    torch.testing.assert_close(limit.factor, torch.full((2, 1, 1), 1.2 / 400))
 
 
 # --- in a layer --------------------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def step(model: nn.Module, lr: float = 1e-3) -> None:
 
 
 def written_out(model: Any, x: Tensor) -> Tensor:
-    """The forward pass with the guard."""
+    """The forward pass with the sample limit."""
     for module in model:
         if isinstance(module, BatchlessNorm):
             mean, std = (t.detach().view(-1, 1, 1) for t in module.statistics())
@@ -128,12 +129,12 @@ def test_it_is_there_in_train_mode_from_the_first_step_on() -> None:
     plain = net(coupling="none")
     torch.testing.assert_close(model(X), plain(X), rtol=1e-12, atol=1e-12)
     step(model)
-    held = model(X)
-    torch.testing.assert_close(held, written_out(model, X), rtol=1e-12, atol=1e-12)
+    limited = model(X)
+    torch.testing.assert_close(limited, written_out(model, X), rtol=1e-12, atol=1e-12)
     free = model.eval()(X)
-    assert float((held - free).detach().abs().max()) > 0.1
+    assert float((limited - free).detach().abs().max()) > 0.1
     for layer in layers(model):
-        layer.guarded = False
+        layer.limits_samples = False
     torch.testing.assert_close(model.train()(X), free, rtol=1e-12, atol=1e-12)
 
 
@@ -155,8 +156,8 @@ def test_copies_have_it_and_plain_layers_frozen_ones_and_those_of_opacus_do_not(
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_with_channels_last_each_place_is_held_by_itself(batch: int) -> None:
-    """Which axis has the samples cannot be seen: a transformer of torch has its batch second, unless it is told otherwise."""
+def test_with_channels_last_each_place_is_limited_by_itself(batch: int) -> None:
+    """Which axis has the samples cannot be seen: a transformer of torch has its batch second, by default."""
     torch.manual_seed(0)
     source = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh()).to(F64).eval()
     x = torch.randn(9, 6, 5, dtype=F64)
@@ -216,10 +217,10 @@ def test_the_gradient_of_a_coupled_producer_has_no_radial_part() -> None:
     model: Any = net(calibration=[X])
     for layer in layers(model):
         layer.stepped = True
-    assert not torch.allclose(model(X), model.eval()(X))  # it holds some
+    assert not torch.allclose(model(X), model.eval()(X))  # some are limited
     model.train()(X).sin().sum().backward()
     for conv in (model[0], model[3]):
-        w, by = (coupling.filters(conv, F64, t) for t in (conv.weight.detach(), conv.weight.grad))
+        w, by = (filters(conv, F64, t) for t in (conv.weight.detach(), conv.weight.grad))
         assert float(((w * by).sum(1).abs() / (w.norm(dim=1) * by.norm(dim=1))).max()) < 1e-12
 
 
@@ -249,10 +250,10 @@ def test_forward_mode_by_the_input(masked: bool) -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """A sequence that is padded by anything is held as it would be without."""
+    """A sequence that is padded by anything is limited as it would be without."""
     torch.manual_seed(0)
     layer = BatchlessNorm(3, channel_axis=-1, dtype=F64, aux="auto").train()
-    layer.guarded = layer.stepped = True
+    layer.limits_samples = layer.stepped = True
     x = 3 * torch.randn(2, 5, 3, dtype=F64)
     padded = torch.cat([x, torch.full((2, 4, 3), 1e3, dtype=F64)], 1)
     with normswap.masked(layer, torch.arange(9).expand(2, 9) < 5):
@@ -261,15 +262,15 @@ def test_padding_does_not_count() -> None:
     assert not torch.allclose(found[:, :5], layer.eval()(x))
 
 
-def test_a_guarded_layer_cannot_be_traced_in_train_mode() -> None:
+def test_a_layer_that_limits_samples_cannot_be_traced_in_train_mode() -> None:
     layer = BatchlessNorm(3)
-    layer.guarded = layer.stepped = True
-    with pytest.raises(UsageError, match="a BatchlessNorm that is guarded cannot be traced in train mode"):
+    layer.limits_samples = layer.stepped = True
+    with pytest.raises(UsageError, match="a BatchlessNorm that limits samples cannot be traced in train mode"):
         torch.fx.symbolic_trace(nn.Sequential(layer.train()))
     torch.fx.symbolic_trace(nn.Sequential(layer.eval()))
 
 
-def test_the_drift_says_how_many_it_held() -> None:
+def test_the_drift_says_how_many_were_limited() -> None:
     model = net()
     model(X).sum().backward()
     assert all(found.held is None for found in drift(model).values())
@@ -278,12 +279,12 @@ def test_the_drift_says_how_many_it_held() -> None:
     model(X).sum().backward()
     for name, layer in model.named_modules():
         if isinstance(layer, BatchlessNorm):
-            held = drift(model)[name].held
-            assert held is not None
-            assert 0 < float(held) <= 1
+            share = drift(model)[name].held
+            assert share is not None
+            assert 0 < float(share) <= 1
 
 
-def test_the_drift_after_per_sample_gradients_knows_of_nobody_who_was_held() -> None:
+def test_the_drift_after_per_sample_gradients_knows_of_no_sample_that_was_limited() -> None:
     """A transform of torch.func leaves nothing that can be read after it."""
     model = net()
     step(model)
@@ -298,19 +299,19 @@ def test_the_drift_after_per_sample_gradients_knows_of_nobody_who_was_held() -> 
     assert all(found.held is None for found in drift(model).values())
 
 
-def test_a_layer_whose_guard_was_taken_off_held_nothing() -> None:
+def test_a_layer_whose_limit_was_turned_off_limited_nothing() -> None:
     model = net()
     step(model)
     model(X).sum().backward()
-    guarded = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchlessNorm)}
-    first, *others = guarded
-    guarded[first].guarded = False
+    limiting = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchlessNorm)}
+    first, *others = limiting
+    limiting[first].limits_samples = False
     assert drift(model)[first].held is None
     assert all(drift(model)[name].held is not None for name in others)
     model.zero_grad()
     model(X).sum().backward()
     assert drift(model)[first].held is None
-    guarded[first].guarded = True
+    limiting[first].limits_samples = True
     model(X).sum().backward()
     assert drift(model)[first].held is not None
 
@@ -324,7 +325,7 @@ def test_what_layers_are_late_by_does_not_multiply() -> None:
         nn.init.orthogonal_(linear.weight)
         layer = BatchlessNorm(7, dtype=F64, aux="auto")
         layer.set_statistics(torch.zeros(7, dtype=F64), torch.full((7,), 0.8, dtype=F64))
-        layer.guarded = layer.stepped = True
+        layer.limits_samples = layer.stepped = True
         chain += nn.Sequential(linear, layer)
     x = torch.randn(5, 7, dtype=F64)
     x /= x.square().mean(1, keepdim=True).sqrt()

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 F64 = torch.float64
 
 
-def guarded(channels: int = 3, **options: Any) -> BatchlessNorm:
+def limiting(channels: int = 3, **options: Any) -> BatchlessNorm:
     torch.manual_seed(0)
     layer = BatchlessNorm(channels, aux="auto", dtype=F64, **options).train()
-    layer.guarded = layer.stepped = True
+    layer.limits_samples = layer.stepped = True
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.2, 1.1)
@@ -41,14 +41,14 @@ LAYERS = {
 def case(kind: str) -> tuple[BatchlessNorm, Tensor]:
     options, shape = LAYERS[kind]
     options = dict(options)
-    layer = guarded(options.pop("num_features", 3), **options)  # type: ignore[call-overload]
+    layer = limiting(options.pop("num_features", 3), **options)  # type: ignore[call-overload]
     x = 3 * torch.randn(shape, dtype=F64) * torch.linspace(0.2, 2, shape[0], dtype=F64).view(-1, *(1,) * (len(shape) - 1))
     return layer, x.requires_grad_()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_second_derivative_by_the_input(kind: str) -> None:
-    """With samples that are held, through what they are multiplied with."""
+    """With samples that are limited, through their factors."""
     layer, x = case(kind)
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
@@ -71,11 +71,11 @@ def test_a_backward_pass_over_dual_numbers(kind: str) -> None:
     torch.testing.assert_close(found, (ahead - behind) / 2e-6, rtol=0, atol=1e-8)  # rounding of up to 10, over 2e-6
 
 
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("kind", ["conv", "channels last"])
-def test_forward_mode_by_weight_and_bias(kind: str, held: bool) -> None:
+def test_forward_mode_by_weight_and_bias(kind: str, limited: bool) -> None:
     layer, x = case(kind)
-    layer.stepped = held
+    layer.stepped = limited
     values = {name: layer.get_parameter(name).detach() for name in ("weight", "bias")}
     along = {name: torch.randn_like(value) for name, value in values.items()}
 
@@ -140,12 +140,12 @@ def test_what_is_saved(trained: bool) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("held", [False, True])
-def test_the_strides_of_the_input_stay(held: bool, batch: int) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_strides_of_the_input_stay(limited: bool, batch: int) -> None:
     """Also of one sample, where others are the same to `is_contiguous`: with these convolution_backward of torch 2.13 is wrong."""
-    layer = guarded(8)
-    layer.stepped = held
-    layer.steer()
+    layer = limiting(8)
+    layer.stepped = limited
+    layer.enable_trend()
     x = torch.randn(batch, 8, 5, 6, dtype=F64).to(memory_format=torch.channels_last).requires_grad_()
     hidden = nn.Conv2d(8, 8, 3, groups=4, dtype=F64).to(memory_format=torch.channels_last)(x)
     y = layer(hidden)
@@ -171,7 +171,7 @@ def net(kinds: list[str]) -> nn.Module:
         if kind == "plain":
             layer.make_plain()
         elif kind == "coupled":
-            layer.unsteer()
+            layer.disable_trend()
         elif kind == "slow":
             layer.momentum = 0.03
         elif kind == "raw":
@@ -190,7 +190,7 @@ def test_layers_that_step_together_step_as_alone(clipped: bool) -> None:
     def groups(model: Any) -> list[dict[str, Any]]:
         """A conv and its norm each, every other one at another rate."""
         pairs = [[p for m in model[at : at + 2] for p in m.parameters()] for at in range(0, 3 * len(kinds), 3)]
-        return [{"params": pair, "lr": rate / (1 if number % 2 else 50)} for number, pair in enumerate(pairs)]
+        return [{"params": both, "lr": rate / (1 if number % 2 else 50)} for number, both in enumerate(pairs)]
 
     steps = {together: [torch.optim.SGD(groups(together), momentum=0.9)]}
     steps[alone] = [torch.optim.SGD([group], momentum=0.9) for group in groups(alone)]
@@ -211,7 +211,7 @@ def test_layers_that_step_together_step_as_alone(clipped: bool) -> None:
 # --- derivatives of derivatives, through a producer ---------------------------------------------------------------------------------------
 
 
-def coupled(units: bool = True, *, held: bool = False, kind: str = "grouped") -> tuple[Any, Tensor]:
+def coupled(*, limited: bool = False, kind: str = "grouped") -> tuple[Any, Tensor]:
     torch.manual_seed(2)
     producer = nn.Linear(6, 9) if kind == "linear" else nn.Conv2d(6, 9, 3, padding=1, groups=3)
     norm: Any = nn.BatchNorm1d(9) if kind == "linear" else nn.BatchNorm2d(9)
@@ -221,17 +221,16 @@ def coupled(units: bool = True, *, held: bool = False, kind: str = "grouped") ->
     x = 2 * torch.randn(7, 6, *(() if kind == "linear" else (5, 4)), dtype=F64)
     source = nn.Sequential(producer, norm, nn.SiLU()).to(F64).eval()
     model: Any = normswap.convert(source, x[:3], calibration=[x]).model.train()
-    model[1].aux, model[1].units, model[1].stepped = "none", units, held
+    model[1].aux, model[1].stepped = "none", limited
     return model, x
 
 
 @pytest.mark.parametrize("kind", ["linear", "grouped"])
-@pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("by", ["input", "weights"])
-def test_a_gradient_penalty_reaches_the_producer(by: str, units: bool, held: bool, kind: str) -> None:
+def test_a_gradient_penalty_reaches_the_producer(by: str, limited: bool, kind: str) -> None:
     """Against differences, with the statistics moved along as the formulas say."""
-    model, x = coupled(units, held=held, kind=kind)
+    model, x = coupled(limited=limited, kind=kind)
     conv, norm = model[0], model[1]
     direction = torch.randn(conv.weight.shape, dtype=F64)
 
@@ -246,20 +245,20 @@ def test_a_gradient_penalty_reaches_the_producer(by: str, units: bool, held: boo
     for step in (1e-5, -1e-5):
         moved = copy.deepcopy(model)
         with torch.no_grad():
-            anchor = moved[1].anchor()
+            snapshot = moved[1].snapshot()
             moved[0].weight.add_(step * direction)
-            optimizer_step.follow([(moved[1], anchor)])
+            optimizer_step.follow_weights([(moved[1], snapshot)])
         original, model = model, moved
         conv, norm = model[0], model[1]
         around.append(float(penalty().detach()))
         model = original
     assert found == pytest.approx((around[0] - around[1]) / 2e-5, rel=1e-6)  # what a difference leaves out
-    assert held == (norm.run.factor is not None and bool((norm.run.factor < 1).any()))
+    assert limited == (norm.run.factor is not None and bool((norm.run.factor < 1).any()))
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_the_gradient_of_a_derivative_in_forward_mode(held: bool) -> None:
-    model, x = coupled(held=held)
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_gradient_of_a_derivative_in_forward_mode(limited: bool) -> None:
+    model, x = coupled(limited=limited)
     along = torch.randn_like(x)
 
     def function(x: Tensor) -> Tensor:
@@ -274,12 +273,12 @@ def test_the_gradient_of_a_derivative_in_forward_mode(held: bool) -> None:
 # --- what does not count ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guards", [False, True])
-def test_what_is_masked_may_be_nan(guards: bool) -> None:
+@pytest.mark.parametrize("limits", [False, True])
+def test_what_is_masked_may_be_nan(limits: bool) -> None:
     """No gradient but that of the masked places sees it, as no gradient comes to these."""
     layer, _ = case("conv")
-    layer.stepped = guards
-    layer.steer()
+    layer.stepped = limits
+    layer.enable_trend()
     x = torch.randn(4, 3, 6, dtype=F64) * torch.tensor([0.3, 0.3, 5, 5], dtype=F64).view(4, 1, 1)
     mask = torch.ones(4, 6, dtype=torch.bool)
     mask[0, 4:] = mask[2, :2] = False
@@ -298,7 +297,7 @@ def test_what_is_masked_may_be_nan(guards: bool) -> None:
 def test_under_a_mask_of_everything_no_digit_is_lost() -> None:
     """With a share that float32 does not have: a third."""
     layer, x = case("conv")
-    layer.steer()
+    layer.enable_trend()
     with torch.no_grad():
         layer.trend.normal_()
     normswap.attach(layer, accumulate=3)

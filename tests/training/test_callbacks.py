@@ -213,7 +213,7 @@ def test_transformers_with_coupled_statistics(cls: Any, trend: bool, tmp_path: P
     for layer in layers(model):
         assert layer.producer is not None
         if not trend:
-            layer.unsteer()
+            layer.disable_trend()
     reference = copy.deepcopy(model)
     trainer(model, tmp_path, gradient_accumulation_steps=4, **({"max_steps": 2} if trend else {})).train()
     by_hand(reference, model.seen, [4, 4] if trend else HF_STEPS[4])

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap.errors import UsageError
-from normswap.layer import coupling
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import STATS, STD_FORMS, Stats, StdForm
+from normswap.layer.producer import filters, response
 
 X = torch.randn(6, 2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 DOORS = ("auto", "explicit")
@@ -54,8 +54,8 @@ def converted(aux: str = "auto", *, dtype: torch.dtype = torch.float64, **option
 def _converted(aux: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     model = normswap.convert(source(dtype).eval(), X[:2].to(dtype), aux=aux, **options).model.train()  # type: ignore[arg-type]
     for layer in model.modules():
-        if isinstance(layer, BatchlessNorm) and layer.steering is not None:
-            nn.init.normal_(layer.steering, std=0.1, generator=torch.Generator().manual_seed(7))
+        if isinstance(layer, BatchlessNorm) and layer.trend is not None:
+            nn.init.normal_(layer.trend, std=0.1, generator=torch.Generator().manual_seed(7))
     return model
 
 
@@ -78,14 +78,12 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 def coupled(layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
     """Mean and std as they are written down, with the gradient through the producer."""
     mean, std = (t.detach() for t in layer.statistics())
-    producer: Any = layer.follows
+    producer: Any = layer.producer_in_training
     if producer is None:
         return mean, std
-    assert layer.tracked is not None
-    rows = coupling.filters(producer, torch.float64)
-    answers = coupling.response(rows, layer.tracked.detach(), getattr(producer, "groups", 1)) + (
-        0 if producer.bias is None else producer.bias
-    )
+    assert layer.input_mean is not None
+    rows = filters(producer, torch.float64)
+    answers = response(rows, layer.input_mean.detach(), getattr(producer, "groups", 1)) + (0 if producer.bias is None else producer.bias)
     n = rows.norm(dim=1)
     return answers + n * ((mean - answers) / n).detach(), n * (std / n).detach()
 
@@ -98,7 +96,7 @@ def without_trend(layer: BatchlessNorm, left: list[tuple[Tensor, Tensor]], x: Te
 
     mean, std = coupled(layer)
     z = (x - shaped(mean)) / shaped(std) + torch.zeros((), requires_grad=True)
-    limit = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.guarded else 1
+    limit = 1.2 / z.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.2) if layer.limits_samples else 1
     z = z + 0  # the trend is taken away from what comes along z alone
     fixed, (slope, level) = z.detach(), layer.trend.detach() / (z[:, 0].numel() * layer.calls)
 
@@ -119,7 +117,7 @@ def reference(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
     layers = [m for m in model.modules() if isinstance(m, BatchlessNorm)]
     left: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for layer in layers:
-        if layer.aux == "auto" and layer.steering is not None and layer._learns:
+        if layer.aux == "auto" and layer.trend is not None and layer._learns:
             left[layer] = []
             layer.forward = functools.partial(without_trend, layer, left[layer])  # type: ignore[method-assign]
         layer.aux = "none"
@@ -148,7 +146,7 @@ def reference(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
             layer.mean.grad = by_mean
         if layer.std_parameter.requires_grad:
             layer.std_parameter.grad = by_parameter
-        if layer.follows is not None:
+        if layer.producer_in_training is not None:
             conv: Any = layer.producer
             layer.input_mean.grad = torch.zeros_like(layer.input_mean)
             for u in seen.get(conv, []):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from normswap.models.torch_private import PYTHON2_MODULES, PYTHON2_NAMES
+
 # --- descriptions ---------------------------------------------------------------------------------------------------------------------
 
 

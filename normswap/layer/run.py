@@ -1,0 +1,368 @@
+"""The training run of a layer: what forward and backward passes leave for the next optimizer step, and what is warned of.
+
+A `Run` belongs to a run of training and not to the layer: it is not in the state dict, and neither copied nor pickled (but for its pace).
+
+    forward      records the mean input of a coupled producer, the terms of aux="explicit", and that the statistics should learn: `pending`
+    backward     `Passes` counts how often a gradient has reached the statistics
+    step         `optimizer_step` reads all of this
+
+The gradient of aux="auto" has weight 1 when it is added. What the loss was multiplied by cannot be seen there, but at the step it can: from
+the number of backward passes since the last step, and from a GradScaler that makes it. What `attach` was not told of is put right then, and
+the messages below are warned.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from normswap.errors import UsageError
+from normswap.layer.coupling import Snapshot
+from normswap.layer.formulas import StdForm
+from normswap.layer.fsdp import is_part
+
+# Where a user's code is not: torch, and normswap (two folders up from this file).
+OURS = tuple(os.path.join(folder, "") for folder in (os.path.dirname(inspect.getfile(torch)), os.path.dirname(os.path.dirname(__file__))))
+
+FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
+
+
+def pace_of(batch: int | None) -> float:
+    """What the momentum of the statistics is multiplied by for `batch` samples in a step:  sqrt(batch / 8) below 8, else 1; None: 1.
+
+    The fewer samples, the noisier the moments of a step, and the average has to be over more steps. Measured: docs/benchmarks.md.
+    """
+    return 1.0 if batch is None else min(1.0, (batch / FULL) ** 0.5)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """The NLL of one call of a layer, and its gradients by the parameters, without a history: what `aux_loss` needs."""
+
+    value: Tensor
+    parameters: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass
+class Forward:
+    """What the forward passes of one thread leave.
+
+    input_mean   of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since
+    terms        those of the forward passes since `aux_loss` read them; read: whether it has
+    """
+
+    input_mean: Tensor | None = None
+    fresh: bool = False
+    terms: list[Term] = field(default_factory=list)
+    read: bool = True
+
+
+_others = threading.Lock()  # held while `Run.others` is replaced
+
+
+@dataclass
+class Run(Forward):
+    """The training run of a layer: what the main thread and compiled graphs leave, and what belongs to all threads.
+
+    scaler, scale, accumulate   what `attach` was told
+    share     the weight of the term in one backward pass: 1 / accumulate, but for micro-batches of unequal size
+    pace      what the momentum is multiplied by, see `pace_of`
+    mask      which positions of the input count
+    factor    of each sample in the last forward pass, see `sample_limit`
+    passes    the backward passes, counted for aux="auto"
+    pending   whether there was a forward pass, since the last step, from which the statistics should learn
+    number    of the run, in the order in which layers came to be
+    others    what other threads leave; latest: of the thread that called the producer last
+    """
+
+    scaler: GradScaler | None = None
+    scale: Tensor | None = None
+    accumulate: int = 1
+    share: float = 1.0
+    pace: float = 1.0
+    mask: Tensor | None = None
+    factor: Tensor | None = None
+    passes: Passes | None = None
+    pending: bool = False
+    number: int = field(default_factory=itertools.count().__next__)
+    others: dict[threading.Thread, Forward] = field(default_factory=dict)
+    latest: Forward | None = None
+
+    @property
+    def here(self) -> Forward:
+        """What the forward passes of this thread leave. A graph is compiled for all threads, and counts as the main one."""
+        if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+            return self
+        here = self.others.get(threading.current_thread())
+        if here is None:
+            here = Forward()
+            with _others:
+                kept = {thread: left for thread, left in self.others.items() if thread.is_alive() or not left.read}
+                self.others = {**kept, threading.current_thread(): here}
+        return here
+
+    def record_input(self, mean: Tensor) -> None:
+        """The producer was called, with inputs of this mean."""
+        here = self.here
+        here.input_mean, here.fresh = mean, True
+        if not torch.compiler.is_compiling():
+            self.latest = None if here is self else here
+
+    def take_input(self) -> Tensor | None:
+        """The mean of the producer's last input, for the layer that comes after it; None if the producer was not called."""
+        here, again = self.here, recomputes()
+        # A checkpoint that runs the layer again need not run its producer again: the last mean then still holds, in whichever thread.
+        if again and here.input_mean is None:
+            here = self.latest or self
+        mean = here.input_mean if here.fresh or again else None
+        here.fresh = False
+        return mean
+
+    def mark_pending(self) -> None:
+        """There was a forward pass from which the statistics should learn."""
+        if not torch.compiler.is_exporting():
+            self.pending = True
+
+    def record_term(self, term: Term) -> None:
+        """There was a forward pass with this term, for `aux_loss` to read."""
+        self.pending = True
+        here = self.here
+        if here.read:
+            here.terms, here.read = [], False
+        here.terms.append(term)
+
+    def to_read(self) -> Forward:
+        """The forward passes whose terms `aux_loss` reads: those of this thread, or of the only one that has terms."""
+        found = [forward for forward in (self, *self.others.values()) if forward.terms]
+        here = self.here
+        if here.terms or not found:
+            return here
+        if len(found) > 1:
+            raise UsageError(
+                f"{len(found)} other threads have called the model, and this one has not: it is not clear whose auxiliary loss is meant",
+                hint="read aux_loss(model) in the thread that called the model",
+            )
+        return found[0]
+
+
+def records_term(x: Tensor) -> bool:
+    """Whether a forward pass in train mode with aux="explicit" leaves a term: it trains, and is not the second run of a checkpoint."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+        raise UsageError(
+            'a BatchlessNorm with aux="explicit" keeps the term of each call in train mode, which a traced graph cannot',
+            hint='convert with aux="auto", whose term becomes part of the graph, or trace in eval mode',
+        )
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return not recomputes() and (torch.is_grad_enabled() or caller(_is_checkpoint) is not None)
+
+
+def recomputes() -> bool:
+    """Whether this is the second run of a checkpoint, in backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def check_precision(parameter: Tensor) -> None:
+    """Warn of statistics in half precision. The layer never holds them so, but FSDP can be told to gather its parameters so."""
+    if parameter.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        warn(ROUNDED.format(dtype=parameter.dtype))
+
+
+def refuse_replicas() -> NoReturn:
+    """Refuse to train a copy that nn.DataParallel made for one device: it adds up the gradients of all devices, however many there are."""
+    raise UsageError(
+        "nn.DataParallel adds up the gradients of the statistics of a BatchlessNorm over its devices, where they should be averaged",
+        hint="use torch.nn.parallel.DistributedDataParallel; or one device, eval mode or statistics with requires_grad_(False)",
+    )
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Passes:
+    """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient.
+
+    inner: those of the whole parameter, of which FSDP keeps a part (this parameter) here. The gradient of the part comes when FSDP reduces
+    that of the whole, which may be once in several passes.
+    """
+
+    def __init__(self, parameter: nn.Parameter, inner: Passes | None = None) -> None:
+        self.parameter = weakref.ref(parameter)
+        self.inner = inner
+        self.count = 0
+        self.version = 0
+        self.grad: Tensor | None = None
+        self.added = False
+        parameter.register_hook(self._arrives)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(self._has_passed)  # type: ignore[no-untyped-call]
+
+    def _arrives(self, gradient: Tensor) -> None:
+        # DistributedDataParallel may have put another tensor in the place of the gradient of the last pass.
+        parameter = self.parameter()
+        grad = None if parameter is None else parameter.grad
+        self.added = grad is not None
+        if grad is not None and self.count and not is_part(grad) and self.changed(grad) and not grad.any():
+            self.count = 0  # zero_grad(set_to_none=False) has thrown away what came until now
+
+    def _has_passed(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        passes = 1 if self.inner is None else max(self.inner.count, 1)
+        # zero_grad takes the tensor away, and the next pass makes another
+        self.count = passes + (self.count if self.added or grad is self.grad else 0)
+        self._remember(grad)
+        if _several() and torch._C._current_graph_task_id() != -1:
+            # DistributedDataParallel writes the average of all processes at the end of backward, in a callback that it asks for later.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._averaged))
+
+    def _averaged(self) -> None:
+        parameter = self.parameter()
+        if parameter is not None:
+            self._remember(parameter.grad)
+
+    def _remember(self, grad: Tensor | None) -> None:
+        self.grad, self.version = grad, 0 if grad is None else grad._version
+
+    def changed(self, grad: Tensor, by: int = 0) -> bool:
+        """Whether `grad`, that of the parameter, was replaced or written to since the last pass, other than `by` times."""
+        return grad is not self.grad or grad._version > self.version + by
+
+
+def watch_passes(layer: Layer) -> None:
+    """Count the backward passes that reach the layer's statistics, whichever parameters they are by now."""
+    if torch.compiler.is_compiling():
+        return
+    # While torch.func calls the model, or a tracer looks at it, something else stands in the place of its parameters.
+    trained = [p for p in (layer.mean, layer.std_parameter) if isinstance(p, nn.Parameter) and p.requires_grad]
+    if not trained:
+        return
+    parameter, passes = trained[0], layer.run.passes
+    if passes is None or passes.parameter() is None:
+        layer.run.passes = Passes(parameter)
+    elif not any(p is not None and p.parameter() is parameter for p in (passes, passes.inner)):
+        # FSDP puts the whole parameter in the place of its part during forward and backward.
+        if is_part(passes.parameter()) and not is_part(parameter):
+            passes.inner = Passes(parameter)
+        else:
+            layer.run.passes = Passes(parameter, passes if is_part(parameter) else None)
+
+
+def _several() -> bool:
+    """Whether there are several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+# --- what has a run ---------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(Protocol):
+    """What a step reads of a layer with statistics: a BatchlessNorm, or the statistics in the graph of an exported program."""
+
+    run: Run
+    std: StdForm
+    aux: Any
+    stats: Any
+    reduction: Any
+    momentum: float
+    calls: int
+    steps: Tensor | None  # of training, of a layer that is coupled or has a sample limit
+    stepped: bool  # whether an optimizer has moved the statistics
+    training: bool
+
+    @property
+    def mean(self) -> nn.Parameter: ...
+    @property
+    def std_parameter(self) -> nn.Parameter: ...
+    @property
+    def input_mean(self) -> nn.Parameter | None: ...  # of the producer, of a layer that is coupled to one
+    @property
+    def trend(self) -> nn.Parameter | None: ...  # of the gradient, of a layer that takes it out
+    @property
+    def _eps(self) -> float: ...  # what is added to the variance
+    @property
+    def producer_in_training(self) -> nn.Module | None: ...  # the producer, if the statistics move with its weight now
+    def snapshot(self) -> Snapshot: ...  # of that producer
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------------------------
+
+FORGOTTEN = (
+    'an optimizer steps a model converted with aux="explicit", but its term was not read since the last forward pass, so the statistics '
+    'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
+)
+LOST = (
+    'an optimizer steps a model converted with aux="explicit", and its term was read, but no gradient of it came, so the statistics stay '
+    "as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
+)
+UNREACHED = (
+    "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to "
+    "it, as under torch.no_grad or where its output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
+    "requires_grad_(False)"
+)
+UNGROUPED = (
+    'an optimizer steps the statistics of a model converted with stats="raw" like any weight, with its weight decay and momentum. '
+    'Give it normswap.param_groups(model, lr=...) instead of model.parameters(). Or convert with stats="natural"'
+)
+ACCUMULATED = (
+    "more backward passes have reached the statistics of a BatchlessNorm since the last step than normswap was told of. Their gradients "
+    "were divided by the number of passes now, at the step; until then they were too large. Say normswap.attach(model, accumulate=...)"
+)
+SCALED = (
+    "a GradScaler that normswap was not told of has divided the gradients of the statistics of a BatchlessNorm by its scale. They were "
+    "multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
+)
+UNSCALED = (
+    "an optimizer steps without the GradScaler that normswap was told of. The gradients of the statistics of a BatchlessNorm were divided "
+    "by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), or "
+    "normswap.attach(model) where there is no scaler any more"
+)
+CHANGED = (
+    "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "
+    "units of the activations and would decide the norm of all. Clip the others only, which are the parameters of every group of "
+    'normswap.param_groups(model, lr=...) that has no key "normswap"'
+)
+ROUNDED = (
+    "the statistics of a BatchlessNorm are {dtype} in this forward pass, as the param_dtype of a MixedPrecisionPolicy does, and rounded. "
+    "Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
+)
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called torch or normswap, as that of `optimizer.step()`."""
+    ours = list(itertools.takewhile(lambda frame: frame.f_code.co_filename.startswith(OURS), frames()))
+    warnings.warn(message, UserWarning, stacklevel=1 + len(ours))
+
+
+def frames() -> Iterator[FrameType]:
+    """The frames of the callers, the nearest first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def caller(wanted: Callable[[FrameType], Any]) -> Any:
+    """What `wanted` finds in the nearest frame in which it finds something, or None."""
+    return next((found for found in map(wanted, frames()) if found is not None), None)
+
+
+def _is_checkpoint(frame: FrameType) -> bool | None:
+    """A reentrant checkpoint runs its forward pass without gradients; the one that gives them comes in backward."""
+    return True if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__ else None

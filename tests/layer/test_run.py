@@ -1,0 +1,471 @@
+"""The training run of a layer: what is warned of at a step, how backward passes are counted, and what each thread leaves."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from batchless_net import ACCUMULATED, ADAMW, SGD, Net, batches, one_step, statistics
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import normswap
+from fixtures.nets import randomise
+from normswap.errors import UsageError
+from normswap.layer.batchless_norm import BatchlessNorm
+
+F64 = torch.float64
+BATCHES = [torch.randn(n, 3, 7, 8, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 3)]
+SCALED = r"a GradScaler that normswap was not told of .* Say normswap\.attach\(model, scaler=\.\.\.\)"
+CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the others only"
+UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(model, lr=\.\.\.\)'
+UNSCALED = r"steps without the GradScaler that normswap was told of.* Say scaler\.scale\(loss\)\.backward\(\) and scaler\.step"
+LOST = r"its term was read, but no gradient of it came.* before backward: loss \+ normswap\.aux_loss\(model\)"
+UNREACHED = r"called in train mode since the last step, but no gradient came back to it.* Freeze them if that is meant"
+FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
+
+
+# --- what `attach` does not know is warned of -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_that_attach_does_not_know(set_to_none: bool) -> None:
+    attached, silent = Net(), Net()
+    silent.load_state_dict(attached.state_dict())
+    normswap.attach(attached, accumulate=4)
+    for net in (attached, silent):
+        optimizer = SGD(net.parameters(), lr=0.0)
+        for _ in range(2):
+            if net is attached:
+                one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
+            else:
+                with pytest.warns(UserWarning, match=ACCUMULATED) as caught:
+                    one_step(net, k=4, optimizer=optimizer, to_none=set_to_none)
+                assert linecache.getline(caught[0].filename, caught[0].lineno).strip() == "optimizer.step()"  # of the loop
+    torch.testing.assert_close(statistics(silent), statistics(attached))
+
+
+def test_an_incomplete_accumulation_is_as_the_loss_has_it() -> None:
+    net = Net()
+    normswap.attach(net, accumulate=4)
+    one_step(net, k=2)  # the loop divides by 2 here; in its last window it would by 4
+    torch.testing.assert_close(statistics(net)[0], torch.full((3,), 0.15), rtol=0.1, atol=0)
+
+
+def zeros(net: Net) -> None:
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("throw_away", [nn.Module.zero_grad, lambda net: net.zero_grad(set_to_none=False), zeros])
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_passes_are_counted_from_the_last_gradient(aux: str, throw_away: Callable[[Net], None]) -> None:
+    """Another model's loss goes through this one (a GAN's generator), and its gradient is thrown away."""
+    plain, net = Net(aux=aux), Net(aux=aux)
+    for _ in range(3):
+        net.loss(torch.randn(4, 3, 8)).backward()
+        throw_away(net)
+        one_step(net)
+        one_step(plain)
+    assert torch.equal(statistics(net)[0], statistics(plain)[0])
+    assert torch.equal(statistics(net)[1], statistics(plain)[1])
+
+
+def test_a_gradient_that_was_written_to_is_not_thrown_away() -> None:
+    net = Net()
+    for _ in range(2):
+        net.loss(torch.randn(4, 3, 8)).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=CHANGED):
+        SGD(net.parameters(), lr=0.0).step()
+
+
+def test_what_came_after_the_thrown_away_is_accumulation() -> None:
+    net = Net()
+    for _ in range(3):
+        net.zero_grad(set_to_none=False)
+        net.loss(torch.randn(4, 3, 8)).backward()
+    with pytest.warns(UserWarning, match=ACCUMULATED):
+        one_step(net)
+
+
+SCALERS = [
+    (SGD, {}, False),
+    (SGD, {}, True),
+    (ADAMW, {}, False),
+    (ADAMW, {"fused": True}, False),
+    (ADAMW, {"fused": True}, True),
+    (SGD, {"fused": True}, False),
+]
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
+def test_a_grad_scaler(cls: Any, options: dict[str, Any], unscale: bool, attached: bool) -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    optimizer = cls(net.parameters(), lr=0.0, **options)
+    if attached:
+        normswap.attach(net, scaler=scaler)
+        one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
+    else:
+        with pytest.warns(UserWarning, match=SCALED):
+            one_step(net, scaler=scaler, optimizer=optimizer, unscale=unscale)
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_and_accumulation() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with pytest.warns(UserWarning, match=ACCUMULATED), pytest.warns(UserWarning, match=SCALED):
+        one_step(net, k=4, scaler=scaler)
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_another_scaler_than_the_one_it_was_attached_to() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    normswap.attach(net, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.warns(UserWarning, match=SCALED):
+        one_step(net, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
+def test_a_step_that_the_scaler_skips(cls: Any, options: dict[str, Any], unscale: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    normswap.attach(net, scaler=scaler)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = cls(net.parameters(), lr=0.1, **options)
+    scaler.scale(net.loss(torch.randn(4, 3, 8)) * float("inf")).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_scaler_that_is_disabled(attached: bool) -> None:
+    """As in a loop that is written for both: GradScaler(enabled=use_amp)."""
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    if attached:
+        normswap.attach(net, scaler=scaler)
+    one_step(net, scaler=scaler)
+    assert torch.equal(statistics(net)[0], statistics(plain)[0])
+
+
+@pytest.mark.parametrize("stats", ["natural", "raw"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_scaler_that_is_attached_and_that_does_not_make_the_step(scaled: bool, stats: str) -> None:
+    """Left behind by another loop: the term is multiplied by a scale that nobody takes away."""
+    plain, net = Net(stats=stats), Net(stats=stats)
+    one_step(plain, optimizer=SGD(normswap.param_groups(plain, lr=0.1)))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(normswap.param_groups(net, lr=0.1))
+    normswap.attach(net, scaler=scaler)
+    loss = net.loss(next(batches(3.0, 2.0, 1)))
+    (scaler.scale(loss) if scaled else loss).backward()
+    with pytest.warns(UserWarning, match=UNSCALED):
+        optimizer.step()
+    torch.testing.assert_close(statistics(net), statistics(plain))
+
+
+def test_gradients_that_the_scaler_has_unscaled() -> None:
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(net.parameters(), lr=0.0)
+    normswap.attach(net, scaler=scaler)
+    scaler.scale(net.loss(next(batches(3.0, 2.0, 1)))).backward()
+    scaler.unscale_(optimizer)
+    optimizer.step()
+    torch.testing.assert_close(statistics(net), statistics(plain))
+
+
+def halved(net: Net) -> None:
+    for p in net.parameters():
+        p.grad = p.grad / 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [halved, lambda net: nn.utils.clip_grad_value_(net.parameters(), 0.01)])
+def test_other_changes_of_the_gradients(change: Callable[[Net], None]) -> None:
+    net = Net()
+    net.loss(torch.randn(4, 3, 8) + 1).backward()
+    change(net)
+    with pytest.warns(UserWarning, match=CHANGED):
+        SGD(net.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_the_statistics_too(scaled: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    if scaler:
+        normswap.attach(net, scaler=scaler)
+    with pytest.warns(UserWarning, match=CHANGED):
+        one_step(net, clip=True, scaler=scaler, unscale=scaled)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_the_others_only(scaled: bool) -> None:
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    if scaler:
+        normswap.attach(net, scaler=scaler)
+    optimizer = SGD(normswap.param_groups(net, lr=0.1))
+    one_step(net, scaler=scaler, optimizer=optimizer, clip="head", unscale=scaled)
+
+
+@pytest.mark.parametrize("cls", [SGD, ADAMW, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.LBFGS])
+def test_raw_statistics_given_like_any_weight(cls: Any) -> None:
+    net = Net(stats="raw")
+    optimizer = cls(net.parameters(), lr=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = net.loss(torch.randn(4, 3, 8))
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match=UNGROUPED):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_raw_statistics_in_their_group_are_the_optimizers(k: int) -> None:
+    net = Net(stats="raw")
+    optimizer = SGD(normswap.param_groups(net, lr=0.5, weight_decay=0.1), momentum=0.9)
+    before = net.norm.mean.detach().clone()
+    (x,) = batches(3.0, 2.0, 1)
+    if k > 1:
+        with pytest.warns(UserWarning, match=ACCUMULATED):
+            one_step(net, k=k, optimizer=optimizer)
+    else:
+        one_step(net, optimizer=optimizer)
+    torch.testing.assert_close(net.norm.mean.detach(), before + 0.5 * x.mean((0, 2)) / 3)
+
+
+def test_an_explicit_term_that_nobody_reads() -> None:
+    net = Net(aux="explicit")
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net(torch.randn(4, 3, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=FORGOTTEN):
+        optimizer.step()
+    one_step(net)
+
+
+def test_an_explicit_term_that_is_read_and_not_added() -> None:
+    net = Net(aux="explicit")
+    optimizer = SGD(net.parameters(), lr=0.1)
+    loss = net(torch.randn(4, 3, 8)).sum()
+    normswap.aux_loss(net)
+    loss.backward()
+    with pytest.warns(UserWarning, match=LOST):
+        optimizer.step()
+    one_step(net)
+
+
+def without_gradients(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.norm(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hidden", [without_gradients, lambda net, x: net.norm(x).detach()])
+def test_statistics_that_no_gradient_reaches(hidden: Callable[[Net, Tensor], Tensor]) -> None:
+    """A head on features, where BatchNorm would have moved."""
+    net, x = Net(), torch.randn(4, 3, 8)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net.head(hidden(net, x).mean(2)).sum().backward()
+    with pytest.warns(UserWarning, match=UNREACHED):
+        optimizer.step()
+    net.zero_grad()
+    net.eval()
+    net.head(hidden(net, x).mean(2)).sum().backward()
+    optimizer.step()
+
+
+def test_statistics_that_need_no_gradient() -> None:
+    """Frozen ones, a pass without gradients beside one with, another model's step, and a step of nothing."""
+    net, x = Net(), torch.randn(4, 3, 8)
+    without_gradients(net, x)
+    SGD(net.parameters(), lr=0.1).step()
+    net.head(x.mean(2)).sum().backward()
+    SGD(net.head.parameters(), lr=0.1).step()
+    net.zero_grad()
+    one_step(net)
+    net.norm.requires_grad_(False)
+    net.head(without_gradients(net, x).mean(2)).sum().backward()
+    SGD(net.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_replicas_of_data_parallel(aux: str) -> None:
+    """As nn.parallel.replicate makes them on several GPUs: their gradients would be added up."""
+
+    def replica(layer: nn.Module) -> nn.Module:
+        copied = layer._replicate_for_data_parallel()
+        for name, p in layer.named_parameters():
+            setattr(copied, name, p * 1)
+        return copied
+
+    layer, x = BatchlessNorm(3, aux=aux), torch.randn(4, 3, 8)
+    with pytest.raises(UsageError, match=r"^nn.DataParallel adds up the gradients .*\nhint: use torch.nn.parallel.DistributedDataParallel"):
+        replica(layer)(x)
+    expected = layer.eval()(x)
+    assert torch.equal(replica(layer)(x), expected)
+    layer.train()
+    layer.mean.requires_grad_(False)
+    layer.log_std.requires_grad_(False)
+    assert torch.equal(replica(layer)(x), expected)
+
+
+def test_the_warning_is_shown_once_by_default() -> None:
+    net = Net()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        for _ in range(3):
+            one_step(net, k=2)
+    assert len(caught) == 1
+
+
+# --- one model in several threads: each sees what its own forward pass left ------------------------------------------------
+
+
+def net(**options: Any) -> nn.Module:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5), nn.Flatten())
+    return normswap.convert(randomise(model, 3).to(F64).eval(), BATCHES[0], **options).model
+
+
+def in_threads(work: Callable[[int], object], count: int = 3) -> list[BaseException]:
+    """What was raised."""
+    raised: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def together(model: nn.Module, count: int = 3) -> nn.Module:
+    """Whoever has called a conv of `model` waits until all have, so that each norm comes after the convs of all."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            barrier = threading.Barrier(count)
+            module.register_forward_hook(lambda *_, barrier=barrier: (barrier.wait(60), None)[1])
+    return model
+
+
+def test_in_eval_mode() -> None:
+    model = together(net())
+    found: list[Tensor | None] = [None] * 3
+    assert in_threads(lambda i: found.__setitem__(i, model(BATCHES[i]))) == []
+    alone = net()
+    assert all(torch.equal(y, alone(x)) for y, x in zip(found, BATCHES, strict=True) if y is not None)
+    assert None not in found
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "none"}, {"aux": "explicit"}, {"aux": "explicit", "coupling": "none"}], ids=str)
+def test_a_step_of_three_threads_is_that_of_one(options: dict[str, Any]) -> None:
+    """Their gradients add up, and each takes note of its own inputs."""
+    alone = net(**options).train()
+    shared = together(copy.deepcopy(alone))
+    steps = {model: torch.optim.SGD(normswap.param_groups(model, lr=0.05), momentum=0.9) for model in (alone, shared)}
+    if "aux" not in options:
+        for model in steps:
+            normswap.attach(model, accumulate=3)
+
+    def work(model: nn.Module, number: int) -> None:
+        loss = model(BATCHES[number]).square().mean()
+        if "aux" in options:
+            loss = loss + normswap.aux_loss(model)
+            assert torch.equal(normswap.aux_loss(model), normswap.aux_loss(model))
+        (loss / 3).backward()
+
+    for _ in range(3):
+        for number in range(3):
+            work(alone, number)
+        assert in_threads(lambda number: work(shared, number)) == []
+        for step in steps.values():
+            step.step()
+            step.zero_grad()
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_of_a_forward_pass_in_another_thread() -> None:
+    model = net(aux="explicit").train()
+    expected = copy.deepcopy(model)
+    expected(BATCHES[0])
+    assert in_threads(lambda _: model(BATCHES[0]), 1) == []
+    assert torch.equal(normswap.aux_loss(model), normswap.aux_loss(expected))
+
+
+def test_losses_of_several_other_threads() -> None:
+    model = net(aux="explicit").train()
+    assert in_threads(lambda number: model(BATCHES[number]), 2) == []
+    with pytest.raises(UsageError, match="2 other threads have called the model, and this one has not: it is not clear whose"):
+        normswap.aux_loss(model)
+
+
+def test_threads_that_have_ended_are_forgotten() -> None:
+    model = net().train()
+    for _ in range(5):
+        assert in_threads(lambda _: model(BATCHES[0]).sum().backward(), 2) == []
+    assert len(model[1].run.others) <= 4  # type: ignore[index,union-attr]
+
+
+def test_a_producer_that_was_called_in_another_thread_only() -> None:
+    model = net().train()
+    assert in_threads(lambda _: model[0](BATCHES[0]), 1) == []  # type: ignore[index]
+    with pytest.raises(UsageError, match="coupled to a Conv2d that was not called before it"):
+        model[1](torch.randn(4, 6, 5, 6, dtype=F64))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_in_another_thread(reentrant: bool) -> None:
+    """The norm runs again in backward, its conv does not: in whichever thread that is."""
+
+    class Net(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.layers, self.again = net().train(), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv, norm, *rest = self.layers.children()
+            h = conv(x)
+            y: Tensor = checkpoint(norm, h, use_reentrant=reentrant) if self.again else norm(h)  # type: ignore[no-untyped-call]
+            for layer in rest:
+                y = layer(y)
+            return y
+
+    grads = []
+    for again in (False, True):
+        model = Net(again)
+        losses: list[Tensor] = []
+        assert in_threads(lambda _, model=model, losses=losses: losses.append(model(BATCHES[1]).square().mean()), 1) == []  # type: ignore[misc]
+        losses[0].backward()
+        grads.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
