@@ -1,12 +1,12 @@
-"""Is every file the same function? All legs of every net, with weights that are 0, tiny and negative, and the folded files of four peers.
+"""Is every file the same function? Comparisons of every net, with weights that are 0, tiny and negative, and four peers' folded files.
 
     python -m benchmarks.onnx_parity                     all nets and all peers, then results/onnx_parity.json and docs/benchmarks.md
     python -m benchmarks.onnx_parity AlphaZero ViT       some nets
 
-Legs: the net of `onnx_skeletons`, with BatchlessNorms, a tenth of whose weights are 0, a tenth 1e-7 and a tenth negative, is exported and
+The net of `onnx_skeletons`, with BatchlessNorms, a tenth of whose weights are 0, a tenth 1e-7 and a tenth negative, is exported and
 held against itself in float64 at batch 1, 2 and 7, at x 1e-3, x 1e3 and all 3. What is shown is the largest error of any output at
 any of these, relative to its largest value: of the net in float32 (the noise floor), in onnxruntime at the worst of its four levels, in
-onnx's evaluator at those inputs that it takes seconds for, and of the net in float16 in torch. A leg may be 10 times the noise floor. Left
+onnx's evaluator at those inputs that it takes seconds for, and of the net in float16 in torch. Each may be 10 times the noise floor. Left
 out are inputs at which the net itself is more than 1e-4 from its float64 run in float32, such as x 1e3 for an attention without norms.
 
 Peers: the same net with its own BatchNorms, with weights that are positive or of mixed signs, is exported by torch.onnx.export and taken
@@ -83,7 +83,7 @@ def asked(shape: tuple[int, ...]) -> list[Probe]:
     return [first, *others, *(probe for probe in probes((batches[1],), {}) if " x " in probe.name or probe.flat)]
 
 
-def legs(name: str, kind: str) -> Row:
+def comparisons(name: str, kind: str) -> Row:
     make, shape = NETS[name]
     torch.manual_seed(0)
     model = with_norms(make(), odd_norm(kind))
@@ -95,7 +95,7 @@ def legs(name: str, kind: str) -> Row:
         warnings.simplefilter("ignore")
         given = Inputs((inputs(shape),))
         result, found = verified_export(model, given, Path(directory) / "model.onnx", opset=None, dynamic=True, judgement=judgement)
-    levels = {leg: parity for leg, parity in found.parities.items() if leg != runtime(REFERENCE)}
+    levels = {name: parity for name, parity in found.parities.items() if name != runtime(REFERENCE)}
     evaluator = found.parities.get(runtime(REFERENCE))
     return {
         "net": name,
@@ -193,7 +193,7 @@ def case_of(row: Row) -> tuple[str, str]:
 
 def measure(name: str, case: str) -> Row | None:
     signs = {peers_case(word): signs for signs, word in SIGNS.items()}
-    return peers(name, signs[case]) if case in signs else legs(name, case)
+    return peers(name, signs[case]) if case in signs else comparisons(name, case)
 
 
 def cases(names: list[str]) -> list[tuple[str, str]]:
@@ -235,7 +235,7 @@ def verdict(row: Row) -> list[str]:
         return [
             f"{row['net']}, {row['signs']}, {peer}: not the same function" for peer, found in row["peers"].items() if not found["passed"]
         ]
-    found = [] if row["passed"] and row["share"] <= 1 else [f"{row['net']}, {row['weights']}: a leg failed"]
+    found = [] if row["passed"] and row["share"] <= 1 else [f"{row['net']}, {row['weights']}: a comparison failed"]
     if row["half"] is not None and row["half"] > CAP[torch.float16]:
         found.append(f"{row['net']}, {row['weights']}: {row['half']:.1e} off in float16")
     return found

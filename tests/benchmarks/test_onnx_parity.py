@@ -1,4 +1,4 @@
-"""Every leg, with weights that are 0, tiny and negative, and the files of other tools: benchmarks/onnx_parity.py; the last result is in
+"""Comparisons with weights that are 0, tiny and negative, and the files of other tools: benchmarks/onnx_parity.py; the last result is in
 docs/benchmarks.md."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.onnx_parity import (
     Row,
     case_of,
     cases,
-    legs,
+    comparisons,
     peers,
     peers_case,
     tables,
@@ -56,7 +56,7 @@ def hold(row: Row) -> None:
     ],
 )
 def test_small_nets(name: str, kind: str) -> None:
-    row = legs(name, kind)
+    row = comparisons(name, kind)
     hold(row)
     if kind == "zero":
         assert row["left"] < row["norms"]
@@ -76,7 +76,7 @@ def test_files_of_other_tools() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_every_net(name: str) -> None:
-    hold(legs(name, "all three"))
+    hold(comparisons(name, "all three"))
     for signs in SIGNS:
         row = peers(name, signs)
         if row is not None:
@@ -99,8 +99,8 @@ def test_the_committed_rows_hold() -> None:
     ("change", "found"),
     [
         ({}, []),
-        ({"passed": False}, ["a net, zero: a leg failed"]),
-        ({"share": 1.2}, ["a net, zero: a leg failed"]),
+        ({"passed": False}, ["a net, zero: a comparison failed"]),
+        ({"share": 1.2}, ["a net, zero: a comparison failed"]),
         ({"half": 6e-3}, ["a net, zero: 6.0e-03 off in float16"]),
         ({"half": None}, []),
     ],

@@ -17,7 +17,7 @@ from normswap.detect.hazards import Hazard
 from normswap.detect.sites import Plan, Rule, Site, Skip, Swap
 from normswap.export.cuda import Cuda, Missing
 from normswap.export.to_onnx import Export
-from normswap.folding import Fate
+from normswap.folding import Outcome
 from normswap.parity.result import Difference, Located, Parity
 from normswap.report.conversion import Report
 from normswap.swap.calibrate import Fit
@@ -108,8 +108,8 @@ def full() -> Report:
             opset=20,
             nodes={"Conv": 3, "Mul": 1},
             sites=(
-                Fate("stem.norm", "into_producer", ("node_conv",)),
-                Fate("body.norm", left=("BatchNormalization",), reason="an output is next to it"),
+                Outcome("stem.norm", "into_producer", ("node_conv",)),
+                Outcome("body.norm", left=("BatchNormalization",), reason="an output is next to it"),
             ),
             skeleton={"Conv": 3},
             extra={"BatchNormalization": 1},
