@@ -114,11 +114,11 @@ def test_writes_in_place_are_counted_for_all_views() -> None:
     message = f"torch {torch.__version__} does not tell what overwrites a tensor"
     assert torch_private.written(whole) > before, message
     assert torch_private.storage_key(view) == torch_private.storage_key(whole) != torch_private.storage_key(whole.clone()), message
-    assert torch_private.StorageWeakRef(whole.untyped_storage()).cdata == torch_private.storage_key(whole), message
+    assert torch_private.StorageWeakRef(whole.untyped_storage()).cdata == torch_private.storage_key(whole), message  # type: ignore[no-untyped-call]
 
 
 def test_the_code_of_a_graph_can_be_compiled() -> None:
-    graph: Any = fx.symbolic_trace(lambda x: torch.relu(x) + 1).graph  # type: ignore[arg-type]
+    graph: Any = fx.symbolic_trace(lambda x: torch.relu(x) + 1).graph
     code = graph.python_code("self")
     imports = torch_private.format_import_block(code.globals, torch_private.sys_importer)
     forward = torch_private.forward_from_source(f"{imports}\n{code.src}", {})

@@ -47,7 +47,7 @@ class Seen(Watcher):
 
 def test_a_forward_pass_leaves_nothing_behind() -> None:
     model, x, scale = Restless(), torch.ones(2, 3), torch.ones(1, requires_grad=True)
-    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr,index]
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     output = forward(model, (x,), {"scale": scale})
     assert torch.equal(x, torch.ones(2, 3))
     assert not output.requires_grad
