@@ -1,6 +1,7 @@
 """The stages of a conversion in order: read this first.
 
-    trace -> match -> judge -> swap -> compare -> calibrate -> compare
+    trace -> match -> judge the original -> swap what is exact -> couple -> compare
+                      and, where approximate swaps were asked for: swap all -> calibrate -> compare -> couple
 
 `plan` stops after match, and `inspect` goes from there to the facts; `convert` goes through. The command puts `load` in front, and `save`,
 `export` and `report` behind.

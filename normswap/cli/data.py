@@ -1,4 +1,4 @@
-"""What the options of a command name: models, inputs, batches, rules, functions."""
+"""Opens what the options of a command name: models, inputs, batches, rules, functions."""
 
 from __future__ import annotations
 

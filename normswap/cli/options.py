@@ -1,4 +1,4 @@
-"""The options of the commands, each written once: what it is called, what its help says, and what it is if nobody gives it.
+"""The options of the commands, each written once: its name, help and default. The defaults of a conversion are in `api/request.py`.
 
 A command takes an option as a parameter of its own, or a frozen dataclass of options that several commands take; `spread` makes one option
 of each field of such a class. No torch here: `normswap COMMAND --help` is to answer at once.

@@ -1,4 +1,4 @@
-"""Normalizations in the code of modules that a back-end saw -> Sites: which of them can be replaced, by rewriting whose code.
+"""Norms that are no modules but code -> Sites: whether each can be replaced, and whose code has to be rewritten for it.
 
 The module whose code normalizes, the owner, is traced alone (`models/own_code.py`), so that the rest of the model need not be traceable.
 What is found in its graph (`handwritten.find`) is counted against what the back-end saw.

@@ -1,4 +1,4 @@
-"""Trace + rules -> Plan: decides for every site, changes nothing."""
+"""Trace + rules -> Plan: decides for every norm of a model whether it is swapped, changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A class of somebody's own that is derived from a norm of torch, guards the call of `super().forward(x)`, and keeps its code.
+"""Swaps what a user's subclass of BatchNorm inherits, where its code guards `super().forward(x)`, and leaves that code as it is.
 
     class Guarded(nn.BatchNorm2d):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""A copy of the model, of which every BatchlessNorm leaves a mark in the graph: one node `normswap::Affine` that says which norm it is."""
+"""Marks the norms of a model for its ONNX graph: in a copy, each BatchlessNorm leaves one node that says which norm it is."""
 
 from __future__ import annotations
 

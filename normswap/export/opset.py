@@ -1,4 +1,4 @@
-"""Which opset an ONNX file is written in: DEFAULT_OPSET, or the one with an operator for attention where the model attends."""
+"""The opsets that an ONNX file may be written in, and whether a model needs the one with Attention. `to_onnx.py` picks one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-r"""A diagonal change of basis of the values of a graph: what lets an affine disappear where it cannot be multiplied into its neighbour.
+r"""Stores the values of a graph scaled and shifted, so that an affine disappears that cannot be multiplied into its neighbour.
 
-Every value v of the graph is stored as v', with
+This is a diagonal change of basis. Every value v of the graph is stored as v', with
 
     v = a v' + c        a, c: arrays that broadcast against v, in float64; at first a = 1, c = 0
 

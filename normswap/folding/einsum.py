@@ -1,4 +1,4 @@
-r"""Einsum: what its equation says about bases.
+r"""How an affine moves through an Einsum, as its equation says.
 
     y[out] = sum over the others of  x[letters_x] w[letters_w]        w a constant
 

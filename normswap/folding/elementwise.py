@@ -1,4 +1,6 @@
-r"""Sums and products: what they say about bases, v = a v' + c. The rules and what is written are in the table of `spread.py`.
+r"""How an affine moves through sums and products (Add, Sub, Mul, Div). Other operators, and the table of all, are in `spread.py`.
+
+With v = a v' + c for each value, as in `basis.py`:
 
 y = x_1 + x_2        all a are equal, and c_y = c_1 + c_2: one of them is shifted to make up for the others
 y = k x              a_y = a_x a_k,  c_y = k c_x; the constant is stored as k / a_k

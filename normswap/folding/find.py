@@ -1,5 +1,5 @@
-r"""The affines of any ONNX graph: BatchNormalization in inference mode, and chains of Mul, Div, Add, Sub with constants; and what other
-norms there are, with the reason why they are none.
+r"""The affines of any ONNX graph: BatchNormalization in inference mode, and chains of Mul, Div, Add, Sub with constants; and its other
+norms, each with the reason why it is no affine.
 
     BatchNormalization    s = scale / sqrt(var + epsilon),  t = B - mean * s
     a chain               s <- s * k, t <- t * k for a Mul; t <- t + k for an Add; likewise Div and Sub

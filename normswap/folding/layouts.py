@@ -1,4 +1,4 @@
-r"""Operators that move values without computing new ones: where the basis of a value goes.
+r"""How an affine moves through operators that move values without computing new ones (Transpose, Reshape, Concat).
 
     y[i] = x[m(i)]        a_y[i] = a_x[m(i)],  c_y[i] = c_x[m(i)]
 

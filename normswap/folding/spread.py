@@ -1,4 +1,4 @@
-r"""The rule of every operator: what it asks of the bases of its inputs and its output, v = a v' + c, and what it computes with v'.
+r"""How an affine moves through an operator (a ReLU, a sum, a pooling): what each asks of the bases of its inputs and output, v = a v' + c.
 
     operator                    scales                      shifts                          is rewritten to
     linear (linear.py)          any; none 0 at the output   any; 0 at the input if some     W a_x / a_y,  (b + W c_x - c_y) / a_y

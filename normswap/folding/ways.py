@@ -1,4 +1,4 @@
-r"""Where an affine y = s x + t may go, if not into the layer right before it: changes of basis that make it vanish, from where each starts.
+r"""Where an affine y = s x + t may go, if not into the layer right before it: the ways to make it vanish, each a change of basis.
 
     into_consumers    into all that reads y; nothing before y changes
 

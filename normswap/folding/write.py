@@ -1,4 +1,4 @@
-r"""The rewriting of a graph: every operator computes with values as they are stored, and what is left of an affine is written.
+r"""Rewrites the graph, once all is decided: operators get their new constants, and what is left of an affine becomes nodes.
 
 What is left is one BatchNormalization, or a Mul and an Add, and less where its scale is 1 or its shift 0:
 

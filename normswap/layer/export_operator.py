@@ -1,4 +1,4 @@
-"""The automatic term of a layer as an operator, `normswap::inject`, in a graph that torch.export makes in train mode.
+"""How the statistics of a layer learn in a graph that torch.export makes in train mode: by an operator of ours, `normswap::inject`.
 
     in_graph(shift, (mean, p), (by_mean, by_p), ...)     shift, unchanged: when a gradient comes back to it, mean and p get the given ones
 

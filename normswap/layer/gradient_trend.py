@@ -1,4 +1,4 @@
-r"""The gradient trend: what BatchNorm's gradient lacks, taken out of a layer's gradient without a batch.
+r"""The gradient trend: the part of a gradient that BatchNorm takes out by its batch, learned over time and taken out without one.
 
     z = (x - mean) / std                                          g = dL/dz
     BatchNorm       dL/dx = (g - <g> - z <g z>) / std             < > over the batch: no mean, and no part along z

@@ -1,7 +1,7 @@
-"""Every private name of torch that normswap needs, and why: the one place to look when a new torch is out.
+"""The private names of torch that normswap needs, and why: the first place to look when a new torch is out.
 
 `tests/models/test_torch_private.py` has a test for each, which says what a torch that lacks it broke. The packages `layer` and `training`
-still have some of their own.
+still have some of their own, and so has `wellformed.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is compared: each tensor of a candidate at each probe, against its truth. One row for each."""
+"""The rows of a comparison: one for each tensor of a candidate at each probe, with its error against the truth. `judge.py` compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that torch computes for onnx's evaluator, whose own are loops in Python where numpy has nothing like them, and take minutes.
+"""Faster operators for onnx's own evaluator of ONNX files: torch computes those for which it loops in Python, and takes minutes.
 
 Where torch has no such kernel (padding by name, sizes that are rounded up, indices), the evaluator computes its own.
 """

@@ -1,4 +1,4 @@
-"""The second question: how precise is what is right by definition? A candidate may have ten times its error, which is called noise.
+"""The second question: is a candidate as precise? It may have ten times the error of what is right by definition, which is called noise.
 
 For a module, noise is the error of the reference in its own dtype (`reference.truth_of`). For an ONNX file it is measured here: the error
 of its baseline, the same graph before anything was folded in it, in the same runtime at the same level. One error alone may be a small one

@@ -1,4 +1,4 @@
-"""What `verify` measured: frozen data.
+"""What a comparison of two models measured, as frozen data: `Parity`; and the error that is raised if it failed.
 
 Error of a tensor:  max_rel = max|candidate - truth| / scale,  truth = what the reference gives in float64,
 scale = max|truth|, but at least 1e-3 of what that tensor reaches at the inputs that are not scaled.

@@ -1,4 +1,4 @@
-"""What rounding may have done to a model: copies of it, and of its inputs, of which the numbers are moved a little.
+"""How much rounding alone may change what a model gives: copies of it, and of its inputs, whose numbers are moved a little.
 
 A model that is right gives almost the same for each. How far its outputs go is what rounding by itself does to them.
 """

@@ -1,4 +1,4 @@
-"""What failed, or was judged nowhere, is again at again before it is called a failure."""
+"""Measures again what failed, or could be judged nowhere, before it is called a failure."""
 
 from __future__ import annotations
 

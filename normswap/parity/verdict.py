@@ -1,4 +1,4 @@
-"""What decides: the rows of a comparison, put together to one Parity."""
+"""Puts the rows of a comparison together to one Parity: the worst row of each output, and of each layer, decides."""
 
 from __future__ import annotations
 

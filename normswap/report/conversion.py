@@ -1,4 +1,4 @@
-"""What `normswap convert` and `normswap inspect` say. docs/report.md documents the JSON."""
+"""What `normswap convert` and `normswap inspect` say: report.json, tables and a summary. docs/report.md documents the JSON."""
 
 from __future__ import annotations
 

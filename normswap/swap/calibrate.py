@@ -1,7 +1,8 @@
-"""data -> statistics, stratum by stratum: for layers whose source took its statistics from each sample, so that no file holds them.
+"""data -> statistics: for layers whose source took its statistics from each sample, so that no file holds them.
 
-A stratum is a set of layers none of which feeds another of them. They are calibrated in the order of execution, each on what the already
-swapped layers before it produce; until its turn comes a layer computes what its source would. Per channel,
+It goes stratum by stratum. A stratum is a set of layers none of which feeds another of them. They are calibrated in the order of
+execution, each on what the already swapped layers before it produce; until its turn comes a layer computes what its source would. Per
+channel,
 
     mean, std        those of the layer's input x over all calibration data
     weight, bias     the least-squares fit of weight * (x - mean) / std + bias to what the source put out in the original model

@@ -1,4 +1,7 @@
-"""Which layers feed which: while the mode is on, what a layer of one stratum puts out is followed through all that is computed from it."""
+"""Which layers feed which: what a layer puts out is followed through all that is computed from it, by a mode that sees each function call.
+
+A stratum is a set of layers none of which feeds another of them (`calibrate.py`).
+"""
 
 from __future__ import annotations
 

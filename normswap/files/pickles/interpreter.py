@@ -1,4 +1,4 @@
-"""What a pickle would make: its program is run, and descriptions are made where the real thing would make objects.
+"""What a pickle would make, found without making it: its program is executed on descriptions of objects.
 
 Whether any of it may be made is not asked here; `review` does that.
 """
