@@ -163,7 +163,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
     scaler = cast("GradScaler | None", run.caller(_is_scaler))
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     inputs: list[StepInputs] = []
-    left: list[tuple[Tensor, float]] = []
+    raw_gradients: list[tuple[Tensor, float]] = []
     for layer in layers:
         given = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not given:
@@ -182,7 +182,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
         inputs.append(StepInputs(layer, passes * unscaled, unscaled != 1, std_gradient, *by))
         given = [p for p in given if p.grad is not None]
         if layer.stats == "raw":
-            left += [(cast(Tensor, p.grad), passes * unscaled) for p in given]
+            raw_gradients += [(cast(Tensor, p.grad), passes * unscaled) for p in given]
             if any(groups[id(p)].get(MARK) != STATISTICS for p in given):
                 warn(run.UNGROUPED)
         if layer.run.passes is not None:
@@ -190,7 +190,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             watch_passes(layer)
     for alike in foreach.group_by(inputs, lambda one: one.kind):
         _step(optimizer, alike)
-    for grad, factor in left:
+    for grad, factor in raw_gradients:
         if factor != 1:
             grad.mul_(factor)
 

@@ -203,7 +203,7 @@ class _InputMeans:
                 self.handles.append(module.register_forward_hook(self._after_norm))
 
     def close(self) -> None:
-        """Remove the hooks. Their reference cycle would keep the copy alive, and its layers, with the same parameters, would step as well."""
+        """Remove the hooks. Their reference cycle would keep the copy alive, and its layers, which share parameters, would step as well."""
         for handle in self.handles:
             handle.remove()
 
