@@ -95,7 +95,7 @@ def has_kernel(op: str, since: int, dtype: str, domain: str = "") -> bool:
 
 
 def of_file(proto: onnx.ModelProto) -> Cuda:
-    """What the table says of a model whose shapes onnx can infer. Weights need not be in it."""
+    """What the table of kernels says of a model whose shapes onnx can infer. The model need not hold its weights."""
     floating, missing = 0, []
     for node, dtype in _floating(proto):
         floating += 1

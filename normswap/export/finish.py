@@ -62,7 +62,7 @@ def at_opset(model: ir.Model, opset: int) -> ir.Model:
                 hint=f"opset {TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
             ) from error
         count = len(model.graph.inputs)
-        for value in converted.graph.inputs[count:]:  # large constants are inputs of what ONNX's own tools see
+        for value in converted.graph.inputs[count:]:  # call_onnx_api shows large constants to ONNX's tools as inputs
             value.const_value = model.graph.initializers[str(value.name)].const_value
             converted.graph.register_initializer(value)
         del converted.graph.inputs[count:]

@@ -81,7 +81,7 @@ def check(used: Iterable[str], precise: nn.Module, model: nn.Module) -> None:
 
 
 def remember(graph: ir.Graph, precise: nn.Module) -> None:
-    """Note at every constant of a graph in float16 what it was rounded from, if that is a parameter of `precise` or its transpose."""
+    """Note at every float16 constant of a graph the array it was rounded from, if that is a parameter of `precise` or its transpose."""
     from normswap.folding import note_precise
 
     known = _by_bytes(precise)

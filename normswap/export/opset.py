@@ -34,7 +34,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        # A mode does not see the calls inside multi_head_attention_forward, which calls it unless the attention weights are asked for.
+        # A mode does not see inside multi_head_attention_forward, which calls scaled_dot_product_attention unless need_weights is set.
         inside = func is F.multi_head_attention_forward and not kwargs.get("need_weights", True)
         self.seen |= inside or func in (F.scaled_dot_product_attention, _CALL, _CALL.default)
         return func(*args, **kwargs)

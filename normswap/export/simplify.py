@@ -104,7 +104,7 @@ def _same_shape(node: ir.Node) -> bool:
     if x is None or x.shape is None or y.shape is None or y.is_graph_output() or len(x.shape) != len(y.shape):
         return False
     known = [isinstance(a, int) and a == b for a, b in zip(x.shape, y.shape, strict=True)]
-    if known.count(False) > 1:  # one size is what the others leave of the whole
+    if known.count(False) > 1:  # one unknown size follows from the others, as the number of elements is the same
         return False
     replace_value(y, x, [node])
     return True

@@ -204,7 +204,7 @@ class Program:
         return dataclasses.replace(made.export, path=Path(path), target=self.settings.target)
 
     def write_baseline(self, path: Path) -> None:
-        """Write the file with every norm unfolded, whose error the folded file is compared with. Call it after `write`."""
+        """Write the baseline, a file in which no norm is folded: its error is the measure for the folded file. Call it after `write`."""
         assert self.opset is not None
         self._write(self._made(self.opset, None, folded=False), path)
 

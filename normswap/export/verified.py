@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from normswap.folding import Outcome
 
 T = TypeVar("T")
-MEASURED = 24  # how often a file is folded and measured at most, and once more for what is returned
+MEASURED = 24  # how often a file is folded and measured at most, before the one more time for the file that is returned
 
 
 def verified_export(

@@ -32,7 +32,7 @@ _COMPUTED, _WHY = "normswap.computed", "normswap.why"
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """What the constant holds: its own tensor, that of its Constant node, or what was computed for it."""
+    """The tensor of a constant: its own, that of its Constant node, or the one that `compute` has made."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
         tensor = value.meta.get(_COMPUTED)

@@ -96,7 +96,7 @@ def fold(
                 outcomes[affine] = replace(outcomes[affine], left=write.write_remainder(affine, scale, shift, constants, names))
         for affine, reason in unfit.items():
             operations = [node for node in affine.nodes if node.op_type != "Cast"]
-            known = all(node.domain == "" for node in operations)  # then it is left as it is
+            known = all(node.domain == "" for node in operations)  # operators of ONNX are left as they are
             types = tuple(node.op_type for node in operations)
             if not known:
                 types = write.write_remainder(affine, affine.scale, affine.shift, constants, names)

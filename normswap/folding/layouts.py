@@ -192,7 +192,7 @@ def _parts(node: ir.Node, change: Change) -> list[Part]:
             raise Conflict(f"{called(node)} depends on the input")
         where = range(len(starts)) if axes is None else [int(a) % rank for a in axes]
         strides = np.ones(len(starts), np.int64) if steps is None else steps
-        # An axis that is kept whole does not count.
+        # Leave out the axes that are kept whole.
         cut = [
             (axis, slice(int(s), int(e), int(p)))
             for axis, s, e, p in zip(where, starts, ends, strides, strict=True)

@@ -99,7 +99,7 @@ class Coupled(NamedTuple):
 
 
 def coupled_to(producer: nn.Module, input_mean: Tensor, dtype: torch.dtype, *, eps: float) -> Coupled:
-    """A producer as it is now, for one forward pass."""
+    """The producer with its current weight and bias, for one forward pass."""
     bias: Any = producer.bias
     return Coupled(filters(producer, dtype), bias, input_mean.detach().to(dtype), Constants(groups_of(producer), eps))
 

@@ -1,4 +1,4 @@
-"""The training run of a layer: what forward and backward passes leave for the next optimizer step, and what is warned of.
+"""The training run of a layer: what forward and backward passes leave for the next optimizer step, and the warnings of that step.
 
 A `Run` belongs to a run of training and not to the layer: it is not in the state dict, and neither copied nor pickled (but for its pace).
 

@@ -123,7 +123,7 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_y: Tensor | None) -> tuple[Tensor | None, ...]:
         options: Options = ctx.options
-        saved = ctx.saved_tensors  # once, as a checkpoint hands them out once
+        saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
         t, given = Tensors(*saved[:TENSORS]), saved[TENSORS:]
         given = given if t.scale is None else [each * t.scale for each in given]
         by: dict[str, Tensor | None] = {} if by_y is None else _backward(t, options, by_y, by_x=ctx.needs_input_grad[0])
