@@ -1,3 +1,3 @@
-"""From a model to a verified ONNX file, and the same for an ONNX file that others wrote. The only room that calls `folding`.
+"""Writes a verified ONNX file of a model, and folds an ONNX file that another tool wrote. The only package that calls `folding`.
 May import that, `detect`, `parity`, `files`, `models` and `layer`.
 """

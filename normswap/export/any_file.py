@@ -1,12 +1,12 @@
 """Folds the normalization of any ONNX file into its layers, without the model that it was made from.
 
 1. The file is read and checked, and the shapes of its values are inferred (`folding/shapes.py`).
-2. Operators that give what they take are removed (`folding/noops.py`).
+2. Operators that do nothing are removed (`folding/noops.py`).
 3. Its affines are found (`folding/find.py`) and folded where that is exact (`folding/decide.py`).
 4. If any could be, the new graph is shortened (`simplify.py`) and written in the opset that the file had; if none, the file is copied as
    it is.
 
-Whether the two files are the same function is for `verify` to say, before the new one gets its name.
+`verify` then says whether the two files are the same function, before the new one gets its name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 OLDEST = 7  # the opset from which on sums and products broadcast
 MODERN = 13  # what every converter can reach
-LISTED = 4  # the IR version from which on a weight need not be among the inputs of its file
+LISTED = 4  # the IR version from which on a weight need not be among the inputs of the graph
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Folded:
 
     before, nodes  how often each operator occurs in the file that came in, and in the one that was written
     bytes_before, bytes  how large they are, with the files that their weights lie in
-    sites          where each affine went, one `normswap.folding.Outcome` each, and each norm that is none
-    notes          why nothing was folded, if that is not for the sites to say
-    parity         what comparing the two files gave, once somebody did
-    comparisons    everything that the new file was held against
+    sites          a `normswap.folding.Outcome` for each affine, and for each norm that is no affine
+    notes          why nothing was folded, if the sites do not say it
+    parity         the result of comparing the two files, None before that
+    comparisons    the results of all comparisons of the new file
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Folded:
 
     @property
     def rolled_back(self) -> bool:
-        """Whether something could be folded, and nothing was, as it did not pass."""
+        """Whether everything that could be folded was rolled back, as the file did not pass."""
         return not self.changed and any(site.reason.startswith("rolled back") for site in self.sites)
 
     @property
@@ -73,7 +73,7 @@ class Folded:
 
 
 def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
-    """Write `source`, folded, to `target`. kept: affines that stay as they are, by name, and why. shorten: the rest of the graph, too.
+    """Write `source`, folded, to `target`. kept: affines that stay as they are, by name, and why. shorten: whether to simplify the graph.
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
@@ -94,7 +94,7 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
     constants = Constants(model.graph)
     if constants.opset < OLDEST:
         convert = f"`onnx.version_converter.convert_version(model, {MODERN})` makes a newer file of it"
-        reason = f"the file has opset {constants.opset}, and what is older than {OLDEST} is left as it is: {convert}"
+        reason = f"the file has opset {constants.opset}, and files older than opset {OLDEST} are left as they are: {convert}"
         return _copied(source, target, before, _other_norms(others(model, (), constants, reason), ()), (reason,))
     with _unknown(model, open_to_callers):
         shapes.infer(model)
@@ -123,7 +123,7 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
 
 
 def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:
-    """(the weights that a caller may replace, notes). Before IR version 4 all weights were listed as inputs, and none could be replaced."""
+    """(the weights that a caller may replace, notes). Before IR version 4 weights had to be inputs, and none is replaceable."""
     graph = model.graph
     names = [str(value.name) for value in graph.inputs if value.name in graph.initializers]
     if model.ir_version >= LISTED:
@@ -151,24 +151,24 @@ def _other_norms(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> 
 def _unknown(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
     """Hide the values of weights that a caller may replace, so that no shape and no sum is computed from them."""
     values = {name: model.graph.initializers.pop(name) for name in names}
-    held = {name: value.const_value for name, value in values.items()}
+    tensors = {name: value.const_value for name, value in values.items()}
     for value in values.values():
         value.const_value = None
     try:
         yield
     finally:
         for name, value in values.items():
-            value.const_value = held[name]
+            value.const_value = tensors[name]
             model.graph.initializers[name] = value
 
 
 def _shorten(model: ir.Model, open_to_callers: Sequence[str]) -> None:
-    """Shorten a graph whose norms are folded. Names of inputs and outputs stay, and so does all that others noted in the file."""
+    """Shorten a graph whose norms are folded. The names of inputs and outputs stay."""
     names = _interface(model.graph)
     try:
         with _unknown(model, open_to_callers), norms_stay(model):
             simplify(model)
-    except Exception as error:  # onnxscript's, of a graph unlike those that it was written for
+    except Exception as error:  # onnxscript may fail on a graph that is unlike those of torch
         raise ExportError(f"the folded graph cannot be shortened: {first_line(error)}") from error
     if _interface(model.graph) != names:
         raise ExportError("the folded graph cannot be shortened: its inputs or outputs would get other names")
@@ -217,18 +217,18 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def sizes_known(path: Path) -> bool:
-    """Whether the file says of each input what its rank is, and no size that there cannot be."""
+    """Whether the file gives the rank of each input, and no negative size."""
     import onnx
 
     inputs = onnx.load(str(path), load_external_data=False).graph.input
     return all(_has_shape(value) and all(dim.dim_value >= 0 for dim in value.type.tensor_type.shape.dim) for value in inputs)
 
 
-SHAPES = {"Reshape": 0, "Expand": 1, "Tile": 1}  # what leaves a value as it is, where a caller gives the shape (input 1) of the result
+SHAPES = {"Reshape": 0, "Expand": 1, "Tile": 1}  # operator -> the number that, all along its input 1, leaves a value in its shape
 
 
 def shapes_asked(path: Path) -> dict[int, tuple[int, int]]:
-    """(how many numbers, which) for each input of the file that is a shape, by its place: random numbers are none that a value can have."""
+    """place -> (how many numbers, which), for each input that is the shape for a Reshape, Expand or Tile: random numbers would not fit."""
     import onnx_ir as ir
 
     from normswap.folding import shapes
@@ -249,7 +249,7 @@ def _has_shape(value: onnx.ValueInfoProto) -> bool:
     return bool(value.type.WhichOneof("value") != "tensor_type" or value.type.tensor_type.HasField("shape"))
 
 
-# Norms that onnxruntime has in ONNX's own domain, in opsets in which ONNX has none of that name.
+# Norms that onnxruntime knows in ONNX's own domain -> the opset in which ONNX first has that name, if ever.
 OF_ONNXRUNTIME = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
 
 
@@ -258,10 +258,10 @@ def _is_of_onnxruntime(node: onnx.NodeProto, proto: onnx.ModelProto) -> bool:
 
 
 def _checkable(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The file with a shape for every input and output, and its operators of onnxruntime's in a domain of their own.
+    """A copy for ONNX's checker: with a shape for every input and output, and the operators of onnxruntime in a domain of their own.
 
-    Files without these shapes, or with such operators, are run by runtimes and refused by ONNX's checker. This is for the checker alone,
-    which reads no tensor that lies elsewhere from here.
+    Runtimes run files without these shapes, or with such operators, and the checker refuses them. Tensors outside of the file become
+    inputs, as the checker could not find them.
     """
     import onnx
 
@@ -311,7 +311,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
-    """Raise LoadError if a file that holds tensors ends too early: onnx's checker looks only whether it is there."""
+    """Raise LoadError if a file that holds tensors is too short: onnx's checker looks only whether it exists."""
     import onnx
 
     for tensor in _tensors(proto.graph):
@@ -332,7 +332,7 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _with_base(model: ir.Model, source: Path) -> None:
-    """Read the tensors that lie in files beside the source into memory: the new file has files of its own."""
+    """Read the tensors that lie in files beside the source into memory, as the new file is written with its own."""
     import onnx_ir as ir
 
     ir.external_data.set_base_dir(model.graph, str(source.parent))

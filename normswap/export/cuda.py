@@ -1,4 +1,4 @@
-"""What of an ONNX file runs on CUDA: by ONNX Runtime's table of kernels, and, where there is a CUDA provider, by running it.
+"""Which nodes of an ONNX file run on CUDA: by ONNX Runtime's table of kernels, and, where there is a CUDA provider, by running the file.
 
 The table (cuda_kernels.json) is made from ONNX Runtime's docs/OperatorKernels.md by benchmarks/cuda_kernels.py. A kernel that is
 registered without a last opset serves only the version of the operator that was current then: MaxPool has a kernel "12+" and changed in
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROVIDER = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 MAIN = ("", "ai.onnx")  # two names of one domain
-# Never a kernel of its own: a constant is stored before the first run.
+# Operators without a kernel of their own: a constant is stored before the first run.
 STORED = frozenset({"Constant"})
 
 
@@ -41,11 +41,11 @@ class Missing:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the kernels of one run of a file were computed.
+    """Where the kernels of one run of a file ran.
 
     floating   how many floating-point kernels ran
-    elsewhere  those of them that did not run on the provider that was asked for, as "type name"
-    kernels    by norm, how many ran for the operators that are left of it
+    elsewhere  those of them that did not run on `provider`, as "type name"
+    kernels    for each norm, how many kernels ran for the operators that are left of it
     """
 
     provider: str
@@ -58,7 +58,7 @@ class Placement:
 class Cuda:
     """What is known of a file on CUDA.
 
-    table           where the list of kernels is from
+    table           the source and version of the list of kernels
     floating        how many floating-point nodes the file has
     without_kernel  those of them that have no CUDA kernel in that table
     run             how it was computed on CUDA, or None: it was not run
@@ -86,7 +86,7 @@ def _table() -> dict[str, Any]:
 
 
 def has_kernel(op: str, since: int, dtype: str, domain: str = "") -> bool:
-    """Whether there is a CUDA kernel for an operator, in the version that came with opset `since`, on tensors of `dtype` (float32 ...)."""
+    """Whether there is a CUDA kernel for the version of an operator that came with opset `since`, on tensors of `dtype` (float32 ...)."""
     name = op if domain in MAIN else f"{domain}::{op}"
     return any(
         dtype in dtypes and (since == first if last is None else first <= since <= last)
@@ -95,7 +95,7 @@ def has_kernel(op: str, since: int, dtype: str, domain: str = "") -> bool:
 
 
 def of_file(proto: onnx.ModelProto) -> Cuda:
-    """What the table says of a model whose shapes onnx can infer. Weights need not be in it."""
+    """What the table of kernels says of a model whose shapes onnx can infer. The model need not hold its weights."""
     floating, missing = 0, []
     for node, dtype in _floating(proto):
         floating += 1
@@ -108,7 +108,7 @@ def of_file(proto: onnx.ModelProto) -> Cuda:
 
 
 def _since(node: onnx.NodeProto, proto: onnx.ModelProto) -> int:
-    """The opset in which the operator last changed, as far as the file's opset goes."""
+    """The opset, up to that of the file, in which the operator last changed."""
     import onnx
 
     versions = {"" if entry.domain in MAIN else entry.domain: entry.version for entry in proto.opset_import}
@@ -120,7 +120,7 @@ def _since(node: onnx.NodeProto, proto: onnx.ModelProto) -> int:
 
 
 def _floating(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
-    """Every node that takes or gives a floating-point tensor, with the dtype of the first that it gives, else of the first it takes."""
+    """Every node with a floating-point output or input, and the dtype of the first such output, else of the first such input."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(proto)
@@ -150,7 +150,7 @@ def _floating(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
 
 
 def unavailable(path: Path, provider: str = PROVIDER) -> str | None:
-    """Why the file cannot be run on the provider here, if so: it is not there, or does not start (no device, no driver)."""
+    """Why the file cannot be run on the provider here, else None: onnxruntime lacks it, or it does not start (no device, no driver)."""
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
@@ -167,9 +167,9 @@ def _with_cpu(provider: str) -> list[str]:
 
 
 def run(path: Path, inputs: Sequence[Any], left: Mapping[str, Sequence[str]], *, provider: str = PROVIDER) -> Placement:
-    """Run the file once on `provider`, on the CPU what it lacks, and say from the profile where each kernel ran.
+    """Run the file once on `provider`, and on the CPU where the provider has no kernel. The profile then says where each kernel ran.
 
-    inputs: an array per input, in order. left: by norm, the types of the operators that remain of it.
+    inputs: an array per input, in order. left: for each norm, the types of the operators that remain of it.
     """
     import onnxruntime
 

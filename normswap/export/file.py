@@ -1,4 +1,4 @@
-"""How an ONNX file is written: whole or not at all, and with its weights beside it where one file cannot hold them."""
+"""Writes an ONNX file: whole or not at all, and with its weights in a second file where one file cannot hold them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ INLINE_LIMIT = 3 << 29  # bytes of large tensors beyond which they go to a file 
 def write(model: ir.Model, path: Path, *, external: bool | None = None, edit: Callable[[onnx.ModelProto], None] | None = None) -> int:
     """Write the model and return how many bytes it takes. The model has no weights afterwards.
 
-    external: whether large constants go to `<path>.data`; None: if there are more than INLINE_LIMIT bytes of them. edit: the last word on
-    what is written, but for the weights.
+    external: whether large constants go to `<path>.data`; None: if there are more than INLINE_LIMIT bytes of them. edit: called with the
+    ModelProto right before it is written.
 
-    Raises UsageError if more than INLINE_LIMIT is not to be external, ExportError if the file cannot be written.
+    Raises UsageError if there are more than INLINE_LIMIT bytes and external is False, ExportError if the file cannot be written.
     """
     import onnx_ir as ir
 

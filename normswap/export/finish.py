@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str]) -> None:
-    """Remove what nothing needs, and give the inputs and outputs their names."""
+    """Remove unused nodes, constants and notes, and give the inputs and outputs their names."""
     from onnx_ir.passes import common
 
     graph = model.graph
     with norms_stay(model):
-        simplify(model)  # again: without the norms there is more to shorten
+        simplify(model)  # a second time, as more can be shortened without the norms
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(DOMAIN, None)
@@ -39,7 +39,7 @@ def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str
     for value, name in zip((*graph.inputs, *graph.outputs), (*input_names, *outputs), strict=True):
         value.name = name
 
-    # What torch notes holds the paths of this machine.
+    # The metadata that torch writes contains paths of this machine.
     for node in graph.all_nodes():
         node.metadata_props.clear()
     for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs, *inner):
@@ -62,7 +62,7 @@ def at_opset(model: ir.Model, opset: int) -> ir.Model:
                 hint=f"opset {TORCH_OPSET} and above need no conversion; the default is {DEFAULT_OPSET}",
             ) from error
         count = len(model.graph.inputs)
-        for value in converted.graph.inputs[count:]:  # large constants are inputs of what ONNX's own tools see
+        for value in converted.graph.inputs[count:]:  # call_onnx_api shows large constants to ONNX's tools as inputs
             value.const_value = model.graph.initializers[str(value.name)].const_value
             converted.graph.register_initializer(value)
         del converted.graph.inputs[count:]
@@ -78,7 +78,7 @@ def at_opset(model: ir.Model, opset: int) -> ir.Model:
 def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     import onnx
 
-    for node in proto.graph.node:  # attributes that say what is so without them: an older opset may not know their names
+    for node in proto.graph.node:  # remove attributes with their default value: an older opset may not know their names
         known = onnx.defs.get_schema(node.op_type, opset_of(proto), node.domain).attributes
         for attribute in [a for a in node.attribute if a.name in known and a == known[a.name].default_value]:
             node.attribute.remove(attribute)

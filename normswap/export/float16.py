@@ -1,10 +1,10 @@
-"""A model in float16, and what its weights were before: folds are computed from those, in float64, and rounded once.
+"""A model in float16, and its weights before rounding: folds are computed from those, in float64, and rounded once.
 
 The graph is that of the model as `model.half()` would run it, so what its code computes in float32 on purpose stays in float32. A constant
-of that graph which is a parameter, or the transpose of one, rounded to float16 is known by its bytes.
+of that graph which is a rounded parameter, or the transpose of one, is recognised by its bytes.
 
-Only what the graph reads has to fit in float16: a buffer that nobody reads may hold anything, and so may what a norm is folded from. A
-variance need not fit, either: (x - mean) / sqrt(var + eps) * w = (x - mean) / sqrt((var + eps) / 4^k) * w / 2^k, without rounding.
+Only tensors that the graph reads have to fit in float16, and not the tensors of a norm before it is folded. A variance need not fit,
+either: (x - mean) / sqrt(var + eps) * w = (x - mean) / sqrt((var + eps) / 4^k) * w / 2^k, without rounding.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def to_half(tensor: Tensor) -> Tensor:
 
 
 def arguments(given: A) -> A:
-    """Arguments of a model, their floats in float16."""
+    """Arguments of a model, with their floating-point tensors in float16."""
     halved: A = tree_map_only(Tensor, to_half, given)
     return halved
 
 
 def halved(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with parameters and buffers in float16; what is too large for it is infinite there, see `check`."""
+    """A copy in eval mode with parameters and buffers in float16. Numbers that are too large for it become infinite, see `check`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(to_half(p.detach()), requires_grad=False) for p in model.parameters()}
     memo.update((id(b), to_half(b.detach())) for b in model.buffers())
     copy = set_eval(copy_with(model, memo))
@@ -52,7 +52,7 @@ def halved(model: nn.Module) -> nn.Module:
 
 
 def _rescale(module: nn.Module, original: nn.Module) -> None:
-    """Give a BatchNorm in float16 a variance that float16 holds, and a weight to match, in the channels where it has none."""
+    """Give a BatchNorm in float16 a smaller variance, and a weight to match, in the channels where float16 does not hold its variance."""
     var, weight, bias = (getattr(original, name) for name in ("running_var", "weight", "bias"))
     if var is None or not bool((var.isfinite() & (var > LARGEST)).any()) or not {"weight", "bias"} <= module._parameters.keys():
         return
@@ -81,7 +81,7 @@ def check(used: Iterable[str], precise: nn.Module, model: nn.Module) -> None:
 
 
 def remember(graph: ir.Graph, precise: nn.Module) -> None:
-    """Note at every constant of a graph in float16 what it was rounded from, if that is a parameter of `precise` or its transpose."""
+    """Note at every float16 constant of a graph the array it was rounded from, if that is a parameter of `precise` or its transpose."""
     from normswap.folding import note_precise
 
     known = _by_bytes(precise)

@@ -1,11 +1,11 @@
-r"""The target "cuda": a convolution and its ReLU as onnxruntime's own operator FusedConv, whose meaning is in the file.
+r"""For the target "cuda": a convolution and its ReLU become onnxruntime's own operator FusedConv, which the file defines.
 
     com.microsoft::FusedConv(x, W, b) = Relu(Conv(x, W, b))
 
-The file defines FusedConv as a function of that name, so that any runtime can run it; onnxruntime takes its kernel instead. On a CPU
-onnxruntime makes the same operator of Conv and Relu by itself, and so do its optimisations for what else could be fused (a Gemm and its
-Relu, a bias and GELU); on CUDA it stopped making FusedConv, but still has the kernel: for two-dimensional convolutions in float32, with a
-ReLU and nothing else. A file may define a function once, so a residual sum, which the kernel could take as a fourth input, stays an Add.
+The file defines FusedConv as a function of that name, so that any runtime can run it; onnxruntime uses its kernel instead. On a CPU
+onnxruntime fuses Conv and Relu by itself, as it does other pairs (a Gemm and its Relu, a bias and GELU). On CUDA it no longer makes
+FusedConv, but still has the kernel: for two-dimensional convolutions in float32, with a ReLU and nothing else. A file may define a function
+only once, so a residual sum, which the kernel could take as a fourth input, stays an Add.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INTS = ("dilations", "kernel_shape", "pads", "strides")
 
 
 def fuse(model: ir.Model) -> int:
-    """Make one node of every two-dimensional Conv in float32 that a Relu alone reads; how many there are. The function comes along."""
+    """Fuse every two-dimensional Conv in float32 that a Relu alone reads, define the function, and return how many were fused."""
     from normswap.folding import Constants
 
     pairs = [pair for node in model.graph.all_nodes() if (pair := _pair(node)) is not None]

@@ -31,9 +31,9 @@ Dynamic = Literal["batch", "spatial", "none"]
 class Graph:
     """What torch.onnx.export made of a model.
 
-    input_names, output_names  what the inputs and outputs should be called
+    input_names, output_names  the names that the inputs and outputs are to get
     reads  the names of the model's tensors that the graph reads
-    notes  what was asked for and is not so, and why
+    notes  which axes were to be free and are not, and why
     """
 
     model: ir.Model
@@ -87,7 +87,7 @@ def _reads(program: ExportedProgram) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What to try as torch's `dynamic_shapes`, and whether it frees more than the batch size."""
+    """One value to try for torch's `dynamic_shapes`; spatial: whether it frees more than the batch size."""
 
     shapes: Any
     spatial: bool = False
@@ -106,7 +106,7 @@ def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return [_Choice(None)]
     same = [size == batch for size in sizes]
     batches = [same]
-    if batch == 1 and sum(same) > 1:  # a 1 may be anything: a mask that all samples share, say
+    if batch == 1 and sum(same) > 1:  # an axis of size 1 need not be the batch: all samples may share a mask, say
         batches.append([i == same.index(True) for i in range(len(same))])
     choices = [_Choice(tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
     wider: list[_Choice] = []
@@ -138,7 +138,7 @@ def _spatial_axes(leaves: Sequence[Any], *, sequences: bool) -> list[dict[int, s
 
 @functools.cache
 def _onnx_identity() -> Callable[..., Any]:
-    """What torch.onnx makes of the auxiliary term of an exported program, which is for training: its first argument, as it is."""
+    """The translation of the operator `normswap::inject`, which matters in training alone: an Identity of its first argument."""
     from onnxscript import opset20
 
     return lambda shift, *rest, **options: opset20.Identity(shift)
@@ -150,19 +150,19 @@ def _output_names(program: ExportedProgram) -> list[str]:
     structure = program.call_spec.out_spec
     try:
         paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(list(range(len(specs))), structure))[0]]
-    except Exception:  # a container that has no names for its items
+    except Exception:  # the output is a container without names for its items
         paths = [()] * len(specs)
     names: list[str] = []
     for spec, path in zip(specs, paths, strict=True):
         if isinstance(spec.arg, ConstantArgument):
-            continue  # torch leaves out what is no tensor
+            continue  # torch leaves out outputs that are no tensors
         words = [key.key if isinstance(key, MappingKey) else getattr(key, "name", None) for key in path]
         names.append(unused("_".join(str(word) for word in words if word is not None) or "output", names))
     return names
 
 
 def _reason(error: BaseException) -> str:
-    """What torch says, in one line: the operator that ONNX lacks, or the line of the model that cannot be traced."""
+    """The error of torch in one line: the operator that ONNX lacks, or the line of the model that cannot be traced."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

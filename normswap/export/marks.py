@@ -36,13 +36,13 @@ class _Mark(BatchlessNorm):
 
 @functools.cache
 def mark_operator() -> Any:
-    # An operator of its own, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may rely on.
+    # A custom operator, as torch.onnx.ops.symbolic forgets the device and the strides, which a later `view` may need.
     _LIBRARY.define("onnx_affine(Tensor x, int site) -> Tensor")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{DOMAIN}::onnx_affine", lambda x, site: laid_out(torch.empty_like(x)), lib=_LIBRARY)
     return torch.ops.normswap.onnx_affine.default
 
 
-_LIBRARY = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # its operators live as long as it does
+_LIBRARY = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # the operators exist as long as this object
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -53,11 +53,11 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def mark(twin: nn.Module) -> tuple[Site, ...]:
-    """Let every BatchlessNorm of a copied model leave a mark in its graph; the norms, in the order of their numbers."""
+    """Let every BatchlessNorm of a copied model leave a mark in its graph. Returns the norms, in the order of their numbers."""
     sites = tuple(Site(name, module) for name, module in twin.named_modules() if isinstance(module, BatchlessNorm))
     for number, site in enumerate(sites):
-        # The copy keeps its attributes, children and hooks, and every name that leads to it. What a subclass does around
-        # BatchlessNorm.forward it still does, as _Mark comes right before BatchlessNorm in the order of resolution.
+        # Only the class changes: the module keeps its attributes, children and hooks, and all its names. What a subclass does around
+        # BatchlessNorm.forward still happens, as _Mark comes right before BatchlessNorm in the method resolution order.
         cls = type(site.norm)
         site.norm.__class__ = _Mark if cls is BatchlessNorm else type(cls.__name__, (cls, _Mark), {})
         cast(_Mark, site.norm).number = number
@@ -66,7 +66,7 @@ def mark(twin: nn.Module) -> tuple[Site, ...]:
 
 @functools.cache
 def onnx_mark() -> Callable[..., Any]:
-    """What torch.onnx makes of a mark: a node that ONNX does not know, which `fold_norms` replaces."""
+    """The translation of a mark for torch.onnx: a node that ONNX does not know, which `fold_norms` replaces."""
     import onnx
     from onnxscript import values
 

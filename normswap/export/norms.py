@@ -1,4 +1,4 @@
-"""The norms of a graph: found by their marks, or as the Mul and Add that torch makes of a BatchlessNorm, and folded."""
+"""Finds the norms of a graph, by their marks or as the Mul and Add that torch makes of a BatchlessNorm, and folds them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UNFOLDED = "nothing is folded here"
 
 
 def shorten(model: ir.Model, *, marked: bool) -> None:
-    """Make the graph as short as it can be with its norms in it. marked: whether the norms are marks, and not arithmetic."""
+    """Shorten the graph while its norms are in it. marked: whether the norms are marks, and not a Mul and an Add."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    if not marked:  # an ExportedProgram: torch itself leaves the arithmetic on more than a few thousand channels to run time
+    if not marked:  # an ExportedProgram: torch does not compute scale and shift in advance for more than a few thousand channels
         with quiet():
             optimizer.fold_constants_ir(model, should_fold=lambda node: True if _norm_around(node) is not None else None)
     simplify(model)
@@ -41,9 +41,9 @@ def shorten(model: ir.Model, *, marked: bool) -> None:
 def fold_norms(
     model: ir.Model, sites: Sequence[Site], kept: Mapping[str, str] | None, *, spatial_thresholds: bool, folded: bool = True
 ) -> tuple[list[Outcome], Counter[str]]:
-    """Fold every norm where that is exact: where each went, and the operators that there are without them.
+    """Fold every norm where that is exact. Returns an Outcome for each norm, and the skeleton: the operators without the norms.
 
-    kept: norms that are not folded, by name, and why; if not `folded`, none is. spatial_thresholds: as of `normswap.folding.fold`.
+    kept: norms that are not folded, by name, and why; if not `folded`, none is. spatial_thresholds: as in `normswap.folding.fold`.
     """
     from onnx_ir.passes import common
 
@@ -66,7 +66,7 @@ def operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]
 
 
 def alike(operators: Counter[str]) -> Counter[str]:
-    """Max(x, a constant) costs what Relu costs, a MatMul with a bias is a Gemm, and a FusedConv is a Conv and a Relu."""
+    """The counts with equal names for equal work: a Max counts as a Relu, a Gemm as a MatMul, a FusedConv as a Conv and a Relu."""
     places = {"Max": ("Relu",), "Gemm": ("MatMul",), FUSED: ("Conv", "Relu")}
     counts: Counter[str] = Counter()
     for name, count in operators.items():
@@ -95,7 +95,7 @@ def _marked(node: ir.Node, sites: Sequence[Site]) -> Affine | None:
 
 
 def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
-    """The affine that torch has written as (Cast,) Mul, Add (, Cast), if `node` is its Add: a BatchlessNorm of an ExportedProgram."""
+    """The affine of a BatchlessNorm in an ExportedProgram, which torch has written as (Cast,) Mul, Add (, Cast), if `node` is its Add."""
     from normswap.folding import Affine
     from normswap.folding.affine import only_use
 
@@ -119,7 +119,7 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
 
 
 def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
-    """The two inputs of a node, the constant one second and as an array; (None, None) unless one of them is constant."""
+    """(the other input, the constant input as an array) of a node with two inputs; (None, None) if neither is constant."""
     for value, other in (node.inputs, node.inputs[::-1]):
         array = constants.of(other)
         if array is not None:
@@ -128,7 +128,7 @@ def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None,
 
 
 def _norm_around(node: ir.Node) -> str | None:
-    """The qualified name of the BatchlessNorm that torch traced this node in."""
+    """The qualified name of the BatchlessNorm in whose forward torch traced this node, or None."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
     if not scopes or not classes:

@@ -1,4 +1,4 @@
-"""The opsets that an ONNX file may be written in, and whether a model needs the one with Attention. `to_onnx.py` picks one."""
+"""The opset in which an ONNX file is written: DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        # What multi_head_attention_forward does inside is not shown to a mode: it calls it, unless its weights are asked for.
+        # A mode does not see inside multi_head_attention_forward, which calls scaled_dot_product_attention unless need_weights is set.
         inside = func is F.multi_head_attention_forward and not kwargs.get("need_weights", True)
         self.seen |= inside or func in (F.scaled_dot_product_attention, _CALL, _CALL.default)
         return func(*args, **kwargs)
 
 
 def attends(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether one forward pass of a copied model calls scaled_dot_product_attention. What it raises is for the export to say."""
+    """Whether one forward pass of a copied model calls scaled_dot_product_attention. Errors are ignored: the export will raise them."""
     if isinstance(model, ExportedProgram):
         return any(node.target is _CALL.default for node in model.graph.nodes)
     watch = _Watch()

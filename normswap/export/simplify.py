@@ -1,4 +1,4 @@
-r"""Rewrites that shorten an ONNX graph without changing what it computes: torch writes longer ones than a person would.
+r"""Rewrites that shorten an ONNX graph without changing what it computes: torch writes graphs that are longer than needed.
 
     a shape that is known up to one size              a constant with -1 in that place
     a part of a constant                              that part
@@ -7,12 +7,12 @@ r"""Rewrites that shorten an ONNX graph without changing what it computes: torch
     Concat of a Concat                                one Concat
     AveragePool of a pointwise convolution            the convolution of the averages, which are fewer
 
-The first two are onnxscript's, which torch runs as well, but without the sizes that ONNX itself can tell; the others are here. All are
-exact but for the order in which the last one adds up:
+The first two are onnxscript's, which torch runs as well, but without the sizes that ONNX's shape inference finds; the others are here. All
+are exact but for the order in which the last one adds up:
 
     mean(W x + b) = W mean(x) + b        W is 1x1: it does not see neighbours; the mean of b is b
 
-The convolution then has as many times less to multiply as there are fewer averages: 4 times in the transitions of a DenseNet.
+The convolution then multiplies at fewer places: 4 times fewer in the transitions of a DenseNet.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-_ROUNDS = 8  # far more than are needed: one makes room for the next
-_PICKS = ("Gather", "Slice")  # what they take of a constant is smaller than it
+_ROUNDS = 8  # far more than are needed: one rewrite may make the next possible
+_PICKS = ("Gather", "Slice")  # operators that take a part of a constant
 _HIDDEN = "normswap.hidden"
 
 
@@ -44,7 +44,7 @@ def simplify(model: ir.Model) -> None:
             before = model.graph.num_nodes()
             with quiet():
                 common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-                # A function stays one, as a runtime may have a kernel of its name.
+                # Functions are not inlined, as a runtime may have a kernel of their name.
                 optimizer.optimize_ir(model, should_fold=lambda node: True if _is_smaller(node) else None, inline=False)
                 common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             changed = [node for node in list(model.graph) if node.domain == "" and node.op_type in _RULES and _RULES[node.op_type](node)]
@@ -55,7 +55,7 @@ def simplify(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _through(graph: ir.Graph) -> Iterator[None]:
-    """Hide outputs of the graph that are inputs or constants: onnx_ir would rename them, and put an Identity behind them."""
+    """Hide outputs of the graph that are inputs or constants, which onnx_ir would rename, with an Identity after them."""
     hidden = {index: value for index, value in enumerate(graph.outputs) if value.producer() is None}
     for index in reversed(hidden):
         del graph.outputs[index]
@@ -70,7 +70,7 @@ def _through(graph: ir.Graph) -> Iterator[None]:
 
 @contextlib.contextmanager
 def norms_stay(model: ir.Model) -> Iterator[None]:
-    """Hide the BatchNormalizations that are left from onnxscript, which would fold them into convolutions all the same, in float32."""
+    """Hide the remaining BatchNormalizations from onnxscript, which would fold them into convolutions all the same, in float32."""
     left = [node for node in model.graph.all_nodes() if node.op_type == "BatchNormalization" and node.domain == ""]
     for node in left:
         node.domain = _HIDDEN
@@ -104,14 +104,14 @@ def _same_shape(node: ir.Node) -> bool:
     if x is None or x.shape is None or y.shape is None or y.is_graph_output() or len(x.shape) != len(y.shape):
         return False
     known = [isinstance(a, int) and a == b for a, b in zip(x.shape, y.shape, strict=True)]
-    if known.count(False) > 1:  # one size is what the others leave of the whole
+    if known.count(False) > 1:  # one unknown size follows from the others, as the number of elements is the same
         return False
     replace_value(y, x, [node])
     return True
 
 
 def _transposition(node: ir.Node) -> bool:
-    """(..., a, b) to (-1, a, b) to (-1, b, a) to (..., b, a): what torch makes of a transposition if it does not know the rank."""
+    """(..., a, b) to (-1, a, b) to (-1, b, a) to (..., b, a): how torch writes a transposition of the last two axes of unknown rank."""
     import onnx_ir as ir
 
     from normswap.folding.affine import replace_value
@@ -140,7 +140,7 @@ def _transposition(node: ir.Node) -> bool:
 
 
 def _gather_elements(node: ir.Node) -> bool:
-    """GatherElements of constants, which ONNX's reference implementation cannot compute where it picks more than one of each."""
+    """GatherElements of constants, which ONNX's reference implementation cannot compute in all cases."""
     import numpy as np
     import onnx_ir as ir
 
@@ -179,7 +179,7 @@ def _concat(node: ir.Node) -> bool:
 
 
 def _average_pool(node: ir.Node) -> bool:
-    """AveragePool of a pointwise convolution, where that leaves less to compute."""
+    """AveragePool of a pointwise convolution, swapped with it where that leaves less to compute."""
     import onnx_ir as ir
 
     from normswap.folding.affine import replace_value
@@ -216,7 +216,7 @@ _RULES = {"Reshape": _reshape, "GatherElements": _gather_elements, "Concat": _co
 
 
 def _only(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """What computes the value, if it is of this type and nothing else reads the value."""
+    """The node that computes the value, if it is of this type and the value has one reader."""
     from normswap.folding.affine import only_use
 
     node = None if value is None else value.producer()

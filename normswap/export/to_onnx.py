@@ -56,16 +56,16 @@ class Export:
     """An ONNX file that was written.
 
     nodes     how often each operator occurs, by its type ("domain::type" outside of ai.onnx)
-    sites     where each norm went, one `normswap.folding.Outcome` per call: by which rewrite, into which layers, what is left of it and why
-    folded    the names of those of which nothing is left; residue: the others
+    sites     one `normswap.folding.Outcome` per call of a norm: by which rewrite it was folded, into which layers, what is left and why
+    folded    the names of the norms of which nothing is left; residue: of the others
     skeleton  the operators of the same model without its norms
-    extra     the operators that the file has on top of those: a Max counts as the Relu whose place it took, a Gemm as a MatMul
+    extra     the operators that the file has beyond the skeleton: a Max counts as the Relu whose place it took, a Gemm as a MatMul
     dynamic   whether the batch size is free; if it was asked for and is not, `notes` says why
     free      for each input, its free axes: their numbers and names
-    parity    what comparing the file to the model gave, once somebody did
+    parity    the result of comparing the file with the model, None before that
     target    what the file was written for
-    cuda      which floating-point nodes have a CUDA kernel, and whether it ran on CUDA
-    comparisons  everything that it was held against
+    cuda      which floating-point nodes have a CUDA kernel, and whether the file ran on CUDA
+    comparisons  the results of all comparisons of the file
     """
 
     path: Path
@@ -95,15 +95,15 @@ class Export:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an ONNX file is to be like.
+    """The options of an ONNX file.
 
-    target    "portable", operators of ai.onnx alone, in the form that is fastest wherever it was measured; "cuda", also operators of
-              onnxruntime in which two are one, each with its meaning in the file (`fused_conv.py`), and a maximum with a constant in the
-              place of a BatchNormalization and its ReLU between convolutions
+    target    "portable": operators of ai.onnx alone, in the form that was fastest wherever it was measured. "cuda": also fused operators of
+              onnxruntime, which the file defines as functions (`fused_conv.py`), and a maximum with a constant in the place of a
+              BatchNormalization and its ReLU between convolutions
     opset     of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention
-    dynamic   what to leave free. "batch" (True): dimension 0 of every input tensor that agrees there with the first one. "spatial": also
-              the dimensions after the channels, or the length of a sequence. "none" (False)
-    half      whether weights, inputs and outputs are float16. The folds are computed from the weights as they are, and rounded once
+    dynamic   which axes are free. "batch" (True): dimension 0 of every input tensor that has there the size of the first one. "spatial":
+              also the dimensions after the channels, or the length of a sequence. "none" (False)
+    half      whether weights, inputs and outputs are float16. The folds are computed from the unrounded weights, and rounded once
     external_data  whether the weights go to a file beside it, `<path>.data`; None: if they are more than one file can hold
     metadata  what else to write into the file, by key
     """
@@ -116,7 +116,7 @@ class Settings:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a setting that there is not."""
+        """Raises UsageError for an unknown or impossible setting."""
         import onnx
 
         if self.target not in get_args(Target):
@@ -149,9 +149,9 @@ def export(
 
 
 class Program:
-    """What torch.onnx.export makes of a model, in eval mode, from which any number of files can be written. The model is not touched.
+    """The graph that torch.onnx.export makes of a model in eval mode, to write any number of files. The model is not touched.
 
-    args, kwargs: example inputs. The graph is that of any input of these shapes, or of these shapes at any batch size.
+    args, kwargs: example inputs. The graph takes inputs of these shapes, with other sizes on the free axes.
 
     Raises ExportError if torch cannot make a graph of the model, or ONNX cannot express it in the opset.
     """
@@ -204,7 +204,7 @@ class Program:
         return dataclasses.replace(made.export, path=Path(path), target=self.settings.target)
 
     def write_baseline(self, path: Path) -> None:
-        """Write the file with every norm as it is: what a folded file is as precise as. After `write`."""
+        """Write the baseline, a file in which no norm is folded: its error is the measure for the folded file. Call it after `write`."""
         assert self.opset is not None
         self._write(self._made(self.opset, None, folded=False), path)
 
@@ -227,7 +227,7 @@ class Program:
         check(model)
         for value in weights:
             if value.graph is not model.graph:
-                value.const_value = None  # onnxscript's rewrite rules hold on to the last graph that they have seen, and it to every value
+                value.const_value = None  # free the memory: onnxscript's rewrite rules keep the last graph that they saw, with every value
         export = Export(
             path=Path(),
             opset=opset,
@@ -247,12 +247,12 @@ class Program:
     def _write(self, made: _Made, path: Path) -> None:
         made.model.metadata_props.update({"normswap_version": version_of("normswap"), **self.settings.metadata})
         file.write(made.model, Path(path), external=self.settings.external_data, edit=_without_shapes)
-        gc.collect()  # a graph refers to itself all over
+        gc.collect()  # a graph is full of reference cycles
 
 
 @dataclass
 class _Made:
-    """A file that was not written yet, and what there is to say about it."""
+    """A graph that is ready to be written, and the Export that describes its file."""
 
     model: ir.Model
     export: Export
@@ -266,7 +266,7 @@ def _without_shapes(proto: onnx.ModelProto) -> None:
 def _with_attention(make: Callable[[int], _Made]) -> tuple[_Made, int, str | None]:
     """The file in the opset that has Attention, unless torch cannot write it there, or more other nodes would lack a CUDA kernel.
 
-    (the file, its opset, why it is not that with attention, if so).
+    Returns (the file, its opset, why that is not ATTENTION_OPSET or None).
     """
     try:
         made = make(ATTENTION_OPSET)

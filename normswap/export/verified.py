@@ -1,7 +1,7 @@
-"""An ONNX file, held against the model it was made from in each runtime that can run it; folds that break it are left out.
+"""Writes an ONNX file and compares it with its model in each runtime that can run it. Folds that break the file are left out.
 
-A fold is exact, but may cost more digits than a file has. Which one does is found by measuring (`search`): a list of folds that fails is
-halved until one of them is left, as `git bisect` does with commits.
+A fold is exact, but in the file's precision it may round too much. `search` finds the folds that do by measuring: a list of folds that
+fails is halved until one of them is left, as `git bisect` does with commits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from normswap.folding import Outcome
 
 T = TypeVar("T")
-MEASURED = 24  # how often a file is folded and measured at most, and once more for what is returned
+MEASURED = 24  # how often a file is folded and measured at most, before the one more time for the file that is returned
 
 
 def verified_export(
@@ -46,18 +46,18 @@ def verified_export(
     thorough: bool = False,
     **options: Any,
 ) -> tuple[Export, Comparisons]:
-    """Write the file, and hold it against the model it was made from, or what that was made from. Folds that break it are left out.
+    """Write the file, and compare it with the model, or with the model of `judgement`. Folds that break the file are left out.
 
-    judgement: of the model, if it was judged before. thorough: verified at every optimisation level, and in onnx's evaluator. options:
-    those of `Settings`. With `half`, the file is held against the model in float64 by the limits of float16, and inputs are not scaled by
-    1000, as the range of float16 is small.
+    judgement: of the model, or of the one that it was converted from, if there is one. thorough: compare at every optimisation level, and
+    in onnx's evaluator. options: those of `Settings`. With `half`, the file is compared with the model in float64 by the limits of float16,
+    and inputs are not scaled by 1000, as the range of float16 is small.
     """
     settings = Settings(**options)
     judged = functools.partial(_judged, model, inputs, half=settings.half)
-    held = judged() if judgement is None or settings.half else judgement
+    reference = judged() if judgement is None or settings.half else judgement
     notes = list[str]()
     if settings.half:
-        noise = max((truth.noise for key, truth in held.truths.items() if not key.site), default=0.0)
+        noise = max((truth.noise for key, truth in reference.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
             notes.append(f"run by torch in float16, the model itself is {noise:.1e} away from float64")
     if isinstance(model, nn.Module):
@@ -66,7 +66,7 @@ def verified_export(
     clear(path)
     first = program.write(path)
     others: Judgement | None = None
-    if any(axis for found in first.free for axis in found):  # more is free than the batch size
+    if any(axis for axes in first.free for axis in axes):  # more is free than the batch size
         others, refused = _other_sizes(judged, first)
         if refused and isinstance(model, nn.Module):
             notes.append(f"fixed: {', '.join(refused)}; the model itself runs at no other size that was tried")
@@ -77,7 +77,7 @@ def verified_export(
             others = None
     with tempfile.TemporaryDirectory(prefix=".baseline-", dir=path.parent) as folder:
         baseline = None
-        # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around norms that are left in such a graph.
+        # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around unfolded norms in such a graph.
         if first.sites and not settings.half:
             baseline = Path(folder) / "baseline.onnx"
             program.write_baseline(baseline)
@@ -87,13 +87,13 @@ def verified_export(
             if kept:
                 clear(path)
                 result = program.write(path, kept)
-            found, said = comparisons(held, path, dynamic=result.dynamic, baseline=baseline, thorough=thorough)
+            found, more_notes = comparisons(reference, path, dynamic=result.dynamic, baseline=baseline, thorough=thorough)
             if others is not None:
                 level = LEVELS[-1] if runtime(LEVELS[-1]) in found.parities else REFERENCE
                 other = {f"{runtime(level)}, other sizes": compare(others, path, level=level, baseline=baseline)}
                 found = dataclasses.replace(found, parities={**other, **found.parities})
-            result = dataclasses.replace(result, notes=(*result.notes, *notes, *said))
-            result, found = with_provider(result, found, held, baseline=baseline)
+            result = dataclasses.replace(result, notes=(*result.notes, *notes, *more_notes))
+            result, found = with_provider(result, found, reference, baseline=baseline)
             return measured((result, found), result.sites, kept)
 
         return search(attempt).result
@@ -106,7 +106,7 @@ def _judged(
     *,
     half: bool,
 ) -> Judgement:
-    """The judgement of the model, or of the model in float16. asked: makes the probes, in place of the usual ones."""
+    """The judgement of the model, or of the model in float16. asked: makes the probes from the inputs; None: the usual ones."""
     module, given, wide = as_module(model), (inputs.args, dict(inputs.kwargs)), None
     if half:
         module, given, wide = halved(module), arguments(given), module
@@ -115,7 +115,7 @@ def _judged(
 
 
 def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judgement, list[str]]:
-    """(what the model gives at other sizes than the example's, the free axes of which the model takes no other size)."""
+    """(the model's judgement at other sizes than the example's, the free axes on which the model runs at no other size)."""
     others: list[tuple[str, Probe]] = []
 
     def asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Probe]:
@@ -129,7 +129,7 @@ def _other_sizes(judged: Callable[..., Judgement], result: Export) -> tuple[Judg
 
 
 def clear(path: Path) -> None:
-    """Remove the file of an earlier attempt, and that of its weights."""
+    """Remove the ONNX file of an earlier attempt, and the file of its weights."""
     for file in (path, path.with_name(f"{path.name}.data")):
         file.unlink(missing_ok=True)
 
@@ -140,9 +140,9 @@ def clear(path: Path) -> None:
 def comparisons(
     judgement: Judgement, path: Path, *, dynamic: bool = True, baseline: Path | None = None, thorough: bool = False
 ) -> tuple[Comparisons, tuple[str, ...]]:
-    """(an ONNX file in onnxruntime against what it was made from, notes). baseline: the file before anything was folded in it.
+    """(the comparisons of an ONNX file in onnxruntime with the model of `judgement`, notes). baseline: the file without any fold.
 
-    At the levels at which nothing and everything is optimised; `thorough`: at all levels, and at the example in onnx's evaluator.
+    It runs at the levels that optimise nothing and everything; `thorough`: at all levels, and on the example in onnx's evaluator.
     """
     parities, not_run = dict[str, Parity](), dict[str, str]()
     notes: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ def comparisons(
     for level in levels:
         parity = compare(judgement, path, level=level, only_like_example=not dynamic, baseline=baseline)
         if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
-            # onnxruntime has no float64 kernel for Conv, for one. The file is right or wrong all the same.
+            # onnxruntime has no float64 kernel for Conv, for example. The file is verified in onnx's evaluator then.
             reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
             not_run |= {runtime(name): reason for name in levels if runtime(name) not in parities}
             notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
@@ -169,7 +169,7 @@ def comparisons(
 def with_provider(
     result: Export, found: Comparisons, judgement: Judgement, provider: str = cuda.PROVIDER, *, baseline: Path | None = None
 ) -> tuple[Export, Comparisons]:
-    """Where onnxruntime has the provider, one more comparison, and where each kernel ran; elsewhere both say that it was not run."""
+    """Add the comparison on `provider`, and where each kernel ran. If onnxruntime has no such provider, both say that it was not run."""
     if result.cuda is None:
         return result, found
     why = found.not_run.get(runtime(LEVELS[-1])) or cuda.unavailable(result.path, provider)
@@ -185,7 +185,7 @@ def with_provider(
 
 
 def main_result(found: Comparisons) -> Parity | None:
-    """The comparison in onnxruntime as people use it, or in whatever could run the file."""
+    """The comparison in onnxruntime with its default optimisations, or else the last one in a runtime that could run the file."""
     return found.parities.get(runtime(LEVELS[-1])) or next(iter(reversed(list(found.parities.values()))), None)
 
 
@@ -198,7 +198,7 @@ class Attempt(Generic[T]):
 
     result  the file, for the caller
     passed  whether it is the same function
-    folded  the names of what was folded in it, in order
+    folded  the names of the norms that were to be folded in it, in order
     why     what the measurement found, in words; "" if it passed
     """
 
@@ -217,10 +217,10 @@ def measured(result: tuple[T, Comparisons], outcomes: Sequence[Outcome], kept: M
 
 
 def search(attempt: Callable[[Mapping[str, str]], Attempt[T]]) -> Attempt[T]:
-    """The attempt with the most folds that passed, made last; the first one if none did.
+    """The passing attempt with the most folds, which is also the last one made; the first attempt if none passed.
 
-    attempt: folds and measures, but for what it is given, by name, and why. To find one fold in n that breaks the file takes about
-    log2(n) + 3 of them.
+    attempt: folds all norms but those that it is given, by name with the reason, and measures. To find one fold in n that breaks the file
+    takes about log2(n) + 3 attempts.
     """
     latest = attempt({})
     names, kept, good, tries = list(dict.fromkeys(latest.folded)), dict[str, str](), 0, 2
@@ -248,7 +248,7 @@ def search(attempt: Callable[[Mapping[str, str]], Attempt[T]]) -> Attempt[T]:
 
 
 def _rest(names: Sequence[str], failed: Attempt[T]) -> dict[str, str]:
-    """The reason of each of these folds to be left out, where it is not known which of them breaks the file."""
+    """The reason to leave out each of these folds while it is not known which of them breaks the file."""
     return dict.fromkeys(names, f"rolled back: with this one or others folded, {failed.why}")
 
 

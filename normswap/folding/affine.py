@@ -22,11 +22,11 @@ class Affine:
     """y = x * scale + shift, one call of one norm.
 
     name    the norm's qualified name
-    nodes   what computes y from x, in order, and is removed when y is computed otherwise; `index` says which input of the first is x
-    scale, shift   float64, with as many dimensions as x, size 1 on every axis that shares them
-    size    how large x is, its root mean square, shaped likewise, if the norm's statistics say so
-    wide    what the norm computes in, where that is more than the dtype of x
-    spare   how many bytes of weights with other readers may be stored a second time to be rid of it; None: any number
+    nodes   the nodes that compute y from x, in order; they are removed when y is computed otherwise. index: which input of the first is x
+    scale, shift   float64, with as many dimensions as x, and size 1 on each axis along which they do not vary
+    size    the root mean square of x, shaped likewise, if the norm's statistics tell it
+    wide    the dtype in which the norm computes, if that is wider than the dtype of x
+    spare   how many bytes of weights with other readers may be stored a second time to fold it; None: any number
     """
 
     name: str
@@ -49,22 +49,22 @@ class Affine:
         return self.nodes[-1].outputs[0]
 
     def typical(self) -> Array:
-        """The root mean square of x, or what it probably is: an output of a norm is about 1."""
+        """The root mean square of x, or an estimate from the scale: the output of a norm is about 1."""
         if self.size is not None:
             return self.size
         scale = np.abs(self.scale[self.scale != 0])
         return np.full((1,) * self.scale.ndim, float(np.median(1 / scale)) if scale.size else 0.0)
 
     def is_private(self) -> bool:
-        """Whether nothing else sees x, or anything on the way from x to y."""
+        """Whether nothing else reads x or the values between x and y."""
         return only_use(self.x) and self.is_closed()
 
     def is_closed(self) -> bool:
-        """Whether nothing else sees anything on the way from x to y."""
+        """Whether nothing else reads the values between x and y."""
         return all(only_use(node.outputs[0]) for node in self.nodes[:-1])
 
     def has_two_names(self) -> bool:
-        """Whether the graph gives or is given x as well as y: a value has one name, so x = y takes an Identity."""
+        """Whether y is an output of the graph and x an output or input: a value has one name, so y = x then takes an Identity."""
         return self.y.is_graph_output() and (self.x.is_graph_output() or self.x.is_graph_input())
 
     def replace_by(self, value: ir.Value) -> None:
@@ -83,7 +83,7 @@ def replace_value(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> Non
 
 
 class Constants:
-    """The constants of one graph. What a rewrite needs is added; what is there is never changed, as others may use it."""
+    """The constants of one graph. A rewrite adds constants and never changes one that is there, as other nodes may read it."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -92,7 +92,7 @@ class Constants:
         self._taken: set[str | None] | None = None
 
     def of(self, value: ir.Value | None) -> Array | None:
-        """The array that `value` always is, or None if it depends on the input."""
+        """The array that `value` always holds, or None if it depends on the input."""
         if value is None or value.is_graph_input():
             return None
         tensor = tensor_of(value)
@@ -106,7 +106,7 @@ class Constants:
         return self._graph.opset_imports.get("", 0)
 
     def why_not(self, value: ir.Value) -> str:
-        """Why `of` says None, as a clause about the value."""
+        """Why `of` gives None, as a clause about the value."""
         pending, seen = [value], set[ir.Value]()
         depends = ""
         while pending:
@@ -126,14 +126,14 @@ class Constants:
         return depends or "is not known before the model runs"
 
     def exact(self, value: ir.Value | None) -> Array | None:
-        """What `value` was rounded from, if that is known; else as `of`."""
+        """The array that `value` was rounded from, if that is known; else as `of`."""
         array = self.of(value)
         return array if array is None or value is None else precise(value, array)
 
     def add(self, name: str, array: Array, dtype: npt.DTypeLike | None = None, *, wanted: str | None = None) -> ir.Value:
         """A new constant under `name`, or under a name derived from it if that is taken. Equal arrays under one name are one constant.
 
-        dtype: round it to this; that of the array unless given. wanted: the name that it gets by `restore_names`, if it is free then.
+        dtype: what to round the array to; None: its own. wanted: the name that `restore_names` gives the constant, if it is free then.
         """
         rounded = array if dtype is None else array.astype(dtype)
         key = (name, rounded.dtype, rounded.shape, rounded.tobytes())
@@ -147,7 +147,7 @@ class Constants:
         return made
 
     def bias(self, weight: ir.Value, array: Array, dtype: npt.DTypeLike) -> ir.Value:
-        """A new bias for the layer of `weight`, rounded to `dtype`. Its name follows from that of the weight before it was folded."""
+        """A new bias for the layer of `weight`, rounded to `dtype`. Its name is made from the name that the weight had before the fold."""
         name = str(self._wanted.get(weight, weight.name))
         stem, dot, last = name.rpartition(".")
         return self.add(f"{name}_folded_bias", array, dtype, wanted=f"{stem}{dot}bias" if last == "weight" else f"{name}_bias")
@@ -165,7 +165,7 @@ class Constants:
             if made is not None:
                 self._wanted[made] = str(weight.name)
             if made is not None and array is not None and PRECISE in weight.meta:
-                note_precise(made, array)  # another norm may go into it
+                note_precise(made, array)  # another norm may be folded into it
             self._made[key] = made
         return self._made[key]
 
@@ -176,7 +176,7 @@ class Constants:
         return tensor.dtype.numpy()
 
     def restore_names(self) -> None:
-        """Give what was folded the name of what it was folded from, if that is gone."""
+        """Give each folded constant the name of the constant that it was made from, if that one is gone."""
         taken = set(_names(self._graph))
         for value, name in self._wanted.items():
             if value.name in self._graph.initializers and name not in taken:
@@ -186,7 +186,7 @@ class Constants:
                 self._graph.register_initializer(value)
 
     def fresh(self, name: str) -> str:
-        """`name`, or one derived from it that no value has, here or in a subgraph: they must not hide each other."""
+        """`name`, or one derived from it that no value of the graph or of a subgraph has."""
         if self._taken is None:
             self._taken = set(_names(self._graph))
         unique = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in self._taken)
@@ -205,12 +205,12 @@ PRECISE = "normswap.precise"
 
 
 def note_precise(value: ir.Value, array: Array) -> None:
-    """Note the array that a constant was rounded from, of the same shape. Folds are computed from that."""
+    """Note the array, of the same shape, that a constant was rounded from. Folds are computed from that array."""
     value.meta[PRECISE] = array
 
 
 def precise(value: ir.Value, array: Array) -> Array:
-    """What the constant `value`, which holds `array`, was rounded from, if that is known; else what it holds."""
+    """The array that the constant `value` was rounded from, if that is known; else `array`, which is what it holds."""
     found: Array = value.meta.get(PRECISE, array)
     return found
 
@@ -245,7 +245,7 @@ def _scaled(weight: ir.Value, factors: Sequence[Array], view: Sequence[int]) -> 
 
 
 def slices(array: Array) -> list[slice]:
-    """Parts along axis 0, to be taken to float64 one by one: as a whole, a weight would be the largest thing in memory."""
+    """Slices along axis 0, to be cast to float64 one by one: a whole weight in float64 would be the largest thing in memory."""
     step = max(1, (1 << 20) * len(array) // max(1, array.size))
     return [slice(start, start + step) for start in range(0, len(array), step)]
 
@@ -256,7 +256,7 @@ def factor_of(factor: Array, part: slice) -> Array:
 
 
 def fits_product(array: Array, *factors: Array) -> bool:
-    """Whether its dtype holds the array times the factors: no overflow, and no channel so small that its values lose digits."""
+    """Whether the dtype of the array holds its product with the factors: no overflow, and no channel so small that it loses digits."""
     largest: list[Array] = [np.zeros(factor.shape) for factor in factors]
     for part in slices(array):
         piece = np.abs(array[part].astype(np.float64))
@@ -270,7 +270,7 @@ def fits_product(array: Array, *factors: Array) -> bool:
 
 
 def fits(largest: Array, dtype: np.dtype[Any], *, zero_below: bool = False) -> bool:
-    """Whether `dtype` holds values of these magnitudes with all its digits; with `zero_below`, losing those of tiny ones is no loss.
+    """Whether `dtype` holds values of these magnitudes with all its digits; with `zero_below`, tiny values may lose theirs.
 
     Written so that NaN does not fit.
     """
@@ -280,10 +280,10 @@ def fits(largest: Array, dtype: np.dtype[Any], *, zero_below: bool = False) -> b
 
 
 def called(node: ir.Node) -> str:
-    """A node as a person would find it: by its own name."""
+    """A node in a message: its operator and its name."""
     return f"{node.op_type} {node.name}" if node.name else node.op_type
 
 
 def only_use(value: ir.Value) -> bool:
-    """Whether nothing sees `value` but one input of one node."""
+    """Whether one input of one node is all that reads `value`."""
     return len(value.uses()) == 1 and not value.is_graph_output()

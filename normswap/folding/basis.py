@@ -12,9 +12,9 @@ for each:
     a sum               has the same a on all sides, and the c of its result is the sum of the others
     anything else       has a = 1, c = 0 on all sides
 
-An affine y = s x + t is gone once y' = x', that is, a_y = s a_x and c_y = s c_x + t. `Change` is one attempt to get there: it is told
-where to start (`ways.py`), follows the rules, and either ends with every operator's rule kept, or raises Conflict, and nothing has changed.
-The graph itself is rewritten once, after the last attempt (`write.py`), so every weight is computed from the original one and rounded once.
+An affine y = s x + t is gone once y' = x', that is, a_y = s a_x and c_y = s c_x + t. `Change` is one attempt to get there. It starts with
+the bases that `ways.py` sets and follows the rules. It ends with every operator's rule kept, or raises Conflict and changes nothing. The
+graph itself is rewritten once, after the last attempt (`write.py`), so every weight is computed from the original one and rounded once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import onnx_ir as ir
 
 from normswap.folding.affine import Affine, Array, Constants, called
 
-SAME = 1e-12  # of its size: two ways to compute a basis in float64 agree this well
-ZERO = 1e-13  # of its terms: a sum of theirs that is smaller is 0
+SAME = 1e-12  # the relative difference below which two bases, computed in float64 in two ways, are equal
+ZERO = 1e-13  # a sum that is smaller than this times the sum of its terms' magnitudes is 0
 
 
 class Conflict(Exception):
@@ -67,11 +67,11 @@ class Basis:
         return self.scale.ndim
 
     def then(self, scale: Array, shift: Array) -> Basis:
-        """The basis of scale * v + shift, if it is stored as v is."""
+        """The basis of w = scale * v + shift with w' = v', where this is the basis of v."""
         return Basis(scale * self.scale, total(scale * self.shift, shift))
 
     def before(self, scale: Array, shift: Array) -> Basis:
-        """The basis of the v for which scale * v + shift has this one."""
+        """The basis of v with v' = w', where this is the basis of w = scale * v + shift: the inverse of `then`."""
         if not scale.all():
             raise Conflict(f"its scale is 0 in {_channels(scale == 0)}")
         return Basis(self.scale / scale, total(self.shift, -shift) / scale)
@@ -106,7 +106,7 @@ def total(*terms: Array) -> Array:
 
 
 def close(a: Array, b: Array) -> bool:
-    if a is b or (a.shape == b.shape and bool((a == b).all())):  # most often, and soon seen
+    if a is b or (a.shape == b.shape and bool((a == b).all())):  # the most frequent case, and quick to test
         return True
     size = max(float(np.abs(a).max(initial=0)), float(np.abs(b).max(initial=0)))
     return bool(np.all(np.abs(a - b) <= SAME * np.maximum(np.maximum(np.abs(a), np.abs(b)), ZERO * size)))
@@ -119,11 +119,11 @@ def _channels(which: Array) -> str:
 
 @dataclass
 class Bases:
-    """Where the values of one graph are stored otherwise, which affines are gone, and what else a rule has to know."""
+    """The bases of the values of one graph, the affines that are gone, and what else a rule has to know."""
 
     constants: Constants
     affines: Mapping[ir.Node, Affine]  # by each of their nodes
-    kept: Mapping[ir.Node, Affine] = field(default_factory=dict)  # those around which nothing may change
+    kept: Mapping[ir.Node, Affine] = field(default_factory=dict)  # the affines around which nothing may change
     known: dict[Slot, Basis] = field(default_factory=dict)
     gone: set[Affine] = field(default_factory=set)
     spatial_thresholds: bool = True  # whether a ReLU on (N, C, H, W) may become a maximum with a constant
@@ -135,7 +135,7 @@ class Bases:
     def slot(self, node: ir.Node, index: int) -> Slot:
         value = node.inputs[index]
         if value is None:
-            raise Conflict(f"{called(node)} comes next to it")
+            raise Conflict(f"{called(node)} is next to it, which lacks an input")
         return value if self.constants.of(value) is None else Use(node, index)
 
 
@@ -146,8 +146,8 @@ class Change:
         self.bases, self.thresholds = bases, thresholds
         self.new: dict[Slot, Basis] = {}
         self.gone: set[Affine] = set()
-        self.nodes: dict[ir.Node, None] = {}  # those with a rule that something changed around
-        self.queue: deque[ir.Node] = deque()  # those around which something changed, and whose rule was not asked since
+        self.nodes: dict[ir.Node, None] = {}  # the nodes around which a basis has changed
+        self.queue: deque[ir.Node] = deque()  # those of them whose rule has to run
 
     def of(self, slot: Slot) -> Basis:
         found = self.new.get(slot)
@@ -160,11 +160,11 @@ class Change:
         return affine in self.gone or affine in self.bases.gone
 
     def hold(self, slot: Slot) -> None:
-        """Let the value stay as it is."""
+        """Let the value keep its basis."""
         self.set(slot, self.of(slot))
 
     def set(self, slot: Slot, basis: Basis) -> None:
-        """Store the value so; whatever computes or reads it has to follow."""
+        """Give the value this basis, and queue the nodes that compute or read it. Raises Conflict if that is not possible."""
         if not (np.isfinite(basis.scale).all() and np.isfinite(basis.shift).all()):
             raise Conflict("its numbers would overflow")
         if slot in self.new:
@@ -173,7 +173,7 @@ class Change:
             return
         old = self.bases.of(slot)
         if old.agrees(basis):
-            self.new[slot] = old  # in its own shape: zeros along an axis that its other neighbours cannot follow are zeros
+            self.new[slot] = old  # and not `basis`: that may repeat one number along an axis, which other neighbours cannot follow
             return
         self.new[slot] = basis
         if isinstance(slot, ir.Value):
@@ -191,11 +191,11 @@ class Change:
         self.bases.gone |= self.gone
 
 
-Rule = Callable[[ir.Node, Change], None]  # stores the other values around a node as its operator asks; raises Conflict
+Rule = Callable[[ir.Node, Change], None]  # sets the other bases around a node as its operator asks; raises Conflict
 
 
 def give_shift(node: ir.Node, shift: Array, change: Change) -> None:
-    """Let the output of a layer without a bias have the shift that its input gives it. Raises Conflict if it has another."""
+    """Give the output of a layer without a bias the shift that comes from its input. Raises Conflict if it has another."""
     y = node.outputs[0]
     if not change.fixed(y):
         change.set(y, change.of(y).shifted(shift if shift.any() else np.zeros((1,) * shift.ndim)))

@@ -1,7 +1,7 @@
-r"""Constants that a graph computes from others: a transposed weight, one that is stored in half precision, one half of another, g v / |v|.
+r"""Constants that a graph computes from others: a transposed weight, a cast from half precision, a part of another constant, g v / |v|.
 
-Each is computed when somebody asks for it, by onnx's own evaluator, in the dtypes of the graph, and the graph stays as it is: a weight that
-nothing is folded into is stored as it was. What is folded becomes a constant, and what it was computed from goes if nothing else reads it.
+Each is computed when `Constants.of` asks for it, by onnx's own evaluator and in the dtypes of the graph. The graph stays as it is: a weight
+that no fold changes is stored as it was. A folded weight becomes a constant, and the nodes that computed it go if nothing else reads them.
 
 A quantised weight (DequantizeLinear) is left alone, as a runtime computes with what is stored; so is one that would make the file much
 larger: by more than LIMIT bytes on top of 4 times what it is computed from.
@@ -32,7 +32,7 @@ _COMPUTED, _WHY = "normswap.computed", "normswap.why"
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """What the constant holds: its own tensor, that of its Constant node, or what was computed for it."""
+    """The tensor of a constant: its own, that of its Constant node, or the one that `compute` has made."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
         tensor = value.meta.get(_COMPUTED)
@@ -40,7 +40,10 @@ def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def compute(value: ir.Value, of: Callable[[ir.Value], Array | None], opset: int) -> ir.TensorProtocol | None:
-    """The tensor that a node of constants gives, None if it is not one of those above. of: the array of a constant."""
+    """The tensor that the value's node computes from constants. None if an input is no constant, or the node is none of those above.
+
+    of: the array of a constant.
+    """
     node = value.producer()
     if node is None or _COMPUTED in value.meta:
         found: ir.TensorProtocol | None = value.meta.get(_COMPUTED)
@@ -66,7 +69,7 @@ def compute(value: ir.Value, of: Callable[[ir.Value], Array | None], opset: int)
 
 
 def why_not(value: ir.Value) -> str | None:
-    """Why the node that gives the value is never computed, as a clause about the value; None if that is for its inputs to say."""
+    """Why the node that gives the value is never computed here, as a clause about the value; None if its inputs decide that."""
     node = value.producer()
     if node is None:
         return None
@@ -75,12 +78,12 @@ def why_not(value: ir.Value) -> str | None:
     if node.domain == "" and node.op_type == "DequantizeLinear":
         return "is quantised, which stays as it is"
     if node.domain != "" or node.op_type not in KNOWN or any(a.is_ref() for a in node.attributes.values()):
-        return f"is what {node.op_type} gives"
+        return f"is the output of {node.op_type}"
     return None
 
 
 def _growth(node: ir.Node, arrays: Sequence[Array | None]) -> int:
-    """How many bytes what the node gives has on top of 4 times those of its inputs, before it is computed."""
+    """How many bytes the node's output has beyond 4 times the bytes of its inputs, found without computing it."""
     given = [array for array in arrays if array is not None]
     if node.op_type == "ConstantOfShape":
         sizes = [int(size) for size in given[0].reshape(-1)]
@@ -99,7 +102,7 @@ def _growth(node: ir.Node, arrays: Sequence[Array | None]) -> int:
 
 
 def _evaluated(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> Sequence[Array] | None:
-    """What onnx's evaluator gives; None where it cannot."""
+    """The outputs of a node by onnx's evaluator; None if it cannot compute them."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 

@@ -20,14 +20,14 @@ ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("threshold", ways.threshold),
     ("into_producers", ways.into_producers),
 )
-REASONS_FROM = ("threshold", "into_producers")  # whose refusals make up the reason: those that can do the most, forwards and backwards
+REASONS_FROM = ("threshold", "into_producers")  # the attempts whose Conflicts are reported: they can do the most, forwards and backwards
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Where one affine went.
 
-    how     the rewrite that it went by, "" if none
+    how     the rewrite that folded it, "" if none
     into    the layers whose weights or biases took it, by the names of their nodes
     left    the operators that remain of it
     reason  why anything remains, else ""
@@ -55,16 +55,16 @@ def fold(
     *,
     spatial_thresholds: bool = True,
 ) -> list[Outcome]:
-    """Make every affine vanish where that is exact, and as small as it can be elsewhere. `affines` are in the order of the graph.
+    """Fold every affine where that is exact, and write what is left with as few operators as possible. affines: in the graph's order.
 
-    kept: affines that stay as they are, by name, and why: nothing may change around them, either.
+    kept: affines that stay as they are, by name, and why. Nothing around them may change, either.
     spatial_thresholds: whether a ReLU on (N, C, H, W) may become a maximum. onnxruntime on a CPU stores what lies between convolutions in
     blocks of channels (NCHWc); it takes a BatchNormalization and its ReLU there in one step, but leaves that layout for a maximum and comes
     back after it.
     """
     kept = {} if kept is None else kept
     outcomes: dict[Affine, Outcome] = {}
-    with np.errstate(all="ignore"):  # infinite statistics are the model's own; the rewrites decline them
+    with np.errstate(all="ignore"):  # a model may have infinite statistics; the rewrites refuse them
         for affine in affines:
             layer = into_producer.fold(affine, constants) if affine.name not in kept else None
             if layer is not None:
@@ -96,7 +96,7 @@ def fold(
                 outcomes[affine] = replace(outcomes[affine], left=write.write_remainder(affine, scale, shift, constants, names))
         for affine, reason in unfit.items():
             operations = [node for node in affine.nodes if node.op_type != "Cast"]
-            known = all(node.domain == "" for node in operations)  # then it is left as it is
+            known = all(node.domain == "" for node in operations)  # operators of ONNX are left as they are
             types = tuple(node.op_type for node in operations)
             if not known:
                 types = write.write_remainder(affine, affine.scale, affine.shift, constants, names)
@@ -105,7 +105,7 @@ def fold(
 
 
 def _touched(affine: Affine, bases: Bases) -> bool:
-    """Whether x, y or anything that x is computed from by its layer is stored otherwise."""
+    """Whether the basis of x, of y or of a value on the way from the input of the layer before x to x has changed."""
     slots, value = [affine.x, affine.y], affine.x
     while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None and node not in bases.affines:
         value = node.inputs[0]
@@ -145,7 +145,7 @@ def _accepted(affine: Affine, how: str, change: Change) -> Outcome:
 
 
 def _unfit(affine: Affine) -> str | None:
-    """Why no change of basis can be made of it, if so."""
+    """Why no change of basis can make the affine vanish; None if one may."""
     x, y = affine.x, affine.y
     if x.dtype is None or x.dtype != y.dtype or x.dtype.numpy().name not in FLOATS or x.shape is None or y.shape is None:
         return "its input and output are not of one floating-point type and known shape"

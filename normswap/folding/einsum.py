@@ -7,8 +7,8 @@ With x = a x' + c, y = p y' + q and w stored as w' = w a / p, which has the lett
     y'[out] = sum x'[letters_x] w'[letters_w]        a varies along letters of w alone, p likewise
     q = sum c[letters_x] w[letters_w]
 
-So a constant takes any scale along the letters that it shares with a value, and a shift becomes that of the result, as there is no bias. An
-equation of one letters_x moves and adds up: a goes along, and c only where nothing is added up.
+So w takes any scale along the letters that it shares with x or y, and a shift of x becomes a shift of y, as there is no bias. An equation
+with one term moves values and adds them up: a moves likewise, and so does c where nothing is added up.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def holds_a_constant(node: ir.Node, constants: Constants) -> bool:
 
 
 def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str], str]:
-    """The letters of each term and of the result, an ellipsis as capitals that nothing else has."""
+    """The letters of each term and of the result; an ellipsis becomes capital letters that the equation does not use."""
     equation = node.attributes.get_string("equation").replace(" ", "")
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
@@ -52,7 +52,7 @@ def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str
         letters = left.replace(",", "").replace("...", "")
         out = ("..." if "..." in left else "") + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     free = [letter for letter in string.ascii_uppercase if letter not in equation]
-    with_dots = [index for index, letters_x in enumerate(terms) if "..." in letters_x]
+    with_dots = [index for index, term in enumerate(terms) if "..." in term]
     if len(with_dots) > 1 or any(constants[index] is not None for index in with_dots):
         raise Conflict(f"{called(node)} has an equation that no fold is known through")
     for index in with_dots:
@@ -60,7 +60,7 @@ def _letters(node: ir.Node, constants: Sequence[Array | None]) -> tuple[list[str
         assert value is not None
         count = rank_of(value) - len(terms[index].replace("...", ""))
         terms[index], out = (text.replace("...", "".join(free[:count])) for text in (terms[index], out))
-    if any(len(set(letters_x)) < len(letters_x) for letters_x in (*terms, out)):
+    if any(len(set(term)) < len(term) for term in (*terms, out)):
         raise Conflict(f"{called(node)} takes a diagonal")
     return terms, out
 
@@ -101,7 +101,7 @@ def _along(node: ir.Node, basis: Basis, letters: str, letters_w: str) -> None:
 
 
 def _aligned(array: Array, source: str, target: str) -> Array:
-    """An array with the axes `source`, of size 1 along those that are not in `target`, with the axes `target`."""
+    """`array`, which has the axes `source`, with the axes `target`. It has size 1 along the axes that are in one of them alone."""
     kept = [axis for axis, letter in enumerate(source) if letter in target]
     letters = [source[axis] for axis in kept]
     array = array.reshape([array.shape[axis] for axis in kept])
@@ -110,7 +110,7 @@ def _aligned(array: Array, source: str, target: str) -> Array:
 
 
 def _response(shift: Array, array: Array, letters_x: str, letters_w: str, out: str) -> Array:
-    """What a shift of x becomes, along the letters of the result that the constant has."""
+    """The shift of the result that a shift of x becomes, along the letters that the result shares with the constant."""
     shared = "".join(letter for letter in letters_x if letter in letters_w)
     sizes = [array.shape[letters_w.index(letter)] for letter in shared]
     spread_out = np.broadcast_to(_aligned(shift, letters_x, shared), sizes)

@@ -51,7 +51,7 @@ def _sum(node: ir.Node, change: Change) -> None:
 
 
 def _taker(node: ir.Node, left: Sequence[Slot], change: Change) -> Slot:
-    """Which operand is shifted to make up for the others: best a constant, then what a bias can shift, the result, anything."""
+    """Which value is shifted to make up for the others: a constant if possible, else one whose shift ends in a bias, the result, any."""
     y = node.outputs[0]
     constants = [slot for slot in left if isinstance(slot, Use)]
     biased = [slot for slot in left if slot is not y and absorbs(slot, change.bases)]
@@ -84,7 +84,7 @@ def _raised(array: Array, rank: int) -> Array:
 
 
 def _lowered(array: Array, slot: Slot, node: ir.Node) -> Array:
-    """`array`, which broadcasts against the result of an elementwise operation, for one of its operands."""
+    """`array`, which broadcasts against the result of an elementwise operation, in the shape for one of the operands."""
     sizes = sizes_of(slot)
     lead, own = array.shape[: array.ndim - len(sizes)], array.shape[array.ndim - len(sizes) :]
     if isinstance(slot, Use):
@@ -113,7 +113,7 @@ def _mul(node: ir.Node, change: Change) -> None:
         factor = 1 / factor
     a_x, a_y = change.of(x), change.of(y)
     if change.fixed(x) and not change.fixed(y):
-        # One number for all stays one; a number per channel is as good as any other.
+        # A constant of one number stays one number, so the scale moves on to y; a constant with more numbers takes the scale.
         ratio = change.of(use).scale if value.size > 1 and not change.fixed(use) else np.ones((1,) * rank)
         keep = value.size > 1
         scale = a_y.scale if keep else _raised(a_x.scale, rank) * _raised(ratio, rank)
@@ -150,7 +150,7 @@ def _product(node: ir.Node, slots: Sequence[Slot], change: Change) -> None:
     if not change.fixed(y):
         change.set(y, change.of(y).scaled(scales[0] * scales[1]))
     elif not all(change.fixed(slot) for slot in slots):
-        # The larger operand takes it: the other is a gate with less axes.
+        # The larger operand takes the scale: the other may be a gate with fewer axes.
         free = [i for i in range(2) if not change.fixed(slots[i])]
         index = max(free, key=lambda i: sum(size != 1 for size in sizes_of(slots[i])))
         other = scales[1 - index]

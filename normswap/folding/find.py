@@ -4,7 +4,7 @@ norms, each with the reason why it is no affine.
     BatchNormalization    s = scale / sqrt(var + epsilon),  t = B - mean * s
     a chain               s <- s * k, t <- t * k for a Mul; t <- t + k for an Add; likewise Div and Sub
 
-The bias that a MatMul gets by an Add is part of that layer, and so is no affine. Nor is arithmetic on less than two axes.
+The Add of a bias after a MatMul is part of that layer, and no affine. Neither is arithmetic on values with less than two axes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from normswap.folding.affine import Affine, Array, Constants, only_use
 from normswap.folding.linear import FLOATS
 
 ELEMENTWISE = ("Mul", "Div", "Add", "Sub")
-SPARE = 1 << 16  # bytes of shared weights that one product or sum, which is no norm, is worth
+SPARE = 1 << 16  # bytes of shared weights that may be stored a second time to fold a single product or sum, which is no norm
 PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of a BatchNormalization
 NORM = re.compile(r"norm(?!al(?!iz))|^lrn$", re.IGNORECASE)  # LayerNormalization, SkipLayerNorm, LRN; not RandomNormal
 PER_SAMPLE = (
@@ -48,7 +48,7 @@ def is_norm(node: ir.Node) -> bool:
 
 
 def others(model: ir.Model, affines: Collection[Affine], constants: Constants, reason: str | None = None) -> list[tuple[ir.Node, str]]:
-    """Each norm of the model that is part of no affine, in its graph or in a function, and why. reason: why, if it is one for all."""
+    """Each norm of the model, in its graph or in a function, that is part of no affine, and why. reason: the same one for all."""
     part = {node for affine in affines for node in affine.nodes}
     calls = set(model.functions)
     found = []
@@ -61,7 +61,7 @@ def others(model: ir.Model, affines: Collection[Affine], constants: Constants, r
         )
         for node in function.all_nodes():
             if is_norm(node) and node.op_identifier() not in calls:
-                found.append((node, reason or f"{where}`onnx.inliner.inline_local_functions` makes an ordinary part of the graph of it"))
+                found.append((node, reason or f"{where}`onnx.inliner.inline_local_functions` turns it into an ordinary part of the graph"))
     return found
 
 
@@ -86,7 +86,7 @@ def _why(node: ir.Node, constants: Constants) -> str:
             "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
         )
     if x is None or y.dtype is None or y.dtype.numpy().name not in FLOATS:
-        return "the type of what it gives is not known, or no floating-point type"
+        return "the type of its output is not known, or not a floating-point type"
     return "it has no axis of channels" if len(y.shape) < 2 else "its statistics do not have one number for each channel of its input"
 
 
@@ -96,7 +96,7 @@ def _trains(node: ir.Node, opset: int) -> bool:
 
 
 def _chain(node: ir.Node, constants: Constants) -> Iterator[ir.Node]:
-    """`node` and what follows it alone, as far as each is an affine."""
+    """`node` and the nodes after it, as long as each is an affine and alone reads the output of the one before."""
     current: ir.Node | None = node
     axes: set[int] = set()
     while current is not None and _is_affine(current, constants):
@@ -151,7 +151,7 @@ def _affine(chain: list[ir.Node], constants: Constants) -> Affine:
     assert y.shape is not None
     rank, size = len(y.shape), None
     scale, shift = np.ones((1,) * rank), np.zeros((1,) * rank)
-    with np.errstate(all="ignore"):  # what is not finite is left as it is
+    with np.errstate(all="ignore"):  # an affine with numbers that are not finite is not folded
         for node in chain:
             k, t, spread = _step(node, rank, constants)
             scale, shift = scale * k, shift * k + t

@@ -7,7 +7,7 @@ Shapes of W: see `linear.py`. Between the two there may be operators that move v
 Exact if nothing else sees W x + b, if W and b are constants, and if s and t vary along the output channels of W alone. A Linear that is
 followed by a BatchNorm1d on (N, L, D) is not such a case: its channels are D, those of the norm are L. s may be 0 and negative.
 
-W and b may have other users, so the folded ones are new constants. They are computed in float64 and rounded once.
+Other nodes may read W and b, so the folded ones are new constants. They are computed in float64 and rounded once.
 """
 
 from __future__ import annotations

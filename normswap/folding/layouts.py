@@ -3,9 +3,9 @@ r"""How an affine moves through operators that move values without computing new
     y[i] = x[m(i)]        a_y[i] = a_x[m(i)],  c_y[i] = c_x[m(i)]
 
 Exact for any a and c. Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, DepthToSpace, SpaceToDepth and Identity have one input
-and one output, and `forward` and `backward` say what becomes of an array of size 1 along the axes that share it; Slice, Gather and Split
-take a part; Concat puts parts together. Where an array varies along an axis whose size is not known, or whose elements are no longer apart,
-there is a Conflict.
+and one output, and `forward` and `backward` move the arrays a and c, which have size 1 along the axes on which they do not vary. Slice,
+Gather and Split take a part; Concat puts parts together. There is a Conflict where a or c varies along an axis whose size is not known, or
+whose elements the operator merges.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _narrowed(node: ir.Node, array: Array, source: Sizes) -> Array:
 
 
 def _blocks(node: ir.Node, array: Array, *, into_space: bool) -> Array:
-    """Channels that become a block of b x b values in space, or the converse: those of one block are stored alike."""
+    """`array` where channels become a block of b x b values in space, or the converse: all of one block must have the same basis."""
     if any(size > 1 for axis, size in enumerate(array.shape) if axis != 1):
         raise Conflict(f"{called(node)} moves values that would have to differ in space")
     block = node.attributes.get_int("blocksize") ** 2
@@ -97,7 +97,7 @@ _MOVES = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity",
 
 
 def reshaped(array: Array, source: Sizes, target: Sizes) -> Array:
-    """`array`, which broadcasts against `source`, as it broadcasts against a reshape of that to `target`."""
+    """`array`, which broadcasts against the shape `source`, moved as a Reshape moves values from `source` to `target`."""
     groups = _groups(source, target)
     full: list[int] = []
     result: list[int] = []
@@ -176,7 +176,7 @@ Part = tuple[Slot, int, "Array | None", "tuple[int, ...] | None"]
 
 
 def _parts(node: ir.Node, change: Change) -> list[Part]:
-    """(an output, the axis that it is a part of, its indices there if they are known, what Gather makes of the axis) for each."""
+    """For each output: (it, the axis along which it is a part, its indices there if they are known, the axes that Gather makes of it)."""
     constant = change.bases.constants.of
     x = change.bases.slot(node, 0)
     rank, sizes = rank_of(x), sizes_of(x)
@@ -192,7 +192,7 @@ def _parts(node: ir.Node, change: Change) -> list[Part]:
             raise Conflict(f"{called(node)} depends on the input")
         where = range(len(starts)) if axes is None else [int(a) % rank for a in axes]
         strides = np.ones(len(starts), np.int64) if steps is None else steps
-        # An axis that is kept whole does not count.
+        # Leave out the axes that are kept whole.
         cut = [
             (axis, slice(int(s), int(e), int(p)))
             for axis, s, e, p in zip(where, starts, ends, strides, strict=True)
@@ -230,7 +230,7 @@ def _taken(node: ir.Node, array: Array, axis: int, where: Array | None) -> Array
 
 
 def _put(node: ir.Node, old: Array, new: Array, axis: int, where: Array | None, x: Slot) -> Array:
-    if new.shape[axis] == 1:  # the same all along the axis, so it may be for the rest of x, too
+    if new.shape[axis] == 1:  # it does not vary along the axis, so the rest of x may have the same
         return new
     size = sizes_of(x)[axis]
     if where is None or not isinstance(size, int):
@@ -244,7 +244,7 @@ def _put(node: ir.Node, old: Array, new: Array, axis: int, where: Array | None, 
 
 
 def _shaped(node: ir.Node, array: Array, axis: int, shape: tuple[int, ...] | None) -> Array:
-    """What Gather makes of the axis: none for one index, several for a matrix of them."""
+    """`array` with the axes that Gather makes of one: none for a single index, several for a matrix of indices."""
     if shape is None or len(shape) == 1:
         return array
     if array.shape[axis] > 1:
@@ -265,7 +265,7 @@ def _unshaped(node: ir.Node, array: Array, axis: int, shape: tuple[int, ...] | N
 
 
 def concat(node: ir.Node, change: Change) -> None:
-    """The rule of Concat. Along an axis on which nothing varies, all parts are stored alike; else each has its own."""
+    """The rule of Concat. If no basis varies along its axis, all parts have the same basis; else each has its own."""
     y = node.outputs[0]
     axis = node.attributes.get_int("axis", 0) % rank_of(y)
     slots = [change.bases.slot(node, index) for index in range(len(node.inputs))]

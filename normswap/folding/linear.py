@@ -1,4 +1,4 @@
-r"""The layers of an ONNX graph that are linear in their first input: what they do to a diagonal change of basis on either side.
+r"""The layers of an ONNX graph that are linear in their first input, and how they take a change of basis on either side.
 
     y = W x + b        x = a x' + c,  y = p y' + q        y' = (W a / p) x' + (b + W c - q) / p
 
@@ -60,11 +60,11 @@ class Linear:
 
     @property
     def copied(self) -> int:
-        """How many bytes a weight of its own would take, as others use the one that it has."""
+        """How many bytes a new weight adds to the file: 0 if nothing else reads the old one, which then goes."""
         return _array(self.weight).nbytes if len(self.weight.uses()) > 1 else 0
 
     def response(self, shift: Array) -> Array:
-        """W c: the constant that a constant per input channel becomes."""
+        """W c: what a constant c per input channel adds to each output channel."""
         if not shift.any():
             return np.zeros(self.outputs)
         summed = tuple(axis for axis, size in enumerate(self.out_shape) if size == 1)
@@ -190,7 +190,7 @@ def vector_of(node: ir.Node, constants: Constants) -> Array | None:
 
 
 def vector(array: Array | None) -> Array | None:
-    """(channels,), in float64, of an array that may have ones in front of it; a bias that varies along another axis is None."""
+    """A bias (channels,) or (1, ..., channels) as a vector in float64; None if it varies along another axis."""
     if array is None or array.size != (array.shape or (1,))[-1]:
         return None
     return array.reshape(-1).astype(np.float64)

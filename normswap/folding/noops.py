@@ -8,7 +8,7 @@ from normswap.folding.affine import Constants
 
 
 def remove(graph: ir.Graph, constants: Constants) -> None:
-    """Remove every operator that does nothing, but for one that gives an output of the graph its name where nothing else can."""
+    """Remove every operator that does nothing, except one that has to stay as an output of the graph needs a name of its own."""
     for node in list(graph.all_nodes()):
         if gives_what_it_takes(node, constants):
             _remove(node)

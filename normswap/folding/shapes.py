@@ -1,12 +1,12 @@
 r"""The shapes of the values of a graph, as far as anything in the file tells them.
 
-ONNX's own inference comes first, and counts for more than what the file notes: notes grow old when somebody edits a graph. It ends at an
-operator of somebody else's, and at a shape that is computed at run time. There the layers know more:
+ONNX's own inference comes first, and overrides the shapes that the file stores, which are wrong once somebody has edited the graph. It ends
+at an operator of another domain, and at a shape that is computed at run time. There the layers tell more:
 
     Conv, ConvTranspose     have the rank of their weight, and its channels
     Gemm                    has rank 2
-    BatchNormalization      gives what it takes, with its channels on axis 1
-    ReLU and the like       give what they take
+    BatchNormalization      has one shape at both ends, with its channels on axis 1
+    ReLU and the like       have one shape at both ends
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ UNARY = frozenset(
         *("Tanh", "Erf", "Exp", "Sqrt", "Abs", "Neg", "Softplus", "Softsign", "Identity"),
     )
 )
-_ROUNDS = 8  # one for each unknown operator on a path; what is further in stays unknown
+_ROUNDS = 8  # one gets past one operator of unknown shape on each path; what is behind more of them stays unknown
 
 
 def infer(model: ir.Model) -> None:
-    """Note shape and type at every value of which they can be told; at inputs and outputs, too, whose own are the caller's to keep."""
+    """Store shape and type at every value where they can be inferred, also at inputs and outputs. The caller may restore those."""
     declared = {}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
@@ -60,7 +60,7 @@ def _rounds(model: ir.Model) -> None:
 
 
 def _known(size: int | ir.SymbolicDim) -> int | str | None:
-    """A size that says something: -1 does not, nor does a name that some tools give to every free axis."""
+    """The size, or None if it says nothing: -1, or a name that some tools give to every free axis."""
     if isinstance(size, int):
         return size if size >= 0 else None
     name = size.value
@@ -68,7 +68,7 @@ def _known(size: int | ir.SymbolicDim) -> int | str | None:
 
 
 def _by_layer(node: ir.Node) -> bool:
-    """Note the shapes that follow from the operator of a node and from its weight; whether anything was new."""
+    """Store the shapes that follow from the operator of a node and from its weight. Returns whether any was new."""
     x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
     if x is None:
         return False
@@ -105,7 +105,7 @@ def _sizes(value: ir.Value) -> list[Size] | None:
 
 
 def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
-    """Note the sizes of a value that were not known yet; whether there were any."""
+    """Store the sizes of a value that were not known yet. Returns whether there were any."""
     if sizes is None:
         return False
     own = _sizes(value)
@@ -122,7 +122,7 @@ def _meet(value: ir.Value, sizes: Sequence[Size] | None) -> bool:
 
 
 def _same_type(*values: ir.Value) -> bool:
-    """Give values of unknown type the type of the others; whether there were any."""
+    """Give values of unknown type the type of the others. Returns whether there were any."""
     kind = next((value.type for value in values if value.type is not None and value.dtype is not None), None)
     left = [value for value in values if value.type is None or value.dtype is None]
     for value in left if kind is not None else ():

@@ -54,7 +54,7 @@ REACH = {"float16": 2.0**6, "bfloat16": 2.0**40, "float32": 2.0**40, "float64": 
 
 
 def run(change: Change) -> Change:
-    """Follow the rules until every operator keeps its own. Raises Conflict."""
+    """Run the rules until every operator keeps its own. Raises Conflict."""
     while change.queue:
         node = change.queue.popleft()
         change.nodes[node] = None
@@ -65,7 +65,7 @@ def run(change: Change) -> Change:
 
 
 def spread(node: ir.Node, change: Change) -> None:
-    """Store the other values around `node` as its rule asks, now that one is stored otherwise. Raises Conflict."""
+    """Set the other bases around `node` by its rule, after one of them has changed. Raises Conflict."""
     affine = change.bases.affines.get(node)
     if affine is not None:
         return _affine(affine, change)
@@ -86,7 +86,7 @@ def _what_it_is(node: ir.Node) -> str:
 
 
 def check(node: ir.Node, change: Change) -> None:
-    """Whether the dtypes hold what the new bases make of the constants. Raises Conflict."""
+    """Raise Conflict if a constant that the new bases change does not fit its dtype."""
     affine = change.bases.affines.get(node)
     if affine is not None:
         _keeps_digits(affine, change)
@@ -123,7 +123,7 @@ def check(node: ir.Node, change: Change) -> None:
 
 
 def _keeps_digits(affine: Affine, change: Change) -> None:
-    """x' = (x - c) / a is computed to so many digits of c: whoever reads it must not need those of a much smaller x."""
+    """Raise Imprecise if the shift c is much larger than x: then x' = (x - c) / a has few digits left for x."""
     new = change.new.get(affine.x)
     if new is None or change.bases.of(affine.x).agrees(new):
         return
@@ -252,7 +252,7 @@ def _resize(node: ir.Node, basis: Basis, constants: Constants) -> None:
 
 
 def _pad(node: ir.Node, basis: Basis, constants: Constants) -> None:
-    """The condition of Pad. Pads of less than 0 cut off; along an axis on which something varies, neither can be."""
+    """The condition of Pad. Negative pads cut values off. Along an axis on which the basis varies there may be no pad of either sign."""
     rank, (_, amounts, filler, where) = basis.rank, (*node.inputs, None, None, None)[:4]
     pads = constants.of(amounts) if amounts is not None else np.asarray(node.attributes.get_ints("pads", ()))  # opset 10 has an attribute
     axes = list(range(rank)) if where is None else constants.of(where)

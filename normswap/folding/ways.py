@@ -70,7 +70,7 @@ def threshold(affine: Affine, bases: Bases) -> Change:
         turned = old.scaled(_oriented(old.scale, affine.scale))
         if turned.agrees(old):
             raise
-        with contextlib.suppress(Conflict):  # then the first one is the reason
+        with contextlib.suppress(Conflict):  # the first Conflict is the one to report
             return _threshold(affine, bases, turned)
         raise
 

@@ -24,7 +24,7 @@ EPSILON = 2.0**-16
 
 
 def write_operators(bases: Bases) -> None:
-    """Let every operator compute with values as they are stored. Affines are the caller's."""
+    """Let every operator compute with the stored values v'. The caller writes the affines."""
     change = Change(bases)
     seen = dict.fromkeys(node for slot, basis in bases.known.items() if not basis.is_identity() for node in _neighbours(slot))
     for node in seen:
@@ -64,7 +64,7 @@ def _write_linear(layer: Linear, change: Change) -> None:
 
 
 def set_bias(node: ir.Node, bias: ir.Value) -> None:
-    """Give a linear layer its input 2."""
+    """Give a linear layer this bias, its input 2."""
     if node.op_type == "MatMul":
         node.op_type = "Gemm"  # the two-dimensional MatMul that has a bias
     if "beta" in node.attributes:
@@ -114,7 +114,7 @@ def batch_normalizes(affine: Affine) -> bool:
 
 
 def write_remainder(affine: Affine, scale: Array, shift: Array, constants: Constants, names: set[str]) -> tuple[str, ...]:
-    """Compute y = x * scale + shift with as few operators as there can be; their types. Nodes that do so already are left as they are."""
+    """Compute y = x * scale + shift with as few operators as possible, and return their types. Nodes that do so already stay."""
     as_it_is = scale is affine.scale and shift is affine.shift
     dtype = affine.x.dtype
     assert dtype is not None
@@ -143,7 +143,7 @@ def write_remainder(affine: Affine, scale: Array, shift: Array, constants: Const
     for op_type, others, attributes in steps:
         plain = f"{affine.name}.{op_type}"
         name = next(n for n in itertools.chain([plain], (f"{plain}_{i}" for i in itertools.count(1))) if n not in names)
-        names.add(name)  # onnxruntime wants them all different
+        names.add(name)  # onnxruntime wants each node to have a name of its own
         node = ir.Node("", op_type, [value, *others], attributes, name=name)
         affine.nodes[0].prepend(node)
         value = node.outputs[0]

@@ -24,17 +24,17 @@ from normswap.layer.train_pass import Given
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
-KNOWN = 10**9  # `BatchlessNorm.steps` of an input mean that was measured
+KNOWN = 10**9  # where `BatchlessNorm.steps` starts if the input mean was measured from data; otherwise at 0
 MOMENTUM, EPS = 0.1, 1e-5  # BatchNorm's own defaults, for a layer that was not made from one
 PARAMETER_OF_FORM: Mapping[StdForm, str] = {"log": "log_std", "abs": "abs_std", "inv": "inv_std"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a BatchlessNorm was made from, apart from its tensors: enough to build the source layer again.
+    """The layer that a BatchlessNorm was made from, without its tensors: enough to build that layer again.
 
     cls         the source's class          eps      the constant that it adds to the variance
-    attributes  its plain attributes, as found
+    attributes  its plain attributes
     parameters, buffers   name -> dtype of its tensors
     """
 
@@ -46,7 +46,7 @@ class Source:
 
 
 def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that broadcasts `sizes` on `axes` against x. ValueError if x has not exactly these sizes there, or is not floating."""
+    """The shape with `sizes` on `axes` and 1 elsewhere. Raises ValueError if x has other sizes on these axes, or is not floating-point."""
     ndim = x.dim()
     if any(not -ndim <= axis < ndim or x.shape[axis] != size for axis, size in zip(axes, sizes, strict=True)):
         raise ValueError(
@@ -59,17 +59,17 @@ def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int,
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """x * scale + shift, which have the sizes of x on the axes."""
+    """x * scale + shift, where scale and shift have the sizes of x on `axes`."""
     shape = _shape(x, scale.shape, axes)
     return formulas.applied(x, scale.view(shape), shift.view(shape))
 
 
 class Settings(NamedTuple):
-    """How a layer normalizes and how its statistics learn: what a forward pass in train mode reads of it, but for tensors.
+    """The settings of a layer that its forward pass in train mode reads: how it normalizes, and how its statistics learn.
 
     sizes, axes   of the channels, as in `BatchlessNorm.sizes` and `channel_axis`
-    rate          the momentum            eps   what the source adds to the variance
-    share         of the NLL's gradient in this call
+    rate          the momentum            eps   what the source layer adds to the variance
+    share         what the NLL's gradient of this call is multiplied by
     """
 
     sizes: tuple[int, ...]
@@ -83,15 +83,15 @@ class Settings(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a forward pass in train mode does besides the normalization. None for what it does not do.
+    """What a forward pass in train mode does besides normalizing. A field is None where it does not apply.
 
     statistics   (mean, the std's parameter), if the NLL gives them a gradient
-    given        other parameters, and the gradients that they get: the input mean
-    mask, scale  what counts, and what the loss is multiplied by, see `run.Run`
+    given        the input mean and its gradient, if the layer is coupled
+    mask, scale  which positions of the input count, and what the loss is multiplied by, see `run.Run`
     coupled      the producer, if the gradient passes through its weight and bias
-    misfit       that of the input, if it is known
-    trend        what is taken out of the gradient
-    limit        the factor of each sample; samples: the axes of the input that have one each
+    misfit       the `Misfit` of the input, if it was computed already
+    trend        the term that is taken out of the gradient
+    limit        the factor of each sample; samples: the axes of the input that have one factor per index
     """
 
     statistics: tuple[Tensor, Tensor] | None = None
@@ -108,9 +108,9 @@ class Training(NamedTuple):
 def _nll(
     x: Tensor, mean: Tensor, std: Tensor, parameter: Tensor, mask: Tensor | None, settings: Settings, misfit: Misfit | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """(r of the misfit of x, the gradients of its NLL by mean and by the std's parameter), with no history; the gradients in their shapes.
+    """(r of the `Misfit` of x, the gradients of the NLL of x by mean and by the std's parameter), detached, in the parameters' shapes.
 
-    misfit: that of x, if it is known.
+    misfit: the `Misfit` of x, if it was computed already.
     """
     axes = settings.axes
     _shape(x, settings.sizes, axes)
@@ -127,7 +127,7 @@ def _nll(
 
 
 def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """`mask`, whose axes are the first of those of x that are not channels, with 1 on the others."""
+    """`mask`, shaped to broadcast against x: its axes are the first of the axes of x that are not channel axes."""
     free = [axis for axis in range(x.dim()) if axis not in {a % x.dim() for a in axes}]
     sizes = tuple(x.shape[axis] for axis in free)
     if mask.dtype != torch.bool or mask.dim() > len(free) or any(m != s for m, s in zip(mask.shape, sizes, strict=False)):
@@ -141,7 +141,7 @@ def _mask_of(x: Tensor, mask: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _train(
     x: Tensor, mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | None, training: Training, settings: Settings
 ) -> Tensor:
-    """The output of a layer in train mode. mean, std: without a history."""
+    """The output of a layer in train mode. mean, std: detached."""
     shape = _shape(x, settings.sizes, settings.axes)
     statistics, mask = training.statistics, training.mask
     gradients = None if statistics is None else _nll(x, mean, std, statistics[1], mask, settings, training.misfit)[1]
@@ -164,7 +164,7 @@ def _train(
 def _refuse_traces(x: Any, why: str) -> None:
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
         raise UsageError(
-            f"a BatchlessNorm that {why} cannot be traced in train mode: no graph would move its statistics",
+            f"a BatchlessNorm that {why} cannot be traced in train mode: the traced graph would not update its statistics",
             hint='trace in eval mode, or convert with coupling="none"',
         )
 
@@ -187,17 +187,17 @@ class BatchlessNorm(nn.Module):
         num_features: the number of channels, or one size per channel axis.
         channel_axis: the axis, or ascending axes, of the input on which the channels lie. Default 1: (N, C, *space), any rank.
             Negative axes count from the end: -1 for (N, ..., C).
-        shared_axes: those of the channel axes on which mean and std have size 1, shared by weights and biases that still differ.
+        shared_axes: the channel axes on which mean and std have size 1, while weight and bias keep their full size.
         affine: whether there are weight and bias. Without them they are 1 and 0.
         std: how the standard deviation is stored: "log" (log_std; its curvature does not depend on the scale), "abs" (abs_std) or
             "inv" (inv_std). See `formulas.std_of`.
-        reduction: of the NLL, "mean" over everything (the source's) or "sum" over channels.
+        reduction: of the NLL, "mean" over everything (as in the paper) or "sum" over channels.
         aux: how the NLL joins the task's loss in train mode. "none": not by itself, add `nll(x)`. "auto": its gradient is added to those of
             `mean` and the std's parameter, with weight 1, whenever a gradient comes back to the layer's output. "explicit": the loss adds
             `normswap.aux_loss(model)`.
         stats: the gradient that "auto" and "explicit" give: "natural", with which the statistics are BatchNorm's running averages, or
             "raw", that of `nll`. See `formulas.nll_gradients` and `optimizer_step`.
-        momentum: the rate of the natural statistics, as BatchNorm's.
+        momentum: the rate at which natural statistics move in a step, as BatchNorm's momentum.
         dtype: of the parameters, at least float32.
 
     Shape: x (N, C, *space) of any float dtype, C on `channel_axis`; y the same shape, dtype and memory format. Parameters: the sizes
@@ -215,10 +215,10 @@ class BatchlessNorm(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     input_mean: nn.Parameter | None  # the mean input of the producer, of a coupled layer
-    trend: nn.Parameter | None  # (slope, level) of the gradient over the normalized input, stacked: what is taken out of it
+    trend: nn.Parameter | None  # (slope, level), stacked: the line over the normalized input that is taken out of the gradient
     own_rule: tuple[str, str | None] | None = None  # (kind, spec) of the rule that built it, if that is not one of normswap's
 
-    run: Run  # not in the state dict, and but for its pace neither copied nor pickled
+    run: Run  # not in the state dict; copies and pickles keep its pace alone
 
     # Class attributes, so that layers pickled before they existed have them.
     aux: Aux = "none"
@@ -226,9 +226,9 @@ class BatchlessNorm(nn.Module):
     momentum: float = MOMENTUM
     steps: Tensor | None
     limits_samples: bool = False  # whether there is a limit on each sample in train mode, once `stepped`: `sample_limit`
-    _producer: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
+    _producer: tuple[nn.Module, ...] = ()  # in a tuple, so that nn.Module does not make it a child
     stepped: bool = False  # whether an optimizer has moved the statistics
-    calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over them
+    calls: int = 1  # how often one forward pass of the model calls the layer: the natural gradient is the mean over these calls
 
     def __init__(
         self,
@@ -280,8 +280,8 @@ class BatchlessNorm(nn.Module):
         self.register_buffer("source_mean", None)
         self.register_buffer("source_var", None)
         self.register_buffer("source_batches", None)
-        # Of a layer that is coupled or limits samples: the steps of training that input_mean is the mean of, from KNOWN on if that was good
-        # from the start. With it a run that goes on from a checkpoint does what it would have done.
+        # The optimizer steps of a layer that is coupled or limits samples, counted from KNOWN if input_mean was measured from data. The
+        # rate of input_mean and the sample limit depend on it, so a run that goes on from a checkpoint does what it would have done.
         self.register_buffer("steps", None)
         optimizer_step.watch(self)
 
@@ -302,24 +302,24 @@ class BatchlessNorm(nn.Module):
 
     @torch.no_grad()
     def as_recorded(self) -> Tensor:
-        """For each channel, whether the std is still that of the recorded variance: its rounding is what is stored."""
+        """For each channel, whether the stored std is still that of the source's variance, rounded: it was not trained since the swap."""
         exact, source = self._recorded(), cast(Source, self.source)
-        # As it was stored at the swap: rounded to float32 or wider. Both may have been widened since, so their dtypes are no witness.
+        # Round as the swap did, to float32 or wider. The tensors may have been cast to a wider dtype since, so their dtypes do not tell.
         stored = exact.to(torch.promote_types(source.buffers["running_var"], torch.float32))
         return stored.to(self.std_parameter.dtype) == self.std_parameter
 
     @torch.no_grad()
     def unrounded(self) -> Tensor | None:
-        """The std's parameter in float64, as it was before it was rounded to what is stored; None if no source is recorded.
+        """The std's parameter in float64, before it was rounded at the swap; None if the layer has no source.
 
-        A channel that was trained since has what is stored.
+        A channel that was trained since then has its stored value.
         """
         if self.source is None or self.source_var is None:
             return None
         return torch.where(self.as_recorded(), self._recorded(), self.std_parameter.double())
 
     def _recorded(self) -> Tensor:
-        """The parameter, in float64, of the std that was recorded."""
+        """The std's parameter in float64, computed from the source's variance."""
         std = formulas.std_of_variance(cast(Tensor, self.source_var), cast(Source, self.source).eps)
         return formulas.parameter_of(std, self.std)
 
@@ -332,15 +332,15 @@ class BatchlessNorm(nn.Module):
     def producer_in_training(self) -> nn.Module | None:
         """The producer, if the statistics move with its weight now: in train mode, unless one of them is frozen.
 
-        None while its weight is computed from others, as pruning and parametrizations do that came after the swap: what a step made of
-        it is not known before the next forward pass.
+        None also while its weight is computed from other parameters, by pruning or a parametrization that came after the swap: what a
+        step made of such a weight is not known before the next forward pass.
         """
         producer = self._producer_that_trains
         return None if producer is None or "weight" not in producer._parameters else producer
 
     @property
     def measures_input(self) -> bool:
-        """Whether the producer hands over the mean of its input."""
+        """Whether the producer's pre-hook measures the mean of its input for this layer."""
         return self._producer_that_trains is not None and self.aux != "none"
 
     @property
@@ -359,7 +359,7 @@ class BatchlessNorm(nn.Module):
 
     @property
     def _statistics(self) -> list[Tensor]:
-        """Mean and the std's parameter, past a tracer, which hands out proxies instead. A replica of nn.DataParallel has tensors."""
+        """Mean and the std's parameter, not read as attributes: a tracer would give proxies. A replica of nn.DataParallel has tensors."""
         found: Mapping[str, Any] = self.__dict__ if self._is_replicated else self._parameters
         return [found[name] for name in ("mean", PARAMETER_OF_FORM[self.std])]
 
@@ -373,12 +373,12 @@ class BatchlessNorm(nn.Module):
 
             mean = <W, input_mean> + b + |W| c        std = |W| s        |W| per filter
 
-        In train mode the gradient of the task passes through W, and mean and std move with W when an optimizer steps; their values do not
-        change now, nor with input_mean, which follows the mean input of the producer from here on. See `coupling`. The producer gets a
-        forward pre-hook and is otherwise untouched.
+        In train mode the gradient of the task passes through W, and mean and std move with W when an optimizer steps. Coupling does not
+        change mean and std, and neither does input_mean, which follows the mean input of the producer from here on. See `coupling`. The
+        producer gets a forward pre-hook and is otherwise untouched.
 
-        input_mean: (input channels, *kernel); known: whether it is measured, and moves by the momentum. Else it becomes the mean over the
-        first steps. Raises ValueError for another shape, or a producer with other outputs than channels here.
+        input_mean: (input channels, *kernel); known: whether it was measured from data, and moves by the momentum. Else it becomes the mean
+        over the first steps. Raises ValueError for another shape, or if the producer's outputs are not as many as the channels here.
         """
         shape, sizes = input_shape(producer), (outputs_of(producer),)
         if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
@@ -406,9 +406,10 @@ class BatchlessNorm(nn.Module):
         self.steps = torch.tensor(0, device=self.mean.device) if self.steps is None else self.steps
 
     def enable_trend(self) -> None:
-        """Take out of the gradient what BatchNorm's lacks: its mean and its part along the normalized input. See `gradient_trend`.
+        """Take out of the gradient what BatchNorm's lacks: the mean, and the part along the normalized input. See `gradient_trend`.
 
-        In train mode with aux="auto", as the statistics are trained. The function is the same. It starts from 0, which takes nothing out.
+        It acts in train mode with aux="auto", if the statistics are trained. Outputs do not change. The trend starts at 0, which takes
+        nothing out.
         """
         self.trend = nn.Parameter(torch.zeros(2, *self.mean.shape).to(self.mean), requires_grad=self._learns)
 
@@ -448,7 +449,7 @@ class BatchlessNorm(nn.Module):
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std), differentiable, computed in `dtype` (None: as stored). Everything reads the statistics here and nowhere else.
 
-        Of a coupled layer, too: the gradient of its producer is a matter of the forward pass alone.
+        For a coupled layer, too: the gradient by its producer's weight comes from `forward` alone.
         """
         mean, parameter = (self.mean, self.std_parameter) if dtype is None else (self.mean.to(dtype), self.std_parameter.to(dtype))
         return mean, formulas.std_of(parameter, self.std)
@@ -493,15 +494,15 @@ class BatchlessNorm(nn.Module):
         return Settings(self.sizes, self.channel_axis, self.std, self.stats, self.reduction, self.momentum, self._eps, share)
 
     def _measured(self, x: Tensor, mean: Tensor, std: Tensor, share: float, *, limits: bool) -> dict[str, Any]:
-        """What of `Training` is measured of x: the sample limit, the misfit, and the term of the gradient's trend."""
+        """The fields of `Training` that are measured from x: the sample limit, the misfit, and the term of the gradient trend."""
         _refuse_traces(x, "limits samples" if limits else "takes a trend out of its gradient")
         _shape(x, self.sizes, self.channel_axis)
         mean, std = (t.view(formulas.axes_shape(t.shape, self.channel_axis, x.dim())) for t in (mean, std))
         mask = None if self.run.mask is None else _mask_of(x, self.run.mask, self.channel_axis)
         measured: dict[str, Any] = {}
         if limits:
-            # One after the other lie samples before the channels, and what belongs to a sample behind them. With channels on the last axis
-            # it cannot be seen which of the others are the samples (a transformer may have its batch second): each place is one.
+            # Axes before the channels are axes of samples, those behind them lie within a sample. With channels on the last axis it cannot
+            # be seen which of the others is the batch (a transformer may have it second): each position counts as a sample.
             samples = tuple(range(min(axis % x.dim() for axis in self.channel_axis)))
             limit, sums = sample_limit.limit(x.detach(), mean, std, samples, mask)
             measured = {"samples": samples, "limit": limit}
@@ -515,7 +516,7 @@ class BatchlessNorm(nn.Module):
         return measured
 
     def _recorded_pass(self, x: Tensor, std: Tensor, settings: Settings) -> tuple[tuple[Tensor, Tensor] | None, Given]:
-        """(`statistics`, `given`) of `Training`, if a backward pass is to train them; the run has a record of this forward pass then."""
+        """(`statistics`, `given`) of `Training`, (None, ()) if backward is not to train them here. Records the forward pass in the run."""
         if self._is_replicated:
             refuse_replicas()
         check_precision(self._statistics[0])
@@ -532,14 +533,14 @@ class BatchlessNorm(nn.Module):
         return (mean, parameter), given
 
     def _term(self, x: Tensor, std: Tensor, given: Given, settings: Settings) -> Term:
-        """The term of this call for `aux_loss`: the NLL of x, and the gradients of mean, the std's parameter and what else is given one."""
+        """The term of this call for `aux_loss`: the NLL of x, and the gradients by mean, by the std's parameter and by input_mean."""
         mean, parameter = self.mean, self.std_parameter
         r, gradients = _nll(x, mean, std, parameter, self.run.mask, settings)
         value = formulas.gaussian_nll_of(r, reduction=settings.reduction)
         return Term(value, (mean, parameter, *(t for t, _ in given)), (*gradients, *(by for _, by in given)))
 
     def _input_mean_given(self, x: Tensor, share: float) -> Given:
-        """input_mean and its gradient: with it a step of SGD at the rate a is the running average with momentum a. () if not coupled."""
+        """((input_mean, its gradient),), with which an SGD step at the rate a is a running average with momentum a; () if not coupled."""
         if self._producer_that_trains is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
@@ -565,12 +566,12 @@ class BatchlessNorm(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store (mean, std), computed in float64 and rounded once. Shapes: that of `mean`."""
+        """Store (mean, std), both in the shape of `mean`; computed in float64 and rounded once."""
         self.mean.copy_(mean)
         self.std_parameter.copy_(formulas.parameter_of(std.double(), self.std))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The function does not depend on them: the state of a coupled layer fits a plain one, and the other way round.
+        # Outputs do not depend on these three, so the state of a coupled layer can be loaded into a plain one, and the other way round.
         for name, own in (("input_mean", self.input_mean), ("trend", self.trend), ("steps", self.steps)):
             given = state_dict.pop(f"{prefix}{name}", None)
             if own is not None:
@@ -592,7 +593,7 @@ class BatchlessNorm(nn.Module):
                 return tensor.to(moved.device, torch.float32 if tensor.dtype.itemsize > 4 else tensor.dtype)
             return moved
 
-        # Children (a source layer's own activation) follow the model's dtype as ever; only these parameters do not.
+        # Children (a source layer's own activation) follow the model's dtype as usual; only this layer's own parameters do not.
         for child in self.children() if recurse else ():
             child._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]

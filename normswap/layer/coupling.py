@@ -4,15 +4,15 @@ r"""Coupling: statistics that depend on the weight of the producer, the conv or 
     mean = <W, a> + b + |W| c            a  the mean of u, the parameter `input_mean`, see `producer`
     std  = |W| s                         |W|  the norm of each filter, one per output channel
 
-a, c and s stay while W moves. So the gradient by W is centred at the mean input, as BatchNorm's is, and has no part along W:
-<W, dL/dW> = 0. A sample still depends on itself alone.
+a, c and s stay as they are while W moves. So the gradient by W is centred at the mean input, as BatchNorm's is, and has no part along W:
+<W, dL/dW> = 0. Each sample's output still depends on that sample alone.
 
 Only mean and std are stored, as in every BatchlessNorm; c = (mean - <W, a> - b) / |W| and s = std / |W| follow from them. So
 
     forward     uses mean and std as they are stored, and has the gradients of the formulas: `gradients`
     step        once an optimizer has moved W and b, mean and std are moved along: `moved`
 
-and the layer is an ordinary one for everything that reads it. Any input mean gives the same function; it decides the gradient alone.
+so everything else sees an ordinary BatchlessNorm. The input mean decides the gradient alone: with any input mean the outputs are the same.
 
 A filter is dead where std^2 < 2 eps, as std is then mostly eps and not |W|: its std stays as it is, and so does mean - <W, a> - b.
 
@@ -39,8 +39,8 @@ TURN, FLOOR = 0.2, 1e-3
 class Observer:
     """A forward pre-hook of a producer that hands the mean of its input to the norm. An object, so that copies and pickles keep it.
 
-    It holds the norm weakly, as the norm holds the producer: a cycle of the two would keep a copy of a model that shares parameters with it
-    until the garbage collector comes, and the copy would take part in the steps of optimizers until then.
+    It refers to the norm weakly, as the norm refers to the producer. A reference cycle would keep an unused copy of a model alive until the
+    garbage collector runs, and a copy that shares the model's parameters would take part in optimizer steps until then.
     """
 
     def __init__(self, norm: Any) -> None:
@@ -58,7 +58,7 @@ class Observer:
         self._norm = (lambda: None) if norm is None else weakref.ref(norm)  # type: ignore[assignment]
 
     def __call__(self, producer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-        # torch.ao.quantization moves the hooks of a layer to its quantization-aware one as if they took no keyword arguments.
+        # kwargs has a default, as torch.ao.quantization registers the hook at the quantization-aware layer without with_kwargs.
         norm = self.norm
         if norm is not None and norm.measures_input:
             u = args[0] if args else kwargs["input"]
@@ -72,7 +72,7 @@ def observers(producer: nn.Module) -> dict[int, Observer]:
 
 
 def release(producer: nn.Module, norm: object = None) -> None:
-    """Take the observer of `norm` off a producer; None: those of every norm that is no longer coupled to it."""
+    """Remove the observer of `norm` from a producer; None: the observers of all norms that are no longer coupled to it."""
     for key, hook in observers(producer).items():
         if hook.norm is norm or (norm is None and getattr(hook.norm, "producer", None) is not producer):
             del producer._forward_pre_hooks[key]
@@ -83,7 +83,7 @@ def release(producer: nn.Module, norm: object = None) -> None:
 
 
 class Constants(NamedTuple):
-    """The numbers that coupled statistics depend on: the groups of the producer, and what the source of the norm adds to the variance."""
+    """The numbers that coupled statistics depend on: the groups of the producer, and the eps of the norm's source layer."""
 
     groups: int
     eps: float
@@ -99,18 +99,18 @@ class Coupled(NamedTuple):
 
 
 def coupled_to(producer: nn.Module, input_mean: Tensor, dtype: torch.dtype, *, eps: float) -> Coupled:
-    """A producer as it is now, for one forward pass."""
+    """The producer with its current weight and bias, for one forward pass."""
     bias: Any = producer.bias
     return Coupled(filters(producer, dtype), bias, input_mean.detach().to(dtype), Constants(groups_of(producer), eps))
 
 
 def gradients(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor | None]:
-    """The gradients by the rows of W and by b, of those by mean and std, one number per channel each.
+    """The gradients by the rows of W and by b, from the gradients by mean and std, which have one number per channel.
 
         by W    by_mean a + (by_mean (mean - <W, a> - b) + by_std std) W / |W|^2        the second term where a filter is alive
         by b    by_mean
 
-    Of the size of W there are only two products, and two numbers per filter.
+    Only two of the products have the size of W; the rest is two numbers per filter.
     """
     rows, bias, input_mean, (groups, eps) = coupled
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
@@ -122,13 +122,13 @@ def gradients(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, couple
 
 
 def written_out(mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor]:
-    """(mean, std), the values unchanged, as functions of W and b by operators of torch: for derivatives of `gradients`."""
+    """(mean, std) with the same values, computed from W and b by operators of torch: so that `gradients` can be differentiated."""
     rows, bias, input_mean, (groups, eps) = coupled
     now = Snapshot(*(t.view(mean.shape) for t in _snapshot(rows, bias, input_mean, groups)))
     return moved(mean, std, std, Snapshot(*(t.detach() for t in now)), now, "abs", eps=eps)
 
 
-# Weights below 1e-15 are none. The number is written out twice: torch.compile(dynamic=True) takes a global float for one that may change,
+# A |W| below 1e-15 counts as 0. The number is written out twice: torch.compile(dynamic=True) takes a global float for one that may change,
 # and fails on one that the backward passes of two layers read.
 def _exists(weight_norm: Tensor) -> Tensor:
     return weight_norm > 1e-15
@@ -146,7 +146,7 @@ def _alive(std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
 
 
 class Snapshot(NamedTuple):
-    """What the statistics depend on of a producer's weight at one time: <W, a> + b and |W|, one number per output channel each."""
+    """What the statistics depend on at one moment of training: the producer's <W, a> + b and |W|, one number per output channel each."""
 
     output_mean: Tensor
     weight_norm: Tensor
@@ -178,8 +178,8 @@ def clip(producers: Sequence[Any], weight_norms: Sequence[Tensor], reach: float 
 
     weight_norms: |W| per filter, of each producer. reach: how far the optimizer moves W in the end for one G, lr / (1 - momentum).
 
-    BatchNorm makes up for any step at once, by the next batch. Running statistics need some steps, and what they are late by multiplies
-    from layer to layer. So no filter may turn by more in one step than they can follow.
+    BatchNorm makes up for any step with the next batch. Running statistics need some steps for it, and their errors multiply from layer to
+    layer. So no filter may turn by more in one step than the statistics can follow.
 
     Source: adaptive gradient clipping, Brock et al. arXiv:2102.06171, in units of the step instead of the gradient.
     """

@@ -1,10 +1,10 @@
 """How the statistics of a layer learn in a graph that torch.export makes in train mode: by an operator of ours, `normswap::inject`.
 
-    in_graph(shift, (mean, p), (by_mean, by_p), ...)     shift, unchanged: when a gradient comes back to it, mean and p get the given ones
+    in_graph(shift, (mean, p), (by_mean, by_p), ...)     shift, unchanged; when a gradient comes back to it, mean and p get by_mean and by_p
 
-torch.export traces through an autograd.Function and loses its backward pass; an operator stays. It names the parameters of the statistics,
-so that they step when the exported program is trained (`InGraph`). A graph that is exported in eval mode has no such operator. Outside
-exported graphs the term comes in the backward pass of the layer, see `train_pass`.
+torch.export traces through an autograd.Function and loses its backward pass; an operator stays. Its inputs include the parameters of the
+statistics, so that they step when the exported program is trained (`InGraph`). A graph that is exported in eval mode has no such operator.
+Outside exported graphs the backward pass of the layer adds the term, see `train_pass`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def inject_operator() -> Any:
 def in_graph(
     shift: Tensor, statistics: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], *, form: str, stats: str, rate: float
 ) -> Tensor:
-    """shift, with the gradients of the statistics, in a graph that is being exported.
+    """shift, computed in the exported graph by an operator that gives the statistics their gradients.
 
-    statistics: mean and the std's parameter; gradients: theirs. form, stats, rate: how they step, see `optimizer_step`.
+    statistics: mean and the std's parameter; gradients: by these two. form, stats, rate: how they step, see `optimizer_step`.
     """
     return torch.ops.normswap.inject(shift, *statistics, *gradients, form, stats, rate)  # type: ignore[no-any-return]
 
@@ -70,12 +70,12 @@ _inject.register_autograd(_backward, setup_context=_set_up)
 
 
 class InGraph:
-    """The statistics of a norm in an exported program, a `run.Layer`: there is no module, but an operator that names their parameters."""
+    """The statistics of a norm in an exported program, as a `run.Layer`: there is no module, only an operator that has them as inputs."""
 
     aux: Any = "auto"
     stepped, training = False, True
     input_mean = trend = producer_in_training = None
-    reduction, _eps, calls = "mean", 0.0, 1  # those of a layer that nothing else is known of
+    reduction, _eps, calls = "mean", 0.0, 1  # defaults, as the operator does not record them
     steps: Tensor | None = None
 
     def __init__(self, mean: nn.Parameter, parameter: nn.Parameter, form: StdForm, stats: str, momentum: float) -> None:
@@ -97,11 +97,11 @@ class InGraph:
         raise NotImplementedError("an exported program has no producers")
 
 
-_adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> InGraph, which lives as long as it does
+_adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> its InGraph, which lives as long as mean does
 
 
 def adopt(mean: Tensor, parameter: Tensor, form: str, stats: str, rate: float) -> InGraph | None:
-    """Let the statistics of an exported program step with the optimizer that holds them. None if these are not parameters."""
+    """Let the statistics of an exported program step with the optimizer that holds them. None if they are not parameters, or are fake."""
     if not isinstance(mean, nn.Parameter) or not isinstance(parameter, nn.Parameter) or isinstance(mean.data, FakeTensor):
         return None
     if mean not in _adopted:

@@ -1,4 +1,4 @@
-"""Tensors of many layers as one tensor, so that a step runs each operator once for all layers and not once for each.
+"""Tensors of many layers as one tensor, so that an optimizer step runs each operator once for all layers and not once per layer.
 
 A single tensor stays as it is: it keeps its shape, and may be a DTensor (a part that FSDP keeps here), which cannot be stacked with others.
 """
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """The tensors one after the other along `axis`; their later axes are flattened into it, their earlier ones are alike."""
+    """The tensors concatenated along `axis`, with their later axes flattened into it; their earlier axes have the same sizes."""
     return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(*t.shape[:axis], -1) for t in tensors], axis)
 
 
@@ -29,7 +29,7 @@ def unstack(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> list[Tens
 
 
 def expand(numbers: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """One number for each tensor of `like`, repeated at every place that the tensor's values have in `stack(like)`."""
+    """`numbers`, one along `axis` for each tensor of `like`, each repeated for all values of its tensor: of the shape of `stack(like)`."""
     if len(like) == 1:
         return numbers
     each = zip(numbers.unbind(axis), like, strict=True)
@@ -37,7 +37,7 @@ def expand(numbers: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
-    """Lists of the items with equal keys, in the order in which each key first came."""
+    """The items in lists with equal keys, in the order in which each key first occurs."""
     found: dict[Hashable, list[Item]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)

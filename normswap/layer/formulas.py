@@ -1,4 +1,4 @@
-"""The formulas of Batchless normalization as functions of tensors: no modules, no state, nothing of ours imported.
+"""The formulas of Batchless normalization as functions of tensors, without modules or state. Imports nothing of normswap.
 
 Symbols (shapes are those of the statistics, broadcast against x):
 
@@ -28,7 +28,7 @@ STATS: tuple[Stats, ...] = ("natural", "raw")
 # Keeps `abs` and `inv` finite at p = 0. Small enough to vanish next to any std that float32 statistics produce.
 TINY = 1e-12
 
-# The largest part of a variance that one step of the statistics may take away. A momentum of .9 is the largest that is left as it is.
+# The largest part of a variance that one step of the statistics may take away. One batch takes no more at a momentum up to .9.
 MOST = 0.9
 
 
@@ -37,7 +37,7 @@ def std_of(parameter: Tensor, form: StdForm) -> Tensor:
 
     log: std = exp(p)      abs: std = |p| + TINY      inv: std = 1 / (|p| + TINY)
 
-    The source stores `inv` without the absolute value, so a large step can flip the sign of the whole layer; here it cannot.
+    The paper stores `inv` without the absolute value, so a large step can flip the sign of the whole layer; here it cannot.
     """
     if form == "log":
         return parameter.exp()
@@ -91,7 +91,7 @@ def applied(x: Tensor, scale: Tensor, shift: Tensor, factor: Tensor | None = Non
 
 
 def laid_out(y: Tensor) -> Tensor:
-    """y as contiguous or channels last: what the layers of torch return, so that a `view` of their output goes on working."""
+    """y, contiguous or channels last in memory as torch's layers return it, so that a `view` of the output goes on working."""
     if y.is_contiguous() or (y.dim() in (4, 5) and y.movedim(1, -1).is_contiguous()):
         return y
     return y.contiguous()
@@ -120,7 +120,7 @@ def axes_shape(sizes: Sequence[int], axes: Sequence[int], ndim: int) -> tuple[in
 def gaussian_nll(x: Tensor, mean: Tensor, std: Tensor, *, reduction: Reduction = "mean", gauge: bool = True) -> Tensor:
     """The negative log-likelihood of x under N(mean, std^2) per channel, without log(2 pi)/2; a scalar.
 
-        L = mean_c(log std_c) + 1/2 mean(z^2)          reduction "mean": over batch, space and channels (the source's)
+        L = mean_c(log std_c) + 1/2 mean(z^2)          reduction "mean": over batch, space and channels (the paper's)
         "sum": C times that, so that a channel's gradient does not shrink with the number of channels
         gauge: minus sg(mean_c(log std_c)) + 1/2       no effect on any gradient; L = 0 in expectation when the fit is right
 
@@ -147,11 +147,11 @@ def over(t: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype of the tensors, at least float32. (torch.promote_types is an operator, and would be one in an exported graph.)"""
+    """The widest dtype of the tensors, at least float32. (torch.promote_types would add an operator to an exported graph.)"""
     return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
-Sums = tuple[Tensor, Tensor, Tensor | int]  # (sum of the deviations from the mean, of their squares, how many: an int if all alike)
+Sums = tuple[Tensor, Tensor, Tensor | int]  # (sum of the deviations from mean, sum of their squares, their number: an int without a mask)
 
 
 def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[int] = ()) -> Sums:
@@ -173,12 +173,12 @@ def sums(x: Tensor, mean: Tensor, mask: Tensor | None = None, *, kept: Sequence[
 
 
 def at_least_one(number: Tensor | int) -> Tensor | int:
-    """max(number, 1), of an int without a comparison in Python, as it may be a size of a graph that is traced for any size."""
+    """max(number, 1); for an int without a comparison in Python, as it may be a symbolic size of a traced graph."""
     return number.clamp(min=1) if isinstance(number, Tensor) else cast(int, torch.sym_max(number, 1))  # type: ignore[no-untyped-call]
 
 
 def at_most_one(number: Tensor | int) -> Tensor | int:
-    """min(number, 1): 1, or 0 where nothing counts; likewise."""
+    """min(number, 1): 1, or 0 where nothing counts. Without a comparison in Python, too."""
     return number.clamp(max=1) if isinstance(number, Tensor) else cast(int, torch.sym_min(number, 1))  # type: ignore[no-untyped-call]
 
 
@@ -194,7 +194,7 @@ class Misfit(NamedTuple):
 
 
 def misfit(moments: Sums, std: Tensor, *, eps: float = 0.0) -> Misfit:
-    """The misfit of the x with these `sums`, in their shape. std: broadcast against them.
+    """The misfit of an input x, from its `sums` and in their shape. std broadcasts against them.
 
     Everything is measured from `mean`, so that nothing cancels where |mean| is much larger than std.
     """
@@ -205,12 +205,12 @@ def misfit(moments: Sums, std: Tensor, *, eps: float = 0.0) -> Misfit:
 
 
 def gaussian_nll_of(r: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """`gaussian_nll` with its gauge, of an x with this r of its `Misfit`: mean_c(r) / 2, or the sum. A scalar."""
+    """`gaussian_nll` with gauge, from r of the input's `Misfit`: mean_c(r) / 2, or the sum. A scalar."""
     return (r.sum() if reduction == "sum" else r.mean()) / 2
 
 
 def times(t: Tensor, factor: float | Tensor) -> Tensor:
-    """factor t, without an operator for a factor of 1: most operators of a layer have so few numbers that each takes the same time."""
+    """factor t, without an operator for a factor of 1: on tensors as small as these, the number of operators decides the time."""
     return t if isinstance(factor, (int, float)) and factor == 1 else t * factor
 
 
@@ -225,7 +225,7 @@ def slope_of_log(parameter: Tensor, form: StdForm) -> Tensor | float:
 def nll_gradients(
     misfit: Misfit, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction = "mean"
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by mean and by the stored parameter p of the std, of the NLL of an x with this misfit (d, r, f).
+    """The gradients of the NLL by mean and by the std's parameter p, for an input x with the misfit (d, r, f).
 
         raw       -d / std^2            -r / (dp/dlog std)             times 1/C if the reduction is "mean"
         natural   -d                    -(r + f)/2 (dp/dlog std)       whatever the reduction
@@ -246,7 +246,7 @@ def nll_gradients(
 def misfit_of(
     gradients: tuple[Tensor, Tensor], f: Tensor, std: Tensor, parameter: Tensor, form: StdForm, *, stats: Stats, reduction: Reduction
 ) -> tuple[Tensor, Tensor]:
-    """(d, r) of the `Misfit` with these gradients by mean and by p: the inverse of `nll_gradients`. All shapes alike."""
+    """(d, r) of the `Misfit` that has these gradients by mean and by p: the inverse of `nll_gradients`. All shapes alike."""
     by_mean, by_parameter = gradients
     slope = slope_of_log(parameter, form)
     if stats == "natural":
@@ -263,8 +263,8 @@ def natural_step(
         mean  <- mean - rate by_mean                         = (1 - rate) mean  + rate m
         std^2 <- std^2 (1 - 2 rate by_log)                   = (1 - rate) std^2 + rate (S + eps)    by_log = by_parameter / (dp/dlog std)
 
-    The first order of the second, log std -= rate by_log, overshoots exponentially where S is far above std^2. Of a sum of gradients (two
-    calls before one step) the variance falls at most to 1 - MOST of itself. A gradient that is None: that statistic does not step.
+    log std -= rate by_log, which is the second line to first order, overshoots exponentially where S is far above std^2. A sum of gradients
+    (two calls before one step) shrinks the variance at most to 1 - MOST of itself. A statistic whose gradient is None does not step.
     """
     if by_mean is not None:
         mean = mean - rate * by_mean

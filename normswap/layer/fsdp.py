@@ -1,7 +1,7 @@
 """Parameters that FSDP2 splits between processes: between passes each process has a part of them, a DTensor.
 
-A DTensor has the operations of a tensor, so the code of a step is the same for both. Some operations ask the other processes, so all
-processes have to step the layers in one order.
+A DTensor has the operations of a tensor, so the code of a step is the same for both. Some operations communicate with the other processes,
+so all processes have to step the layers in the same order.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def whole(t: Any) -> Any:
 
 
 def _module() -> Any:
-    """torch.distributed.tensor, or None while nobody has imported it: that takes long, and there is no DTensor then."""
+    """torch.distributed.tensor, or None if nobody has imported it, as there is no DTensor then. To import it here would take long."""
     return sys.modules.get("torch.distributed.tensor")

@@ -11,14 +11,14 @@ learned from what is left of the gradient:
     a = (<r z> / max(1, <z^2>), <r>)                  what the trend (slope, level) misses
     trend += RATE a + LENGTH <a, trend> / |trend|^2 trend          < , > and | | over the channels, for slope and level apart
 
-so that over many steps the gradient lacks what BatchNorm's lacks. The division keeps this stable where the statistics lag behind. As the
-loss falls, gradients shrink faster than a running average forgets. The length of the trend is therefore learned faster than its direction:
-all channels together give the length, with little noise. The gradients of weight and bias are as they were; those of a coupled producer
-(`coupling`) are those of r.
+so that over many steps the gradient lacks what BatchNorm's lacks. The division by max(1, <z^2>) keeps this stable where the statistics lag
+behind. As the loss falls, gradients shrink faster than a running average forgets. The length of the trend is therefore learned faster than
+its direction: all channels together give the length, with little noise. The gradients of weight and bias do not change; those of a coupled
+producer (`coupling`) are computed from r.
 
-The trend is stored times the number n of elements of the step: where the loss is a mean, g is as small as its samples are many, and n g
-does not depend on that. Its gradient, `trend.grad`, is then -n <r z> and -n <r>: sums over all elements, so that micro-batches and
-processes add up, and a gradient scaler scales it as every gradient.
+The parameter stores the trend times n, the number of elements of the step: where the loss is a mean, g shrinks as n grows, and n g does
+not. Its gradient, `trend.grad`, is then -n <r z> and -n <r>: sums over all elements, so that micro-batches and processes add up, and a
+gradient scaler scales it like any gradient.
 
 Source: the control of Online Normalization, Chiley et al. arXiv:1905.05894, with a normalised rate and without the order of the samples.
 """
@@ -39,7 +39,7 @@ RATE, LENGTH = 0.1, 0.5
 class TrendTerm(NamedTuple):
     """The term t = slope z + level that one call takes out of the gradient.
 
-    trend   the parameter, as it is stored; its gradient is that of what is left
+    trend   the parameter, as it is stored; its gradient comes from r, which is left of the gradient
     known   n <t z> and n <t>, stacked
     by_x    what is added to the gradient by x:  by_x[0] (x - mean) + by_x[1] = -t / std
     """
@@ -66,7 +66,7 @@ def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0, 
     """The trend after one step.
 
     by_trend: its gradient. square: <z^2>, in the shape of the statistics. pace: what LENGTH is multiplied by, see `run.pace_of`. each: the
-    trends of several layers, of which all the others are the `foreach.stack`.
+    trends of several layers, if the other tensors are each a `foreach.stack` over these layers.
     """
     of = each or [trend]
     a = -by_trend / torch.stack([square.clamp(min=1), torch.ones_like(square)])

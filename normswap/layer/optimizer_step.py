@@ -8,11 +8,11 @@
     after     4  `follow_weights`: mean and std of coupled layers move along with the weight
               5  the hidden gradients come back
 
-A closure, which computes the gradients inside `step`, has 1 to 3 done behind it.
+If `step` gets a closure, which computes the gradients, 1 to 3 run after the closure.
 
     stats="natural"   the statistics step here, by `formulas.natural_step` at the layer's momentum. No learning rate, momentum, weight
                       decay, second moment or schedule of the optimizer applies, as none applies to BatchNorm's running statistics
-    stats="raw"       mean and std are the optimizer's; a warning says so if they were not given to it by `param_groups`
+    stats="raw"       the optimizer steps mean and std; a warning says so if they were not given to it by `param_groups`
 
 The hooks are on every optimizer of torch, so that a training loop need not call anything.
 """
@@ -41,14 +41,14 @@ STATISTICS = "statistics"
 PACE = "normswap_pace"  # the key of such a group for the pace of its layers: a copy of an optimizer, and its state dict, have it too
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-# These two last while an optimizer steps. Several steps may be in progress, one inside the other; `_depth` counts them.
+# The entries of these three last while an optimizer steps. Several steps may be in progress, one inside the other; `_depth` counts them.
 _in_progress: weakref.WeakKeyDictionary[Optimizer, list[tuple[int, list[Layer]]]] = weakref.WeakKeyDictionary()  # (depth, coupled layers)
 _snapshots: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()  # layer -> (depth of the outermost, snapshot)
 _hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()  # (parameter, its gradient)
 
 
 def watch(layer: Layer) -> None:
-    """Let the layer's statistics step with the optimizer that holds them; gives it a run of its own."""
+    """Let the layer's statistics step with the optimizer that holds them, and give the layer a new `Run`."""
     layer.run = Run()
     _install()
     _live.add(layer)
@@ -67,7 +67,7 @@ def _install() -> None:
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Before `step(self, closure=None)`: at once, or after the closure, which computes the gradients."""
+    """The hook before `step(self, closure=None)`: does 1 to 3 at once, or after the closure, which computes the gradients."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     layers = _in_order(groups, ((layer, _statistics(layer)) for layer in _live if layer.aux != "none"))
     producers = ((layer, layer.producer_in_training) for layer in _live)
@@ -77,9 +77,9 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     for layer in layers if run.recomputes() else ():
         if layer.run.pending and any(p.requires_grad and id(p) not in groups for p in _statistics(layer)):
             raise UsageError(
-                "an optimizer steps some of the statistics of a BatchlessNorm in the middle of a backward pass, and they step together",
-                hint="let optimizers that step there have the other groups of normswap.param_groups(model, lr=...), and step that of the "
-                'key "normswap" after it',
+                "an optimizer steps some of the statistics of a BatchlessNorm in the middle of a backward pass, but all must step together",
+                hint="give optimizers that step inside backward only the groups of normswap.param_groups(model, lr=...) without the key "
+                '"normswap", and step the groups with it after backward',
             )
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     depth = _depth()
@@ -109,10 +109,10 @@ def _statistics(layer: Layer) -> list[nn.Parameter]:
 
 
 def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Parameter]]]) -> list[Layer]:
-    """The layers that the optimizer holds parameters of, in its order: processes that share DTensors gather them in the same one.
+    """The layers of which the optimizer holds parameters, in the optimizer's order: all processes gather their DTensors in the same order.
 
-    Layers that have learned come first. A copy that shares parameters with the model, as a measurement makes and the garbage collector has
-    not found yet, would otherwise step in the place of a layer of the model.
+    Layers with a forward pass since the last step come first. Otherwise a copy that shares parameters with the model (a measurement makes
+    one, and the garbage collector may not have found it yet) would step in the place of the model's layer.
     """
     place = {key: number for number, key in enumerate(groups)}
     found = [(min((place[id(p)] for p in parameters if id(p) in place), default=None), layer) for layer, parameters in layers]
@@ -121,7 +121,7 @@ def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Para
 
 
 def _depth() -> int:
-    """How many steps of optimizers are in progress, one inside the other: that of a parent class, or of an optimizer that another wraps."""
+    """How many optimizer steps are in progress, one inside the other: a subclass calls its parent's, or an optimizer wraps another."""
     return sum(frame.f_code is _STEP for frame in run.frames())
 
 
@@ -132,11 +132,11 @@ _STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 class StepInputs(NamedTuple):
-    """The gradients by which one layer steps here, which the optimizer does not see. None for a parameter that does not step here.
+    """The gradients by which one layer steps here, hidden from the optimizer. None for a parameter that does not step here.
 
     factor        what the gradients have to be multiplied by to have weight 1
-    scaled        whether a part of that was not known while they came
-    std_gradient  by the std's parameter, whether it steps here or in the optimizer: it tells <z^2>
+    scaled        whether `factor` corrects for the scale of a GradScaler that was not known in backward
+    std_gradient  the gradient by the std's parameter, which may step here or in the optimizer: <z^2> follows from it
     """
 
     layer: Layer
@@ -152,18 +152,18 @@ class StepInputs(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Layers of one kind step together."""
         layer = self.layer
-        raw = id(layer) if layer.stats == "raw" else None  # whose gradient depends on the number of channels
+        raw = id(layer) if layer.stats == "raw" else None  # a raw gradient depends on the number of channels, so each is its own kind
         each = layer.std, layer._eps, layer.momentum, layer.run.pace, layer.steps is None, raw, self.factor, self.scaled
         return *each, *(t is None for t in self[3:]), _kind(layer.mean)
 
 
 @torch.no_grad()
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
-    """Step the statistics of these layers by their gradients, and warn of what `attach` does not know."""
+    """Step the statistics of these layers by their gradients, and warn where the loss is not scaled as `attach` says."""
     scaler = cast("GradScaler | None", run.caller(_is_scaler))
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     inputs: list[StepInputs] = []
-    left: list[tuple[Tensor, float]] = []
+    raw_gradients: list[tuple[Tensor, float]] = []
     for layer in layers:
         given = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not given:
@@ -177,12 +177,12 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
         ours = (layer.mean, layer.std_parameter, layer.input_mean, layer.trend)
         natural = [p if any(p is g for g in given) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]
         std_gradient = layer.std_parameter.grad
-        # At once, as a copy that shares parameters must not step them again.
+        # Hidden now and not later, as a copy that shares parameters must not step them again.
         by: list[Any] = [None if p is None else _hide(optimizer, p) for p in natural]
         inputs.append(StepInputs(layer, passes * unscaled, unscaled != 1, std_gradient, *by))
         given = [p for p in given if p.grad is not None]
         if layer.stats == "raw":
-            left += [(cast(Tensor, p.grad), passes * unscaled) for p in given]
+            raw_gradients += [(cast(Tensor, p.grad), passes * unscaled) for p in given]
             if any(groups[id(p)].get(MARK) != STATISTICS for p in given):
                 warn(run.UNGROUPED)
         if layer.run.passes is not None:
@@ -190,7 +190,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             watch_passes(layer)
     for alike in foreach.group_by(inputs, lambda one: one.kind):
         _step(optimizer, alike)
-    for grad, factor in left:
+    for grad, factor in raw_gradients:
         if factor != 1:
             grad.mul_(factor)
 
@@ -201,16 +201,16 @@ def _is_scaler(frame: FrameType) -> GradScaler | None:
 
 
 def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tuple[float, float]:
-    """The factors that give the gradients weight 1, for the number of passes and for the scale of a GradScaler; warns if one is not 1."""
+    """The factors that give the gradients weight 1, for the number of backward passes and a GradScaler's scale; warns if one is not 1."""
     known, factor, unscaled = layer.run, 1.0, 1.0
     if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
-        return factor, unscaled  # Opacus put its own gradient in the place of the one that passes are counted of
+        return factor, unscaled  # Opacus replaced the gradient whose backward passes are counted
     passes = known.passes
     if passes is not None and passes.count:
         parameter = passes.parameter()
         grad = None if parameter is None else parameter.grad
         unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
-        # Views of one bucket of DistributedDataParallel are written to together, so that who was cannot be seen.
+        # DistributedDataParallel makes gradients views of one bucket: a write to one counts for all, so which one changed cannot be seen.
         if layer.stats == "natural" and not unchanged and not is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
             warn(run.CHANGED)
         if layer.aux == "auto" and passes.count > known.accumulate:
@@ -227,7 +227,7 @@ def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tu
 
 @functools.cache
 def _unscaling(device: torch.device) -> int:
-    """How often GradScaler.unscale_ counts as a change of a gradient: not at all in torch 2.13, though it is one."""
+    """By how much GradScaler.unscale_ raises the version of a gradient: by 0 in torch 2.13, although it writes to it."""
     grad, found, inverse = torch.ones(1, device=device), torch.zeros((), device=device), torch.ones((), device=device)
     torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inverse)
     return grad._version
@@ -244,14 +244,14 @@ def _hide(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
     grad = cast(Tensor, parameter.grad)
     _hidden.setdefault(optimizer, []).append((parameter, grad))
     parameter.grad = None
-    # None is needed, but torch.distributed.checkpoint asks for that of everything that is trained.
+    # It needs no state, but torch.distributed.checkpoint expects an entry for every parameter that is trained.
     optimizer.state.setdefault(parameter, {})
     return grad
 
 
 def _step(optimizer: Optimizer, inputs: list[StepInputs]) -> None:
     """Step the statistics of layers of one kind: the trend, then the input mean, then mean and std."""
-    # Fused optimizers are handed scaled gradients, and told so.
+    # A GradScaler leaves the gradients of fused optimizers scaled, and sets these two attributes.
     scale, bad = (cast("Tensor | None", getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
     layers = [one.layer for one in inputs]
     first, means, parameters = layers[0], [layer.mean for layer in layers], [layer.std_parameter for layer in layers]
@@ -271,7 +271,7 @@ def _step(optimizer: Optimizer, inputs: list[StepInputs]) -> None:
 
     mean, parameter = foreach.stack(means), foreach.stack(parameters)
     by_trend = by((one.by_trend for one in inputs), 1, 1.0)
-    # With a scale that was not known while the gradient passed, none of the trend could be taken out: it stays.
+    # If backward did not know the scale of the loss, it could not take out the trend, whose gradient then means nothing: the trend stays.
     if by_trend is not None and not inputs[0].scaled:
         trends, std_gradient = [cast(Tensor, layer.trend) for layer in layers], by(one.std_gradient for one in inputs)
         square = torch.ones_like(mean) if std_gradient is None else _square(first, parameter, std_gradient)
@@ -281,7 +281,7 @@ def _step(optimizer: Optimizer, inputs: list[StepInputs]) -> None:
         steps = foreach.stack(counts) + 1
         becomes(counts, steps)
         if by_input_mean is not None:
-            # It decides no value of the function, so that the first steps may take their own mean: 1/k in the k-th one.
+            # No output depends on input_mean, so over the first steps it may be their mean: the k-th step has the rate 1/k.
             input_means = [cast(Tensor, layer.input_mean) for layer in layers]
             share = (1 / steps.to(by_input_mean.dtype)).clamp(min=rate)
             becomes(input_means, foreach.stack(input_means) - foreach.expand(share, input_means) * by_input_mean)
@@ -292,12 +292,11 @@ def _step(optimizer: Optimizer, inputs: list[StepInputs]) -> None:
 
 
 def _square(layer: Layer, parameter: Tensor, by_parameter: Tensor) -> Tensor:
-    """<z^2> of the inputs for which the gradient by the std's parameter is this."""
+    """<z^2> of the inputs, from the gradient by the std's parameter."""
     std = formulas.std_of(parameter, layer.std)
     modes: dict[str, Any] = {"stats": layer.stats, "reduction": layer.reduction}
-    _, r = formulas.misfit_of(
-        (std, by_parameter), layer._eps / std.square(), std, parameter, layer.std, **modes
-    )  # the mean decides d alone
+    # std stands in for the gradient by mean, on which only d depends.
+    _, r = formulas.misfit_of((std, by_parameter), layer._eps / std.square(), std, parameter, layer.std, **modes)
     return 1 + (r / layer.calls if layer.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
 
@@ -314,7 +313,7 @@ def _take_snapshots(coupled: list[Layer], depth: int) -> None:
 
 @torch.no_grad()
 def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], coupled: list[Layer]) -> None:
-    """See that SGD does not move the producers' weights too far. The steps of others have a length that the gradient does not decide."""
+    """Clip the gradients of the producers' weights for SGD. The length of the steps of other optimizers does not depend on the gradient."""
     if not isinstance(optimizer, torch.optim.SGD):
         return
     found: dict[int, tuple[Layer, nn.Module, dict[str, Any]]] = {}  # one for each weight, which two norms may be coupled to
@@ -350,7 +349,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @torch.no_grad()
 def _follow(optimizer: Optimizer) -> None:
-    """Move statistics along at the end of a step; of one inside another, from where on the outer one goes on."""
+    """Move statistics along at the end of a step. If it was inside another step, take the snapshot from which that one goes on."""
     steps = _in_progress.get(optimizer)
     if not steps:
         return
@@ -364,9 +363,9 @@ def _follow(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def _catch_up(coupled: list[Layer], depth: int | None = None) -> None:
-    """Move statistics along with what a step in progress has made of the weights until now. depth: of a step that begins.
+    """Move statistics along with the weights that a step in progress has moved until now. depth: that of a step that begins now.
 
-    A snapshot that is not of a step around that one was left behind by a step that failed.
+    A snapshot of that depth or deeper was left behind by a step that failed, and is dropped.
     """
     late = []
     for layer in coupled:
@@ -398,7 +397,7 @@ def _stacked(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 
 def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if len(parameters) == 1:  # which may be a part; DTensor knows no foreach of copies
+    if len(parameters) == 1:  # it may be a DTensor, for which _foreach_copy_ is not implemented
         parameters[0].copy_(values[0])
     else:
         torch._foreach_copy_(list(parameters), list(values))

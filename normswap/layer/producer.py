@@ -3,8 +3,7 @@
     x = W u + b        u  what one output reads of the producer's input: a patch, 0 where it is padding
     a = mean(u)        the input mean, one number per input channel and position of the kernel, so that mean(x) = <W, a> + b
 
-Shapes: W as `filters` (outputs, inputs per group * kernel positions), row by row what an output channel multiplies;
-a (input channels, *kernel).
+Shapes: W as `filters` (outputs, inputs per group * kernel positions), one row per output channel; a (input channels, *kernel).
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def filters(producer: Any, dtype: torch.dtype, of: Tensor | None = None) -> Tens
 def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
     """<W, a> for each output channel, of the rows of W."""
     if groups == 1 and not is_part(rows):
-        # The fastest, as it writes nothing of the size of W. On a GPU autocast would round it; it moves the mean, and so must not be.
+        # The fastest, as it writes nothing of the size of W. Autocast would round the result on a GPU, and the mean moves by this result.
         with torch.autocast(rows.device.type, enabled=False):
             return torch.mv(rows, input_mean.flatten())
     rows, input_mean = whole(rows) if groups > 1 else rows, whole(input_mean)
@@ -69,10 +68,10 @@ def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
 def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
     """The input mean a: over samples and outputs, the mean of what each position of the kernel reads of the producer's input u.
 
-    What the positions of a kernel read along one axis does not depend on the other axes. So the sum over samples is summed one axis after
-    the other, for each position over the places that it reads there. Padding, stride and dilation are exact.
+    Which places a position of the kernel reads along one axis does not depend on the other axes. So u is summed over the samples and then
+    along one axis after the other, for each position over the places that it reads. Padding, stride and dilation are exact.
 
-    u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 as u is. For an
+    u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 if u is. For an
     empty u it is 0.
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -129,14 +128,14 @@ def _read_by(first: int, outputs: int, stride: int, transposed: bool) -> slice:
     first: the place that it reads for the first output, which is in the padding if negative; of a transposed conv, the output to which it
     adds the first place.
     """
-    late = max(0, -(first // stride))  # the first output that reads a place, or the first place that an output reads
+    late = max(0, -(first // stride))  # the first output that reads inside the input; transposed: the first place that reaches an output
     if transposed:  # a place goes to the output first + place * stride
         return slice(late, max(0, -((first - outputs) // stride)))
     return slice(first + late * stride, max(0, first + (outputs - 1) * stride + 1), stride)  # an output reads first + output * stride
 
 
 def _masked(producer: Any, u: Tensor, mask: Tensor, padding: Sequence[tuple[int, int]], outputs: Sequence[int]) -> Tensor:
-    """`patch_mean` over the outputs where the mask is True: the gradient by the weight, of one output channel, of their sum."""
+    """`patch_mean` over the outputs where the mask is True, computed as a gradient by the weight: that of the sum of these outputs."""
     dims = len(outputs)
     counted = mask.view(len(u), 1, *mask.shape[1:], *(1,) * (dims + 1 - mask.dim())).expand(len(u), 1, *outputs).to(u.dtype)
     transposed = isinstance(producer, TRANSPOSED)

@@ -1,4 +1,4 @@
-"""The training run of a layer: what forward and backward passes leave for the next optimizer step, and what is warned of.
+"""The training run of a layer: what forward and backward passes leave for the next optimizer step, and the warnings of that step.
 
 A `Run` belongs to a run of training and not to the layer: it is not in the state dict, and neither copied nor pickled (but for its pace).
 
@@ -6,9 +6,9 @@ A `Run` belongs to a run of training and not to the layer: it is not in the stat
     backward     `Passes` counts how often a gradient has reached the statistics
     step         `optimizer_step` reads all of this
 
-The gradient of aux="auto" has weight 1 when it is added. What the loss was multiplied by cannot be seen there, but at the step it can: from
-the number of backward passes since the last step, and from a GradScaler that makes it. What `attach` was not told of is put right then, and
-the messages below are warned.
+With aux="auto" backward adds the gradient of the term with weight 1, as it cannot see what the loss was multiplied by. The step can: it
+knows the number of backward passes since the last step, and whether a GradScaler calls it. If `attach` was not called for these, the step
+corrects the gradients, and warns with a message below.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from normswap.layer.coupling import Snapshot
 from normswap.layer.formulas import StdForm
 from normswap.layer.fsdp import is_part
 
-# Where a user's code is not: torch, and normswap (two folders up from this file).
+# The folders that hold no user's code: those of torch, and of normswap (two folders up from this file).
 OURS = tuple(os.path.join(folder, "") for folder in (os.path.dirname(inspect.getfile(torch)), os.path.dirname(os.path.dirname(__file__))))
 
-FULL = 8  # samples of a step from which on BatchNorm's momentum is kept
+FULL = 8  # from this many samples in a step on, the momentum is BatchNorm's
 
 
 def pace_of(batch: int | None) -> float:
@@ -62,10 +62,10 @@ class Term(NamedTuple):
 
 @dataclass
 class Forward:
-    """What the forward passes of one thread leave.
+    """What the forward passes of one thread leave for the backward pass and the step.
 
-    input_mean   of the producer at its last call, see `coupling`; fresh: whether the layer has not been called since
-    terms        those of the forward passes since `aux_loss` read them; read: whether it has
+    input_mean   the mean input of the producer in its last call, see `coupling`; fresh: whether the layer was not called since then
+    terms        the `Term` of each call since `aux_loss` was last read; read: whether `aux_loss` has read these
     """
 
     input_mean: Tensor | None = None
@@ -81,15 +81,15 @@ _others = threading.Lock()  # held while `Run.others` is replaced
 class Run(Forward):
     """The training run of a layer: what the main thread and compiled graphs leave, and what belongs to all threads.
 
-    scaler, scale, accumulate   what `attach` was told
+    scaler, scale, accumulate   as given to `attach`; scale: the tensor in which the scaler keeps its scale
     share     the weight of the term in one backward pass: 1 / accumulate, but for micro-batches of unequal size
     pace      what the momentum is multiplied by, see `pace_of`
     mask      which positions of the input count
     factor    of each sample in the last forward pass, see `sample_limit`
     passes    the backward passes, counted for aux="auto"
     pending   whether there was a forward pass, since the last step, from which the statistics should learn
-    number    of the run, in the order in which layers came to be
-    others    what other threads leave; latest: of the thread that called the producer last
+    number    counts the runs, in the order in which they were made
+    others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
 
     scaler: GradScaler | None = None
@@ -107,7 +107,7 @@ class Run(Forward):
 
     @property
     def here(self) -> Forward:
-        """What the forward passes of this thread leave. A graph is compiled for all threads, and counts as the main one."""
+        """The `Forward` of this thread. A compiled graph serves all threads, and counts as the main one."""
         if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
             return self
         here = self.others.get(threading.current_thread())
@@ -119,14 +119,14 @@ class Run(Forward):
         return here
 
     def record_input(self, mean: Tensor) -> None:
-        """The producer was called, with inputs of this mean."""
+        """Record a call of the producer, whose input had this mean."""
         here = self.here
         here.input_mean, here.fresh = mean, True
         if not torch.compiler.is_compiling():
             self.latest = None if here is self else here
 
     def take_input(self) -> Tensor | None:
-        """The mean of the producer's last input, for the layer that comes after it; None if the producer was not called."""
+        """The mean of the producer's last input, for the layer that reads its output; None if the producer was not called before."""
         here, again = self.here, recomputes()
         # A checkpoint that runs the layer again need not run its producer again: the last mean then still holds, in whichever thread.
         if again and here.input_mean is None:
@@ -136,12 +136,12 @@ class Run(Forward):
         return mean
 
     def mark_pending(self) -> None:
-        """There was a forward pass from which the statistics should learn."""
+        """Record a forward pass from which the statistics should learn."""
         if not torch.compiler.is_exporting():
             self.pending = True
 
     def record_term(self, term: Term) -> None:
-        """There was a forward pass with this term, for `aux_loss` to read."""
+        """Record the term of a forward pass, for `aux_loss` to read."""
         self.pending = True
         here = self.here
         if here.read:
@@ -149,7 +149,7 @@ class Run(Forward):
         here.terms.append(term)
 
     def to_read(self) -> Forward:
-        """The forward passes whose terms `aux_loss` reads: those of this thread, or of the only one that has terms."""
+        """The `Forward` whose terms `aux_loss` reads: that of this thread, or that of the only thread with terms."""
         found = [forward for forward in (self, *self.others.values()) if forward.terms]
         here = self.here
         if here.terms or not found:
@@ -180,13 +180,13 @@ def recomputes() -> bool:
 
 
 def check_precision(parameter: Tensor) -> None:
-    """Warn of statistics in half precision. The layer never holds them so, but FSDP can be told to gather its parameters so."""
+    """Warn of statistics in half precision. The layer never stores them so, but FSDP may gather its parameters in that dtype."""
     if parameter.dtype.itemsize < 4 and not torch.compiler.is_compiling():
         warn(ROUNDED.format(dtype=parameter.dtype))
 
 
 def refuse_replicas() -> NoReturn:
-    """Refuse to train a copy that nn.DataParallel made for one device: it adds up the gradients of all devices, however many there are."""
+    """Refuse to train a replica of nn.DataParallel, which adds up the gradients of all devices instead of averaging them."""
     raise UsageError(
         "nn.DataParallel adds up the gradients of the statistics of a BatchlessNorm over its devices, where they should be averaged",
         hint="use torch.nn.parallel.DistributedDataParallel; or one device, eval mode or statistics with requires_grad_(False)",
@@ -199,8 +199,8 @@ def refuse_replicas() -> NoReturn:
 class Passes:
     """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient.
 
-    inner: those of the whole parameter, of which FSDP keeps a part (this parameter) here. The gradient of the part comes when FSDP reduces
-    that of the whole, which may be once in several passes.
+    inner: the Passes of the whole parameter, if FSDP keeps only a part of it (this parameter) here. The part gets a gradient when FSDP
+    reduces the gradient of the whole, which may be once in several passes.
     """
 
     def __init__(self, parameter: nn.Parameter, inner: Passes | None = None) -> None:
@@ -241,12 +241,12 @@ class Passes:
         self.grad, self.version = grad, 0 if grad is None else grad._version
 
     def changed(self, grad: Tensor, by: int = 0) -> bool:
-        """Whether `grad`, that of the parameter, was replaced or written to since the last pass, other than `by` times."""
+        """Whether `grad`, the parameter's gradient, was replaced or written to more than `by` times since the last pass."""
         return grad is not self.grad or grad._version > self.version + by
 
 
 def watch_passes(layer: Layer) -> None:
-    """Count the backward passes that reach the layer's statistics, whichever parameters they are by now."""
+    """Count the backward passes that reach the layer's statistics, also after other parameters have taken their place."""
     if torch.compiler.is_compiling():
         return
     # While torch.func calls the model, or a tracer looks at it, something else stands in the place of its parameters.
@@ -282,7 +282,7 @@ class Layer(Protocol):
     reduction: Any
     momentum: float
     calls: int
-    steps: Tensor | None  # of training, of a layer that is coupled or has a sample limit
+    steps: Tensor | None  # the steps of training, if the layer is coupled or has a sample limit
     stepped: bool  # whether an optimizer has moved the statistics
     training: bool
 
@@ -291,9 +291,9 @@ class Layer(Protocol):
     @property
     def std_parameter(self) -> nn.Parameter: ...
     @property
-    def input_mean(self) -> nn.Parameter | None: ...  # of the producer, of a layer that is coupled to one
+    def input_mean(self) -> nn.Parameter | None: ...  # the mean input of the producer, if the layer is coupled
     @property
-    def trend(self) -> nn.Parameter | None: ...  # of the gradient, of a layer that takes it out
+    def trend(self) -> nn.Parameter | None: ...  # see `gradient_trend`; None if nothing is taken out of the gradient
     @property
     def _eps(self) -> float: ...  # what is added to the variance
     @property
@@ -304,12 +304,12 @@ class Layer(Protocol):
 # --- warnings ---------------------------------------------------------------------------------------------------------------------------
 
 FORGOTTEN = (
-    'an optimizer steps a model converted with aux="explicit", but its term was not read since the last forward pass, so the statistics '
+    'an optimizer steps a model converted with aux="explicit", but aux_loss was not called since the last forward pass, so the statistics '
     'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
 )
 LOST = (
-    'an optimizer steps a model converted with aux="explicit", and its term was read, but no gradient of it came, so the statistics stay '
-    "as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
+    'an optimizer steps a model converted with aux="explicit", and aux_loss was called, but backward did not go through it, so the '
+    "statistics stay as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
 )
 UNREACHED = (
     "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to "
@@ -321,31 +321,31 @@ UNGROUPED = (
     'Give it normswap.param_groups(model, lr=...) instead of model.parameters(). Or convert with stats="natural"'
 )
 ACCUMULATED = (
-    "more backward passes have reached the statistics of a BatchlessNorm since the last step than normswap was told of. Their gradients "
-    "were divided by the number of passes now, at the step; until then they were too large. Say normswap.attach(model, accumulate=...)"
+    "more backward passes have reached the statistics of a BatchlessNorm since the last step than normswap.attach was called for. Their "
+    "gradients were corrected now, at the step; until then they were too large. Say normswap.attach(model, accumulate=...)"
 )
 SCALED = (
-    "a GradScaler that normswap was not told of has divided the gradients of the statistics of a BatchlessNorm by its scale. They were "
-    "multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
+    "a GradScaler that normswap.attach was not given has divided the gradients of the statistics of a BatchlessNorm by its scale. They "
+    "were multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
 )
 UNSCALED = (
-    "an optimizer steps without the GradScaler that normswap was told of. The gradients of the statistics of a BatchlessNorm were divided "
-    "by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), or "
-    "normswap.attach(model) where there is no scaler any more"
+    "an optimizer steps without the GradScaler that normswap.attach was given. The gradients of the statistics of a BatchlessNorm were "
+    "divided by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), "
+    "or normswap.attach(model) where there is no scaler any more"
 )
 CHANGED = (
     "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "
-    "units of the activations and would decide the norm of all. Clip the others only, which are the parameters of every group of "
-    'normswap.param_groups(model, lr=...) that has no key "normswap"'
+    "units of the activations, and may be most of the norm that is clipped. Clip the other parameters only: those in the groups of "
+    'normswap.param_groups(model, lr=...) without the key "normswap"'
 )
 ROUNDED = (
-    "the statistics of a BatchlessNorm are {dtype} in this forward pass, as the param_dtype of a MixedPrecisionPolicy does, and rounded. "
-    "Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
+    "the statistics of a BatchlessNorm are {dtype} in this forward pass, so they are rounded: the param_dtype of a MixedPrecisionPolicy "
+    "does that. Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
 )
 
 
 def warn(message: str) -> None:
-    """Warn at the line that called torch or normswap, as that of `optimizer.step()`."""
+    """Warn at the user's line that called torch or normswap, such as `optimizer.step()`."""
     ours = list(itertools.takewhile(lambda frame: frame.f_code.co_filename.startswith(OURS), frames()))
     warnings.warn(message, UserWarning, stacklevel=1 + len(ours))
 
@@ -359,10 +359,10 @@ def frames() -> Iterator[FrameType]:
 
 
 def caller(wanted: Callable[[FrameType], Any]) -> Any:
-    """What `wanted` finds in the nearest frame in which it finds something, or None."""
+    """The first result of `wanted` that is not None, over the callers' frames from the nearest on; else None."""
     return next((found for found in map(wanted, frames()) if found is not None), None)
 
 
 def _is_checkpoint(frame: FrameType) -> bool | None:
-    """A reentrant checkpoint runs its forward pass without gradients; the one that gives them comes in backward."""
+    """True in the forward pass of a reentrant checkpoint, which runs without gradients: backward repeats it with gradients."""
     return True if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__ else None

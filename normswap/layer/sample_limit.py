@@ -3,11 +3,11 @@ r"""The sample limit: in train mode, how large one sample may become while the s
     z = (x - mean) / std
     y = weight z f + bias       f = min(1, LIMIT / sqrt(<z^2>))       < > over all channels and places of one sample
 
-with the gradient through f. The axes before those of the channels are the axes of samples. After a step of the optimizer the statistics
-of a layer are late: the input of the next layer is too large, and its statistics are late as well. In a deep network the factors multiply.
-With the limit no layer passes on a sample whose z f has a root mean square above LIMIT, at once and not some steps later, and a sample
-still depends on itself alone. Where the statistics fit, <z^2> is about 1, and only unusual samples are limited. There is no limit before
-the first step, when nothing is late, and none in eval mode.
+with the gradient through f. The axes before those of the channels are the axes of samples. After an optimizer step the statistics of a
+layer lag behind its input: its output is too large, and so is the input of the next layer, whose statistics lag as well. In a deep network
+the factors multiply. With the limit no layer passes on a sample whose z f has a root mean square above LIMIT, at once and not some steps
+later, and each sample's output still depends on that sample alone. Where the statistics fit, <z^2> is about 1, and only unusual samples are
+limited. There is no limit before the first step, when no statistics lag, and none in eval mode.
 
 Source: the layer scaling of Online Normalization, Chiley et al. arXiv:1905.05894, but as a limit: a sample below it is not scaled.
 """
@@ -29,8 +29,8 @@ class Limit(NamedTuple):
     """The factor of each sample, and what its derivatives need.
 
     factor     f, with the sizes of the axes of samples and size 1 elsewhere
-    d_factor   what df is of the sum of z dz over the sample:  df = d_factor sum(z dz); 0 where f is 1
-    first, second   the `formulas.sums` of each sample, for the gradients by mean and std; None where nobody asks for these
+    d_factor   the derivative of f:  df = d_factor sum(z dz), summed over the sample; 0 where f is 1
+    first, second   the `formulas.sums` of each sample, for the gradients by mean and std; None where these are not needed
     """
 
     factor: Tensor
@@ -44,8 +44,8 @@ def limit(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted:
 
         f = LIMIT / sqrt(<z^2>) where that is below 1,  df = -f / <z^2> <z dz>
 
-    x: any shape, any float dtype; mean, std: as many dimensions, broadcast against it. samples: the axes of x along which one sample comes
-    after the other. counted: bool, broadcast against x; None for everywhere. Differentiable in x.
+    x: any shape, any float dtype; mean, std: as many dimensions, broadcast against it. samples: the axes of x that index samples.
+    counted: bool, where x counts, broadcast against x; None: everywhere. Differentiable in x.
     """
     first, second, number = formulas.sums(x, mean, counted, kept=samples)
     others = [axis for axis in range(x.dim()) if axis not in samples]
@@ -69,7 +69,7 @@ def gradients(by_factor: Tensor, limit: Limit, std: Tensor, samples: Sequence[in
         by x     slope (x - mean)  with  slope = by_f d_factor / std^2
         by mean  the sum of -slope (x - mean)           by std   the sum of -slope (x - mean)^2 / std
 
-    Returns (slope, by mean, by std); None for the last two where the sums of the samples are not there.
+    Returns (slope, by mean, by std); the last two are None if `limit` has no sums of the samples.
     """
     slope = by_factor * limit.d_factor / std.square()
     if limit.first is None or limit.second is None:

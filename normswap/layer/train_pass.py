@@ -3,7 +3,7 @@
     z = (x - mean) / std
     y = weight z f + bias          f  1, or the factor of each sample, see `sample_limit`
 
-g is the gradient that comes back to y; < > sums over all places of all samples; each module says what its part of this is:
+g is the gradient that comes back to y, and < > sums over all places of all samples. The gradients are, each explained in the module in ( ):
 
     weight, bias              <g z f>, <g>
     x                         weight f g / std, less the trend over std (`gradient_trend`), and with what comes through f (`sample_limit`)
@@ -11,8 +11,8 @@ g is the gradient that comes back to y; < > sums over all places of all samples;
     W, b of the producer      the same over std, as the gradients of std and mean, and with what comes through f (`coupling`)
     the statistics            the gradients that are given: of the NLL, and of the input mean
 
-One function reads x and g as few times as can be, and leaves little to autograd: most operators of a layer work on one number per channel,
-where each takes the same time however many channels there are.
+One function reads x and g as few times as possible, and leaves few operators to autograd: most operators of a layer work on one number per
+channel, where an operator takes the same time however many channels there are.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def signed(forward: Static) -> Static:
 
 
 class Tensors(NamedTuple):
-    """The tensors of a pass, in the order in which autograd gets them. None for what there is not.
+    """The tensors of a pass, in the order in which autograd gets them. None for each that does not apply.
 
-    mean, std      without a history, broadcast against x; weight, bias: as they are
-    mask           what counts, broadcast against x
+    mean, std      detached, broadcast against x; weight, bias: in the shape of the parameters
+    mask           where x counts, broadcast against x
     scale          of the loss, a scalar that is read in backward; None for 1
     """
 
@@ -70,8 +70,8 @@ class Options(NamedTuple):
     """The numbers of a pass.
 
     axes      of the channels in x, none negative; shape: that of weight and bias, to broadcast them against x
-    samples   the axes of x that the sample limit has one factor each for
-    coupled   those of `coupling.Coupled`, None if the layer is not coupled
+    samples   the axes of x that index samples, see `sample_limit`
+    coupled   the constants of `coupling.Coupled`, None if the layer is not coupled
     """
 
     axes: tuple[int, ...]
@@ -84,15 +84,15 @@ TENSORS, OPTIONS = len(Tensors._fields), len(Options._fields)
 
 
 def apply(tensors: Tensors, options: Options, given: Given) -> Tensor:
-    """y. Once a gradient g comes back to it, all parameters get theirs, those of `given` times the scale, whatever g is."""
+    """y. When a gradient g comes back to y, all parameters get gradients; those in `given` get theirs times the scale, whatever g is."""
     function = _Pass if torch.compiler.is_compiling() else _PassForward
     return function.apply(*tensors, *options, *(t for t, _ in given), *(by for _, by in given))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Pass(torch.autograd.Function):
-    """The pass, as torch.compile and torch.func take it: plain tensors in and out, the context set up apart, and no Python state.
+    """The pass, as torch.compile and torch.func take it: plain tensors in and out, a `setup_context`, and no Python state.
 
-    Takes the fields of `Tensors`, those of `Options`, then parameters, and as many gradients that these are given.
+    Its inputs are the fields of `Tensors`, those of `Options`, then the parameters of `given`, and as many gradients.
     """
 
     generate_vmap_rule = True
@@ -107,14 +107,14 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         t, options, pairs = Tensors(*inputs[:TENSORS]), Options(*inputs[TENSORS:][:OPTIONS]), inputs[TENSORS + OPTIONS :]
-        # Without a weight that is trained, or anything else that needs the gradient along z, no gradient asks for x.
+        # x is saved only if something needs the gradient along z: a trained weight, the sample limit, the trend or the producer.
         asked = (
             ctx.needs_input_grad[Tensors._fields.index("weight")]
             or t.factor is not None
             or t.trend is not None
             or options.coupled is not None
         )
-        # The scale is read in backward, when the loss has been multiplied by it; if it has been changed since, autograd says so.
+        # The scale is saved, not read, as the loss is multiplied by it later. If it is changed before backward, autograd raises an error.
         t = t._replace(x=t.x if asked else None)
         t = t if options.coupled is not None else t._replace(first=None, second=None)  # which may be as large as x
         ctx.save_for_backward(*t, *pairs[len(pairs) // 2 :])
@@ -123,7 +123,7 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_y: Tensor | None) -> tuple[Tensor | None, ...]:
         options: Options = ctx.options
-        saved = ctx.saved_tensors  # once, as a checkpoint hands them out once
+        saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
         t, given = Tensors(*saved[:TENSORS]), saved[TENSORS:]
         given = given if t.scale is None else [each * t.scale for each in given]
         by: dict[str, Tensor | None] = {} if by_y is None else _backward(t, options, by_y, by_x=ctx.needs_input_grad[0])
@@ -131,20 +131,20 @@ class _Pass(torch.autograd.Function):
 
 
 def _backward(t: Tensors, options: Options, by_y: Tensor, *, by_x: bool) -> dict[str, Tensor | None]:
-    """The gradients of y's inputs, for the gradient of y; by_x: whether that by x is asked for."""
+    """The gradients by the inputs of y, by name, for the gradient by y; by_x: whether to compute the one by x."""
     x, samples = t.x, options.samples
     mean, std, limit = _differentiable(t, options) if _is_differentiated() else (t.mean, t.std, _limit(t))
     g, inverse = by_y.to(formulas.wide(by_y, std)), 1 / std
     weight = None if t.weight is None else t.weight.view(options.shape)
     gain = inverse if weight is None else weight * inverse
     places = [axis for axis in range(g.dim()) if axis not in options.axes and axis not in samples]
-    if x is None:  # nor is there a limit then
+    if x is None:  # then there is no limit either
         by_bias = None if t.bias is None else _like(t.bias, formulas.over(g, places))
         return {"x": (g * gain).to(by_y.dtype) if by_x else None, "bias": by_bias}
 
     level = formulas.over(g, places)
     by = {"bias": None if t.bias is None else _like(t.bias, formulas.over(level, samples))}
-    # What does not count may be anything, NaN included; so where no gradient comes to it, none is to come of it.
+    # x may be anything where the mask is False, NaN included. So where g is 0 the product has to be 0.
     product = g * x if t.mask is None else torch.where(g == 0, 0, g * x)
     along = torch.addcmul(formulas.over(product, places), mean, level, value=-1) * inverse
     limit_slope = by_mean = by_std = None
@@ -181,7 +181,7 @@ def _limit(t: Tensors) -> Limit | None:
 
 
 def _differentiable(t: Tensors, options: Options) -> tuple[Tensor, Tensor, Limit | None]:
-    """(mean, std, the limit), the values unchanged, as functions of x, W and b: for a derivative of a derivative."""
+    """(mean, std, the limit) with the same values, computed from x, W and b, so that the backward pass can be differentiated."""
     mean, std = t.mean, t.std
     if options.coupled is not None:
         mean, std = coupling.written_out(mean, std, _coupled(t, options.coupled))
@@ -207,12 +207,12 @@ def _by_x(g: Tensor, gain: Tensor, t: Tensors, mean: Tensor, limit_slope: Tensor
 
 
 class _PassForward(_Pass):
-    """The pass with a derivative in forward mode: a function that has one cannot be compiled."""
+    """The pass with a derivative in forward mode. It has a class of its own, as torch.compile takes no autograd.Function with a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _Pass.setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)  # so that no tangent is None
+        ctx.set_materialize_grads(False)  # the tangent of an input that has none is None then
         ctx.save_for_forward(*inputs[:TENSORS])
 
     @staticmethod
@@ -240,5 +240,5 @@ class _PassForward(_Pass):
 
 
 def _is_differentiated() -> bool:
-    """Whether the backward pass is itself differentiated, one way or the other."""
+    """Whether the backward pass is itself differentiated, in reverse or in forward mode."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""What a training loop uses of a converted model: auxiliary loss, parameter groups, masks, micro-batches, Opacus, drift, callbacks.
+"""What a training loop needs for a converted model: auxiliary loss, parameter groups, masks, micro-batches, Opacus, drift, callbacks.
 
 How a layer trains is in `layer`; this room may import `layer`, `models` and `detect`. The callbacks for the Trainers of transformers and of
 Lightning, `huggingface.NormswapCallback` and `lightning.NormswapCallback`, are imported at first use, as they need those packages.

@@ -20,10 +20,10 @@ PREFIX = "normswap/"
 
 
 class Advice(NamedTuple):
-    """What warnings tell the user of one trainer.
+    """What warnings advise the user of one trainer to do.
 
-    groups     how to give it `param_groups`
-    unclipped  the setting with which it does not clip gradients
+    groups     how to give the trainer an optimizer of `param_groups`
+    unclipped  the setting with which the trainer does not clip gradients
     clipped    the setting with which it clips them
     """
 
@@ -38,7 +38,7 @@ def check_max_norm(max_grad_norm: float | None) -> None:
 
 
 def attach_if_automatic(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: int = 1) -> None:
-    """Call `attach` where the auxiliary term is automatic. An explicit term is part of the loss, and needs nothing."""
+    """Call `attach` if a layer has aux="auto". An explicit term is part of the loss, and needs no call."""
     if any(layer.aux == "auto" for layer in layers_of(model).values()):
         attach(model, scaler=scaler, accumulate=accumulate)
 
@@ -67,7 +67,7 @@ def warn_about_optimizers(model: nn.Module, optimizers: Iterable[Any], advice: A
     if clips and trained:
         _warn(
             f"{advice.clipped} clips the gradients of all parameters together. Those of the statistics have the units of the activations "
-            f"and would decide the norm of all. Say {advice.unclipped} and NormswapCallback(max_grad_norm=...), which clips the others only"
+            f"and may be most of the norm. Say {advice.unclipped} and NormswapCallback(max_grad_norm=...), which clips the others only"
         )
 
 
@@ -84,7 +84,7 @@ def before_step(
 ) -> dict[str, Tensor]:
     """Right before an optimizer step: unscale the gradients, clip all but those of the statistics, and return what to log.
 
-    share: the backward passes since the last step, over those that `attach` was given; the automatic term is divided by it.
+    share: the number of backward passes since the last step, over the `accumulate` of `attach`; the automatic term is divided by it.
     """
     if scaler is not None and scaler.is_enabled() and scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
         scaler.unscale_(optimizer)
@@ -105,7 +105,7 @@ def before_step(
 
 
 def accept_gradients(model: nn.Module) -> None:
-    """Do not take what was written to the gradients of the statistics until now for a change: the values are the same."""
+    """Do not warn of writes to the gradients of the statistics until now: they left the values as they were."""
     for layer in layers_of(model).values():
         passes = layer.run.passes
         if passes is not None and passes.grad is not None:
@@ -117,11 +117,11 @@ def _multiply_gradients(layers: Iterable[BatchlessNorm], factor: float) -> None:
     for layer in layers:
         passes = layer.run.passes
         version = None if passes is None or passes.grad is None else passes.grad._version
-        for parameter in (*_statistics(layer), layer.input_mean):  # the gradient of the trend is of what passed, and that is whole
+        for parameter in (*_statistics(layer), layer.input_mean):  # not the trend, whose gradient comes from the loss
             if parameter is not None and parameter.grad is not None:
                 parameter.grad.mul_(factor)
         if passes is not None and passes.grad is not None and version is not None:
-            passes.version += passes.grad._version - version  # this change is meant; any other is still seen
+            passes.version += passes.grad._version - version  # do not warn of this change, but of any other
 
 
 def _statistics(layer: BatchlessNorm) -> tuple[nn.Parameter, nn.Parameter]:

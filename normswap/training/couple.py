@@ -58,9 +58,9 @@ class Pair:
 
 
 def set_modes(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, aux: Aux, stats: Stats) -> None:
-    """Set how the new BatchlessNorm layers of `model` train. Those that `original` had keep what they have.
+    """Set how the new BatchlessNorm layers of `model` train. Layers that `original` had already are left as they are.
 
-    A layer takes the momentum of the layer that it was made from (where that is None, a cumulative average, BatchNorm's default), and the
+    A layer gets the momentum of the layer that it was made from (BatchNorm's default where that is None, a cumulative average), and the
     number of its calls in one forward pass.
     """
     known = {name for name, module in original.named_modules() if isinstance(module, BatchlessNorm)}
@@ -78,9 +78,9 @@ def set_modes(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, a
 def couple(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Iterable[tuple[Any, Any]] = ()
 ) -> tuple[Pair, ...]:
-    """Couple each BatchlessNorm of `model` that has a producer of its own to it. Returns what became of each layer.
+    """Couple each BatchlessNorm of `model` to its producer, if it has one. Returns a Pair for each layer.
 
-    sites: where the layers are. args, kwargs: of one forward pass. batches: those of the calibration data, if there are any.
+    sites: where the layers are. args, kwargs: of one forward pass. batches: (args, kwargs) of the calibration data, if there is any.
     """
     sites = tuple(sites)
     modules = dict(model.named_modules())
@@ -91,36 +91,36 @@ def couple(
         failed = watcher.run([(args, kwargs)], data=False) or watcher.run(batches, data=True)
     finally:
         watcher.close()
-    found = []
+    pairs = []
     for s in sites:
         seen = watcher.producers.get(s.name)
         reason = reasons[s.name] or (failed and f"a forward pass failed: {failed}") or (_why_not_seen(seen) if seen is not None else None)
         if reason is None and seen is not None:
             start, mean = seen.start()
             cast(BatchlessNorm, modules[s.name]).couple(modules[seen.name], mean, known=start == "data")
-            found.append(Pair(s.name, seen.name, None, start))
+            pairs.append(Pair(s.name, seen.name, None, start))
         else:
-            found.append(Pair(s.name, reason=reason))
+            pairs.append(Pair(s.name, reason=reason))
         layer = modules.get(s.name)
         if isinstance(layer, BatchlessNorm):
             if layer.aux != "none":
                 layer.enable_sample_limit()
             if layer.aux == "auto":
                 layer.enable_trend()
-    return tuple(found)
+    return tuple(pairs)
 
 
 def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
-    """Why a layer cannot be coupled, as far as the model says so without a forward pass."""
+    """Why a layer cannot be coupled, as far as can be seen without a forward pass."""
     layer = modules.get(s.name)
     if not isinstance(layer, BatchlessNorm):
-        return "is no BatchlessNorm"
+        return "is not a BatchlessNorm"
     if s.calls is not None and s.calls != 1:
         return f"is called {s.calls} times in one forward pass"
     if s.producer is None:
         return (
-            "has no producer: no conv or linear, called once, without forward hooks and with a weight of its own that is not computed from "
-            "others, gives its output to this layer and nowhere else"
+            "has no producer: its input is not the output of a conv or linear that is called once, has no forward hooks, has a weight that "
+            "is neither shared nor computed from others, and gives its output to this layer alone"
         )
     producer = modules[s.producer]
     hooks = [name for name in HOOKS if name != "_is_full_backward_hook" and getattr(producer, name)]
@@ -136,7 +136,7 @@ def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _why_not_seen(seen: _Producer) -> str | None:
-    """Why a layer cannot be coupled, as far as a forward pass shows it."""
+    """Why a layer cannot be coupled, by what a forward pass has shown."""
     if not seen.inputs:
         return f"a forward pass did not reach it and its producer {seen.name}"
     if not seen.aligned:
@@ -173,7 +173,7 @@ class _Producer:
 
 @dataclass
 class _Channels:
-    """What is known of a tensor: the axis of its channels, and their mean; normal: (mean, std) where they are normally distributed."""
+    """What is known of a tensor: the axis of its channels, and their mean; normal: (mean, std), if they count as normally distributed."""
 
     tensor: Tensor  # keeps the id from being used again
     axis: int
@@ -183,7 +183,7 @@ class _Channels:
 
 @dataclass
 class _InputMeans:
-    """Watches forward passes of a copy of the model for the mean input of each producer. wanted: its name, by that of the norm."""
+    """Watches forward passes of a copy of the model for the mean input of each producer. wanted: the producer's name by the norm's."""
 
     model: nn.Module
     wanted: Mapping[str, str]
@@ -203,7 +203,7 @@ class _InputMeans:
                 self.handles.append(module.register_forward_hook(self._after_norm))
 
     def close(self) -> None:
-        """Remove the hooks: they make a cycle through the copy, whose layers share parameters with the model and would step with it."""
+        """Remove the hooks. Their reference cycle would keep the copy alive, and its layers, which share parameters, would step as well."""
         for handle in self.handles:
             handle.remove()
 
@@ -261,7 +261,7 @@ def _quantiles(mean: Tensor, std: Tensor) -> Tensor:
 
 
 class _KnownMeans(TorchFunctionMode):
-    """Carries what is known of a norm's output through the functions that are applied to it."""
+    """Sees every function of torch, and derives what is known of its result from what is known of its first argument."""
 
     def __init__(self, known: dict[int, _Channels]) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class _KnownMeans(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         name = getattr(func, "__name__", "")
-        # A function that works in place changes what was known as well.
+        # After a function that works in place, what was known of its argument does not hold any more.
         after = None if name.startswith("__") else self._after(before, func, name, args, kwargs, result)
         if after is not None:
             self.known[id(result)] = after

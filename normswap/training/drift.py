@@ -17,7 +17,7 @@ class Drift(NamedTuple):
 
     mean_z      the root mean square, over channels, of the mean of z = (x - mean) / std
     mean_z2     the mean, over channels, of the mean of z^2, minus 1: the variance is too small if it is positive
-    held        the share of samples that reached the layer's limit on one sample in the last forward pass; None for a layer without a limit
+    held        the share of samples that the sample limit scaled down in the last forward pass; None for a layer without a limit
     """
 
     mean_z: Tensor
@@ -27,11 +27,11 @@ class Drift(NamedTuple):
 
 @torch.no_grad()
 def drift(model: nn.Module) -> dict[str, Drift]:
-    """The Drift of every layer whose statistics have a gradient, by name. To call after the last backward of a step and before the step.
+    """The Drift of every layer whose statistics have a gradient, by name. Call it after the last backward of a step and before the step.
 
-    The gradients of mean and std are the first two moments of z (`formulas.nll_gradients`), so that no activation is looked at, and all
-    micro-batches and processes are in them. They have to be as backward left them: unscaled, not clipped, and after `attach`. Layers that
-    are frozen, in eval mode or converted with aux="none" have none, and are left out. Nothing is copied to the host.
+    It is computed from the gradients of mean and std, which tell the first two moments of z (`formulas.nll_gradients`) over all
+    micro-batches and processes. The gradients have to be as backward left them: unscaled, not clipped, and after `attach`. Layers that are
+    frozen, in eval mode or converted with aux="none" have no gradient, and are left out. Nothing is copied to the host.
 
     Raises UsageError if the model has no BatchlessNorm layer.
     """
@@ -50,5 +50,5 @@ def _of(layer: BatchlessNorm) -> Drift | None:
         d, r = d / layer.calls, r / layer.calls
     factor = layer.run.factor if layer.limits_samples else None
     if factor is not None and torch._C._functorch.is_functorch_wrapped_tensor(factor):
-        factor = None  # of a forward pass in a transform of torch.func, which has left nothing that can be read
+        factor = None  # it comes from a forward pass in a transform of torch.func, and cannot be read outside of that
     return Drift((d / std).square().mean().sqrt(), r.mean(), None if factor is None else (factor < 1).to(r.dtype).mean())

@@ -33,8 +33,8 @@ class NormswapCallback(TrainerCallback):
     * Warns when training begins if the Trainer clips, if its optimizer holds no statistics, if stats="raw" ones are in a group with
       weights, or if weight decay reaches the weight of a layer. The Trainer keeps it from norms that it knows by class or name.
 
-    Models that take num_items_in_batch divide their loss by it, and the Trainer leaves it as it is. That is right
-    with aux="auto"; with aux="explicit", divide aux_loss by gradient_accumulation_steps there.
+    A model that takes num_items_in_batch divides its loss by it, and the Trainer does not divide the loss again. That is right with
+    aux="auto"; with aux="explicit", the model has to divide aux_loss by gradient_accumulation_steps.
 
     After training the loss counts as unscaled again, as at the start. The callbacks of report_to come before those that a Trainer is
     given, and see what this one adds only if they are moved behind it: trainer.add_callback(trainer.pop_callback(cls)).
@@ -45,7 +45,7 @@ class NormswapCallback(TrainerCallback):
     def __init__(self, *, max_grad_norm: float | None = None) -> None:
         callbacks.check_max_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
-        self.latest: dict[str, Tensor] = {}  # of the last step, not copied to the host before it is logged
+        self.latest: dict[str, Tensor] = {}  # what to log of the last step; copied to the host only when it is logged
         self._batches = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class NormswapCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         share = (self._batches + 1) / args.gradient_accumulation_steps
         self._batches = 0
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around that of torch
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer of torch
         self.latest = callbacks.before_step(model, optimizer, scaler, max_grad_norm=self.max_grad_norm, share=share)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ class NormswapCallback(TrainerCallback):
             return
         values = {name: value.item() for name, value in self.latest.items()}
         logs.update(values)
-        if state.log_history:  # has a copy
+        if state.log_history:  # its last entry is a copy of the logs
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -31,9 +31,9 @@ class NormswapCallback(Callback):
       an epoch may have fewer batches; it counts as less than a whole one, as in the loss.
     * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and normswap/LAYER/held.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. Lightning's own gradient_clip_val would
-      clip all of them. normswap/grad_norm is the norm before.
-    * Warns when training begins if Lightning clips and the module does not say how, if no optimizer holds the statistics, or if
-      stats="raw" ones are in a group with weights.
+      clip all of them. normswap/grad_norm is the norm before clipping.
+    * Warns when training begins if Lightning clips and the module has no configure_gradient_clipping of its own, if no optimizer holds the
+      statistics, or if stats="raw" ones are in a group with weights.
 
     After training the loss counts as unscaled again, as at the start. With manual optimization the module scales the loss itself: attach
     the model by hand after this callback, for example in its on_train_start.

@@ -29,13 +29,13 @@ def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The sum of the NLL of every layer, over its calls since this was last read: a scalar to add to the loss of the task.
+    """The sum of the NLL of every layer, over its calls since aux_loss was last called: a scalar to add to the loss of the task.
 
         loss = task(model(x)) + normswap.aux_loss(model)
 
     For a model that was converted with aux="explicit". The gradient of the sum reaches the mean and the std of each layer and nothing else;
     `stats` decides its form. Calls of a layer in eval mode or under `torch.no_grad` do not count, nor those that a checkpoint repeats in
-    backward. Read twice, the sum is the same; the next forward pass starts a new one.
+    backward. Called twice in a row, it gives the same sum; the next forward pass starts a new one.
 
     Raises UsageError for a model whose layers add the term themselves (aux="auto": it would count twice), for one that has none, and if
     there was no forward pass in train mode.
@@ -64,7 +64,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A scalar, as a function of parameters, with the gradients that are given for them: apply(value, *parameters, *gradients)."""
+    """A scalar as a function of parameters whose gradients are given: apply(value, *parameters, *gradients)."""
 
     generate_vmap_rule = True
 
@@ -84,7 +84,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """`value`, a scalar whose gradients by the parameters are `gradients`. No activation is saved for backward."""
+    """The scalar `value`, with `gradients` as its gradients by the parameters. No activation is saved for backward."""
     return _WithGradients.apply(value, *parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -92,15 +92,15 @@ def attach(model: nn.Module, *, scaler: GradScaler | None = None, accumulate: in
     """Tell the layers of a model with aux="auto" how its loss is scaled before backward, so that their term has weight 1 per step.
 
     scaler: the GradScaler that scales the loss. Its scale is read in backward; autograd raises an error if `scaler.update()` came between
-    forward and backward. accumulate: the number of backward passes per step, where the loss is divided by it. Each call sets both: what is
-    not given is as it was at the start. A copy of the model, or a loaded one, needs a call of its own.
+    forward and backward. accumulate: the number of backward passes per step, where the loss is divided by it. Each call sets both: one
+    that is not given gets its default. A copy of the model, or a loaded one, needs a call of its own.
 
-    Without a call the first step warns, and is put right. Raises UsageError for a model with another `aux`, whose loss has the term in it.
+    Without a call the step corrects the gradients, and warns. Raises UsageError for a model with another `aux`, whose term is in the loss.
     """
     layers = [layer for layer in layers_of(model).values() if layer.aux == "auto"]
     if not layers:
         raise UsageError(
-            'no layer of this model has aux="auto": there is nothing to tell',
+            'no layer of this model has aux="auto": there is nothing to attach',
             hint="the term of aux_loss is part of the loss, and scaled with it",
         )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:

@@ -89,7 +89,7 @@ def backward_in_micro_batches(
     finally:
         for run, (share, passes) in zip(runs, before, strict=True):
             run.share = share
-            if run.passes is not None:  # all of them are one pass of the whole batch
+            if run.passes is not None:  # all micro-batches count as one backward pass
                 run.passes.count = min(run.passes.count, passes + 1)
     return MicroBatches(torch.stack(losses).sum(), tuple(sizes), most)
 

@@ -100,7 +100,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
             )
         if 0 in layer.channel_axis:
             raise UsageError(f"the channels of {name or 'the model'} lie on axis 0, where Opacus expects the samples")
-        # A coupled layer changes the gradient of its producer, which Opacus takes from its own hooks; a trend is not of one sample.
+        # A coupled layer changes the gradient of its producer, which Opacus takes from its own hooks; a trend comes from many samples.
         layer.make_plain()
         layer.__class__ = PrivateNormAct if isinstance(layer, BatchlessNormAct) else PrivateNorm
     for module in private.modules():

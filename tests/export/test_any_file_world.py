@@ -159,8 +159,8 @@ def test_what_is_older_is_listed_and_says_how(tmp_path: Path) -> None:
     result = fold(source, tmp_path / "out.onnx")
     assert only(result).left == ("BatchNormalization",)
     assert only(result).reason == (
-        "the file has opset 6, and what is older than 7 is left as it is: `onnx.version_converter.convert_version(model, 13)` makes a "
-        "newer file of it"
+        "the file has opset 6, and files older than opset 7 are left as they are: `onnx.version_converter.convert_version(model, 13)` "
+        "makes a newer file of it"
     )
     assert (tmp_path / "out.onnx").read_bytes() == source.read_bytes()
 
@@ -283,7 +283,7 @@ NOT_COMPUTED = {
     "by chance": (
         "w = RandomNormal <shape=[4,3,3,3]> ()",
         (),
-        "the weight of Conv, w, is what RandomNormal gives",
+        "the weight of Conv, w, is the output of RandomNormal",
     ),
 }
 

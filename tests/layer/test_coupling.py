@@ -549,7 +549,7 @@ class Net(nn.Module):
 
 
 def test_who_is_coupled_and_why_the_others_are_not() -> None:
-    none = "has no producer: no conv or linear, called once, without forward hooks"
+    none = "has no producer: its input is not the output of a conv or linear that is called once, has no forward hooks"
     conversion = normswap.convert(Net().eval(), torch.randn(3, 2, 6, 5), coupling="auto")
     found = {each.name: each for each in conversion.pairs}
     assert found.pop("good_norm") == Pair("good_norm", "good", None, "closed form")

@@ -246,7 +246,7 @@ def test_a_scale_that_attach_does_not_know_leaves_the_trend() -> None:
         if attached:
             scaler.step(step)
         else:
-            with pytest.warns(UserWarning, match="a GradScaler that normswap was not told of"):
+            with pytest.warns(UserWarning, match="a GradScaler that normswap.attach was not given"):
                 scaler.step(step)
         assert bool(layer.trend.any()) == attached
 

@@ -22,13 +22,13 @@ from normswap.layer.batchless_norm import BatchlessNorm
 
 F64 = torch.float64
 BATCHES = [torch.randn(n, 3, 7, 8, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 3)]
-SCALED = r"a GradScaler that normswap was not told of .* Say normswap\.attach\(model, scaler=\.\.\.\)"
-CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the others only"
+SCALED = r"a GradScaler that normswap\.attach was not given .* Say normswap\.attach\(model, scaler=\.\.\.\)"
+CHANGED = r"were changed between backward and step, as clip_grad_norm_ does.* Clip the other parameters only"
 UNGROUPED = r'stats="raw" like any weight.* Give it normswap\.param_groups\(model, lr=\.\.\.\)'
-UNSCALED = r"steps without the GradScaler that normswap was told of.* Say scaler\.scale\(loss\)\.backward\(\) and scaler\.step"
-LOST = r"its term was read, but no gradient of it came.* before backward: loss \+ normswap\.aux_loss\(model\)"
+UNSCALED = r"steps without the GradScaler that normswap\.attach was given.* Say scaler\.scale\(loss\)\.backward\(\) and scaler\.step"
+LOST = r"aux_loss was called, but backward did not go through it.* before backward: loss \+ normswap\.aux_loss\(model\)"
 UNREACHED = r"called in train mode since the last step, but no gradient came back to it.* Freeze them if that is meant"
-FORGOTTEN = r"its term was not read since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
+FORGOTTEN = r"aux_loss was not called since the last forward pass.* loss \+ normswap\.aux_loss\(model\)"
 
 
 # --- what `attach` does not know is warned of -------------------------------------------------------------------------------------------

@@ -720,7 +720,7 @@ def test_attach_refuses(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("aux", ["explicit", "none"])
 def test_attach_is_for_the_automatic_term(aux: str) -> None:
-    with pytest.raises(UsageError, match='no layer of this model has aux="auto": there is nothing to tell'):
+    with pytest.raises(UsageError, match='no layer of this model has aux="auto": there is nothing to attach'):
         normswap.attach(converted(aux), accumulate=2)
 
 
