@@ -47,7 +47,7 @@ def revert_directory(source: str, output: Path, loading: Loading, *, skip: bool 
     recipe = read_recipe(Path(source))
     converted = opened(source, loading)
     if isinstance(converted, ExportedProgram):
-        raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
+        raise UsageError(f"{source} holds an exported program, which cannot be reverted", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
     raise_for(verify(converted, model, inputs_of(source, converted)))
     with atomic.file(output) as partial, atomic.writing(str(output)):

@@ -1,11 +1,11 @@
-"""What becomes of each source norm: swapped exactly, approximately, or kept, and why. May import `detect`, `models` and `layer`.
+"""The rules: each kind of norm is swapped exactly, swapped approximately, or kept with a reason. May import `detect`, `models` and `layer`.
 
-A file for each formula, whose docstring has that of the source and that of BatchlessNorm, symbol by symbol, and which ends in a `Rule`:
-`recognises`, `check`, `build`. To add one, start from a copy of `instance_norm.py` if the source has statistics of its own, or add a line
-to the table of `per_sample.py` if it takes them from the data; then name the rule here. `plain.py` and `recognise.py` answer what rules
-ask; `user_rules.py` is for rules that are not in this package (docs/writing_rules.md).
+There is a file for each formula. Its docstring compares the formula of the source with that of BatchlessNorm, and it ends in a `Rule` with
+`recognises`, `check` and `build`. To add a rule, start from a copy of `instance_norm.py` if the source has running statistics, or add a
+line to the table of `per_sample.py` if it computes its statistics from its input; then name the rule here. `plain.py` and `recognise.py`
+are used by the rules; `user_rules.py` is for rules that are not in this package (docs/writing_rules.md).
 
-`DEFAULT_RULES` lists the rules in order: the first that recognises a site speaks for it.
+`DEFAULT_RULES` lists the rules in order: the first that recognises a site decides about it.
 """
 
 from __future__ import annotations
