@@ -9,7 +9,7 @@
     └── ParityError          exit 3   converted, but the result is not the same function; in `parity.result`, with the measurements
 
 A message says what is wrong, where (the qualified name of the layer), and what was expected against what was found;
-`hint` says what to do next. Nothing else derives from `Exception` in this package.
+`hint` says what to do next. Exceptions of other classes in this package are internal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def described(error: BaseException) -> str:
 
 
 def first_words(error: BaseException) -> str:
-    """As `described`, but with the first line that does not end in a colon added: torch and onnx begin with headings that do."""
+    """The type of an error, and its text up to the first line without a colon at its end: torch and onnx begin with headings."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
     return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"

@@ -101,10 +101,10 @@ def _functions(cls: type, base: type) -> Iterator[Any]:
             continue
         seen.add(name)
         for holder in own:
-            held = vars(holder).get(name)
-            held = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
-            if (name == "forward" and held is not None) or isinstance(held, types.FunctionType):
-                function = inspect.unwrap(held)
+            member = vars(holder).get(name)
+            member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if (name == "forward" and member is not None) or isinstance(member, types.FunctionType):
+                function = inspect.unwrap(member)
                 yield function
                 queue += sorted(_named_in(function.__code__)) if isinstance(function, types.FunctionType) else []
 

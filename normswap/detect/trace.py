@@ -140,7 +140,7 @@ def _result(
 
 
 def _fast_paths(norm: nn.Module, parents: Iterable[nn.Module]) -> Iterator[str]:
-    """The fused function that a TransformerEncoderLayer may call in eval mode reads the tensors of its norms: described as a reader."""
+    """Readers, in words, of the tensors of a norm in a TransformerEncoderLayer: in eval mode its fused function may read them."""
     for parent in parents:
         if isinstance(parent, nn.TransformerEncoderLayer) and norm in (parent.norm1, parent.norm2):
             attention = parent.self_attn

@@ -67,7 +67,7 @@ class Walk(Watcher):
         self.fed: dict[str | int, _Output] = {}  # name of a norm or number of a hit -> the producer's output that it reads
 
     def result(self, output: Any) -> Seen:
-        """What the pass showed. output: of the model; it reads tensors, too."""
+        """Everything that was seen. output: of the model; returning a tensor counts as a use of it."""
         self._use(output)
         for place, given in self.fed.items():
             if given.uses == 1 and self.module_calls[id(given.maker)] == 1:

@@ -33,7 +33,8 @@ def error(candidate: Tensor, truth: Tensor, overflow: Tensor | None = None, scal
         max_abs = max|candidate - truth|     max_rel = max_abs / max(max|truth|, scale_floor)     rel_l2 = |candidate - truth|_2 / |truth|_2
 
     over the elements that are finite in both; NaN if there are none. overflow: a mask of the elements that are not finite in the
-    reference's own dtype although the truth is. There the candidate must not be finite either; where the truth is infinite or NaN, it must be equal.
+    reference's own dtype although the truth is. There the candidate must not be finite either; where the truth is not finite, it must be
+    equal.
     """
     dtype = torch.complex128 if truth.is_complex() else torch.float64
     a, b = candidate.to("cpu", dtype).reshape(-1), truth.to("cpu", dtype).reshape(-1)

@@ -1,5 +1,4 @@
-"""Measures noise, the error of a computation that is correct by definition: a candidate may have ten times this error (question 2 of
-`judge.py`).
+"""Measures noise, the error of a computation that is correct by definition: a candidate's error may be ten times as large.
 
 For a module, noise is the error of the reference in its own dtype (`reference.truth_of`). For an ONNX file it is measured here: the error
 of its baseline, the same graph before any fold, in the same runtime at the same level. A single noise may be small by chance, so before a

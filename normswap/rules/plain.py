@@ -44,11 +44,11 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
         return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize; {_ONLY}"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the object, so it may do more than normalize; delete it, or convert before it is set"
-    held = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
-    computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
+    stored = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    computed = [name for name in KNOWN if name not in stored and getattr(module, name, None) is not None]
     if computed:
         return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not stored; remove that first"
-    more = [] if known is None else sorted(held.keys() - set(known))
+    more = [] if known is None else sorted(stored.keys() - set(known))
     if known is not None and more:
         layer = "a BatchNorm" if known is KNOWN else f"the layer that the rule knows ({', '.join(known)})"
         return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize; {_ONLY}"

@@ -80,8 +80,8 @@ def spec_of(rule: Rule) -> str | None:
         return rule.spec
     for function in (rule.recognises, rule.check, rule.build, rule.inexact):
         module = getattr(function, "__module__", None)
-        held = vars(sys.modules[module]) if module in sys.modules and module != "__main__" else {}
-        for name, value in held.items():
+        attributes = vars(sys.modules[module]) if module in sys.modules and module != "__main__" else {}
+        for name, value in attributes.items():
             if value is rule and SPEC.fullmatch(f"{module}:{name}"):
                 return f"{module}:{name}"
     return None
