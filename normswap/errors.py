@@ -9,7 +9,7 @@
     └── ParityError          exit 3   converted, but the result is not the same function; in `parity.result`, with the measurements
 
 A message says what is wrong, where (the qualified name of the layer), and what was expected against what was found;
-`hint` says what to do next. Nothing else derives from `Exception` in this package.
+`hint` says what to do next. Exceptions of other classes in this package are internal.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def described(error: BaseException) -> str:
 
 
 def first_words(error: BaseException) -> str:
-    """As `described`, with the headings before the first line that says something: torch and onnx write them."""
+    """The type of an error, and its text up to the first line without a colon at its end: torch and onnx begin with headings."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
     return f"{type(error).__name__}: {' '.join(lines[: last + 1])[:300]}"
 
 
 def shown(text: str, *, line: bool = False) -> str:
-    """Text for a terminal: what a terminal would obey, or cannot show, is written as an escape. line: also the ends of lines.
+    """Text that is safe to print: control sequences and unprintable characters are written as escapes. line: line ends, too.
 
     Names of layers, of tensors in an ONNX file and of files come from others, and may hold sequences that move the cursor, rewrite what is
     on the screen or turn the direction of writing.
@@ -64,7 +64,7 @@ def one_of(name: str, value: object, known: Iterable[object]) -> None:
 
 
 def few(items: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list, in one line, and how many more there are."""
+    """The first `limit` names of a list, in one line, and how many more there are."""
     listed = ", ".join(shown(item, line=True) for item in items[:limit])
     return listed + (f" ... and {len(items) - limit} more" if len(items) > limit else "")
 

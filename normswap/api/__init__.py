@@ -1,3 +1,3 @@
-"""The verbs of `import normswap`: convert, inspect, verify, export, fold, save, load, sensitivity, landscape. `convert.py` has the
-stages in their order and is the file to read first. May import every room but `cli` and `report`.
+"""The functions of `import normswap`: convert, inspect, verify, export, fold, save, load, sensitivity, landscape. Read `convert.py`
+first, which has the stages of a conversion in order. May import every room but `cli` and `report`.
 """

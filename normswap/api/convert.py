@@ -3,8 +3,8 @@
     trace -> match -> judge the original -> swap what is exact -> couple -> compare
                       and, where approximate swaps were asked for: swap all -> calibrate -> compare -> couple
 
-`plan` stops after match, and `inspect` goes from there to the facts; `convert` goes through. The command puts `load` in front, and `save`,
-`export` and `report` behind.
+`plan` stops after match, and `inspect` collects facts after it; `convert` runs all stages. The command runs `load` before them, and `save`,
+`export` and `report` after them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ DRIFT_BATCHES = 4
 
 @dataclass(frozen=True)
 class Conversion(Generic[M]):
-    """A converted model of the kind that came in, what was done to it, and the measurement that it is still the same function.
+    """A converted model of the same type as the original, its plan, and the measurement that it is still the same function.
 
-    module     the model itself, or the rewritten graph that an ExportedProgram was made from again
-    parity     of the exact swaps
+    module     the model itself; for an ExportedProgram, the rewritten graph module that was exported again
+    parity     the comparison of the exact swaps with the original
     drift      how far the whole model and each swapped layer are from the original on calibration data; None if all swaps are exact
-    fits       how well each layer could be calibrated or re-estimated, if any was
-    pairs      which layers are coupled to which conv or linear, and why the others are not
-    judgement  what the original computes, to compare further candidates (an ONNX file) with
+    fits       how well each layer could be calibrated or re-estimated; empty if none was
+    pairs      which conv or linear layer each norm is coupled to, or why it is not coupled
+    judgement  the truths of the original, to compare further candidates (an ONNX file) with
     """
 
     model: M
@@ -73,7 +73,7 @@ class Conversion(Generic[M]):
     pairs: tuple[Pair, ...] = ()
 
     def raise_if_failed(self) -> None:
-        """Raise ParityError unless the model is what it was promised to be: the same function, or no further from it than max_drift."""
+        """Raise ParityError unless the model is the same function as the original, or, if approximate, within max_drift of it."""
         raise_for(self.parity)
         if self.drift is not None:
             failed = "approximate, and further from the original than max_drift allows"
@@ -92,11 +92,11 @@ def plan(
 ) -> Plan:
     """Decide for every normalization of `model` whether it is swapped, and why not. Changes nothing.
 
-    example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only where the model's graph cannot be had without
-    running it. include, exclude: globs on qualified names and kinds. rules: the first that recognises a layer speaks for it, so your own
-    come first: (MY_RULE, *normswap.DEFAULT_RULES). approximate: swap those, too, that need calibration data.
+    example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; used only if the model cannot be traced without running
+    it. include, exclude: globs on qualified names and kinds. rules: the first that recognises a layer decides about it, so your own
+    come first: (MY_RULE, *normswap.DEFAULT_RULES). approximate: swap layers, too, that need calibration data.
 
-    Raises UsageError for a glob that matches nothing, and for a rule of your own that breaks its contract.
+    Raises UsageError for a glob that matches nothing, and for a rule of your own that raises or returns a value of the wrong type.
     """
     selection = Selection(include=include, exclude=exclude, rules=rules)
     return _plan(as_module(model), _resolver(model, example_inputs), selection, approximate=approximate)
@@ -110,7 +110,7 @@ def inspect(
     exclude: Sequence[str] = (),
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> tuple[Plan, tuple[Facts, ...]]:
-    """`plan`, and what is known of each norm: its shapes, statistics, hazards. Runs one forward pass, on a copy. Raises as `plan` does."""
+    """`plan`, and the facts about each norm: shapes, statistics, hazards. Runs one forward pass, on a copy. Raises as `plan` does."""
     module, resolve = as_module(model), _resolver(model, example_inputs)
     rules = all_checked(rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
@@ -136,20 +136,20 @@ def convert(
 ) -> Conversion[M]:
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
-    example_inputs: as for `plan`; None takes the first calibration batch, or infers a shape from the first layer.
+    example_inputs: as for `plan`; None: the first calibration batch, or a shape that is inferred from the first layer.
     calibration: an iterable of batches, each a tensor, a tuple of arguments, or a dict of keyword arguments.
     approximate: also swap norms that take their statistics from each sample (LayerNorm, GroupNorm ...), which gives a model that is not the
         same function. Their statistics, weight and bias come from `calibration`; `drift` says how far the model is from the original.
-    max_drift: approximate, too; the most that passes, as max|difference| / max|original| of any output or layer.
+    max_drift: the largest drift that passes, as max|difference| / max|original| of any output or layer; implies approximate.
     include, exclude, rules: as for `plan`.
     std: how the layers store the standard deviation: as its logarithm ("log"), as it is ("abs"), or as its inverse ("inv").
-    reestimate: give layers that have statistics (BatchNorm) those of the calibration data. "exact": weight and bias take up the difference,
-        so the function stays, and is verified to. "adapt": weight and bias stay, so the function follows the data, as in AdaBN (Li et al.
-        2016, arXiv:1603.04779); that is an approximate conversion, and has to be asked for as one.
+    reestimate: give layers that have statistics (BatchNorm) those of the calibration data. "exact": weight and bias make up for the
+        difference, so the function stays the same, and this is verified. "adapt": weight and bias stay, so the function changes with the
+        data, as in AdaBN (Li et al. 2016, arXiv:1603.04779); this needs approximate=True or max_drift.
     aux, stats: how the statistics train, in train mode; see BatchlessNorm.
-    coupling: "auto" ties the statistics of each norm that has a conv or linear of its own before it to that layer's weight, so that
-        training is centred as BatchNorm's is; takes the trend out of each norm's gradient; and limits what one sample does to it. `pairs`
-        says of each norm what became of it. "none": the source's plain layer. In eval mode they are the same. See `BatchlessNorm.couple`.
+    coupling: "auto" couples the statistics of each norm to the weight of its producer, the conv or linear layer before it, if it has one,
+        so that training is centred like BatchNorm's; removes the trend from each norm's gradient; and limits the effect of one sample.
+        `pairs` has the result for each norm. "none": plain layers. Both are the same in eval mode. See `BatchlessNorm.couple`.
 
     dtypes, devices and shapes of parameters stay. Raises ParityError if the exact swaps do not give the same function within the limits of
     `verify`, or the drift is above max_drift; UsageError if inputs or calibration data are needed or do not fit; SwapError if the model
@@ -175,10 +175,10 @@ def convert(
 
 
 def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterable[Any] | None = None) -> tuple[Pair, ...]:
-    """Couple a model that is converted already, in place: what `convert` does by itself, for one that `load` gave.
+    """Couple a converted model, for example one from `load`, in place. (`convert` couples by itself.)
 
-    Function and parameters stay; what the layers kept of an earlier coupling is forgotten. example_inputs, calibration: as for `convert`.
-    Returns for each layer what it was coupled to, or why to nothing.
+    Function and parameters stay the same; the state of an earlier coupling is dropped. example_inputs, calibration: as for `convert`.
+    Returns for each layer the producer to which it was coupled, or why it was not.
 
     Raises UsageError if there is no BatchlessNorm, or inputs are needed; SwapError if the model cannot be copied.
     """
@@ -198,13 +198,13 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
 
 
 def convert_unchecked(model: M, request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> Conversion[M]:
-    """`convert`, which raises nothing for a model that came out as another function: its parity or its drift failed.
+    """`convert`, without an exception if the parity or the drift of the converted model failed.
 
     progress: called with (done, total) after each batch of a calibration.
     """
     if request.aux == "explicit" and isinstance(model, ExportedProgram):
         raise UsageError(
-            'an ExportedProgram cannot have aux="explicit": its graph gives its outputs and keeps nothing',
+            'an ExportedProgram cannot have aux="explicit": its graph returns its outputs and keeps no term',
             hint='aux="auto" puts the term into the graph',
         )
     module, resolve = as_module(model), _resolver(model, request.example_inputs)
@@ -216,13 +216,13 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
     _check_values(module)
     planned = _plan(module, resolve, request, approximate=request.may_differ, calibrated=request.calibration is not None)
     inputs = _needed(resolve())
-    sites = [s.name for s in planned.swaps if s.site.call is None]  # where both models have a module
+    sites = [s.name for s in planned.swaps if s.site.call is None]  # those that are modules in both models
     exact = dataclasses.replace(planned, swaps=tuple(s for s in planned.swaps if s.preserves == "exact"))
     approximate = [s.name for s in planned.swaps if s.preserves == "approximate"]
     reestimated = {} if request.reestimate is None else dict.fromkeys((s.name for s in exact.swaps), request.reestimate)
     same_function = not approximate and request.reestimate != "adapt"
 
-    judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before the copy is made, so that the two never exist together
+    judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)  # before `swap`, so that there is only one copy at a time
     converted = swap(module, exact, std=request.std)
     fits: tuple[Fit, ...] = ()
     if request.reestimate == "exact":
@@ -257,7 +257,7 @@ def _coupled(
 
 
 def _reference(module: nn.Module, planned: Plan) -> nn.Module:
-    """The original to run beside a converted model, with a module wherever `planned` puts one."""
+    """A copy of the original to run beside a converted model, in which each norm of `planned` that is a call is a module, too."""
     return with_layers(copy_for_running(module), planned)
 
 
@@ -271,9 +271,9 @@ def _needed(inputs: Inputs | None) -> Inputs:
 
 
 def _check_values(module: nn.Module) -> None:
-    """Raise UsageError for a model whose weights have no values yet: on the meta device, or in a lazy layer.
+    """Raise UsageError for a model whose weights have no values yet, as they are on the meta device or in a lazy layer.
 
-    Each forward pass would draw other weights for a lazy layer; a lazy norm always gets ones and zeros.
+    Lazy norms are allowed, as they always start with ones and zeros; other lazy layers draw new weights in each forward pass.
     """
     if valueless := on_meta(module):
         more = f", one of {len(valueless)} such tensors of the model," if len(valueless) > 1 else ""
@@ -291,7 +291,7 @@ def _check_values(module: nn.Module) -> None:
 
 
 def _adapted(s: Swap) -> Swap:
-    """The swap of a norm whose statistics follow the data, which is no longer exact even if it was planned as that."""
+    """The swap with a rule that is not exact, for a norm whose statistics were re-estimated with "adapt"."""
     if s.preserves == "approximate":
         return s
     reason = "takes the statistics of the calibration data and keeps its weight and bias, so its function changes"
@@ -304,7 +304,7 @@ def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
 
 
 def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:
-    """The distance of an approximate model from the original on the first DRIFT_BATCHES calibration batches; random probes say nothing."""
+    """The distance of an approximate model from the original on the first DRIFT_BATCHES calibration batches, without random probes."""
     names = ("example", *(f"calibration batch {i}" for i in range(2, DRIFT_BATCHES + 1)))
     asked = [Probe(name, *arguments_of(batch, module)) for name, batch in zip(names, batches, strict=False)]
     sites = [s.name for s in planned.swaps]
@@ -313,7 +313,7 @@ def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iter
 
 
 def _plan(module: nn.Module, resolve: Resolve, selection: Selection, *, approximate: bool, calibrated: bool = False) -> Plan:
-    """calibrated: whether calibration data were given, so that no reason asks for them."""
+    """Trace and match. calibrated: whether calibration data were given, so that no reason asks for them."""
     rules = all_checked(selection.rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
     return match(found, rules, include=selection.include, exclude=selection.exclude, approximate=approximate, calibrated=calibrated)
@@ -328,7 +328,7 @@ def _trace(module: nn.Module, resolve: Resolve, rules: Sequence[Rule]) -> Trace:
 
 
 def given_to(model: Model, example_inputs: Any) -> Inputs:
-    """What was given as example inputs; of a list in a file the first batch, as far as the model takes it."""
+    """The example inputs as Inputs; for a list in a file, the first batch, without elements that the model does not take."""
     given = as_inputs(example_inputs)
     if not given.listed:
         return given
@@ -348,7 +348,7 @@ def _forward(resolve: Resolve) -> Callable[[], tuple[tuple[Any, ...], Any] | Non
 
 
 def _resolver(model: Model, example_inputs: Any) -> Resolve:
-    """A function that gives the inputs: those that were given, those that the program came with, or inferred ones. Inferred once."""
+    """A function that returns the inputs: given ones, those stored in an ExportedProgram, or inferred ones. The result is cached."""
 
     @functools.cache
     def resolve() -> Inputs | None:

@@ -35,8 +35,8 @@ from normswap.swap.apply import swap
 def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
 
-    What is written is read back, and compared with the model bit for bit, before it is there. Of a model that torch.compile or
-    DistributedDataParallel wrapped, what they wrapped.
+    The files are read back and compared with the model bit for bit before the directory appears. A model inside torch.compile or
+    DistributedDataParallel is saved without the wrapper.
     """
     conversion = model if isinstance(model, Conversion) else None
     module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
@@ -63,16 +63,16 @@ def load(
     trust: bool = False,
     trust_pickle: bool = False,
 ) -> nn.Module | ExportedProgram:
-    """The converted model in `directory`, which trains as the one that was saved.
+    """The converted model in `directory`, which trains like the one that was saved.
 
-    factory: builds the original architecture, with any weights. None takes the pickled model in the directory, or the spec that the model
-    was made from (`torchvision:resnet18`). rules: those that the model was converted with; None finds your own ones where the directory
-    says they were. Code that the directory names is imported only if you trust it: a factory with trust=True; a rule, which need not be
-    imported if it is already, also if its package is one of trust_packages. trust: run what the directory says, its .pt2 too;
+    factory: builds the original architecture, with any weights; None: the pickled model in the directory, or the spec in its recipe
+    (`torchvision:resnet18`). rules: those with which the model was converted; None: rules of your own are imported by their names in the
+    recipe. Code that the recipe names is imported only if you trust it: a factory with trust=True; a rule with trust=True, or if its
+    package is in trust_packages, or if it has been imported already. trust: run any code from the directory, including its .pt2;
     trust_pickle is the old name.
 
-    Raises LoadError if the directory, or the architecture, is not the one that was saved, a file in it was changed since, or something is
-    needed that cannot be imported.
+    Raises LoadError if the architecture does not fit the directory, a file was changed after it was written, or a module that is needed
+    cannot be imported.
     """
     trust = trust or trust_pickle
     directory = Path(directory)
@@ -101,7 +101,7 @@ def opened(
     trust_packages: Sequence[str] = (),
     trust: bool = False,
 ) -> nn.Module | ExportedProgram:
-    """`load`, without a look at whether the files are those that were written."""
+    """`load`, without the check of the files' SHA-256."""
     if factory is None and recipe.module is not None:
         return _pickled(directory, recipe.module, trust_packages, trust)
     if factory is None and recipe.factory is None:
@@ -141,7 +141,7 @@ def _pickled(directory: Path, name: str, trust_packages: Sequence[str], trust: b
 
 
 def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
-    """The plan that was carried out. A norm that is a module is found by its name; for those in code, the model has to be looked into."""
+    """The plan of the recipe's sites. Norms that are modules are found by their names; for norms in code, the model is traced."""
     checked = all_checked(rules, DEFAULT_RULES)
     modules = dict(model.named_modules())
     swaps: list[Swap] = []
@@ -149,25 +149,25 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
     for entry in recipe.sites:
         site = Site(entry["name"], tuple(entry.get("aliases", ())), modules.get(entry["name"]), entry.get("calls"))
         rule = next((rule for rule in checked if site.module is not None and rule.recognises(site)), None)
-        # Which weights it has does not matter: they are about to be loaded.
+        # The values of its weights do not matter, as the saved ones will be loaded.
         if rule is not None and rule.build is not None and rule.check(site) is None:
             swaps.append(Swap(site, rule))
         else:
             others.append(site.name)
     if others:
-        planned = plan(model, recipe.example_inputs(), approximate=True, rules=rules)  # the inputs tell what no weight tells
+        planned = plan(model, recipe.example_inputs(), approximate=True, rules=rules)  # inputs: some norms only get a size from them
         swaps += [swap for swap in planned.swaps if swap.name in others]
     return Plan(tuple(swaps), (), "names")
 
 
 def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inputs | None) -> None:
-    """Raise LoadError unless `again`, read from `directory`, is `model`: tensor for tensor, in how it trains, and in what it computes."""
+    """Raise LoadError unless `again`, read from `directory`, equals `model` in its tensors, in how it trains, and in its outputs."""
     what = difference(model, directory) or difference(again, directory)
     if what is None and (training_of(model), frozen_of(model)) != (training_of(again), frozen_of(again)):
         what = "how its layers train"
     if what is None and inputs is not None:
         first, second = (_outputs(module, inputs) for module in (model, again))
-        if not _equal(first, second) and _equal(first, _outputs(model, inputs)):  # what differs from itself says nothing
+        if not _equal(first, second) and _equal(first, _outputs(model, inputs)):  # unless the model is not deterministic
             what = "its output for the example inputs"
     if what is not None:
         raise LoadError(
@@ -176,7 +176,7 @@ def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inpu
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    copied = copy_for_running(model)  # which is in eval mode, and whose buffers may change
+    copied = copy_for_running(model)  # in eval mode; the forward pass may change its buffers
     args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -189,7 +189,7 @@ def _equal(a: list[Any], b: list[Any]) -> bool:
 
 
 def _rules_of(recipe: Recipe, directory: Path, trust: bool, packages: tuple[str, ...]) -> tuple[Rule, ...]:
-    """The rules that a converted directory was made with: those that it says are not normswap's, imported again."""
+    """The rules with which a converted directory was made: the user's rules in its recipe, imported again, then the default ones."""
     own = []
     for entry in recipe.rules:
         where = f"{directory} has layers that a rule of its author built ({entry['kind']}: {', '.join(entry['sites'])})"
@@ -210,6 +210,6 @@ def _rules_of(recipe: Recipe, directory: Path, trust: bool, packages: tuple[str,
 
 
 def _is_imported(spec: str) -> bool:
-    """Whether the rule that package.module:NAME names can be had without importing anything."""
+    """Whether the rule that package.module:NAME names has been imported already."""
     module, _, name = spec.partition(":")
     return module in sys.modules and isinstance(vars(sys.modules[module]).get(name), Rule)

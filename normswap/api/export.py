@@ -1,4 +1,4 @@
-"""A model as an ONNX file without its normalization: `normswap.export_onnx`."""
+"""`normswap.export_onnx`: writes a model as an ONNX file with its normalization folded away."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def export_onnx(
     """Write an ONNX file in which BatchlessNorm layers are folded into their convs and linears, verified in onnxruntime.
 
     example_inputs: as for `convert`; not needed for a Conversion.
-    target: "portable", operators of ONNX alone, in the form that is fastest wherever it was measured; "cuda", also operators of onnxruntime
-        in which two are one, each with its meaning for other runtimes.
-    opset: that of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there.
-    dynamic: what to leave free: "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the
+    target: "portable", operators of ONNX alone, in the form that is fastest wherever it was measured; "cuda", also fused operators of
+        onnxruntime, each with a definition in ONNX operators for other runtimes.
+    opset: of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there.
+    dynamic: the dynamic axes: "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the
         example's), or "none" (False).
     half: weights, inputs and outputs in float16; else dtypes stay.
-    external_data: the weights in a file beside it, `<path>.data`; None: if one file cannot hold them.
+    external_data: the weights in a file beside it, `<path>.data`; None: only if one file cannot hold them.
     thorough: verify at every optimisation level of onnxruntime, and in onnx's own evaluator.
 
     Raises ExportError if no file can be made of the model, ParityError if the file computes something else. Neither leaves a file.

@@ -1,4 +1,4 @@
-"""The normalization of anybody's ONNX file, folded into its layers: `normswap.fold_onnx`."""
+"""`normswap.fold_onnx`: folds the normalization of any ONNX file into its layers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, raise_for
 from normswap.parity.run_onnx import onnx_inputs, onnx_runner
 
-SIZES = (64, 48, 32, 128, 224, 320)  # tried, in this order, for axes that a file leaves free
+SIZES = (64, 48, 32, 128, 224, 320)  # sizes to try, in this order, for the dynamic axes of a file
 
 
 def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Folded:
-    """Fold the normalization in the ONNX file `source` into its layers, and write it to `path` once both files were found to be the same.
+    """Fold the normalization in the ONNX file `source` into its layers, verify that the function is the same, and write it to `path`.
 
-    inputs: what both files are run on: a tensor, a tuple of tensors, one for each input of the graph, or specs as the command takes them,
-        ["2x3x224x224", "2x16:int64"]. None draws random numbers of the dtypes and sizes that the file declares; for axes that it leaves
-        free, of the first size at which it runs. Inputs, outputs, their names, dtypes and shapes stay as they are.
+    inputs: on which both files are run: a tensor, a tuple with a tensor for each input of the graph, or specs as the command takes them,
+        ["2x3x224x224", "2x16:int64"]. None: random numbers of the dtypes and sizes that the file declares; dynamic axes get the first size
+        in SIZES at which the file runs. Inputs and outputs keep their names, dtypes and shapes.
 
-    Returns the file that was written: where each norm went, operators before and after, and the measurement. If there is nothing to fold,
-    `path` is a copy of `source`. A fold that breaks the file is rolled back, and named.
+    Returns a description of the new file: where each norm went, operators before and after, and the measurement. If there is nothing to
+    fold, `path` is a copy of `source`. A fold after which the comparison fails is rolled back, and named.
 
-    Raises LoadError if `source` is no valid ONNX file, UsageError if no inputs are known that it runs on, ExportError if `path` cannot be
-    written, ParityError if the new file computes something else. None of them leaves a file.
+    Raises LoadError if `source` is not a valid ONNX file, UsageError if no inputs are known on which it runs, ExportError if `path` cannot
+    be written, ParityError if the new file computes something else. None of them leaves a file.
     """
     given = _given(inputs)
     source, output = Path(source), Path(path)
@@ -55,7 +55,7 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
         nonlocal tried
         tried += 1
         if tried > 1 and not (plain := tried_with(kept, shorten=False)).passed:
-            return plain  # a file that is wrong although the rest stays as it is is not measured twice
+            return plain  # it fails even without changes to the rest of the graph, so the shortened form is not measured
         try:
             shorter = tried_with(kept, shorten=True)
             if shorter.passed:
@@ -93,7 +93,7 @@ def _given(inputs: Any) -> Inputs | None:
 
 
 def _declared(path: Path) -> Inputs | None:
-    """Random inputs of the sizes that the file declares; for axes that it leaves free, of the first of SIZES at which it runs, if any."""
+    """Random inputs of the sizes that the file declares; dynamic axes get the first of SIZES at which it runs. None if there is none."""
     found = onnx_inputs(path) if sizes_known(path) else None
     if found is None:
         tried = (onnx_inputs(path, free=size) for size in SIZES)

@@ -1,4 +1,4 @@
-r"""The landscape of the loss along its gradient: how far the loss and the gradient move in one step, of one model on one mini-batch.
+r"""The landscape of the loss along its gradient: how far the loss and the gradient of a model change in one step, on one mini-batch.
 
     L(x)                       the loss of the mini-batch, x all trainable parameters (or those of one layer)
     g = dL/dx                  x - eta g, for a grid of steps eta, on the same mini-batch:
@@ -6,14 +6,13 @@ r"""The landscape of the loss along its gradient: how far the loss and the gradi
     gradient predictiveness    min .. max of |g(x - eta g) - g(x)|
     effective beta-smoothness  max of |g(x - eta g) - g(x)| / |eta g|
 
-|.| is the l2 norm over all of x. Flat and predictable is what trains at large learning rates: on a quadratic, steps below 2 / beta
-converge.
+|.| is the l2 norm over all of x. A flat and predictable loss allows large learning rates: on a quadratic, steps below 2 / beta converge.
 
-What is moved and measured is the gradient that training steps along. So the statistics of a BatchlessNorm are neither part of x nor of g,
-nor is the term that aux="auto" adds to their gradients; those that are coupled move along with the weight of their producer, as they do
-when an optimizer steps; and the gradient trend, which a layer takes out, is missing from g.
+The steps go along the gradient with which training updates the weights. So the statistics of a BatchlessNorm are not part of x and g, nor
+is the term that aux="auto" adds to their gradients; coupled statistics change with the weight of their producer, as in an optimizer step;
+and the gradient trend, which a layer removes from its gradient, is not part of g.
 
-All of it happens on a copy: parameters, gradients, buffers, modes, hooks and what a run keeps of the model are never written.
+All of it happens on a copy: parameters, gradients, buffers, modes, hooks and training state of the model are never written.
 
 Source: Santurkar et al. arXiv:1805.11604, section 3.1.
 """
@@ -58,7 +57,7 @@ PICTURES = (".png", ".svg", ".pdf")
 class Point:
     """The loss and the gradient after one step, at x' = x - step g. loss and change are inf where they are not finite.
 
-    distance    |x' - x|: |step g|, up to rounding
+    distance    |x' - x|, which is |step g| up to rounding
     loss        L(x')
     change      |g(x') - g(x)|
     smoothness  change / distance
@@ -73,9 +72,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """One model on one batch.
+    """The points of one model on one batch, one for each step.
 
-    parameters  how many numbers x has     loss      L(x)
+    parameters  number of elements of x    loss      L(x)
     batch       its number, from 1         gradient  |g(x)|
     """
 
@@ -92,7 +91,7 @@ class Line:
 
     @property
     def change_range(self) -> tuple[float, float]:
-        """The gradient predictiveness: the less, the better the gradient predicts the next ones."""
+        """The gradient predictiveness: the smaller it is, the better a gradient predicts the next."""
         return min(p.change for p in self.points), max(p.change for p in self.points)
 
     @property
@@ -111,7 +110,7 @@ class Landscape:
     mode: Mode
 
     def plot(self, path: str | Path) -> Path:
-        """Loss, change of the gradient and smoothness against the step, a colour for each model: an .svg, .png or .pdf file.
+        """Plot loss, change of the gradient and smoothness against the step, a colour for each model, as an .svg, .png or .pdf file.
 
         Raises UsageError for another kind of file, or if matplotlib is not installed.
         """
@@ -131,24 +130,24 @@ def landscape(
     mode: Mode = "train",
     progress: Progress = lambda stage, done, total: None,
 ) -> Landscape:
-    """How the loss and its gradient change along the gradient, on each batch. Nothing of `model` is written.
+    """Measure how the loss and its gradient change along the gradient, on each batch. `model` is not changed.
 
         landscape({"before": model, "after": conversion.model}, [(images, labels)])
 
     model: one, or several under names, all on the same batches.
-    data: an iterable of batches (x, y), or (x1, x2, y): the last is what loss(output, y) takes, the others are the arguments of the model;
-        x may be a dict of keyword arguments. A batch that is itself a dict is both, model(**batch) and loss(output, batch).
+    data: an iterable of batches (x, y), or (x1, x2, y): the last element goes to loss(output, y), the others are the arguments of the
+        model; x may be a dict of keyword arguments. A batch that is a dict goes to both: model(**batch) and loss(output, batch).
     loss: returns one floating number in a tensor; None is the cross entropy.
     steps: the grid of eta; the paper's is 1/2 to 4 times the learning rate.
-    layer: the qualified name of a module, for the gradient by its parameters alone; the others stay.
-    mode: that of the whole model. In "train" a BatchNorm takes the statistics of the batch, and its running statistics stay as they are.
+    layer: the qualified name of a module; x then has its parameters alone, and the others stay fixed.
+    mode: of the whole model. In "train" a BatchNorm uses the statistics of the batch, and its running statistics are not updated.
     progress: called with (stage, done, total) after each gradient.
 
-    Each gradient is taken with the generators of torch, numpy and Python seeded alike, so that dropout drops the same, and from the same
-    buffers. Takes as many gradients as there are steps, and one more, for each model and batch.
+    For each gradient the generators of torch, numpy and Python get the same seed, so that dropout drops the same elements, and the buffers
+    start with the same values. Computes len(steps) + 1 gradients for each model and batch.
 
-    Raises UsageError for data, a loss, steps or a layer that do not fit, and where there is no gradient to step along; SwapError for a
-    model that cannot be copied.
+    Raises UsageError for data, a loss, steps or a layer that do not fit, and if the gradient is 0 or not finite; SwapError for a model that
+    cannot be copied.
     """
     models = dict(model) if isinstance(model, Mapping) else {"model": model}
     _check(models, data, steps, mode)
@@ -172,9 +171,9 @@ def landscape(
 
 
 def called_with(data: Iterable[Any]) -> list[tuple[Probe, Any]]:
-    """For each batch, what the model is called with, and what the loss is given; of a batch that is a dict, the same object.
+    """(arguments of the model, second argument of the loss) for each batch; for a batch that is a dict, both hold this dict.
 
-    Raises UsageError for a batch that has not both, and if there is none.
+    Raises UsageError for a batch that lacks one of them, and if there is no batch.
     """
     found: list[tuple[Probe, Any]] = []
     for number, batch in enumerate(data, 1):
@@ -196,7 +195,7 @@ def called_with(data: Iterable[Any]) -> list[tuple[Probe, Any]]:
 
 
 def cross_entropy(output: Any, target: Any) -> Tensor:
-    """The mean over samples, of logits."""
+    """The cross entropy of logits, averaged over the samples."""
     if not isinstance(output, Tensor):
         raise UsageError(
             f"the model returns a {type(output).__name__}, and the cross entropy takes a tensor of logits",
@@ -206,7 +205,7 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise UsageError unless a plot can be written there."""
+    """Raise UsageError unless `path` ends in one of PICTURES and matplotlib is installed."""
     if Path(path).suffix.lower() not in PICTURES:
         raise UsageError(f"{path} is no picture that can be drawn", hint=f"expected a name that ends in {', '.join(PICTURES)}")
     try:
@@ -236,7 +235,7 @@ def _check(models: Mapping[str, nn.Module], data: Any, steps: Sequence[float], m
 
 
 class _Measure:
-    """A copy of one model, to be moved and moved back."""
+    """Measures one model, on a copy whose parameters are moved along the gradient and back."""
 
     def __init__(self, name: str, model: nn.Module, loss: Loss, layer: str | None, mode: Mode, tick: Callable[[], None]) -> None:
         self.name, self.loss, self.mode, self.tick = name, loss, mode, tick
@@ -250,7 +249,7 @@ class _Measure:
         self.norms = [m for m in self.model.modules() if isinstance(m, BatchlessNorm)]
         self.start = [(p, p.detach().clone()) for p in self.model.parameters()]
         self.values = {id(b): b.detach().clone() for b in self.model.buffers()}
-        self.buffers = [(m, dict(m._buffers)) for m in self.model.modules()]  # kept, so that no id is used again
+        self.buffers = [(m, dict(m._buffers)) for m in self.model.modules()]  # kept alive, so that ids are not reused
         tensors = [*self.model.parameters(), *self.model.buffers()]
         self.devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
@@ -280,7 +279,7 @@ class _Measure:
 
     @torch.no_grad()
     def _move(self, step: float, gradient: Sequence[Tensor]) -> None:
-        """To x - step g; coupled statistics move along with the weight of their producer, as they do when an optimizer steps."""
+        """Move the copy to x - step g; coupled statistics follow the weight of their producer, as in an optimizer step."""
         snapshots = [(norm, norm.snapshot()) for norm in self.norms if norm.producer_in_training is not None]
         for parameter, g in zip(self.task, gradient, strict=True):
             parameter.sub_(g, alpha=step)
@@ -292,9 +291,9 @@ class _Measure:
             parameter.copy_(value)
 
     def _gradient(self, probe: Probe, target: Any) -> tuple[float, list[Tensor]]:
-        """(loss, gradient by each parameter of the task) where the copy is now."""
+        """(loss, gradient by each parameter of the task) at the current parameters of the copy."""
         copies = {key: value.clone() for key, value in self.values.items()}
-        for module, buffers in self.buffers:  # one that two modules share stays shared
+        for module, buffers in self.buffers:  # a buffer that two modules share stays shared
             module._buffers.update({key: None if b is None else copies[id(b)] for key, b in buffers.items()})
         args, kwargs = probe.mapped(torch.clone)
         with _seeded(self.devices), torch.enable_grad(), uncompiled():
@@ -330,7 +329,7 @@ class _Measure:
             loss = self.loss(output, target)
         except NormswapError:
             raise
-        except Exception as error:  # so may the user's loss
+        except Exception as error:  # the user's loss may raise anything, too
             raise UsageError(f"{where}: the loss raised {described(error)}", hint="it is called with (output, y)") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -341,7 +340,7 @@ class _Measure:
 
 
 def _task(name: str, model: nn.Module, layer: str | None) -> list[nn.Parameter]:
-    """The parameters that the loss of the task trains, those of statistics left out; of one layer, if it is named."""
+    """The trainable parameters of the model, or of one layer, without the statistics of BatchlessNorm layers."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if layer is not None and layer not in modules:
         raise UsageError(
@@ -363,7 +362,7 @@ def _task(name: str, model: nn.Module, layer: str | None) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _seeded(devices: Sequence[int]) -> Iterator[None]:
-    """Every generator that a model may draw from begins at 0, and is put back. devices: those of CUDA."""
+    """Seed the generators of torch, numpy and Python with 0 in the block, and restore them. devices: indices of CUDA devices."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
@@ -382,7 +381,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def _finite(value: float) -> float:
-    """The value; inf for NaN, which is as bad."""
+    """The value if it is finite; else inf, also for NaN."""
     return value if math.isfinite(value) else math.inf
 
 
@@ -399,7 +398,7 @@ def _draw(found: Landscape, path: Path) -> None:
         ("smoothness: change / distance", "log", lambda p: p.smoothness),
     )
     names = list(dict.fromkeys(line.model for line in found.lines))
-    with mpl.rc_context({"svg.hashsalt": "normswap"}):  # the same file for the same figures
+    with mpl.rc_context({"svg.hashsalt": "normswap"}):  # so that the same numbers give the same file
         figure = Figure(figsize=(12, 3.6), layout="constrained")
         for axis, (title, scale, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             _lines(axis, found, names, value)

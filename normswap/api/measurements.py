@@ -1,7 +1,7 @@
-"""What `sensitivity` has measured: in memory, and in a file if a later run is to skip what is done.
+"""The measurements of `sensitivity`, in memory, and also in a file if a later run should not repeat them.
 
-The file has one JSON object per line. The first says what is measured: the norms of the model, the number of batches, the metric. Each of
-the others is one measurement. Weights, data and the code of the metric are the caller's to keep the same.
+The file has one JSON object per line. The first has the norms of the model, the number of batches and the metric, and each of the others
+is one measurement. That weights, data and the code of the metric are the same in a later run is not checked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NEW_FILE = "give the name of a new file"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model with some layers swapped does, on all the data.
+    """The effect of swapping some layers of a model, measured on all the data.
 
-    rel_l2, max_rel   distance of the worst floating output from the original's; inf where outputs have another shape or are not finite
-    metric, change    what the user's metric says, and how far that is from what it says of the original; None without a metric
+    rel_l2, max_rel   distance of the worst floating output from the original's; inf if an output has another shape or is not finite
+    metric, change    the user's metric, and its distance from the metric of the original; None without a metric
     """
 
     rel_l2: float
@@ -35,9 +35,9 @@ class Measurement:
 
 
 class Measurements:
-    """Measurements by the names of the layers that were swapped. With a file, each is on the disk before the next one is begun.
+    """Measurements by the names of the swapped layers. With a file, each is written before the next one starts.
 
-    layers: the kind of every norm of the model, by its name. Raises UsageError for a file that holds something else.
+    layers: name -> kind of every norm of the model. Raises UsageError for a file of another model, number of batches or metric.
     """
 
     def __init__(self, path: str | Path | None, layers: Mapping[str, str], batches: int, metric: str | None) -> None:
@@ -53,7 +53,7 @@ class Measurements:
             content = self.path.read_bytes() if self.path.exists() else b""
             if content:
                 self._read(content)
-                os.truncate(self.path, content.rfind(b"\n") + 1)  # a last line that was cut off
+                os.truncate(self.path, content.rfind(b"\n") + 1)  # drop an incomplete last line
             self.file = self.path.open("a", encoding="utf-8")
             if not content:
                 self._write(self.header)
@@ -64,7 +64,7 @@ class Measurements:
             self.file.close()
 
     def add(self, names: tuple[str, ...], measured: Measurement, calibration_error: float | None = None) -> None:
-        """Keep a measurement. calibration_error: what the fit of a layer that was swapped alone leaves at its own output."""
+        """Keep a measurement. calibration_error: of a layer that was swapped alone, the relative error of its own output after the fit."""
         self._keep(names, measured, calibration_error)
         self._write({"swapped": names, **asdict(measured), "calibration_error": calibration_error})
 
@@ -97,7 +97,7 @@ class Measurements:
                     raise UsageError(f"line {number} of {self.path} is no measurement", hint=hint)
 
     def _check(self, header: Any) -> None:
-        """Raise UsageError for the first line of another file."""
+        """Raise UsageError unless the first line of the file has the same version, norms, number of batches and metric."""
         if not isinstance(header, dict) or header.get(FORMAT) != VERSION or not isinstance(header.get("layers"), dict):
             raise UsageError(f"{self.path} is no file of measurements, or one of another version of normswap", hint=_NEW_FILE)
         layers = header["layers"]

@@ -1,4 +1,4 @@
-"""What a conversion is asked to do: every option of `normswap.convert` and of the command, with its default, checked in one place.
+"""The options of a conversion, for `normswap.convert` and the command, with their defaults and checks.
 
 Imports no torch, so that `normswap convert --help` can show the defaults at once.
 """
@@ -27,7 +27,7 @@ def _default_rules() -> Sequence[Rule]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Selection:
-    """Which normalization layers are looked at: globs on qualified names and on kinds, of which exclude wins, and the rules."""
+    """The norms to consider: globs on qualified names and kinds, of which exclude wins, and the rules."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -36,7 +36,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request(Selection):
-    """Every option of `normswap.convert`, which says what each means. Raises UsageError for a word or a combination that means nothing."""
+    """Every option of `normswap.convert`, whose docstring explains them. Raises UsageError for an invalid value or combination."""
 
     example_inputs: Any = None
     calibration: Iterable[Any] | None = None
@@ -72,5 +72,5 @@ class Request(Selection):
 
     @property
     def may_differ(self) -> bool:
-        """Whether the converted model may compute something else than the original, within max_drift."""
+        """Whether the converted model may be approximate, and so differ from the original."""
         return self.approximate or self.max_drift is not None

@@ -1,18 +1,18 @@
-"""Which layers can be swapped at what price: one layer at a time, then the cheapest of them together.
+"""Measures how much each swap changes the outputs: one layer at a time, then the layers with the smallest errors together.
 
-    plan -> exact swaps, proved -> all single layers calibrated in one pass -> each measured -> ranked
-         -> with a budget: the longest head of the ranking whose layers, really swapped together, stay inside it
+    plan -> exact swaps, verified -> all single layers calibrated in one pass -> each measured -> ranked
+         -> with a budget: the longest head of the ranking whose layers, swapped together, stay inside it
 
-Errors of single layers do not add up to the error of all of them: each layer of a set is calibrated on what those before it produce, and
-takes back a part of their error, or makes it worse. So the sum of single errors decides nothing here. A set is swapped, calibrated in
-strata as `convert` does it, and measured; what is returned was measured inside the budget.
+The errors of single layers do not add up to the error of all of them: each layer of a set is calibrated on the outputs of the layers before
+it, and may correct a part of their error, or increase it. So the sum of single errors is not used. Each set is swapped, calibrated in
+strata as in `convert`, and measured; the set that is returned was measured inside the budget.
 
 For outputs o, on all the data, y of the original and z of the swapped model, both in the model's own dtype:
 
     rel_l2 = sqrt(sum (z - y)^2 / sum y^2)         max_rel = max|z - y| / max|y|         of the worst floating output
     change = |metric(swapped) - metric(original)|
 
-Exact swaps are the same function. They are proved as `convert` proves them, measured together once, and are in every set.
+Exact swaps keep the function. They are verified as in `convert`, measured together once, and are in every set.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from normswap.swap.calibrate import MASK, arguments_of, calibrate
 By = Literal["rel_l2", "max_rel", "change"]
 Metric = Callable[[nn.Module], Any]
 Progress = Callable[[str, int, int], None]
-CACHE = 1 << 30  # bytes of the original's outputs that are kept; beyond, they are computed again for each layer
+CACHE = 1 << 30  # bytes of the original's outputs that are kept; the rest is computed again for each layer
 ALONE, TOGETHER = "one layer at a time", "layers together"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One swap. measured: of an approximate one, swapped alone; of an exact one, with all exact ones together.
+    """One swap and its measurement: of an approximate swap alone, or of all exact swaps together.
 
-    calibration_error: relative l2 distance that the fit leaves at the layer's own output; None for an exact swap.
+    calibration_error: relative l2 error of the layer's own output after the fit; None for an exact swap.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The layers that stay inside the budget, swapped and measured together.
+    """The set of layers that stays inside the budget, swapped and measured together.
 
-    names             in the order of the plan, exact swaps included
-    approximate       those of them that are approximations
-    measured          all of them together, calibrated in strata
+    names             of the layers, in the order of the plan, exact swaps included
+    approximate       names of the layers whose swaps are approximate
+    measured          the measurement of all of them together, calibrated in strata
     tried             how many sets were measured to find this one
-    include, exclude  globs that make `convert` swap exactly these; None if no globs do
+    include, exclude  globs with which `convert` swaps exactly these layers; None if there are no such globs
     """
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Every swap of the plan, the cheapest first: exact ones, then by `by`. chosen: None without a budget."""
+    """Every swap of the plan, the smallest error first: exact swaps, then the others ranked by `by`. chosen: None without a budget."""
 
     plan: Plan
     layers: tuple[Layer, ...]
@@ -113,17 +113,17 @@ def sensitivity(
         a batch's "attention_mask" is 0 does not count.
     example_inputs, include, exclude, rules: as for `convert`.
     metric: takes a model in eval mode, returns a number.
-    by: what ranks the layers, and what the budget bounds: "rel_l2", "max_rel", or "change" of the metric.
-    budget: the most that the chosen layers, swapped together, may change.
-    skip_done: a file that each measurement is written to once it is made, and of which none is made again. What it holds has to be of the
-        same norms, number of batches and metric; that weights and data are the same is yours to see to.
+    by: the figure by which layers are ranked, and to which the budget applies: "rel_l2", "max_rel", or "change" of the metric.
+    budget: the largest value of this figure for the chosen layers, swapped together.
+    skip_done: a file to which each measurement is written; measurements that it already holds are not repeated. Its norms, number of
+        batches and metric must be the same; that weights and data are the same is not checked.
     progress: called with (stage, done, total) after each forward pass.
 
     Needs for each batch one forward pass of the original, two to calibrate all layers, and one per approximate layer. Each set that is
-    tried for the budget takes what `convert` takes to calibrate it; there are at most 1 + log2(layers).
+    tried for the budget is calibrated as in `convert`; there are at most 1 + log2(layers) sets.
 
-    Raises UsageError if data are missing or do not fit the model, if the model puts out no floating tensor, for a metric that returns no
-    number, or a `skip_done` file of something else; ParityError if the exact swaps do not give the same function.
+    Raises UsageError if data are missing or do not fit the model, if the model returns no floating tensor, if the metric does not return a
+    number, or if `skip_done` holds other measurements; ParityError if the exact swaps do not give the same function.
     """
     _check(data, metric, by, budget)
     assert data is not None
@@ -156,7 +156,7 @@ def sensitivity(
 
 
 def value(measured: Measurement, by: By) -> float:
-    """The figure of a measurement by which layers are ranked; NaN and a missing metric count as infinitely bad."""
+    """The figure of a measurement by which layers are ranked; inf for NaN and for a missing metric."""
     found: float | None = getattr(measured, by)
     return math.inf if found is None or math.isnan(found) else found
 
@@ -180,7 +180,7 @@ def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> N
 
 
 class _Study:
-    """What one call of `sensitivity` measures, in the order in which it is asked."""
+    """The measurements of one call of `sensitivity`, each made when it is first needed."""
 
     def __init__(
         self,
@@ -215,7 +215,10 @@ class _Study:
         return (*exact, *ranked)
 
     def choose(self, layers: Sequence[Layer], by: By, budget: float) -> tuple[tuple[str, ...], Measurement, int]:
-        """The longest head of the ranking, found by bisection, that was measured inside the budget; exact swaps always are in it."""
+        """(names, measurement, sets tried) of the longest head of the ranking, found by bisection, whose measurement is inside the budget.
+
+        Exact swaps are always in it.
+        """
         head = [layer.name for layer in layers if layer.preserves == "approximate" and value(layer.measured, by) <= budget]
 
         def first(count: int) -> tuple[str, ...]:
@@ -251,7 +254,7 @@ class _Study:
         return self.done.rows[names]
 
     def _measure_alone(self, names: Sequence[str]) -> None:
-        """Measure each layer swapped on its own. All are calibrated in one pass, as each sees what the original's layers produce."""
+        """Measure each layer swapped on its own. All are calibrated in one pass, each on the outputs of the original's layers."""
         if not names:
             return
         chosen = replace(self.plan, swaps=tuple(self.swaps[name] for name in names))
@@ -301,7 +304,7 @@ class _Study:
 
 
 class _Original:
-    """The floating outputs of the original on each batch: computed once and kept as far as they fit into CACHE."""
+    """The floating outputs of the original on each batch, which are kept as far as they fit into CACHE."""
 
     def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
         self.run: Runner = module_runner(copy_for_running(module), ())
@@ -326,7 +329,7 @@ class _Original:
             raise UsageError("the model puts out no floating tensor, so nothing can be measured", hint="let it return what it decides by")
         size = sum(v.numel() * v.element_size() for v in values.values())
         if self.bytes + size <= CACHE:
-            # A copy: what a model puts out may be a part of something larger, or of what the next forward writes into.
+            # A copy, as an output may be a view of a larger tensor, or of a buffer that the next forward pass overwrites.
             self.kept[i] = {name: v.clone() for name, v in values.items()}
             self.bytes += size
         return values
@@ -347,7 +350,7 @@ class _Sums:
             y, z = y[mask.to(y.device)], z[mask.to(y.device)]
         if not y.numel():
             return
-        # What the original puts out itself, a masked logit of -inf for one, is no error. Any other infinity or NaN is one.
+        # An infinity or NaN that the original returns, too (a masked logit of -inf, say), is not an error. Any other is.
         same = (y == z) | (y.isnan() & z.isnan())
         d = torch.where(same, 0.0, z.double() - y.double())
         d = torch.where(d.isnan(), math.inf, d)
@@ -390,7 +393,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
     return number
 
 
-# --- the options of convert that make a choice ---------------------------------------------------------------------------------------
+# --- the globs for a choice -----------------------------------------------------------------------------------------------------------
 
 
 def _glob(name: str) -> str:
@@ -404,7 +407,10 @@ Globs = tuple[str, ...]
 def _globs(
     plan: Callable[[Sequence[str], Sequence[str], bool], Plan], names: Sequence[str], approximate: bool
 ) -> tuple[Globs, Globs] | tuple[None, None]:
-    """The fewest include and exclude globs with which `convert` swaps exactly these; tried out, as a kind may be called like a layer."""
+    """The fewest include and exclude globs with which `convert` swaps exactly these layers, or (None, None).
+
+    They are tried out, as the name of a layer may also be a kind.
+    """
     ours = tuple(map(_glob, names))
     rest = tuple(_glob(s.name) for s in plan((), (), approximate).swaps if s.name not in names)
     for include, exclude in sorted([((), rest), (ours, ()), (ours, rest)], key=lambda globs: len(globs[0]) + len(globs[1])):

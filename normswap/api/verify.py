@@ -1,4 +1,4 @@
-"""Whether two models, directories or files compute the same function: `normswap.verify`, and how each side is opened."""
+"""`normswap.verify`: measures whether two models, directories or files compute the same function; and opens both sides."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def verify(
     trust_packages: Sequence[str] = (),
     trust: bool = False,
 ) -> Parity:
-    """Measure whether `candidate` computes what `reference` computes. Never raises on a mismatch: ask `bool(parity)`.
+    """Measure whether `candidate` computes the same function as `reference`. A mismatch raises nothing: `bool(parity)` is False.
 
     Each side is a module, an ExportedProgram, a model file, a converted directory or an .onnx file.
 
-    inputs: a tensor, a tuple, or a dict of keyword arguments; None takes those of a converted directory, or infers them.
+    inputs: a tensor, a tuple, or a dict of keyword arguments; None: those of a converted directory, or inferred ones.
     tolerance: the largest max|difference| / max|reference| that passes, in place of the limits that docs/verify.md describes.
-    thorough: run an .onnx candidate at each of onnxruntime's optimisation levels, in place of those with nothing and everything optimised.
-    arch: what builds the architecture of a file or directory that holds weights alone (`torchvision:resnet18`).
-    trust_packages, trust: which packages' classes a pickle may use, and whether a file may run any code, as for `load`.
+    thorough: run an .onnx candidate at each of onnxruntime's optimisation levels, not only at "disabled" and "all".
+    arch: the spec that builds the architecture of a file or directory that holds weights alone (`torchvision:resnet18`).
+    trust_packages, trust: packages whose classes a pickle may use, and whether a file may run any code, as for `load`.
 
-    `first_bad` of what failed names the layer or node where the two start to differ. Raises LoadError if a side cannot be read, UsageError
-    if the reference cannot run on the inputs or none are known.
+    If the comparison failed, `first_bad` names the layer or node where the two start to differ. Raises LoadError if a side cannot be read,
+    UsageError if the reference cannot run on the inputs or none are known.
     """
     a, b = sides = [_opened(side, arch, trust_packages, trust) for side in (reference, candidate)]
     known = _given(sides, inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), sides)), None)
@@ -81,12 +81,12 @@ def load_any(source: str, *, arch: str | None = None, trust_packages: Sequence[s
 
 
 def factory_of(arch: str | None) -> Callable[[], nn.Module] | None:
-    """What builds the architecture that --arch names."""
+    """A function that builds the architecture of --arch; None without one."""
     return None if arch is None else lambda: build(arch)
 
 
 def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:
-    """The inputs that one side of a comparison knows: those it was saved with, those it declares, or inferred ones."""
+    """The inputs of one side of a comparison: those with which it was saved, those that an ONNX file declares, or inferred ones."""
     if isinstance(side, (str, Path)) and Path(side).is_dir():
         known = read_recipe(Path(side)).example_inputs()
         if known:

@@ -1,4 +1,4 @@
-"""The command line, a skin over `api`: one file per command, with its options beside its work; `options.py` has those that several take,
-`terminal.py` what a terminal shows and how an error ends, `app.py` puts the commands together. May import every room. No torch until a
-command runs.
+"""The command line, a thin layer over `api`: one file per command; `options.py` has the options that several commands share,
+`terminal.py` prints results, progress and errors, `app.py` puts the commands together. May import every room. torch is imported only when
+a command runs.
 """

@@ -1,4 +1,4 @@
-"""The `normswap` command: each of its commands lies in the file of its name.
+"""The `normswap` command. Each of its commands is in a file of its name.
 
 torch is imported when a command runs, so that `normswap --help` answers at once.
 """

@@ -96,7 +96,7 @@ def convert_to_directory(
         rules=rules,
         std=options.std,
         reestimate=options.reestimate,
-        # A program is to load where there is no normswap, and without modes it cannot say that it is not for training.
+        # A program must also load without normswap, and has no modes by which the term could be left out in eval mode.
         aux="none" if isinstance(original.model, ExportedProgram) else Request.aux,
         coupling=options.coupling,
     )
@@ -105,7 +105,7 @@ def convert_to_directory(
         with clock("convert and verify") as count:
             conversion = convert_unchecked(original.model, request, count)
         form, factory = original.form, original.factory
-        del original  # it is not needed any more, and there is to be room for the exporter's copies
+        del original  # to free memory for the exporter's copies
         gc.collect()
         parities = {"torch": conversion.parity}
         if conversion.drift is not None:
@@ -116,7 +116,7 @@ def convert_to_directory(
             with clock("save"):
                 _save(conversion, partial, form, source=source, factory=factory)
             if options.onnx:
-                # An approximate model is compared with itself: how far it is from the original is what the drift says.
+                # The file of an approximate model is compared with that model; its distance from the original is the drift.
                 judgement = conversion.judgement.passed_on(conversion.module) if conversion.drift is None else None
                 conversion = dataclasses.replace(conversion, judgement=judgement or conversion.judgement)
                 with clock("export and verify"):
@@ -154,7 +154,7 @@ def convert_to_directory(
 
 
 class _Clock:
-    """Announces a stage while it runs, gives the function that counts in it, and keeps how long it took."""
+    """Shows a stage while it runs, yields a function that counts its steps, and records how long the stage took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.seconds = progress, dict[str, float]()
@@ -195,6 +195,6 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
             torch.save(model, directory / name)
     module = as_module(model)
     save(module, directory, module=name, inputs=conversion.inputs, **origin)
-    # The file is trusted, as it was written a moment ago, and by this process.
+    # The file is trusted, as this process has just written it.
     again = as_module(opened(directory, read_recipe(directory), None, trust=True))
     check_same(module, again, directory, conversion.inputs)

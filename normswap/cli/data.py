@@ -1,4 +1,4 @@
-"""Opens what the options of a command name: models, inputs, batches, rules, functions."""
+"""Turns the values of options into objects: models, inputs, batches, rules, functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from normswap.rules.user_rules import named
 
 
 def loaded(source: str, loading: Loading) -> Loaded:
-    """The model of SRC, and what it was made from."""
+    """The model of SRC, and where it came from."""
     return load(source, arch=loading.arch, trust_packages=loading.trust_packages, trust=loading.trust)
 
 
@@ -31,7 +31,7 @@ def opened(source: str, loading: Loading) -> Model:
 
 
 def parsed(specs: Sequence[str]) -> Inputs | None:
-    """The example inputs that --input gives, if it was given."""
+    """The example inputs of --input; None without this option."""
     return parse(specs) if specs else None
 
 
@@ -49,8 +49,8 @@ def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
 
 
 def batches_of(spec: str, model: Model) -> Sequence[Any]:
-    """The batches that --data names, for `model`: a .pt file that holds a list of batches; a .pt, .npz or .npy file that is one; a
-    directory of such files; or package.module:factory, which returns or yields batches.
+    """The batches of --data: from a .pt file with a list of batches; a .pt, .npz or .npy file with one; a directory of such files; or
+    package.module:factory, which returns or yields batches. model: decides how the list in a file is interpreted.
     """
     path = Path(spec)
     files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""`normswap export`: a model, or a converted directory, as an ONNX file."""
+"""`normswap export`: writes a model, or a converted directory, as an ONNX file."""
 
 from __future__ import annotations
 

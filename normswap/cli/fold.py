@@ -1,4 +1,4 @@
-"""`normswap fold`: the normalization of an ONNX file, folded into its layers."""
+"""`normswap fold`: folds the normalization of an ONNX file into its layers."""
 
 from __future__ import annotations
 

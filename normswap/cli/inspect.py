@@ -1,4 +1,4 @@
-"""`normswap inspect`: what would happen to each norm of SRC, and what is known of it."""
+"""`normswap inspect`: lists each norm of SRC with the decision about it and its facts."""
 
 from __future__ import annotations
 

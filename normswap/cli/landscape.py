@@ -1,4 +1,4 @@
-"""`normswap landscape`: how predictable a training step is, before and after a swap."""
+"""`normswap landscape`: measures how predictable a training step is, before and after a swap."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def landscape(
         model = opened(source, loading)
         batches = batches_of(data, model)
         found = landscape(
-            dict(_models(model, forms or (), batches)),  # type: ignore[arg-type]  # a program: that is refused there
+            dict(_models(model, forms or (), batches)),  # type: ignore[arg-type]  # `landscape` refuses an ExportedProgram
             batches,
             loss=None if loss is None else function_of(loss, "--loss", "a function of (output, y) that returns one number"),
             steps=steps or STEPS,
@@ -89,7 +89,7 @@ def landscape(
 
 
 def _models(model: Model, forms: Sequence[str], batches: Sequence[Any]) -> Iterator[tuple[str, Model]]:
-    """The model as it is, converted, and converted with its statistics coupled: as the forms say, or all if a norm can be swapped."""
+    """(form, model) for each of `forms`: as it is, converted, or converted and coupled. Default: all, if a norm can be swapped."""
     from torch import nn
 
     from normswap.api.convert import convert, plan
@@ -97,7 +97,7 @@ def _models(model: Model, forms: Sequence[str], batches: Sequence[Any]) -> Itera
     from normswap.errors import UsageError
 
     calibration = [dict(probe.kwargs) or probe.args for probe, _ in called_with(batches)]
-    module = isinstance(model, nn.Module)  # a program has no modes, and `landscape` says so
+    module = isinstance(model, nn.Module)  # `landscape` has a message for an ExportedProgram
     swapped = module and bool(plan(model, calibration[0]).swaps)
     for form in forms or (FORMS if swapped else FORMS[:1]):
         if form == "original":

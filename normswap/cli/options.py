@@ -1,7 +1,7 @@
 """The options of the commands, each written once: its name, help and default. The defaults of a conversion are in `api/request.py`.
 
-A command takes an option as a parameter of its own, or a frozen dataclass of options that several commands take; `spread` makes one option
-of each field of such a class. No torch here: `normswap COMMAND --help` is to answer at once.
+A command has an option as a parameter, or a frozen dataclass of options as a parameter; `spread` makes an option of each field of such a
+class. torch is not imported here, so that `normswap COMMAND --help` answers at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is read."""
+    """The options for reading a model."""
 
     arch: Annotated[
         str | None,
@@ -58,14 +58,14 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Running(Loading):
-    """How a model is read, and what it is run on."""
+    """The options for reading a model and running it on example inputs."""
 
     inputs: Annotated[list[str], INPUT] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting:
-    """Which norms are swapped, and by which rules."""
+    """The options that choose which norms are swapped, and by which rules."""
 
     include: Annotated[
         list[str], typer.Option("--include", metavar="GLOB", help="Swap only layers whose name or kind matches. Repeatable.")
@@ -81,7 +81,7 @@ class Selecting:
 
 @dataclass(frozen=True, kw_only=True)
 class Converting:
-    """What the new layers are."""
+    """The options for the new layers and their calibration."""
 
     std: Annotated[Literal["log", "abs", "inv"], typer.Option(help="How the new layers store their standard deviation.")] = Request.std
     data: Annotated[
@@ -111,7 +111,7 @@ class Converting:
 
 @dataclass(frozen=True, kw_only=True)
 class Exporting:
-    """What an ONNX file is."""
+    """The options for an ONNX file."""
 
     target: Annotated[
         Literal["portable", "cuda"],
@@ -131,7 +131,7 @@ class Exporting:
     thorough: Thorough = False
 
     def export_options(self) -> dict[str, Any]:
-        """As `export_onnx` takes them."""
+        """The options as keyword arguments of `export_onnx`."""
         return {
             "target": self.target,
             "opset": self.opset,
@@ -143,7 +143,7 @@ class Exporting:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of those of its parameters that are a dataclass."""
+    """The command with each parameter that is a dataclass replaced by one option for each field of the dataclass."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parameters = []

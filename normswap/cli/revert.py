@@ -1,4 +1,4 @@
-"""`normswap revert`: the BatchNorm of a converted directory, given back."""
+"""`normswap revert`: turns the model of a converted directory back into one with BatchNorm."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def revert(
 
 
 def revert_directory(source: str, output: Path, loading: Loading, *, skip: bool = False) -> None:
-    """Give the model of a converted directory its BatchNorm back, prove it, and write it to `output`.
+    """Revert the model of a converted directory, verify it, and write it to `output`.
 
-    A name that ends in .safetensors gets the state dict; any other a pickled module if the directory holds one, else a state dict.
+    A name that ends in .safetensors gets the state dict; any other name a pickled module if the directory holds one, else a state dict.
     """
     import torch
     from torch.export import ExportedProgram
@@ -47,7 +47,7 @@ def revert_directory(source: str, output: Path, loading: Loading, *, skip: bool 
     recipe = read_recipe(Path(source))
     converted = opened(source, loading)
     if isinstance(converted, ExportedProgram):
-        raise UsageError(f"{source} holds an exported program, which has no layers to give back", hint="keep the .pt2 it was made from")
+        raise UsageError(f"{source} holds an exported program, which cannot be reverted", hint="keep the .pt2 it was made from")
     model = revert(converted, skip=skip)
     raise_for(verify(converted, model, inputs_of(source, converted)))
     with atomic.file(output) as partial, atomic.writing(str(output)):

@@ -1,4 +1,4 @@
-"""`normswap sensitivity`: what swapping each layer costs."""
+"""`normswap sensitivity`: measures how much swapping each layer changes the outputs."""
 
 from __future__ import annotations
 

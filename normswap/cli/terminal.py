@@ -1,4 +1,4 @@
-"""Around a command: what reaches which stream, which exit code an error has, and what a terminal shows meanwhile.
+"""Runs the body of a command, with its output streams, exit codes and progress on the terminal.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 cannot convert, 2 usage, 3 converted but parity failed, 130 Ctrl-C.
 """
@@ -30,9 +30,9 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @contextlib.contextmanager
 def work(debug: bool) -> Iterator[Progress]:
-    """What a command does before it prints its result: nothing reaches stdout, and every error ends as an exit code.
+    """Run the work of a command before it prints its result: stdout goes to stderr, and every error becomes a message and an exit code.
 
-    Gives progress(stage, done, total), which shows how far a stage is; the total is None where nothing is counted.
+    Yields progress(stage, done, total), which shows the progress of a stage; the total is None if nothing is counted.
     """
     try:
         # models print while they load, and torch's exporter prints its progress
@@ -61,7 +61,7 @@ def _fail(*lines: str, code: int, debug: bool) -> None:
 
 @contextlib.contextmanager
 def _progress(console: Console | None = None) -> Iterator[Progress]:
-    """On a terminal, one line for the stage that runs: a spinner, and a bar with the time left while it counts. Silence elsewhere."""
+    """Yields a function that shows the current stage on a terminal, with a spinner, a bar and the time left; elsewhere it does nothing."""
     from rich import progress
     from rich.console import Console
 
@@ -82,7 +82,7 @@ def _progress(console: Console | None = None) -> Iterator[Progress]:
                 if task not in running:
                     bar.remove_task(task.id)
             task_id = running[0].id if running else bar.add_task(shown(stage, line=True), total=total, count="")
-            ends = not running or done == total  # drawn at once, however soon the next stage comes
+            ends = not running or done == total  # the first and last state of a stage are drawn at once
             bar.update(task_id, completed=done, total=total, count="" if total is None else f"{done}/{total}", refresh=ends)
 
         yield show
@@ -93,12 +93,12 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_tables(*tables: Table, text: str) -> None:
-    """The tables that have rows, then the text."""
+    """Print the tables that have rows, then the text."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160  # rich takes a pipe for 80 columns wide and breaks names in two
+        console.width = 160  # rich assumes 80 columns for a pipe, and would break names
     for table in tables:
         if table.row_count:
             console.print(table)
@@ -106,5 +106,5 @@ def print_tables(*tables: Table, text: str) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print text in which what a terminal would obey is escaped."""
+    """Print text with control sequences escaped."""
     typer.echo(shown(text), err=err)

@@ -1,4 +1,4 @@
-"""`normswap verify`: whether two models, directories or files compute the same function."""
+"""`normswap verify`: measures whether two models, directories or files compute the same function."""
 
 from __future__ import annotations
 

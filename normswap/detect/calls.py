@@ -1,7 +1,7 @@
-"""Norms that are no modules but code -> Sites: whether each can be replaced, and whose code has to be rewritten for it.
+"""Makes Sites of the normalizations that a back-end saw in the code of modules, and decides which of them can be replaced.
 
 The module whose code normalizes, the owner, is traced alone (`models/own_code.py`), so that the rest of the model need not be traceable.
-What is found in its graph (`handwritten.find`) is counted against what the back-end saw.
+The normalizations in the owner's graph (`handwritten.find`) are matched with the hits of the back-end by their order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from normswap.models.watching import Watcher
 
 @dataclass(frozen=True)
 class Hit:
-    """One call of a normalizing function, or one square root as a hand-written norm takes it, that a back-end saw in the code of `owner`.
+    """One call of a normalizing function, or one square root that may belong to a hand-written norm, seen in the code of `owner`.
 
-    producer: the conv or linear whose output goes there and nowhere else, if there is one.
+    producer: the conv or linear layer whose output goes only into this normalization, if there is one.
     """
 
     owner: str
@@ -47,11 +47,11 @@ def call_sites(
     idle: Sequence[str] = (),
     suspects: Sequence[str] = (),
 ) -> tuple[list[tuple[int, Site]], list[str]]:
-    """(number of its first hit, Site) for every call in the code of an owner of `hits`; and a note on every suspect that has no such site.
+    """(number of its first hit, Site) for every normalization in an owner's code; and a note on every suspect without a hand-written norm.
 
     model: a copy in eval mode that nobody else uses, which may be traced and run. names: owner -> all its names. forward: gives the
-    arguments of a forward pass; asked only if the shape of an input must be known. idle: owners whose code was not run; their sites come
-    last. suspects: owners whose code scales by a root, as hand-written norms do.
+    arguments of a forward pass; called only if the shape of an input must be known. idle: owners whose code was not run; their sites come
+    last. suspects: owners whose code scales by the root of a mean or variance, as hand-written norms do.
     """
     owners = list(dict.fromkeys((*(hit.owner for hit in hits), *suspects, *idle)))
     found: dict[str, list[Found]] = {}
@@ -84,7 +84,7 @@ def call_sites(
 
 def _suspicion(module: nn.Module, name: str, why_not: str | None) -> str:
     where = f"{type(module).__name__} ({name})" if name else type(module).__name__
-    why = f"its code cannot be rewritten because {why_not}" if why_not else "it has not the form of one that normswap knows"
+    why = f"its code cannot be rewritten because {why_not}" if why_not else "it does not have a form that normswap knows"
     return (
         f"the code of {where} scales by the root of a mean or variance, or by a norm, as a normalization written by hand does; "
         f"it is not listed, as {why}. If it is a normalization, make it a layer with Norm in the name of its class"
@@ -92,7 +92,7 @@ def _suspicion(module: nn.Module, name: str, why_not: str | None) -> str:
 
 
 def writes_its_own(module: nn.Module) -> bool:
-    """Whether the module is a class of somebody's own in whose code a normalization can be replaced."""
+    """Whether the class of the module is not torch's, and a normalization in its code can be replaced."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward.__module__.startswith("torch."):
         return False
     try:
@@ -102,9 +102,10 @@ def writes_its_own(module: nn.Module) -> bool:
 
 
 def _agreed(module: nn.Module, shapes: Shapes | None) -> list[Found]:
-    """What the code of a module calls in eval mode, if it calls the same in train mode.
+    """The normalizations in a module's code in eval mode, which must be the same in train mode.
 
-    Code that no graph holds, of a class derived from a norm of torch, stays as it is if all it does with the norm is to call it.
+    A class derived from a norm of torch may have code that torch.fx cannot trace: if that code only calls `super().forward`, it can stay,
+    and the one normalization found is the call of `super().forward`.
     """
     derived = base_of(module) is not None and not type(module).forward.__module__.startswith("torch.")
     try:
@@ -132,7 +133,7 @@ def _in_graphs(module: nn.Module, shapes: Shapes | None, *, at_ranks: bool = Tru
 def _sites(
     owner: nn.Module, name: str, aliases: Sequence[str], found: list[Found], hits: list[tuple[int, Hit]], idle: bool
 ) -> list[tuple[int | None, Site]]:
-    # The k-th of n calls was seen as the k-th, n + k-th, ... hit of its sort; otherwise not all of the code ran, and no count is known.
+    # If all of the code ran each time, the k-th of n calls was seen as the k-th, n + k-th, ... hit; if it did not, no count is known.
     seen: dict[int, list[tuple[int, Hit]]] = {}
     for hand_written in (False, True):
         numbers = [i for i, f in enumerate(found) if (f.function == HAND_WRITTEN) == hand_written]
@@ -163,7 +164,7 @@ def _sites(
 
 
 def _unreplaceable(owner: str, owner_class: str, hits: list[tuple[int, Hit]], why: str) -> list[tuple[int, Site]]:
-    """One site for each call that was seen; what only looks like a form written by hand is no site."""
+    """One site for each function call that was seen, with `why` as the obstacle. Hits that may be hand-written norms become no sites."""
     sites, taken = [], set[str]()
     for i, hit in hits:
         if hit.function != HAND_WRITTEN:
@@ -174,13 +175,13 @@ def _unreplaceable(owner: str, owner_class: str, hits: list[tuple[int, Hit]], wh
 
 
 def _prefix(call: Found) -> str:
-    """Where the module stood that a traced graph took the call from."""
+    """The path, with a dot at its end, of the submodule whose code makes the call; empty for the owner itself and for a GraphModule."""
     place = place_of(call.end) if call.end.graph.owning_module is not None else ""
     return f"{place}." if place else ""
 
 
 def _free(owner: nn.Module, name: str, taken: set[str]) -> str:
-    """A name under which `owner` holds nothing yet."""
+    """`name`, or `name` with the first number behind it, that is not an attribute of `owner` and is not taken."""
     number, free = 0, name
     while free in taken or _holds(owner, free):
         number += 1
@@ -198,14 +199,14 @@ def _holds(owner: nn.Module, path: str) -> bool:
 
 
 def _observe(model: nn.Module, owners: Sequence[str], arguments: Forward) -> dict[str, Shapes]:
-    """owner -> node name -> shape, from one forward pass: each owner's graph is run beside its code, on what the code is given."""
+    """owner -> node name -> shape, from one forward pass, in which each owner's graph is also run on the inputs of the owner."""
     watch = _GraphsBeside(model, {id(model.get_submodule(owner)): owner for owner in owners})
     watch.run(*arguments)
     return watch.shapes
 
 
 class _GraphsBeside(Watcher):
-    """Runs the graph of each owner's code on what the code is given at its first call. owners: id -> name."""
+    """Records shapes by running each owner's graph on the inputs of the owner's first call. owners: id -> name."""
 
     def __init__(self, model: nn.Module, owners: Mapping[int, str]) -> None:
         super().__init__(model)
@@ -219,7 +220,7 @@ class _GraphsBeside(Watcher):
         graph_module = module if isinstance(module, fx.GraphModule) else fx.GraphModule(module, graphs_of(module)[False])
         interpreter = _ShapesOf(graph_module)
         self.shapes[owner] = interpreter.shapes
-        # The base_forward of a derived norm is never run: everything before it has been seen by then.
+        # `base_forward` cannot be run and raises; the shapes of all nodes before it have been recorded by then.
         with contextlib.suppress(Exception):
             interpreter.run(*_positional(module, args, kwargs))
 

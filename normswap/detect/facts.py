@@ -1,7 +1,7 @@
-"""(model, Plan) -> Facts: what `inspect` says about each norm besides the decision. Changes nothing, and decides nothing.
+"""(model, Plan) -> Facts: what `inspect` prints about each norm besides the decision. Changes nothing, and decides nothing.
 
-One forward pass in eval mode, on a copy that shares only the parameters, is watched by hooks on every module and a TorchFunctionMode on
-every function: the shapes that reach each norm, who calls it, and what overwrites its output. Everything else is read off the layer.
+Hooks on every module and a TorchFunctionMode watch one forward pass in eval mode, on a copy that shares only the parameters. It shows the
+shapes that reach each norm, the modules that call it, and what overwrites its output. Everything else is read from the layer's tensors.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Facts:
     folds_into      the conv or linear that feeds it alone, if a swap of it could be folded in there; else None, and `why_not_folded`
     approximate     kept by an exact conversion, but swapped by an approximate one
     written_by      what overwrites its output in place: qualified names of modules, or functions
-    unseen          why no call of it was watched, though the plan has calls, or None
+    unseen          why the watched forward pass shows no call of it, though the plan has calls; else None
     warnings        its hazards
 
-    None stands for what does not apply or is not known.
+    None: does not apply, or is not known.
     """
 
     name: str
@@ -76,10 +76,10 @@ class _Calls:
 
 
 def facts(model: nn.Module, plan: Plan, forward: Callable[[], Forward | None]) -> tuple[Facts, ...]:
-    """The facts about every site of `plan`, in the order of the watched forward, then those that it did not reach.
+    """The facts about every site of `plan`, in the order of the watched forward pass; sites that it did not reach come last.
 
-    plan: one that makes the approximate swaps, too, so that facts can say which these are. forward: gives the arguments of one forward
-    pass, or None. Raises nothing for a model that cannot be copied or run: then `unseen` says why, and shapes are unknown.
+    plan: made with approximate=True, so that the facts show which swaps are approximate. forward: gives the arguments of one forward
+    pass, or None. A model that cannot be copied or run raises nothing: `unseen` says why, and shapes are unknown.
     """
     decisions: list[Swap | Skip] = [*plan.swaps, *plan.skips]
     arguments = forward() if decisions else None
@@ -116,7 +116,7 @@ def _facts(model: nn.Module, decision: Swap | Skip, calls: _Calls | None, sample
     )
 
 
-# --- what it could fold into --------------------------------------------------------------------------------------------------------
+# --- the layer that the norm could be folded into -----------------------------------------------------------------------------------
 
 
 def _fold(model: nn.Module, decision: Swap | Skip, shapes: Sequence[tuple[int, ...]]) -> tuple[str | None, str | None]:
@@ -132,13 +132,13 @@ def _fold(model: nn.Module, decision: Swap | Skip, shapes: Sequence[tuple[int, .
     else:
         return None, "no conv or linear layer feeds it and nothing else" if decision.calls else "no call of it is known"
     assert decision.rule.build is not None
-    layer = decision.rule.build(decision.site, "log")  # which axes hold its channels, the rule alone knows
+    layer = decision.rule.build(decision.site, "log")  # only the rule knows which axes hold the channels
     axes: tuple[int, ...] = getattr(layer, "channel_axis", ())
     output = -1 - space  # the axis on which a conv or linear puts its channels, from the end
     if len(axes) == 1 and (axes[0] == output or {axes[0] - len(shape) for shape in shapes if axes[0] >= 0} == {output}):
         return name, None
     if len(axes) == 1 and axes[0] >= 0 and not shapes and space:
-        return name, None  # a batch of images, as nothing says otherwise
+        return name, None  # without a known shape, assume one batch axis before the channels
     return (
         None,
         f"its channels are not known to be those of {name}" if not shapes else f"its channels lie on another axis than those of {name}",
@@ -151,7 +151,7 @@ def _space(producer: nn.Module) -> int:
 
 
 def _source(model: fx.GraphModule, site: Site) -> tuple[str, int] | None:
-    """The call of a conv or linear function, with a constant weight, that feeds a functional norm of a graph and nothing else."""
+    """(name, axes after the channels) of the conv or linear call with a constant weight whose output only this functional norm reads."""
     node = next((node for node in model.graph.nodes if node.name == site.name.rpartition(".")[2]), None)
     source = node.args[0] if node is not None and node.args else None
     if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
@@ -170,7 +170,7 @@ def _source(model: fx.GraphModule, site: Site) -> tuple[str, int] | None:
 
 
 def _watched(model: nn.Module, sites: Sequence[Site], arguments: Forward | None) -> tuple[dict[str, _Calls], str | None]:
-    """(what the forward pass showed of each site that it reached, why it did not show more)."""
+    """(the calls of each site that the forward pass reached, why the pass was not run or stopped early, or None)."""
     if arguments is None:
         return {}, "no example inputs are known, so no forward pass was watched"
     try:
@@ -186,7 +186,7 @@ _Key = str | tuple[str, str]  # the name of a site that is a module; (owner, fun
 
 
 class _Watch(Watcher):
-    """Watches one forward pass of a model that nobody else uses."""
+    """Records the calls of each site in one forward pass. model: a copy that nobody else uses."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         self.sites = sites
@@ -196,11 +196,12 @@ class _Watch(Watcher):
         self.norms = {id(modules[site.name]): site.name for site in sites if site.name in modules and site.name not in in_code}
         super().__init__(model, opaque=self.norms.keys())
         self.calls: list[tuple[_Key, _Calls]] = []
-        # Where each norm's output lies, at which version. The weak reference keeps the address from being used again, not the data.
+        # storage of a norm's output -> (weak reference, version, calls). The weak reference keeps the address from being reused, and does
+        # not keep the data alive.
         self.outputs: dict[int, tuple[StorageWeakRef, int, _Calls]] = {}
 
     def result(self) -> dict[str, _Calls]:
-        """By site, what was seen of it, in the order of the first calls."""
+        """site name -> its calls, in the order of the first calls."""
         names = {key: self._names_of(key, count) for key, count in Counter(key for key, _ in self.calls).items()}
         taken = Counter[_Key]()
         found: dict[str, _Calls] = {}
@@ -215,7 +216,7 @@ class _Watch(Watcher):
         return found
 
     def _names_of(self, key: _Key, count: int) -> list[str]:
-        """The sites that `count` calls under one key belong to, in the order of the calls; none if that is not clear."""
+        """The names of the sites under one key, in the order of their calls; empty if `count` calls cannot be assigned to them."""
         if isinstance(key, str):
             return [key]
         owner, function = key
@@ -256,14 +257,14 @@ class _Watch(Watcher):
         return seen
 
     def _put_out(self, output: Any, calls: _Calls) -> None:
-        """A norm has put out this: the tensor and its views share a storage, and a count of writes."""
+        """Remember the storage and the version counter of a norm's output; views of the output share both."""
         tensor = next(tensors_in(output), None)
         if tensor is not None and _has_storage(tensor):
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self.outputs[storage_key(tensor)] = (reference, written(tensor), calls)
 
     def _read(self, tensor: Tensor, function: Callable[..., Any]) -> None:
-        """A function was given this tensor; if it is the output of a norm, and was written to, the function did it."""
+        """Record `function`, which has just run on `tensor`, as a writer if `tensor` is a norm's output whose version has changed."""
         known = self.outputs.get(storage_key(tensor)) if self.outputs and _has_storage(tensor) else None
         if known is None or written(tensor) == known[1]:
             return
@@ -278,13 +279,13 @@ class _Watch(Watcher):
 
 
 def _is_call(site: Site, function: str) -> bool:
-    """Whether a call of `function` may be one of the site: of what it names, or of what the `super().forward` that it names calls."""
+    """Whether a call of `function` may be one of the site: `site.function` is it, or a `torch.nn.*.forward` of the same kind of norm."""
     endings = tuple(f"{functional.KINDS.get(function, '?').replace('_', '')}{space}.forward" for space in ("", "1d", "2d", "3d"))
     return site.function is not None and (site.function == function or site.function.lower().endswith(endings))
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    """Whether its data lie in one place, and writes to it are counted."""
+    """Whether the tensor is strided and has a version counter."""
     return not tensor.is_inference() and tensor.layout is torch.strided
 
 

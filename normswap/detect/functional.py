@@ -1,8 +1,8 @@
-"""Normalizations that are function calls: which functions they are, what each argument means, and the layer that computes the same.
+"""Normalizations that are function calls: the functions, the meaning of their arguments, and a layer that computes the same as a call.
 
 Arguments come positionally, by keyword or not at all (exporters drop trailing defaults, and which ones depends on the build), so they
 are bound through the function's own signature and never indexed. The layer stands for the call in the plan, so that rules, calibration and
-the judge see modules only.
+the comparison see modules only.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ _ALWAYS_TRAINING = {aten._batch_norm_with_update.default, aten._batch_norm_with_
 
 
 def _operator(function: Callable[..., Any]) -> OpOverload | None:
-    """The aten operator that a function is; None for one that is written in Python. Built-ins (torch.batch_norm) have no signature."""
+    """The aten operator behind a function, whose schema serves as a signature (built-ins like torch.batch_norm have none); None for a
+    function written in Python."""
     if isinstance(function, OpOverload):
         return function
     return cast(OpOverload, getattr(aten, function.__name__).default) if inspect.isbuiltin(function) else None
 
 
 def returns_a_tuple(function: Callable[..., Any]) -> bool:
-    """Whether a call gives (output, statistics ...) instead of the output."""
+    """Whether a call returns (output, statistics ...) instead of the output alone."""
     operator = _operator(function)
     return operator is not None and returned_by(operator) > 1
 
@@ -106,15 +107,16 @@ Shapes = Mapping[str, tuple[Any, ...]]  # node name -> shape of its value
 
 @dataclass(frozen=True)
 class Found:
-    """One normalization in a graph: a call of a function, or a form that is written by hand.
+    """One normalization in a graph: a call of a function, or several operations that make up a hand-written norm.
 
     name         of the node that makes the call
     function     its dotted name, or HAND_WRITTEN
     start, end   the node whose value is normalized, and the one whose value is the result
     inside       every node after start, up to end
-    layer        computes the same; None, with `obstacle`, a clause about the call, if no layer does
+    layer        a layer that computes the same; None if there is none
+    obstacle     why `layer` is None: a clause about the call
     key          equal for two calls with the same tensors and settings
-    needs_shape  with the shape of its input known there would be a layer, or a better one
+    needs_shape  knowing the shape of the input would give a layer, or a better one
     under        whether the code around it stays, and calls the layer by `super().forward` (`super_calls.py`)
     """
 
@@ -131,26 +133,26 @@ class Found:
 
     @property
     def tensors(self) -> frozenset[int]:
-        """Which tensors it reads; the same in train and in eval mode, if it is the same call."""
+        """The ids of the layer's parameters, by which a call in eval mode is compared with the one in train mode."""
         return frozenset(id(p) for p in self.layer.parameters()) if self.layer is not None else frozenset()
 
 
 class BatchNormCall(AnyBatchNorm):
-    """BatchNorm that, like the function, does not ask for the rank of its input. What `revert` gives back for a call."""
+    """BatchNorm that, like F.batch_norm, takes inputs of any rank. `revert` puts it in the place of a swapped call."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
 
 class InstanceNormCall(AnyInstanceNorm):
-    """InstanceNorm that, like the function, takes the second axis for the channels whatever the rank."""
+    """InstanceNorm that, like F.instance_norm, has its channels on axis 1 whatever the rank of the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return cast(Tensor, self._apply_instance_norm(input))  # type: ignore[no-untyped-call]
 
 
 class _NoLayer(Exception):
-    """Why no layer can stand for a call: a clause about the call. needs_shape: with the shape of its input one could."""
+    """No layer can stand for a call; the text is a clause about the call. needs_shape: one could, if the input's shape were known."""
 
     def __init__(self, reason: str, *, needs_shape: bool = False) -> None:
         super().__init__(reason)
@@ -203,7 +205,7 @@ def _call(node: fx.Node, root: nn.Module, shapes: Shapes, observed: bool) -> Fou
 
 
 def _value(argument: Any, root: nn.Module) -> Any:
-    """A tensor behind a get_attr node as itself."""
+    """The tensor that a get_attr node reads; any other argument as it is."""
     if isinstance(argument, fx.Node) and argument.op == "get_attr":
         return attribute(root, str(argument.target), argument)
     return argument
@@ -223,7 +225,7 @@ def _output(node: fx.Node, function: Callable[..., Any]) -> fx.Node:
 
 
 def _one_sample(start: fx.Node) -> bool:
-    """Whether this is a view of all samples as the channels of one."""
+    """Whether `start` is a view of shape (1, N * C, ...), in which all samples are channels of one sample."""
     if operator_of(start) == "contiguous":
         start = cast(fx.Node, start.args[0])
     sizes: tuple[Any, ...] = start.args[1:] if operator_of(start) in ("view", "reshape", "_unsafe_view") else ()
@@ -285,7 +287,7 @@ def _with_statistics(cls: Callable[..., nn.Module], arguments: Arguments, channe
 
 
 def _size(arguments: Arguments, channels: Callable[[], int]) -> int:
-    """The number of channels: of any tensor that comes with them, else of the input."""
+    """The number of channels: the size of the running mean, weight or bias if the call has one, else that of the input."""
     given = (arguments.get(name) for name in ("running_mean", "weight", "bias"))
     return next((tensor.shape[0] for tensor in given if tensor is not None), None) or channels()
 

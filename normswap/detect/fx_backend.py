@@ -1,6 +1,6 @@
-"""The back-ends "graph" and "fx" of `trace`: norms, their order, calls, producers and readers, read off a graph.
+"""The back-ends "graph" and "fx" of `trace`: read the norms, their order, calls, producers and readers from an fx graph.
 
-The graph is that of a GraphModule, or what torch.fx makes of the model with every norm as a leaf. It needs no inputs.
+The graph is the one of a GraphModule, or the one that torch.fx traces with every norm as a leaf. No inputs are needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from normswap.models.own_code import BASES, attribute, is_emptied, place_of
 
 
 class Tracer(fx.Tracer):
-    """Keeps every norm and producer as one node, whatever package its class is from, and looks into everything that holds a norm."""
+    """Keeps every norm and producer as one node, whatever package its class is from, and traces into every module that holds a norm."""
 
     def __init__(self, model: nn.Module, names: Names) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Tracer(fx.Tracer):
 
 
 def see_graph(root: nn.Module, graph: fx.Graph, names: Names, seen: Seen | None = None) -> Seen:
-    """Read the calls of norms off a graph whose module targets are names in `root`."""
+    """Record the norms, calls, producers and readers of a graph whose module targets are names in `root`."""
     seen = seen or Seen()
     called = Counter(id(root.get_submodule(str(node.target))) for node in graph.nodes if node.op == "call_module")
     called.update(id(owner) for node in graph.nodes if node.op == "get_attr" and (owner := _owner(root, node)))  # a weight that code reads
@@ -60,7 +60,7 @@ def see_graph(root: nn.Module, graph: fx.Graph, names: Names, seen: Seen | None 
                 source = node.args[0] if node.args else node.kwargs.get("input")
                 producer = None if module._forward_pre_hooks else _producer_of(source, {node}, root, names, called)
                 seen.call(names.first(module), producer)
-            elif isinstance(module, BASES):  # a class that extends one of torch's norms: what it calls is in its own code
+            elif isinstance(module, BASES):  # a class derived from one of torch's norms, which is called in the class's own code
                 source = node.args[0] if node.args else node.kwargs.get("input")
                 passes_on = not module._forward_pre_hooks and under_super(module).passes_on
                 producer = _producer_of(source, {node}, root, names, called) if passes_on else None
@@ -76,7 +76,7 @@ def see_graph(root: nn.Module, graph: fx.Graph, names: Names, seen: Seen | None 
 
 
 def _owner(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that holds what a get_attr node reads."""
+    """The module whose attribute a get_attr node reads."""
     path = str(node.target).rpartition(".")[0]
     try:
         return root.get_submodule(path)
@@ -85,7 +85,7 @@ def _owner(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def _producer_of(source: Any, norm: Collection[fx.Node], root: nn.Module, names: Names, called: Counter[int]) -> str | None:
-    """The conv or linear module whose output is `source` and goes to the nodes of this norm and nowhere else."""
+    """The name of the conv or linear layer whose output is `source`, if only the nodes of this norm read it; else None."""
     if not isinstance(source, fx.Node) or source.op != "call_module" or not source.users.keys() <= set(norm):
         return None
     module = root.get_submodule(str(source.target))

@@ -1,8 +1,8 @@
-"""Normalizations that are written out by hand, in the operations of a graph; and `find`, which also finds the calls of functions.
+"""Finds normalizations written out by hand in the operations of a graph; `find` lists these and the calls of normalizing functions.
 
-Such a form is found by what is always there: a mean, var or std of x, a square root of it, and x multiplied or divided by that. The nodes
-from x to there, and a weight and bias behind it, become a layer as they are; whether they compute a known normalization is found out by
-running that layer (`rules/recognise.py`), not by how it is written.
+Every hand-written norm has a mean, var or std of x, a square root of it, and x multiplied or divided by that root. The nodes from x to
+this product, and a weight and bias applied to it, are copied into a layer. Running that layer (`rules/recognise.py`) shows whether it
+computes a known normalization; how the code is written does not matter.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _KEEPING = "to float double half bfloat16 type type_as _to_copy clamp clamp_min 
 _SIZES = "getitem getattr size sym_size dim numel"
 ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_KEEPING} {_SIZES}".split())
 SCALES = frozenset({"mul", "multiply", "truediv", "div", "divide", "true_divide"})
-_THROUGH = ELEMENTWISE - SCALES  # between the root and what it scales
+_THROUGH = ELEMENTWISE - SCALES  # operations that may lie between the root and the product that it scales
 _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"})
-_REACH = 16  # nodes; the longest known form has 10
+_REACH = 16  # nodes searched back from the root; the longest known hand-written norm has 10
 
 
 class HandwrittenNorm(nn.Module):
-    """The nodes of a hand-written form, under the tensors that they read. Made by `_layer_of_nodes`, which gives it its forward."""
+    """A layer made of the nodes of a hand-written norm and the tensors that they read. `_layer_of_nodes` gives it its forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -38,12 +38,12 @@ class HandwrittenNorm(nn.Module):
 def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list[Found]:
     """Every functional and hand-written normalization in `graph`, whose targets are names in `root`, in execution order.
 
-    shapes: of the values of nodes, where they are known; for calls without a weight nothing else says how many channels there are. None
-    if no forward pass was watched.
+    shapes: node name -> shape, where known; only the shape tells the number of channels of a call without a weight. None if no forward
+    pass was watched.
     """
     observed = shapes is not None
     shapes = {**{n.name: shape for n in graph.nodes if (shape := _recorded_shape(n)) is not None}, **(shapes or {})}
-    constants = _constants(graph)  # a weight that is standardised is no activation, by whichever function
+    constants = _constants(graph)  # calls that normalize these (a standardised weight) are not norms
     calls = (call for call in calls_in(graph, root, shapes, observed) if call.start not in constants)
     found = [*calls, *_hand_written(graph, root, shapes, constants)]
     place = {node: i for i, node in enumerate(graph.nodes)}
@@ -51,9 +51,9 @@ def find(graph: fx.Graph, root: nn.Module, shapes: Shapes | None = None) -> list
 
 
 def scalings(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that scale a value by the root of a mean or variance, or by a norm: what every normalization does, and little else."""
+    """The nodes that scale a value by the root of a mean or variance, or by a vector norm, as every normalization does."""
     constants = _constants(graph)
-    statistics = set[fx.Node]()  # and what is computed from nothing else
+    statistics = set[fx.Node]()  # reductions and vector norms, and what is computed from these alone
     for node in graph.nodes:
         inputs = [n for n in node.all_input_nodes if n not in constants]
         if inputs and (operator_of(node) in REDUCTIONS | LENGTHS or (operator_of(node) in ELEMENTWISE and statistics.issuperset(inputs))):
@@ -74,7 +74,7 @@ def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes, constants: s
     for node in graph.nodes:
         if node in taken or node in constants or not _is_root(node):
             continue
-        # Two of them may share a cast or a centred x, but never what is scaled.
+        # Two hand-written norms may share a cast or a centred x, but never the product at the end.
         ends = (end for end in _scaled_by(node) if end not in taken)
         hit = next(filter(None, (_span(entry, end, constants) for end in ends for entry in _entries(node, end, constants))), None)
         if hit is None:
@@ -88,7 +88,7 @@ def _hand_written(graph: fx.Graph, root: nn.Module, shapes: Shapes, constants: s
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on no input of the graph and no module: a weight that is standardised is no activation."""
+    """Nodes that depend on attributes alone, and on no input of the graph and no module: for example a weight that is standardised."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
@@ -103,9 +103,10 @@ def _is_root(node: fx.Node) -> bool:
 
 
 def _entries(root: fx.Node, end: fx.Node, constants: set[fx.Node]) -> list[fx.Node]:
-    """What may be the x of the norm whose root this is, the earliest first: what is reduced, without squares, casts and centring.
+    """The nodes that may be the x of the norm with this `root` and `end`, earliest first.
 
-    That is also what `end` scales, without casts, centring and a constant factor; whatever else came before is no part of the norm.
+    Such a node is reduced on the way to `root`, after at most squares, casts and centring, and scaled by `end`, after at most casts,
+    centring and a constant factor.
     """
     reduced: dict[fx.Node, None] = {}
     cone, queue = set[fx.Node](), [root]
@@ -131,7 +132,7 @@ def _entries(root: fx.Node, end: fx.Node, constants: set[fx.Node]) -> list[fx.No
 
 
 def _before(x: fx.Node, goes_on: Callable[[fx.Node], bool], constants: Container[fx.Node] = ()) -> Iterator[fx.Node]:
-    """x, and what it was made of, operation by operation, as long as `goes_on`."""
+    """x, then its first input that is no constant, then that node's, and so on while `goes_on` holds for the node."""
     while True:
         yield x
         inputs = [n for n in x.all_input_nodes if n not in constants]
@@ -145,7 +146,7 @@ def _is_square(x: fx.Node) -> bool:
 
 
 def _scaled_by(root: fx.Node) -> Iterator[fx.Node]:
-    """The products and quotients that take the root as their factor."""
+    """The products and quotients of which the root, or what elementwise operations made of it, is an operand."""
     queue, seen = [root], set[fx.Node]()
     while queue:
         node = queue.pop(0)
@@ -176,7 +177,7 @@ def _span(entry: fx.Node, end: fx.Node, constants: set[fx.Node]) -> tuple[fx.Nod
 
 
 def _with_tail(end: fx.Node, nodes: set[fx.Node], root: nn.Module) -> tuple[fx.Node, set[fx.Node]]:
-    """Take a weight and a bias per channel along that are applied next, so that they become those of the layer."""
+    """(end, nodes) with a weight and a bias per channel included, if they are applied to `end` next."""
     nodes = set(nodes)
     for ops in ({"mul", "multiply"}, {"add"}):
         users = list(end.users)
@@ -205,12 +206,12 @@ def _layer_of_nodes(
             else:
                 copies[node] = own.node_copy(node, lambda n: copies[n])
     own.output(copies[end])
-    # For the prober: the constants, one of which may be eps, and the sizes of the axes on which the channels may lie.
+    # For `rules/recognise.py`: the constants, one of which may be eps, and the sizes of the axes on which the channels may lie.
     arguments: list[Any] = [a for node in nodes for a in (*node.args, *node.kwargs.values())]
     for i, number in enumerate(a for a in arguments if type(a) in (int, float) and 0 < a < 0.1):
         setattr(layer, f"constant_{i}", float(number))
     if shape is not None and all(isinstance(size, int) for size in shape[1:]):
-        # Of a symbolic size (the batch of an exported program) no copy can be made, and no layer could be tried.
+        # A symbolic size (the batch of an exported program) cannot be copied, so None stands for it.
         layer.input_shape = tuple(size if isinstance(size, int) else None for size in shape)  # type: ignore[assignment]
     rewrite(layer, {False: own, True: own})
     return layer.eval()

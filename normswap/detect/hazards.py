@@ -1,11 +1,11 @@
-"""What one norm holds, and the hazards of owning such a norm: each a code that stays the same and a clause about this norm.
+"""The tensors and settings of one norm, and the hazards that follow from them: each a fixed code and a clause about the norm.
 
     called_repeatedly         one norm, several calls in a forward
     never_called              no forward in eval mode calls it
-    never_updated             mean 0 and variance 1 in every channel: as they were initialised
+    never_updated             running mean 0 and variance 1 in every channel, as initialised
     not_counted               num_batches_tracked is 0 although the statistics are not the initial ones
-    no_running_statistics     BatchNorm that keeps none (track_running_stats=False)
-    tracking_switched_off     BatchNorm that keeps some, with track_running_stats=False set later
+    no_running_statistics     BatchNorm without running statistics (track_running_stats=False)
+    tracking_switched_off     BatchNorm with running statistics, and track_running_stats=False set later
     batch_statistics          a call with training=True in eval mode
     cumulative_momentum       momentum=None
     one_value_per_channel     BatchNorm whose input has one value per channel and sample
@@ -29,7 +29,7 @@ from normswap.detect.functional import KINDS
 from normswap.models.own_code import BASES
 from normswap.models.torch_private import AnyBatchNorm
 
-# A std or weight is "about 0" below this share of the median of the layer's others: such a channel is a constant, for all that follows.
+# A channel's std or weight is "about 0" below this share of the layer's median: for the layers that follow, the channel is constant.
 ABOUT_ZERO = 1e-4
 
 Momentum = float | Literal["cumulative"] | None
@@ -40,7 +40,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon")  # the second is transformers'
 
 @dataclass(frozen=True)
 class Hazard:
-    """One warning: a code that programs may rely on, and a clause about the norm."""
+    """One warning: a code that does not change between versions, and a clause about the norm."""
 
     code: str
     text: str
@@ -48,13 +48,13 @@ class Hazard:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a norm holds, or what the call of a normalizing function was given.
+    """The tensors and settings of a norm layer, or of one call of a normalizing function.
 
     batch      whether it is a BatchNorm layer, whose train mode takes its statistics over the batch
-    tracked    whether there are running statistics; `tensors` lacks those whose values are not known (meta, lazy)
-    tracking   BatchNorm's flag of that name; None for anything else
-    training   whether a call of batch_norm asks for the batch's statistics
-    scales     whether the output is multiplied by the weight as it is
+    tracked    whether there are running statistics; `tensors` lacks tensors without values (meta, lazy)
+    tracking   BatchNorm's track_running_stats; None for any other norm
+    training   whether a call of batch_norm has training=True, and so uses the batch's statistics
+    scales     whether the output is multiplied by the weight itself, not by 1 + weight or the like
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -85,13 +85,13 @@ class Contents:
 
 
 def about_zero(values: Tensor) -> int:
-    """How many of the values, all >= 0, are at most ABOUT_ZERO of the median of the positive ones."""
+    """How many of the values (all >= 0) are at most ABOUT_ZERO times the median of the positive ones."""
     positive = values[(values > 0) & values.isfinite()]
     return int((values <= (ABOUT_ZERO * positive.median() if positive.numel() else 0)).sum())
 
 
 def contents_of(module: nn.Module) -> Contents:
-    """What a module holds. Reads it and changes nothing."""
+    """The contents of a norm layer, which is not changed."""
     batch = isinstance(module, AnyBatchNorm)
     batches = _known(getattr(module, "num_batches_tracked", None))
     momentum = getattr(module, "momentum", None)
@@ -109,7 +109,7 @@ def contents_of(module: nn.Module) -> Contents:
 
 
 def contents_of_call(function: str, arguments: Mapping[str, Any]) -> Contents:
-    """What a normalizing function was called with. arguments: by the names of `functional.bind`."""
+    """The contents of one call of a normalizing function. arguments: as `functional.bind` names them."""
     return Contents(
         tensors={name: tensor for name in _TENSORS if (tensor := _known(arguments.get(name))) is not None},
         eps=_number(arguments.get("eps")),
@@ -121,7 +121,7 @@ def contents_of_call(function: str, arguments: Mapping[str, Any]) -> Contents:
 
 
 def _known(value: Any) -> Tensor | None:
-    """A tensor whose values can be read."""
+    """The value if it is a tensor whose elements can be read; else None."""
     if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta or value.is_quantized:
         return None
     return value.detach()
@@ -136,7 +136,7 @@ def hazards_of(
 ) -> tuple[Hazard, ...]:
     """Every hazard of one norm.
 
-    calls: in one forward; shapes: of its input (N, C, *space), in a forward of so many samples; writers: what overwrites its output.
+    calls: in one forward pass of `samples` samples; shapes: of the norm's inputs (N, C, *space); writers: what overwrites its output.
     """
     checks = (_initial_statistics, _no_running_statistics, _cumulative_momentum, _not_finite)
     found = (_calls(calls), *(check(contents) for check in checks), _one_value(contents, shapes, samples), _written(writers))
@@ -208,7 +208,7 @@ def _not_finite(contents: Contents) -> Hazard | None:
 
 
 def _one_value(contents: Contents, shapes: Sequence[Sequence[int]], samples: int) -> Hazard | None:
-    # Where N is more than the samples, a sample has several values: a model may flatten its tokens into N.
+    # If N is larger than the number of samples, each sample has several values: a model may flatten its tokens into N.
     if not contents.batch or not any(math.prod(shape[2:]) == 1 and shape[0] <= samples for shape in shapes):
         return None
     return Hazard(

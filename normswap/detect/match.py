@@ -24,11 +24,10 @@ def match(
 ) -> Plan:
     """Every site as a Swap or a Skip.
 
-    `include` and `exclude` are globs on a site's names and its kind; exclude wins. calibrated: whether
-    calibration data were given, so that no reason asks for them. Raises UsageError for a pattern to which nothing
-    answers: it is a typing error more often than not.
+    `include` and `exclude` are globs on a site's names and its kind; exclude wins. calibrated: whether calibration data were given, so
+    that no reason asks for them. Raises UsageError for a pattern that matches no site, as it is likely a typing error.
     """
-    include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings too
+    include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings, too
     decided = [_decide(site, rules, include, exclude, approximate, calibrated) for site in trace.sites]
     for pattern in (*include, *exclude):
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
@@ -52,7 +51,7 @@ def _decide(
         return Skip(
             site,
             "unknown",
-            f"no rule speaks for {site.function or type(site.module).__qualname__}; add *normswap.DEFAULT_RULES to your rules",
+            f"no rule recognises {site.function or type(site.module).__qualname__}; add *normswap.DEFAULT_RULES to your rules",
         )
     if _answers(site, rule.kind, exclude):
         return Skip(site, rule.kind, "was excluded by name or kind; take it out of exclude to swap it")
@@ -66,7 +65,7 @@ def _decide(
     if reason is None and rule.inexact is not None and site.calls == 0:
         reason = "is never called, so no data can reach it; leave it, or give calibration data that do"
     if reason is None and rule.inexact is not None and site.tied:
-        reason = f"shares a parameter: {' and '.join(site.tied)} are one, and calibration would change all; leave them, or untie them"
+        reason = f"shares a parameter: {' and '.join(site.tied)} are one tensor, so calibration would change all; leave them, or untie them"
     return Swap(site, rule) if reason is None else Skip(site, rule.kind, reason)
 
 

@@ -1,4 +1,4 @@
-"""What is found in a model, and what is decided before anything is changed: frozen data.
+"""The data of a plan: the norms found in a model, and the decision about each, made before anything is changed. All frozen.
 
     Site   one normalization of the model, with all its names and calls
     Trace  every Site of a model, and what found them
@@ -6,7 +6,7 @@
     Swap   a Site that will be replaced          Skip   a Site that stays, and the reason: the two kinds of Decision
     Plan   every Site of the model, each as a Swap or a Skip
 
-There is no behaviour here beyond lookup.
+The classes hold data and look-ups, nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Forward = tuple[tuple[Any, ...], Mapping[str, Any]]  # the arguments of one forw
 
 @dataclass(frozen=True)
 class Call:
-    """Where a normalization stands that is no module: in the code of the module `owner`.
+    """The place of a normalization that is not a module: in the code of the module `owner`.
 
-    numbers: which of the normalizations that `handwritten.find` finds in that code; several, if they have the same tensors and settings.
-    under: the code stays as it is, and its `super().forward` comes to call the layer.
+    numbers: its indices in the list that `handwritten.find` returns for that code; several, if they have the same tensors and settings.
+    under: whether the code stays as it is, and its `super().forward` is made to call the layer.
     """
 
     owner: str
@@ -38,18 +38,18 @@ class Call:
 class Site:
     """One normalization found in a model: a module, a functional call, or a form written by hand.
 
-    name      first qualified name in `named_modules` order ("" if the model itself is the norm); of a call, `<owner>.<node>`, which is
-              where the layer will stand that takes its place
+    name      first qualified name in `named_modules` order ("" if the model itself is the norm); of a call, `<owner>.<node>`, the name
+              that the layer in its place will have
     aliases   every other name by which the same object is reachable
     module    the norm as found; for a call, a layer that computes the same from the same tensors; None if there can be none
     parents   the classes of the modules that hold it as a child
     readers   code that reads its tensors directly instead of calling it
-    calls     how often one forward in eval mode executes it; None when no back-end could run or trace a forward
-    producer  the qualified name of the conv or linear whose output goes to this norm and nowhere else; None if there is none
+    calls     how often one forward pass in eval mode executes it; None if no back-end could run or trace a forward pass
+    producer  the qualified name of the conv or linear layer whose output only this norm reads; None if there is none
     function  for a call, the dotted name of the function ("torch.nn.functional.batch_norm") or "hand-written"; None for a module
     call      for a call that has a layer, where it stands
-    obstacle  why it can be no swap, whatever it computes: of a call that has no layer, of a module that its name does not lead to
-    tied      the names of a parameter of its own that other modules hold too; empty if none is shared
+    obstacle  why it cannot be swapped, whatever it computes: a call has no layer, or get_submodule cannot find the module; else None
+    tied      all names of a parameter that this norm shares with other modules; empty if it shares none
     """
 
     name: str
@@ -71,11 +71,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Trace:
-    """Every site of a model, in execution order, then those that no forward pass reaches.
+    """Every site of a model, in execution order; sites that no forward pass reaches come last.
 
-    backend   what found the call sites: "graph" (the model is one), "fx", "walk" (hooks on one forward pass) or "names" (no forward
+    backend   what found the calls: "graph" (the model is a GraphModule), "fx", "walk" (hooks on one forward pass) or "names" (no forward
               pass could be run: modules only)
-    notes     what the back-ends tried first could not do, one sentence each
+    notes     why the back-ends before this one failed, and which code may normalize unseen; one sentence each
     """
 
     sites: tuple[Site, ...]
@@ -87,14 +87,12 @@ class Trace:
 class Rule:
     """How one kind of source norm is recognised, judged and rebuilt.
 
-    recognises(site) -> bool           is this the kind of norm this rule speaks for?
-    check(site)      -> str | None     why it must stay as it is, in a sentence about this model, or None
-    build(site, std) -> nn.Module      the replacement, called only when `check` returned None; None if it never does
-    inexact(site) -> str               why the replacement only approximates the source, without what to do next; None for an exact rule
+    recognises(site) -> bool           whether the site is of the kind that this rule is for
+    check(site)      -> str | None     why this norm must stay as it is, as a clause about the norm; None if it can be swapped
+    build(site, std) -> nn.Module      the replacement; called only if `check` returned None; the field is None for a rule that never swaps
+    inexact(site) -> str               why the replacement only approximates the source; the field is None for an exact rule
     preserves                          "exact": the same function in eval mode up to rounding; "approximate": it needs data
-    spec                               of a rule that is not normswap's: the "package.module:NAME" under which `load` finds it again
-
-    A rule for a module is asked about modules only as they are; the class alone decides `recognises` for a tracer's leaf.
+    spec                               the "package.module:NAME" under which `load` finds a user's rule again; None for normswap's rules
     """
 
     kind: str
@@ -111,7 +109,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a site: a Swap or a Skip."""
+    """The decision about a site: a Swap or a Skip."""
 
     site: Site
 

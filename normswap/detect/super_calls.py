@@ -1,4 +1,4 @@
-"""Swaps what a user's subclass of BatchNorm inherits, where its code guards `super().forward(x)`, and leaves that code as it is.
+"""Swaps inside a user's class that is derived from a norm of torch: its `super().forward(x)` calls the new layer, and its code stays.
 
     class Guarded(nn.BatchNorm2d):
         def forward(self, x):
@@ -11,8 +11,8 @@ between the user's and torch's in the order in which Python looks methods up. Ev
 and in train mode, and at every batch size. The tensors that the norm had are gone from the object (its weight and bias are the layer's),
 so code that would read the statistics fails loudly.
 
-`under_super` says when that is no faithful swap, before anything is changed: the code reads the statistics itself, calls a
-normalizing function besides, or does in a trial not what it did.
+`under_super` says, before anything is changed, why such a swap would not be faithful: the code reads the statistics itself, calls a
+normalizing function besides, or computes something else in a trial.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FUNCTIONS = frozenset(name.rpartition(".")[2] for name, _ in FUNCTIONS.values()
 
 
 def put_under_super(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let the `super().forward` in the class of `module` call `layer`, which comes to stand in `module` under `name`. In place."""
+    """Make the `super().forward` in the class of `module` call `layer`, which becomes the child `name` of `module`. In place."""
     for tensor in TENSORS:
         module._parameters.pop(tensor, None)
         module._buffers.pop(tensor, None)
@@ -50,15 +50,15 @@ def put_under_super(module: nn.Module, name: str, layer: nn.Module) -> None:
     over_layer(module, name)
 
 
-# --- whether it is the same -------------------------------------------------------------------------------------------------------------
+# --- whether the swap is faithful -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a layer can stand under `super().forward` of one module.
+    """Whether a layer can take the place of `super().forward` in one module.
 
-    why_not      a clause about its code that goes on from "because"; None if one can
-    passes_on    whether, in every trial, super().forward was given what the module was given
+    why_not      a clause about the module's code that follows "because"; None if a layer can
+    passes_on    whether, in every trial, super().forward got the module's own input
     """
 
     why_not: str | None
@@ -92,7 +92,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _functions(cls: type, base: type) -> Iterator[Any]:
-    """`forward` of the classes before torch's, and every method of theirs that it may call, whatever decorates them."""
+    """The functions behind `forward` in the user's classes (those before `base`), and behind every method that it may call, undecorated."""
     own = cls.__mro__[: cls.__mro__.index(base)]
     queue, seen = ["forward"], set[str]()
     while queue:
@@ -101,16 +101,16 @@ def _functions(cls: type, base: type) -> Iterator[Any]:
             continue
         seen.add(name)
         for holder in own:
-            held = vars(holder).get(name)
-            held = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
-            if (name == "forward" and held is not None) or isinstance(held, types.FunctionType):
-                function = inspect.unwrap(held)
+            member = vars(holder).get(name)
+            member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if (name == "forward" and member is not None) or isinstance(member, types.FunctionType):
+                function = inspect.unwrap(member)
                 yield function
                 queue += sorted(_named_in(function.__code__)) if isinstance(function, types.FunctionType) else []
 
 
 def _named_in(code: types.CodeType) -> set[str]:
-    """Attributes, globals and words that code names: `x.running_mean`, and getattr(x, "running_mean") too."""
+    """Every attribute, global and string constant in code: of `x.running_mean` and of getattr(x, "running_mean") alike."""
     names = {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
@@ -119,7 +119,7 @@ def _named_in(code: types.CodeType) -> set[str]:
 
 
 def _tried(module: nn.Module, base: type[nn.Module]) -> Answer:
-    """Run the code over the norm itself as a layer, beside the code as it is: all has to be the same, in eval and in train mode."""
+    """Try the swap with the norm itself as the layer: outputs must equal those of the unchanged module, in eval and in train mode."""
     try:
         plain, over = copy.deepcopy(module), copy.deepcopy(module)
         layer = as_base(over, base)

@@ -7,12 +7,12 @@ Back-ends, in the order in which they are tried; each sees all that the next one
     walk    one forward pass, watched by hooks on every module and a TorchFunctionMode on every function call
     names   no forward pass can be run: norm modules only, calls unknown
 
-Whatever the back-end sees, the modules themselves come from `named_modules`, so none is lost. Everything runs on a copy in eval mode that
-shares only the parameters, with the random state put back: tracing may leave proxies behind, and a forward pass may change buffers.
+The norm modules themselves come from `named_modules`, so none is lost whatever a back-end sees. Everything runs on a copy in eval mode that
+shares only the parameters, with the random state restored: tracing may leave proxies behind, and a forward pass may change buffers.
 
-Code that reads the statistics of a norm instead of calling it would find none in a BatchlessNorm, so every back-end looks for such
-readers: get_attr nodes in a graph, the tracer's attribute look-ups, the functions of a forward pass. Weight and bias stay, so they may be
-read.
+Code that reads the running statistics of a norm instead of calling it would find none in a BatchlessNorm, so every back-end looks for such
+readers: get_attr nodes in a graph, the tracer's attribute look-ups, the functions of a forward pass. A BatchlessNorm has weight and bias,
+so code may read these.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from normswap.errors import SwapError, described
 from normswap.models.copying import copy_for_running
 from normswap.models.own_code import is_emptied
 
-# None for what is no norm, else whether a rule can replace it as a whole.
+# None if the module is not a norm, else whether a rule can replace the whole module.
 IsNorm = Callable[[Site], bool | None]
 
 
 def _decided(model: nn.Module, is_norm: IsNorm) -> dict[str, bool]:
-    """First name of every norm -> whether it is one call: what no rule replaces as a whole may hold, in its own code, what one replaces.
+    """First name of every norm -> whether the norm is one site.
 
-    Asked once, of the model: its copies have the same names.
+    It is not if no rule replaces the whole module, but a normalization in its code can be replaced. The names hold for copies, too.
     """
     answers = ((name, module, is_norm(Site(name, (), module, None))) for name, module in model.named_modules() if not is_emptied(module))
     return {name: answer or not writes_its_own(module) for name, module, answer in answers if answer is not None}
 
 
 def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNorm) -> Trace:
-    """Find every norm of `model`. `forward` gives the arguments of one forward pass; it is asked only if the graph cannot be had."""
+    """Find every norm of `model`. forward: gives the arguments of a forward pass; called if there is no graph, or shapes are needed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise SwapError(
             "the model is TorchScript, whose layers cannot be replaced", hint="convert the model that it was scripted or traced from"
@@ -74,7 +74,7 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
         copied = copy_for_running(model)
         tracer = Tracer(copied, Names(copied, decided))
         for name, module in copied.named_modules():
-            if not tracer.is_leaf_module(module, name):  # the hooks of a leaf are not run; those of others would be handed proxies to keep
+            if not tracer.is_leaf_module(module, name):  # hooks of other modules would run on proxies, and might keep them
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
         try:
@@ -103,7 +103,7 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
 def _result(
     names: Names, seen: Seen | None, backend: str, notes: list[str], model: nn.Module, forward: Callable[[], Forward | None]
 ) -> Trace:
-    """model: what may be traced and run to find out about calls: a copy, or the GraphModule itself."""
+    """The Trace from what a back-end saw. model: a copy, or the GraphModule itself, that may be traced and run to make sites of calls."""
     found: dict[str, Site] = {}
     owners = {hit.owner for hit in seen.hits} if seen is not None else set()
     idle: list[str] = []
@@ -140,7 +140,7 @@ def _result(
 
 
 def _fast_paths(norm: nn.Module, parents: Iterable[nn.Module]) -> Iterator[str]:
-    """torch's encoder layers, in eval mode, hand the tensors of their norms to one fused function, where they can."""
+    """Readers, in words, of the tensors of a norm in a TransformerEncoderLayer: in eval mode its fused function may read them."""
     for parent in parents:
         if isinstance(parent, nn.TransformerEncoderLayer) and norm in (parent.norm1, parent.norm2):
             attention = parent.self_attn

@@ -1,6 +1,6 @@
-"""The back-end "walk" of `trace`: norms, their order, calls, producers and readers, as one watched forward pass shows them.
+"""The back-end "walk" of `trace`: records norms, their order, calls, producers and readers in one watched forward pass.
 
-What no path of that pass executes is not seen, and neither is what code does with the numbers of a tensor.
+It does not see code that this pass does not execute, nor what code computes from Python numbers taken out of a tensor.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from normswap.models.watching import Watcher, tensors_in
 
 @dataclass
 class _Output:
-    """The output of a conv or linear, and how often something read it."""
+    """The output of a conv or linear layer, and how often it was read."""
 
     maker: nn.Module
     uses: int = 0
 
 
-# Functions whose result is a plain number and yet depends on the values of a tensor. Others that give no tensor (shape, dtype) do not.
+# Functions that return no tensor but read a tensor's values, so they count as uses. Others that return no tensor (shape, dtype) do not.
 _VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"})
 
 _ROOTS = frozenset({"rsqrt", "sqrt", "std", "rsqrt_", "sqrt_"})
 
 
 def _may_be_root(function: str, args: tuple[Any, ...]) -> bool:
-    """What a form written by hand cannot do without: whoever calls it may hold one. The caller's graph decides."""
+    """Whether the call may be the square root of a hand-written norm; the graph of the calling module decides whether it is."""
     return function in _ROOTS or (function in ("pow", "__pow__") and any(a in (0.5, -0.5) for a in args if type(a) is float))
 
 
@@ -43,7 +43,7 @@ _STATISTIC, _ROOT = 1, 2
 
 
 def _plain_name(function: str) -> str:
-    """The name of an operation, whichever side of the operator it stands on, in place or not: `__rtruediv__` is truediv."""
+    """The name of an operation without reflected and in-place forms: `__rtruediv__` is truediv, `mul_` is mul."""
     name = function.strip("_")
     return name[1:] if name in ("rmul", "rdiv", "rtruediv", "radd") else name
 
@@ -54,20 +54,20 @@ class Walk(Watcher):
     def __init__(self, model: nn.Module, names: Names) -> None:
         super().__init__(model, opaque=names.norms.keys())
         self.names, self.seen = names, Seen()
-        # asked before this pass puts its own hooks on the modules
+        # computed before this pass puts its own hooks on the modules
         self.candidates = {key for key, module in names.modules.items() if names.may_produce(module)}
         self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}
         self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
         self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
-        # what depends on parameters and buffers alone: a weight that is standardised is no activation
+        # tensors that depend on parameters and buffers alone: a weight that is standardised is not an activation
         self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
         self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
-        self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # what is a statistic of activations, or the root of one
+        self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # tensor -> _STATISTIC of activations, or _ROOT of one
         self.module_calls: Counter[int] = Counter()
-        self.fed: dict[str | int, _Output] = {}  # norm -> what its only call so far was given; number of a hit -> what it was given
+        self.fed: dict[str | int, _Output] = {}  # name of a norm or number of a hit -> the producer's output that it reads
 
     def result(self, output: Any) -> Seen:
-        """What was seen, once the model has returned `output`."""
+        """Everything that was seen. output: of the model; returning a tensor counts as a use of it."""
         self._use(output)
         for place, given in self.fed.items():
             if given.uses == 1 and self.module_calls[id(given.maker)] == 1:
@@ -84,7 +84,7 @@ class Walk(Watcher):
                 self.outputs[tensor].uses += 1
 
     def _feed(self, place: str | int, given: Any) -> None:
-        """A norm is called with these arguments."""
+        """Remember which producer's output, if any, a norm is called on. place: name of the norm, or number of the hit."""
         first = next(tensors_in(given), None)
         if first is not None and first in self.outputs:
             self.fed[place] = self.outputs[first]
@@ -107,7 +107,7 @@ class Walk(Watcher):
             if id(tensor) in self.names.statistics:
                 self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
             if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
-                self.module_calls[self.weights[id(tensor)]] += 1  # code reads the weight of a conv: as in a graph
+                self.module_calls[self.weights[id(tensor)]] += 1  # code that reads the weight counts as a call, as in `see_graph`
         fixed = bool(given) and all(tensor in self.fixed for tensor in given)
         norm = functional.name_of(function)
         if norm and not fixed:
@@ -124,13 +124,13 @@ class Walk(Watcher):
         return result
 
     def _suspect(self, owner: str, function: str, args: tuple[Any, ...], given: list[Tensor], result: Any) -> None:
-        """Follow statistics to their root, and the root to what it scales."""
+        """Mark statistics of activations and their roots, and `owner` as a suspect if a root scales a tensor."""
         name = _plain_name(function)
         marks = [0 if tensor in self.fixed else self.roots.get(tensor, 0) for tensor in given]
         if name in SCALES and len(given) == 2 and _ROOT in marks and not all(marks) and not any(tensor in self.fixed for tensor in given):
             self.seen.suspects[owner] = None
             return
-        # What is centred is no statistic: only what is computed from statistics alone is one.
+        # x minus its mean is not a statistic: a result is one only if all its inputs that are not fixed are.
         others = [mark for tensor, mark in zip(given, marks, strict=True) if tensor not in self.fixed]
         mark = max(others, default=0) if name in ELEMENTWISE and all(others) else 0
         if name in REDUCTIONS:

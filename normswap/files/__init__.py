@@ -1,3 +1,3 @@
-"""Model files, in and out: what torch saves, safetensors, pickles that are read without being run, and converted directories,
+"""Reads and writes model files: those of torch.save, safetensors, pickles that are read without running them, and converted directories,
 which appear whole or not at all. May import `models` and `layer`.
 """

@@ -1,7 +1,7 @@
-"""Files and directories that appear under their names whole or not at all, and Ctrl-C that cannot get lost.
+"""Writes files and directories that appear under their names whole or not at all, and makes sure that Ctrl-C is not lost.
 
-Whatever ends the program, also SIGKILL or a full disk: what stood under a name stands there still, or what is new stands there whole. So
-nothing is moved out of the way first: a new directory and the old one change places, in one step of the file system.
+Whatever ends the program, even SIGKILL or a full disk: either the old content is still there, or the new one is there whole. So the old
+directory is not moved away first: the new and the old one change names in one step of the file system.
 
     with directory(path) as partial: ...    write into the directory `partial`
     with file(path) as partial: ...         write the file `partial`, and what belongs to it beside it
@@ -28,14 +28,14 @@ from normswap.errors import NormswapError, UsageError, first_line
 from normswap.files import external_data
 from normswap.files.json_file import read_json
 
-# Every name that is ever written into a directory. One that holds anything else is somebody's.
+# Every name that normswap writes into a directory. A directory with any other file is not replaced.
 WRITTEN = frozenset(
     {"recipe.json", "report.json", "report.html", "model.safetensors", "model.pt", "model.pt2", "model.onnx", "model.onnx.data"}
 )
 
 
 def check_output_dir(path: Path) -> None:
-    """Raise UsageError unless a directory may appear at `path`: nothing is there, or it is empty, or it holds what we wrote and no more."""
+    """Raise UsageError unless `path` may become a directory: it does not exist, is empty, or holds only files that normswap wrote."""
     path = Path(os.path.abspath(path))
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} exists and is not a directory", hint="choose another directory with -o")
@@ -46,7 +46,7 @@ def check_output_dir(path: Path) -> None:
 
 
 def _others(path: Path) -> list[str]:
-    """What is in a directory and is not ours."""
+    """The entries of a directory that normswap did not write."""
     entries = sorted(entry.name for entry in path.iterdir())
     others = [name for name in entries if name not in WRITTEN]
     if not others and entries and not any(_names_normswap(path / name) for name in ("recipe.json", "report.json")):
@@ -65,15 +65,15 @@ def _names_normswap(path: Path) -> bool:
 
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its name when the block ends well, and is gone when it does not.
+    """A temporary directory beside `path` that is renamed to `path` when the block ends, or removed if it raises.
 
-    What `path` held before is replaced, if `check_output_dir` allows it.
+    A directory at `path` is replaced, if `check_output_dir` allows it.
     """
     path = Path(os.path.abspath(path))
     recover(path)
     check_output_dir(path)
     with _scratch(path) as partial:
-        partial.chmod(0o777 & ~_umask())  # it was made private
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
         yield partial
         for file in partial.iterdir():
             _finish(file)
@@ -86,10 +86,10 @@ def directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not.
+    """A temporary file beside `path` that is renamed to `path` when the block ends, or removed if it raises.
 
-    Files that were written next to it (the external data of a large ONNX file) come along, under another name where theirs is taken: two
-    files cannot be replaced in one step, so the old pair stays whole until the new one is.
+    Files that were written next to it (the external data of a large ONNX file) are moved, too, under another name if theirs is taken: two
+    files cannot be replaced in one step, so the old pair stays whole until the new pair is.
     """
     path = Path(os.path.abspath(path))
     if path.is_dir():
@@ -110,7 +110,7 @@ def file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(name: str) -> Iterator[None]:
-    """What a library raises while it writes a file, as an error that names the file: each has its own type for a full disk."""
+    """Turn any exception in the block into a NormswapError that names the file, as each library has its own type for a full disk."""
     try:
         yield
     except NormswapError:
@@ -128,10 +128,10 @@ _ROOM = "is there room on the disk, and may you write there?"
 
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path`. What earlier runs for the same name left, as they were killed, is removed."""
+    """A temporary directory beside `path`. Those that killed runs for the same path left are removed."""
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):  # so that no other run takes this one for dead before it is locked
+        with _alone_in(path.parent):  # so that no other run removes this directory before it is locked
             _remove_left_over(path)
             partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
             lock = _lock(partial)
@@ -171,7 +171,7 @@ def _left_over(path: Path, suffix: str) -> list[Path]:
 
 
 def _lock(directory: Path, *, wait: bool = False) -> int | None:
-    """A lock on a directory that ends with this process, however that ends; None if another one has it, or there are no such locks here."""
+    """A lock on a directory, released when this process ends; None if another process has it, or the system has no such locks."""
     try:
         import fcntl
 
@@ -193,7 +193,7 @@ def _unlock(lock: int | None) -> None:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Two runs into one directory end one after the other. A temporary directory is locked already, by the run that made it."""
+    """Lock a directory in the block, so that only one run at a time finishes in it. This run's temporary directories are locked already."""
     lock = None if directory in _scratch_dirs else _lock(directory, wait=True)
     try:
         yield
@@ -202,13 +202,13 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def _finish(path: Path) -> None:
-    """Readable as the umask says, and on the disk."""
+    """Give a file the permissions of the umask, and flush it to the disk."""
     path.chmod(0o666 & ~_umask())  # safetensors makes its files private
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or the names in a directory, on the disk. Not every file system can do that to a directory."""
+    """Flush a file, or the names in a directory, to the disk; not every file system can do so for a directory, which is ignored."""
     is_directory = path.is_dir()
     try:
         opened = os.open(path, os.O_RDONLY)
@@ -227,19 +227,19 @@ def _umask() -> int:
     return mask
 
 
-# -- a directory in the place of another ---------------------------------------------------------------------------------------------------
+# -- replacing a directory -----------------------------------------------------------------------------------------------------------------
 
 
 def _take_the_place_of(new: Path, path: Path) -> None:
-    """`new` gets the name `path`; what had that name before is called `new` then."""
+    """Rename `new` to `path`; a directory that had this name before is then called `new`."""
     try:
-        os.rename(new, path)  # nothing is there, or an empty directory
+        os.rename(new, path)  # works if `path` does not exist, or is an empty directory
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     _exchange(new, path)
-    if others := _others(new):  # somebody put it there while we worked
+    if others := _others(new):  # files were put there during this run
         _exchange(new, path)
         raise UsageError(
             f"{path} holds files that normswap did not write, and would be replaced: {others[0]}", hint="choose another directory"
@@ -247,7 +247,7 @@ def _take_the_place_of(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Two directories change names, in one step where the system can do that."""
+    """Swap the names of two directories, in one step if the system can do that."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
@@ -264,8 +264,8 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def _exchange_in_steps(new: Path, path: Path) -> None:
-    """Where there is no such step. Killed after the first one, `recover` undoes it."""
-    aside = new.with_suffix(".old")  # `new` has a name of its own, so this one is free too
+    """Swap the names of two directories in three steps. If the run is killed after the first, `recover` undoes it."""
+    aside = new.with_suffix(".old")  # `new` has a unique name, so this one is free, too
     os.rename(path, aside)
     try:
         os.rename(new, path)
@@ -276,7 +276,7 @@ def _exchange_in_steps(new: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Give `path` back what it held, if a run was killed while it was about to replace it, on a system that cannot do so in one step."""
+    """Restore the directory at `path` if a run was killed in `_exchange_in_steps`, on a system that cannot swap names in one step."""
     path = Path(os.path.abspath(path))
     if os.path.lexists(path):
         return
@@ -290,7 +290,7 @@ def recover(path: Path) -> None:
 
 
 def _data_of(path: Path) -> set[str]:
-    """The files beside the ONNX file at `path` that hold weights of it and were written by us."""
+    """The files beside the ONNX file at `path` that hold its weights and have a name that normswap gives."""
     name = re.compile(rf"{re.escape(path.name)}(\.\d+)?\.data")
     ours = {entry.name for entry in path.parent.iterdir() if name.fullmatch(entry.name)}
     if not ours or not path.is_file():
@@ -299,7 +299,7 @@ def _data_of(path: Path) -> set[str]:
 
 
 def _place_data(scratch: Path, path: Path) -> None:
-    """Move what was written beside the new file to where it belongs. The file that is there still needs what it refers to."""
+    """Move the data files of the new file beside `path`, without replacing those of the old file, which is still there."""
     moved = {}
     written = sorted(entry.relative_to(scratch) for entry in scratch.rglob("*") if entry.is_file() and entry != scratch / path.name)
     for name in written:
@@ -326,12 +326,11 @@ _interrupted = False
 
 @contextlib.contextmanager
 def remember_interrupts() -> Iterator[None]:
-    """Once SIGINT has come, `raise_if_interrupted` raises KeyboardInterrupt in the block, and the block ends with one in any case.
+    """After a SIGINT in the block, `raise_if_interrupted` raises KeyboardInterrupt, and the block ends with one in any case.
 
-    Python raises KeyboardInterrupt wherever the program is at that moment. Where that is a destructor, a callback that C calls or an
-    `except:` of somebody else, nothing comes of it, and the work would go on to its end as if nobody had asked it to stop. So the command
-    line remembers it. Where SIGINT is ignored, as in a shell's background, or handled by somebody else, or outside the main thread, it
-    stays so.
+    Python raises KeyboardInterrupt wherever the program is at that moment. In a destructor, in a callback from C or inside another
+    library's `except:` the exception is lost, and the work would go on. So the command line remembers the signal. If SIGINT is ignored, as
+    in a shell's background, or has another handler, or this is not the main thread, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -346,7 +345,7 @@ def remember_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, remember)
     try:
         yield
-    finally:  # also in place of another error: C++ makes a RuntimeError of a KeyboardInterrupt
+    finally:  # also in place of another error, as C++ turns a KeyboardInterrupt into a RuntimeError
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             raise_if_interrupted()
@@ -355,6 +354,6 @@ def remember_interrupts() -> Iterator[None]:
 
 
 def raise_if_interrupted() -> None:
-    """Raise KeyboardInterrupt if one was raised in the block of `remember_interrupts` and did not end it."""
+    """Raise KeyboardInterrupt if a SIGINT came in the block of `remember_interrupts` and did not end it."""
     if _interrupted:
         raise KeyboardInterrupt

@@ -1,10 +1,10 @@
-"""A name -> the model that it builds: `build(spec)`.
+"""Builds a model from a name: `build(spec)`.
 
-    torchvision:NAME[@WEIGHTS]    timm:NAME[@TAG]       weights are drawn at random, or fetched where there is an @
-    hf:DIRECTORY                                        what transformers saved there, and nothing else of what is there
+    torchvision:NAME[@WEIGHTS]    timm:NAME[@TAG]       random weights, or downloaded ones if there is an @
+    hf:DIRECTORY                                        a model that transformers saved; other files in the directory are not used
     package.module:factory                              the user's own function or class, called without arguments
 
-The first three only build what an installed package knows; the last one imports and runs code.
+The first three only build models of an installed package; the last one imports and runs code.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _WITHOUT_CODE = ("torchvision:", "timm:", "hf:")
 
 
 def is_spec(text: str) -> bool:
-    """Whether a SRC has the form of a name that builds a model. A file of that name comes first."""
+    """Whether a SRC has the form of a spec. (`load` prefers a file of that name.)"""
     return builds_without_code(text) or SPEC.fullmatch(text) is not None
 
 
 def builds_without_code(spec: str) -> bool:
-    """Whether a spec is one that only builds a known model. The other kind imports a module and calls what it finds there."""
+    """Whether a spec builds a model of an installed package. The other kind imports a module and calls a function of it."""
     return spec.startswith(_WITHOUT_CODE)
 
 
 def stem_of(spec: str) -> str:
-    """A name for what is made of a model that `spec` builds."""
+    """The stem of the names of output files for a model that `spec` builds."""
     kind, _, rest = spec.partition(":")
     if kind == "hf":
         return Path(rest).resolve().name
@@ -53,7 +53,7 @@ def stem_of(spec: str) -> str:
 
 
 def build(spec: str) -> nn.Module:
-    """A new model. Weights that are drawn at random are drawn from seed 0, and the caller's generator is left as it was."""
+    """A new model. Random weights are drawn with seed 0, and the caller's generator is restored."""
     kind, _, rest = spec.partition(":")
     name, _, weights = rest.partition("@")
     if not is_spec(spec) or not rest:
@@ -91,7 +91,7 @@ def _from_torchvision(name: str, weights: str) -> nn.Module:
 
 def _from_timm(name: str, tag: str) -> nn.Module:
     timm = _import("timm", "timm:")
-    if not re.fullmatch(r"\w+(\.\w+)?", name) or not timm.is_model(name):  # hf-hub: and local-dir: would go and look
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or not timm.is_model(name):  # refuses hf-hub: and local-dir:, which load files
         raise _unknown("timm", name, timm.list_models())
     if not tag:
         return _module(timm.create_model(name, pretrained=False), name)
@@ -106,11 +106,11 @@ def _from_timm(name: str, tag: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _fetching(what: str) -> Iterator[None]:
-    """Building may mean downloading: a missing network is no bug of ours."""
+    """Turn the errors of a failed download in the block into LoadErrors."""
     try:
         with quiet(show_warnings=False, print_to=sys.stderr):
             yield
-    except OSError as error:  # urllib, requests and huggingface_hub all derive theirs from it
+    except OSError as error:  # the errors of urllib, requests and huggingface_hub are derived from it
         raise LoadError(
             f"the weights of {what} cannot be fetched: {first_line(error)}",
             hint="is there a network? without the @ the weights are random",
@@ -151,7 +151,7 @@ def _from_transformers(directory: str) -> nn.Module:
         with quiet(show_warnings=False, print_to=sys.stderr):
             transformers.utils.logging.disable_progress_bar()
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            # The class that was saved, not the bare AutoModel: that one would silently lose the head
+            # The class that was saved, as AutoModel would silently drop the head
             name = (config.architectures or ["AutoModel"])[0]
             cls: Any = getattr(transformers, name, None)
             is_model = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or cls is transformers.AutoModel)
@@ -170,14 +170,14 @@ def _from_transformers(directory: str) -> nn.Module:
     return _module(model, directory)
 
 
-_OTHER_MODELS = ("architecture", "backbone")  # keys of a configuration under which the name of another model stands
-_WEIGHTS = "transformers_weights"  # the key under which the name of a file stands
+_OTHER_MODELS = ("architecture", "backbone")  # keys of a configuration whose values may name another model
+_WEIGHTS = "transformers_weights"  # key of a configuration whose value names a file
 
 
 def _asks_for_more(directory: Path) -> str | None:
-    """What a directory asks for beyond transformers and the files in it: code, a kernel, a download, an archive without end.
+    """What loading a directory would need beyond transformers and its files: code, a kernel, a download, an archive of unlimited size.
 
-    Goes on from the name of the directory; None if it asks for nothing. Raises OSError or ValueError, as `read_json` does.
+    The text follows the name of the directory; None if nothing is needed. Raises OSError or ValueError, as `read_json` does.
     """
     config = read_json(directory / "config.json")
     if not isinstance(config, Mapping):
@@ -210,7 +210,7 @@ def _asks_for_more(directory: Path) -> str | None:
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
     """Every key of a configuration, at any depth, with its value."""
     stack = [config]
-    while stack:  # not by recursion: a file may be nested as deeply as it likes
+    while stack:  # not recursive, as a file may be nested to any depth
         value = stack.pop()
         if isinstance(value, Mapping):
             yield from value.items()
@@ -220,7 +220,7 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_identifier(value: Any) -> bool:
-    """Whether a setting is one word, or nothing; a mapping has one for each part of a model."""
+    """Whether a setting is an identifier, a bool or None, or a mapping (with a setting for each part of a model) to such values."""
     if isinstance(value, Mapping):
         return all(map(_is_identifier, value.values()))
     return value is None or isinstance(value, bool) or (isinstance(value, str) and value.isidentifier())

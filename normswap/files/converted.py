@@ -1,4 +1,4 @@
-"""A converted model <-> a directory with recipe.json and model.safetensors.
+"""Saves a converted model as a directory with recipe.json and model.safetensors, and loads its weights again.
 
 The weights are the model's state dict, so any safetensors reader can load them into a converted model. Nothing is pickled: the architecture
 comes from the user's own factory, and the recipe says which of its layers are BatchlessNorm and how each trains.
@@ -26,11 +26,11 @@ from normswap.models.inputs import Inputs
 
 WEIGHTS = "model.safetensors"
 PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
-WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes hold one model
+WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes wrap one model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile, DistributedDataParallel or AveragedModel was made of: the names in it are those of the architecture."""
+    """The model inside torch.compile, DistributedDataParallel or AveragedModel, whose names have no prefix of the wrapper."""
     while type(model).__module__.startswith(WRAPPERS):
         (model,) = model.children()
     return model
@@ -48,9 +48,9 @@ def save(
     module: str | None = None,
     inputs: Inputs | None = None,
 ) -> None:
-    """Write recipe.json and model.safetensors into `directory`, which exists and is not yet under its final name. `seal` comes last.
+    """Write recipe.json and model.safetensors into `directory`, a temporary one that exists. `seal` has to follow.
 
-    source, factory, module, inputs: what the recipe says of them.
+    source, factory, module, inputs: entries of the recipe.
     """
     if valueless := on_meta(model):
         raise SwapError(f"{valueless[0]} is on the meta device: it has no values that could be saved", hint="load the weights first")
@@ -69,7 +69,7 @@ def save(
     first_names = _first_names(state)
     own = {name: tensor.contiguous() for name, tensor in state.items() if first_names[name] == name}
     places = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
-    saved = {name: t.clone() if places[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}  # no two views of one memory
+    saved = {name: t.clone() if places[t.untyped_storage().data_ptr()] > 1 else t for name, t in own.items()}  # no shared storage
     aliases = {name: first for name, first in first_names.items() if name != first}
     with writing(WEIGHTS):
         save_file(saved, directory / WEIGHTS, metadata={"format": "pt", **aliases})
@@ -80,19 +80,19 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _state_without_tensors(model: nn.Module) -> list[str]:
-    """The names of state that is no tensor: `_extra_state` may be anything."""
+    """The names in the state dict whose values are not tensors: `_extra_state` may be anything."""
     return [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
 
 
 def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """name -> the first name of the same tensor."""
+    """name -> the first name in `state` of the same tensor."""
     first: dict[Any, str] = {}
     place = {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else name for name, t in state.items()}
     return {name: first.setdefault(place[name], name) for name in state}
 
 
 def _missing(state: Mapping[str, torch.Tensor], saved: Collection[str]) -> list[str]:
-    """The tensors of a state that were not saved, under none of their names."""
+    """The names of the tensors in a state that were saved under none of their names."""
     first = _first_names(state)
     there = {first[name] for name in saved if name in first}
     return [name for name in state if first[name] not in there]
@@ -103,7 +103,7 @@ def _missing(state: Mapping[str, torch.Tensor], saved: Collection[str]) -> list[
 
 def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     """Load the saved weights into a model whose norms were swapped; raises LoadError if it is not the model that was saved."""
-    if not (directory / WEIGHTS).is_file():  # a pipe would be waited for
+    if not (directory / WEIGHTS).is_file():  # reading a pipe would block
         raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
     _set_modes(model, recipe)
     _check_sites(model, directory, recipe)
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     except RuntimeError as error:
         detail = " ".join(line.strip() for line in str(error).splitlines()[:4])
         raise _does_not_fit(directory, detail) from error
-    # What is no tensor is in model.pt alone.
+    # State that is not a tensor is only in model.pt.
     for what, names in (
         ("it has no", _state_without_tensors(model)),
         ("it has no", _missing(_tensors(model), saved)),
@@ -142,7 +142,7 @@ def _set_modes(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _check_sites(model: nn.Module, directory: Path, recipe: Recipe) -> None:
-    """LoadError for the first site that the model lacks, or has in another form."""
+    """Raise LoadError for the first site that the model lacks, or that differs from the recipe."""
     found = {site["name"]: site for site in sites_of(model)}
     for site in recipe.sites:
         mine = found.get(site["name"])
@@ -157,7 +157,7 @@ def _check_sites(model: nn.Module, directory: Path, recipe: Recipe) -> None:
 
 
 def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
-    """Let the layers of a model train as the recipe says. Their state is that of a new run until the weights are loaded."""
+    """Couple the layers of a model, and set how they train, as in the recipe. Loading the weights then restores their state."""
     modules = dict(model.named_modules())
     for entry in recipe.training:
         layer, producer = modules.get(entry["name"]), modules.get(entry["producer"])
@@ -166,7 +166,7 @@ def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
                 raise ValueError("there is no such layer")
             if producer is not None:
                 if not isinstance(producer, PRODUCERS):
-                    raise ValueError(f"a {type(producer).__name__} is no conv or linear")
+                    raise ValueError(f"a {type(producer).__name__} is not a conv or linear layer")
                 layer.couple(producer, torch.zeros(input_shape(producer), device=layer.mean.device))
             if entry["guard"]:
                 layer.enable_sample_limit()
@@ -181,7 +181,7 @@ def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
 
 
 def _set_dtypes(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Give each tensor of the model the dtype that it was saved with: loading alone would convert the values to the factory's."""
+    """Give each tensor of the model the dtype with which it was saved, as loading converts values to the dtype of the model."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -191,7 +191,7 @@ def _set_dtypes(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
 
 
 def _set_frozen(model: nn.Module, recipe: Recipe) -> None:
-    """Freeze what was frozen, and nothing else."""
+    """Set requires_grad of all parameters as in the recipe."""
     if recipe.frozen is not None:
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() or parameter.is_complex():
@@ -209,14 +209,14 @@ def _does_not_fit(directory: Path, detail: str) -> LoadError:
 
 
 def difference(model: nn.Module, directory: Path) -> str | None:
-    """The first tensor of `model` that the weights in `directory` do not hold bit for bit, or the first of theirs that it has not."""
+    """The name of the first tensor that differs, bit for bit, between `model` and the weights in `directory`, or is only in one of them."""
     saved, own = _read_weights(directory), _tensors(model)
     other = (name for name, tensor in saved.items() if name not in own or not same_bits(tensor, own[name]))
     return next(other, next(iter(_missing(own, saved)), None))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit: a NaN is itself, and -0 is not 0."""
+    """Whether two tensors are equal bit for bit: a NaN equals itself, and -0 does not equal 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     bits = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b)]

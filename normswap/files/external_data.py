@@ -1,7 +1,7 @@
-"""The files beside an ONNX file that hold its large tensors: which they are, and whether they are where they may be.
+"""Lists and checks the external data of an ONNX file: the files beside it that hold its large tensors.
 
-An ONNX file names them by a path. A file that somebody else made may name any file of this computer, and what reads it would put that
-file's bytes into the model, and into what is written.
+An ONNX file refers to them by paths. A malicious file may refer to any file on this computer, whose bytes would then become weights of the
+model and be written out with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_locations(path: Path) -> None:
-    """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor anywhere but in a file beside it or below."""
+    """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor in a file outside its own directory."""
     proto = _read(path)
     for tensor in _tensors(proto):
         wrong = [f"{e.key} {e.value!a:.60}" for e in tensor.external_data if e.key in ("offset", "length") and not e.value.isdecimal()]
@@ -34,7 +34,7 @@ def check_locations(path: Path) -> None:
 
 
 def locations(path: Path) -> list[str]:
-    """The files that the ONNX file at `path` keeps tensors in, by the names that it uses; none if it is no ONNX file."""
+    """The files in which the ONNX file at `path` keeps tensors, as it names them; empty if it is not an ONNX file."""
     try:
         return list(dict.fromkeys(_locations(_read(path))))
     except LoadError:
@@ -42,7 +42,7 @@ def locations(path: Path) -> list[str]:
 
 
 def move(path: Path, names: Mapping[str, str]) -> None:
-    """Let the ONNX file at `path` look for its tensors in files of other names."""
+    """Make the ONNX file at `path` refer to its data files by new names. names: old -> new."""
     proto = _read(path)
     for tensor in _tensors(proto):
         for entry in tensor.external_data:
@@ -56,14 +56,14 @@ def _read(path: Path) -> onnx.ModelProto:
 
     try:
         return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's have no common type
+    except Exception as error:  # the errors of protobuf have no common type
         raise LoadError(
             f"{path} is not an ONNX file, or it was cut off: {first_line(error)}", hint="write it again from its source"
         ) from error
 
 
 def _problem(directory: Path, location: str) -> str | None:
-    """What keeps weights from being read at `location`, going on from "which"; None if nothing does."""
+    """Why weights may not or cannot be read from `location`, as a clause that follows "which"; None if they can."""
     parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
     if not location or PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor or ".." in parts or "\0" in location:
         return f"is not a file in {directory or '.'}"
@@ -88,7 +88,7 @@ def _locations(proto: onnx.ModelProto) -> Iterator[str]:
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     graphs = [proto.graph, *(graph for info in proto.training_info for graph in (info.initialization, info.algorithm))]
     attributes = [a for function in proto.functions for a in (*function.attribute_proto, *_attributes(function.node))]
-    while graphs or attributes:  # not by recursion: a file may be nested as deeply as it likes
+    while graphs or attributes:  # not recursive, as a file may be nested to any depth
         if graphs:
             graph = graphs.pop()
             yield from graph.initializer

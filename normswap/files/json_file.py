@@ -1,4 +1,4 @@
-"""JSON files that somebody else may have made: read within limits, or refused."""
+"""Reads JSON files that may be malicious, within limits of size and depth."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 import os
 from pathlib import Path
 
-LARGEST = 64 << 20  # bytes of a recipe or report; one of 10,000 layers has 5 MB
+LARGEST = 64 << 20  # largest size of a recipe or report in bytes; 10,000 layers take 5 MB
 
 
 def read_json(path: Path) -> object:
-    """What a file of JSON holds. Raises OSError, or ValueError for what is no JSON of a size and depth that we would have written."""
-    if not path.is_file():  # a pipe would be waited for
+    """The content of a JSON file. Raises OSError, or ValueError if it is not JSON, larger than LARGEST or nested too deeply."""
+    if not path.is_file():  # reading a pipe would block
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.stat().st_size > LARGEST:
         raise ValueError(f"it has {path.stat().st_size:,} bytes; expected {LARGEST:,} at most")

@@ -1,9 +1,9 @@
-"""Where a model comes from: a file, or a name that builds one. The only reader of model files.
+"""Loads a model from a file, or builds it from a spec. The only reader of model files.
 
     load(source)   a .pt, .pth, .pt2 or .safetensors file, or a spec, which `build` builds
 
-What a file is, its bytes say, not its name. Nothing is downloaded unless the spec has an `@`, and nothing in a file runs: see `pickles` for
-files of torch.save. A file of torch.export (.pt2) is a program, and is read only if the user trusts it.
+The format of a file is recognised by its bytes, not by its name. Nothing is downloaded unless the spec has an `@`, and no code in a file
+runs: see `pickles` for files of torch.save. A file of torch.export (.pt2) is a program, and is read only if the user trusts it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from normswap.models.spec import make_working_directory_importable
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and how it came."""
+    """A model and where it came from."""
 
     model: nn.Module | torch.export.ExportedProgram
     source: str
-    stem: str  # a name for what is made of it
+    stem: str  # the stem of the names of output files
     form: Literal["module", "state_dict", "exported_program", "factory"]
-    factory: str | None  # the spec that builds the architecture again, where there is one
+    factory: str | None  # the spec that builds the architecture again, if there is one
 
 
 def load(
@@ -49,7 +49,7 @@ def load(
     """The model that `source` names.
 
     `arch` is the spec that builds the architecture, for a file that holds only a state dict. `trust_packages` are packages whose
-    nn.Module classes a pickle may use; `trust` runs whatever the file says, and is what a .pt2 needs. `trust_pickle` is its old name.
+    nn.Module classes a pickle may use. `trust` lets a file run any code, which a .pt2 needs; `trust_pickle` is its old name.
     """
     for package in trust_packages:
         _check_package(package)
@@ -163,8 +163,8 @@ def _zip_names(file: IO[bytes]) -> list[str]:
 
 
 def _read_program(file: IO[bytes], name: str, trust: bool) -> torch.export.ExportedProgram:
-    """To read one is to run it: torch evaluates its symbolic sizes and guards as Python, pastes its names into the source of a forward, and
-    imports the classes that its signature names. No check from outside can follow all of that, so only the user's word counts."""
+    """Load a torch.export program, which runs code from the file: torch evaluates its symbolic sizes and guards as Python, puts its names
+    into the source of a forward, and imports the classes in its signature. No check can cover all of that, so the user has to trust it."""
     if not trust:
         raise LoadError(
             f"{name} is a torch.export program (.pt2), and torch runs text from such a file to read it",
@@ -185,7 +185,7 @@ def _read_program(file: IO[bytes], name: str, trust: bool) -> torch.export.Expor
 
 
 def _malformed_batchless_norm(model: nn.Module) -> str | None:
-    """The name of a BatchlessNorm that is not as the constructor leaves it."""
+    """The name of a BatchlessNorm whose attributes the constructor cannot have made; None if there is none."""
     needed = {"num_features", "channel_axis", "shared_axes", "affine", "source", "mean", "weight", "bias"}
     words: dict[str, tuple[str, ...]] = {"std": STD_FORMS, "reduction": REDUCTIONS, "aux": AUXES, "stats": STATS}
     for name, layer in model.named_modules():

@@ -1,8 +1,8 @@
 """recipe.json of a converted directory: what was swapped and how, how it trains, and the SHA-256 of each other file.
 
-`Recipe` has its entries. Those that are lists of objects have a table of their fields (SITE, INPUT, RULE, TRAINING): what each is called,
-what it may be, and what is written for a layer or an input. What is written, checked and read follows from these. A recipe is a file like
-any other: somebody else may have made it.
+`Recipe` has the entries. For an entry that is a list of objects, a table (SITE, INPUT, RULE, TRAINING) has their fields: the name, a test
+of the value, and the value that is written for a layer or an input. Writing, checking and reading all use these tables. A recipe may be
+malicious, like any other file, so all of its values are checked.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from normswap.versions import version_of
 
 RECIPE = "recipe.json"
 VERSION = 1
-MODULES = ("model.pt", "model.pt2")  # the files that a recipe may name, and never a path
+MODULES = ("model.pt", "model.pt2")  # the only file names that a recipe may have for the whole model
 LARGEST_INPUT = 2**31  # elements
 
 
-# --- what a value may be ----------------------------------------------------------------------------------------------------------------
+# --- tests of values --------------------------------------------------------------------------------------------------------------------
 
 Test = Callable[[Any], bool]
 
@@ -73,20 +73,20 @@ def _list_of(test: Test) -> Test:
     return lambda value: isinstance(value, list) and all(map(test, value))
 
 
-# --- what a recipe holds ----------------------------------------------------------------------------------------------------------------
+# --- the entries of a recipe ------------------------------------------------------------------------------------------------------------
 
 
-T = TypeVar("T")  # what an object in the recipe describes: a layer or an input
+T = TypeVar("T")  # the type that an object in the recipe describes: a layer or an input
 
 
 @dataclass(frozen=True)
 class Field(Generic[T]):
     """One field of an object in the recipe.
 
-    test      whether a value that is found there may stand there
-    value_of  what is written for a layer, or for an input; None: whoever writes the object knows it
+    test      whether a value in a recipe that is read is valid
+    value_of  layer or input -> the value to write; None: the code that writes the object adds the field
     optional  whether the object may lack it
-    mode      whether it says how a layer trains: then loading sets it, and otherwise the architecture must have the same
+    mode      whether loading sets it on the layer, as it says how the layer trains; any other value must equal the layer's
     """
 
     test: Test
@@ -117,7 +117,7 @@ INPUT: Mapping[str, Field[Tensor]] = {
         _word(*(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))),
         lambda tensor: str(tensor.dtype).removeprefix("torch."),
     ),
-    "high": Field(_positive, optional=True),  # of integers: what they stay below
+    "high": Field(_positive, optional=True),  # of integers: the upper bound (exclusive)
 }
 RULE: Mapping[str, Field[Any]] = {"kind": Field(_text), "rule": Field(_or_none(_text)), "sites": Field(_list_of(_text))}
 TRAINING: Mapping[str, Field[BatchlessNorm]] = {
@@ -131,22 +131,22 @@ MODES = tuple(name for name, each in SITE.items() if each.mode)
 
 
 def _entry(test: Test, of_each: Mapping[str, Field[Any]] | None = None, **default: Any) -> Any:
-    """An entry of the recipe; of_each: the fields of its objects, if it is a list of such."""
+    """A dataclass field for an entry of the recipe; of_each: the fields of its objects, if it is a list of objects."""
     return field(metadata={"test": test, "of_each": of_each or {}}, **default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a converted directory holds. Those with a default are not in recipes of an older normswap.
+    """The description of a converted directory. Recipes of an older normswap lack the entries with a default.
 
-    source   what the model was read from
+    source   the SRC from which the model was read
     factory  the spec that builds the original architecture (`torchvision:resnet18`), if there is one
-    module   the file with the whole model, if the source was one ("model.pt", "model.pt2")
+    module   the file with the whole model ("model.pt", "model.pt2"), if the source was a whole model
     inputs   shape and dtype of each example input
     sites    one object per BatchlessNorm: its names and its form
-    rules    of layers that a rule of the user's built: its kind, where it can be imported (null: nowhere), and their names
-    training of layers that are coupled, have a gradient trend, a sample limit or a pace: how they train
-    frozen   the names of the parameters that do not train
+    rules    one object per rule of the user's: its kind, where it can be imported (null: nowhere), and the layers that it built
+    training one object per layer that is coupled, or has a gradient trend, a sample limit or a pace: how it trains
+    frozen   the names of the parameters with requires_grad=False
     files    name -> SHA-256 of each other file
     """
 
@@ -178,7 +178,7 @@ class Recipe:
 def write_recipe(
     model: nn.Module, directory: Path, *, source: str | None, factory: str | None, module: str | None, inputs: Inputs | None
 ) -> None:
-    """The recipe of a model; `seal` adds its files when all are written."""
+    """Write the recipe of a model; `seal` adds the other files when all are written."""
     recipe = Recipe(
         source=source,
         factory=factory,
@@ -194,7 +194,7 @@ def write_recipe(
 
 
 def sites_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Every BatchlessNorm of a model, with its names and its form, in `named_modules` order."""
+    """The entry `sites`: every BatchlessNorm of a model with its names and fields, in `named_modules` order."""
     names: dict[BatchlessNorm, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BatchlessNorm):
@@ -203,7 +203,7 @@ def sites_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def rules_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The rules that built BatchlessNorm layers of a model and are not normswap's, with the first name of each layer."""
+    """The entry `rules`: the user's rules that built BatchlessNorm layers of a model, with the first name of each layer."""
     names: dict[tuple[str, str | None], list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, BatchlessNorm) and module.own_rule is not None:
@@ -212,7 +212,7 @@ def rules_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def training_of(model: nn.Module) -> list[dict[str, Any]]:
-    """What each BatchlessNorm has of a training run besides its state, for those that have any of it."""
+    """The entry `training`: for each BatchlessNorm that is coupled, or has a trend, a limit or a pace, its fields in TRAINING."""
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     return [
         {"name": name, "producer": names.get(id(layer.producer)), **_values(TRAINING, layer)}
@@ -223,12 +223,12 @@ def training_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def frozen_of(model: nn.Module) -> list[str]:
-    """The names of the parameters that do not train."""
+    """The names of the parameters with requires_grad=False, sorted."""
     return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def _recorded(inputs: Inputs) -> list[dict[str, Any]]:
-    """Shape and dtype of each input, and of integers what they stay below, if each is one tensor; else nothing."""
+    """The entry `inputs`: shape and dtype of each input, and an upper bound of integers; empty unless each input is a tensor."""
     named = [*((None, value) for value in inputs.args), *inputs.kwargs.items()]
     if not all(isinstance(value, Tensor) for _, value in named):
         return []
@@ -245,16 +245,16 @@ def _values(fields: Mapping[str, Field[T]], described: T) -> dict[str, Any]:
 
 
 def recipe_hash(model: nn.Module) -> str:
-    """The SHA-256 of what a recipe says of the model itself, its `sites` and `rules`, as JSON with sorted keys and no spaces.
+    """The SHA-256 of the `sites` and `rules` of a recipe, as JSON with sorted keys and no spaces.
 
-    A directory and an ONNX file of the same conversion have the same one, wherever and under whatever name the model was.
+    A directory and an ONNX file of the same conversion have the same hash, whatever the name of the source was.
     """
     content = {"rules": rules_of(model), "sites": sites_of(model)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def seal(directory: Path) -> None:
-    """Record the SHA-256 of every other file of the directory in its recipe: when all are written."""
+    """Record the SHA-256 of every other file of the directory in its recipe. Call it when all files are written."""
     recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
     recipe["files"] = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.name != RECIPE and path.is_file()}
     _write(directory, recipe)
@@ -276,7 +276,7 @@ def _digest(path: Path) -> str:
 
 
 def read_recipe(directory: Path) -> Recipe:
-    """The recipe of a converted directory. Raises LoadError if it is not one, or of a version that this normswap does not know."""
+    """The recipe of a converted directory. Raises LoadError if the directory has none, or one of an unknown version."""
     path = directory / RECIPE
     recover(directory)
     if directory.exists() and not directory.is_dir():
@@ -300,7 +300,7 @@ def read_recipe(directory: Path) -> Recipe:
 
 
 def _problem(content: object) -> str | None:
-    """What in a recipe normswap would not have written, in a few words; None if nothing is."""
+    """The first entry or field of a recipe that is not valid, in a few words; None if all are."""
     if not isinstance(content, Mapping):
         return "it is no JSON object"
     for entry in dataclasses.fields(Recipe):
@@ -319,7 +319,7 @@ def _problem(content: object) -> str | None:
 
 
 def check_files(directory: Path, recipe: Recipe, names: Sequence[str]) -> None:
-    """Raise LoadError for one of these files whose contents are not those that the recipe tells of. It may be missing, or no file."""
+    """Raise LoadError if one of these files has another SHA-256 than in the recipe, or none there. Missing files are skipped."""
     for name in names:
         expected = (recipe.files or {}).get(name)
         if recipe.files is None or not (directory / name).is_file() or (expected is not None and _digest(directory / name) == expected):

@@ -1,4 +1,4 @@
-"""A state dict: found in what a training script saved, and loaded into its architecture."""
+"""Finds a state dict in what a training script saved, and loads it into its architecture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from normswap.models.quiet import quiet
 
 
 def model_or_state_dict(found: Any, name: str) -> nn.Module | dict[str, torch.Tensor]:
-    """The module or state dict in what a training script saved: bare, or beside other things under any name."""
+    """The module or state dict in what a training script saved: the object itself, or one value of a dict, under any key."""
     if _is_state_dict(found):
         return _without_prefix(found, "")
     if isinstance(found, Mapping):
@@ -36,7 +36,7 @@ def model_or_state_dict(found: Any, name: str) -> nn.Module | dict[str, torch.Te
 
 
 def _is_state_dict(found: Any) -> bool:
-    """Names to tensors. Values under `_extra_state` may be anything that was allowed in the file."""
+    """Whether an object maps names to tensors. The values of `_extra_state` keys may be anything."""
     if not isinstance(found, Mapping) or not found:
         return False
     tensors = [isinstance(value, torch.Tensor) for key, value in found.items() if not str(key).endswith("_extra_state")]
@@ -44,7 +44,7 @@ def _is_state_dict(found: Any) -> bool:
 
 
 def _without_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A copy, with what torch keeps beside a state dict: the version of each module, by which it knows the keys of its past."""
+    """A copy without the prefix in its keys. It keeps `_metadata`, the versions of modules, which torch needs to load old keys."""
     state = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items())
     versions = getattr(weights, "_metadata", None)
     if isinstance(versions, Mapping) and all(isinstance(key, str) and isinstance(value, Mapping) for key, value in versions.items()):
@@ -54,9 +54,9 @@ def _without_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> nn.Module:
-    """Load weights into the model that `arch` built, strictly. name: the file that they come from.
+    """Load weights into the model that `arch` built, strictly. name: of the file with the weights.
 
-    By its own load_state_dict, so that what its modules do about keys of older versions, or about names of their own, holds.
+    The model's own load_state_dict does it, so that its modules can convert keys of older versions.
     """
     if on_meta(model):
         raise LoadError(
@@ -75,7 +75,7 @@ def fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> 
             found = model.load_state_dict(weights, strict=True)
     except Exception as error:  # the model's own code may raise anything
         problems = _misfits(error)
-    else:  # a model that takes state dicts its own way may not be strict
+    else:  # a model with its own load_state_dict may ignore `strict`
         keys = {what: getattr(found, f"{what}_keys", ()) for what in ("missing", "unexpected")}
         problems = [f"{what}: {few(names)}" for what, names in keys.items() if names]
     if problems:
@@ -93,7 +93,7 @@ _SIZE = re.compile(
 
 
 def _misfits(error: Exception) -> list[str]:
-    """What `load_state_dict` complains of, one kind a line."""
+    """The complaints of `load_state_dict`, one line for each kind."""
     _, *complaints = [line.strip() for line in str(error).split("\n\t")]
     if not isinstance(error, RuntimeError) or not complaints:
         return [f"its load_state_dict raised {described(error)}"]

@@ -1,3 +1,3 @@
-"""Any nn.Module, and nothing about norms: to copy it, to feed it, to run it in float64, to read the graph of its code.
+"""Tools for any nn.Module, which know nothing of norms: copy it, make inputs for it, run it in float64, trace its code.
 May import `errors` alone.
 """

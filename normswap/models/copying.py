@@ -1,7 +1,7 @@
-"""Copies of a model: parts that the caller names are shared, converted or replaced, and every other identity stays.
+"""Copies of a model, in which chosen parts are shared, converted or replaced, and what was one object stays one object.
 
-All surgery goes through `copy.deepcopy` and its memo: whatever is put into the memo takes the place of the object wherever the model
-refers to it, whether as a child under any number of names, in a list, or as the owner of a bound method. One object stays one object.
+All copies are made by `copy.deepcopy` with a memo: an object in the memo takes the place of the original wherever the model refers to it,
+as a child under any number of names, in a list, or as the owner of a bound method.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
-    """`copy.deepcopy(model, memo)`, with the reason and a way out when the model cannot be copied. `what`: how the message calls it."""
+    """`copy.deepcopy(model, memo)`. Raises SwapError with a hint if the model cannot be copied; `what`: its name in the message."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     for buffer in (b for module in modules for b in module._buffers.values() if b is not None):
-        if is_lazy(buffer):  # an UninitializedParameter can be copied, an UninitializedBuffer not
+        if is_lazy(buffer):  # deepcopy can copy an UninitializedParameter, but not an UninitializedBuffer
             memo.setdefault(id(buffer), cast(Any, UninitializedBuffer)(False, buffer.device, buffer.dtype))
     try:
         with _WithoutHistory(), warnings.catch_warnings():
@@ -50,10 +50,10 @@ def copy_with(model: T, memo: dict[int, Any], what: str | None = None) -> T:
 
 
 class _WithoutHistory(TorchFunctionMode):
-    """Copies tensors that were computed, as a cache of biases that a module keeps, which torch refuses to copy.
+    """Lets deepcopy copy tensors that are not leaves (a module's cache of biases, say), which torch refuses to copy.
 
-    What they were computed from is forgotten; weight_norm and such caches compute them anew. But a view of a parameter is in the copy a
-    view of that parameter's copy, which moves with it and gives it its gradient.
+    The copies are detached; weight_norm and caches compute such tensors anew. The copy of a view of a parameter is a view of that
+    parameter's copy, so it changes with the parameter and passes gradients to it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -62,7 +62,7 @@ class _WithoutHistory(TorchFunctionMode):
             copied = _view_of_copy(source, memo)
             if copied is None:
                 detached = source.detach()
-                memo.setdefault(id(memo), []).append(detached)  # as copy.deepcopy keeps what it has copied: its id stands in the memo
+                memo.setdefault(id(memo), []).append(detached)  # keep it alive, as deepcopy does: its id is a key of the memo
                 copied = copy.deepcopy(detached, memo)
             memo[id(source)] = copied
             return copied
@@ -74,7 +74,7 @@ def _view_of_copy(source: Tensor, memo: dict[int, Any]) -> Tensor | None:
     if base is None or not base.is_leaf or base.dtype != source.dtype:
         return None
     copied = copy.deepcopy(base, memo)
-    if (copied.shape, copied.stride(), copied.dtype) != (base.shape, base.stride(), base.dtype):  # another layer's, that takes its place
+    if (copied.shape, copied.stride(), copied.dtype) != (base.shape, base.stride(), base.dtype):  # the memo has a replacement for the base
         return None
     return copied.as_strided(source.shape, source.stride(), source.storage_offset() - base.storage_offset() + copied.storage_offset())
 
@@ -93,7 +93,7 @@ def copy_for_running(
 ) -> M:
     """A copy in eval mode that shares the parameters and has buffers of its own: safe to trace and run, cheap in memory.
 
-    of_buffers, of_parameters: what stands for each in the copy. Lazy parameters are not shared: a forward pass gives them a shape.
+    of_buffers, of_parameters: make the copy's tensors. Lazy parameters are not shared, as a forward pass gives them a shape.
     """
     memo: dict[int, Any] = {id(p): of_parameters(p) for p in model.parameters() if not is_lazy(p)}
     memo.update((id(b), of_buffers(b.detach())) for b in model.buffers() if not is_lazy(b))
@@ -101,17 +101,17 @@ def copy_for_running(
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """id -> names, of each parameter that is held more than once, by several modules as a rule."""
+    """id -> names, of each parameter that has more than one name, as several modules share it."""
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return {key: held for key, held in names.items() if len(held) > 1}
+    return {key: several for key, several in names.items() if len(several) > 1}
 
 
 def unclear_names(model: nn.Module) -> dict[int, str]:
-    """id -> why its qualified name does not lead to a module, in words. A dot in the name of a child, which `setattr` allows, does that."""
+    """id -> why get_submodule cannot find a module by its qualified name: the name of a child has a dot, which `setattr` allows."""
     if not any("." in name for module in model.modules() for name, _ in module._modules.items()):
         return {}
     named = list(model.named_modules(remove_duplicate=False))
@@ -132,20 +132,20 @@ def _named(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def on_meta(model: nn.Module) -> list[str]:
-    """The names of the tensors of a model that are on the meta device: they have a shape, but no values."""
+    """The names of the parameters and buffers that are on the meta device, and so have no values."""
     return [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Runs what torch.compile has wrapped as it was written: hooks and modes see it, and nothing is compiled for one pass.
+    """A context in which code wrapped by torch.compile runs uncompiled, so that hooks and modes see it and nothing is compiled.
 
-    Without dynamo nothing is wrapped, and importing it takes seconds.
+    If dynamo has not been imported, nothing is compiled, and importing it would take seconds.
     """
     return torch.compiler.set_stance("force_eager") if DYNAMO in sys.modules else nullcontext()
 
 
 def set_eval(model: M) -> M:
-    """`model.eval()`, also for an exported program's module: its mode was settled by the export, and the flags say nothing."""
+    """`model.eval()`, also for an exported program's module, whose mode was fixed by the export and whose flags have no effect."""
     try:
         return model.eval()
     except NotImplementedError:
@@ -155,15 +155,15 @@ def set_eval(model: M) -> M:
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """A copy: in float64 if it is floating, in complex128 if it is complex, else in its own dtype."""
-    wide = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
-    return tensor.to(wide, copy=True)
+    """A copy in float64 if the tensor is floating, in complex128 if it is complex, else in its own dtype."""
+    dtype = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
+    return tensor.to(dtype, copy=True)
 
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Hooks and the training flag of `source`, onto `target`. The dictionaries are copies: removing a hook here leaves it there.
+    """Give `target` the hooks and the training flag of `source`. The dictionaries of hooks are copied, so each module can drop its own.
 
-    The hooks themselves are still the source's; whoever puts `target` into a copy of a model copies them through its memo.
+    The hook objects are shared; code that puts `target` into a copy of a model copies them through the memo.
     """
     target.training = source.training
     for name in HOOKS:

@@ -1,4 +1,4 @@
-"""Run any model in float64, whatever it holds and whatever its code asks for."""
+"""Runs a model in float64, whatever the dtype of its tensors and whatever dtypes its code asks for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def in_float64(otherwise: torch.dtype = torch.float32) -> Iterator[None]:
-    """Inside, every operation on floating tensors computes in float64, autocast is off and new tensors are float64.
+    """A context in which operations on floating tensors compute in float64, autocast is off and new tensors are float64.
 
-    otherwise: the dtype that the model has outside, for what torch derives from it: the eps of an rms_norm that is given none.
+    otherwise: the model's own dtype, from which torch derives the eps of an rms_norm without one.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -28,10 +28,10 @@ def in_float64(otherwise: torch.dtype = torch.float32) -> Iterator[None]:
 
 
 class _Float64(TorchFunctionMode):
-    """Makes a model compute in float64, whatever it holds and whatever its code asks for.
+    """The function mode behind `in_float64`.
 
-    Each floating tensor is widened where an operation reads it, so no second set of weights exists; requests for a narrower dtype
-    (`x.float()`, `dtype=torch.float32`) get float64. Tensors that an operation writes into are left as they are.
+    It converts each floating tensor when an operation reads it, so there is no second set of weights. Requests for a narrower dtype
+    (`x.float()`, `dtype=torch.float32`) get float64. Tensors that an operation writes into stay as they are.
     """
 
     NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -56,7 +56,7 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__get__":  # an attribute: nothing is computed, but `weight.dtype` has to look as the operations will see it
+        if name == "__get__":  # an attribute: nothing is computed, but `weight.dtype` has to be the dtype that operations will see
             return self._widen_dtype(func(*args, **kwargs))
         if func in self.CASTS:
             func = Tensor.double
@@ -64,8 +64,8 @@ class _Float64(TorchFunctionMode):
             args, kwargs = args[:3], {**kwargs, "eps": self.eps}
         written = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
         head = args[:1] if written else ()
-        wide = (*head, *(self._widen(a) for a in args[len(head) :]))
-        return func(*wide, **{k: v if k == "out" else self._widen(v) for k, v in kwargs.items()})
+        widened = (*head, *(self._widen(a) for a in args[len(head) :]))
+        return func(*widened, **{k: v if k == "out" else self._widen(v) for k, v in kwargs.items()})
 
     def _widen_dtype(self, value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value in self.NARROW else value

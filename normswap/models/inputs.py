@@ -1,9 +1,9 @@
 """Example inputs: given, read from the command line or a file, or inferred from the model's own layers.
 
 as_inputs(x)     a tensor, a tuple, or a dict of keyword arguments
-infer(model)     the first shape that the model accepts, or None
+infer(model)     inputs of the first shape that the model accepts, or None
 parse(specs)     --input 1x3x224x224[:dtype], or a .pt or .npz file
-as_batches(...)  a list in such a file, for a model: batches, or the arguments of one
+as_batches(...)  interprets a list in such a file for a model: as batches, or as the arguments of one
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from normswap.models.copying import copy_for_running
 from normswap.models.torch_private import AnyBatchNorm
 
 SEED = 0
-HIGH = 10  # what integers stay below, where nothing else is known
+HIGH = 10  # upper bound (exclusive) of integer inputs, where none is known
 _SPEC = re.compile(r"(?P<shape>[1-9]\d*(x[1-9]\d*)*)(:(torch\.)?(?P<dtype>\w+))?")
 _EXPECTED = "expected a shape such as 1x3x224x224, with a dtype if it is not float32: 1x128:int64, or a .pt or .npz file"
 _DTYPES = {
@@ -53,7 +53,7 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given"  # 'given', 'inferred', or 'program': the example inputs that an ExportedProgram carries
-    listed: tuple[Any, ...] = ()  # what a list in a file held, of which args or kwargs are a first guess; see `as_batches`
+    listed: tuple[Any, ...] = ()  # the elements of a list in a file, the first of which gave args or kwargs; see `as_batches`
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -76,7 +76,7 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 
 def infer(model: nn.Module) -> Inputs | None:
-    """Inputs of the first shape that a forward of the model accepts; None if there is none. Model, statistics and random state stay."""
+    """Inputs of the first guessed shape that a forward pass accepts; None if none is. Model, statistics and random state do not change."""
     trial = _trial(model)
     if trial is None:
         return None
@@ -87,12 +87,12 @@ def infer(model: nn.Module) -> Inputs | None:
 
 
 def _trial(model: nn.Module) -> nn.Module | None:
-    """A copy to run: parameters are shared, for their size; buffers are copied, since a forward may write them."""
+    """A copy to run guesses on, without hooks; it shares the parameters. None if the model cannot be copied."""
     try:
         trial = copy_for_running(model)
-    except SwapError:  # locks, handles: not to be copied, so not to be tried
+    except SwapError:  # it holds a lock or a handle
         return None
-    for module in trial.modules():  # a copied hook is the same function: it would write to where the user's writes
+    for module in trial.modules():  # a copied hook may be the same function as the user's, with the same side effects
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return trial
@@ -105,7 +105,7 @@ def _accepts(trial: nn.Module, guess: Tensor) -> bool:
         warnings.simplefilter("ignore")
         try:
             trial(guess)
-        except Exception:  # any complaint is a no
+        except Exception:  # whatever the model raises, it does not accept the guess
             return False
         finally:
             random.setstate(state[0])
@@ -126,7 +126,7 @@ def _guesses(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
-    """The shapes of batches of one that a model could take whose first layer this is; None if the layer says nothing about its input."""
+    """Input shapes, with batch size 1, of a model whose first layer is `module`; None if the layer does not determine any."""
     match module:
         case nn.Conv2d() | nn.ConvTranspose2d():
             return [(1, module.in_channels, size, size) for size in _IMAGE_SIZES]
@@ -146,28 +146,28 @@ def _shapes(module: nn.Module) -> Sequence[tuple[int, ...]] | None:
 
 
 def _fitting(model: nn.Module, first: nn.Module, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """The shapes; then, for images before a linear of fixed size, every size up to 64 that is not among _IMAGE_SIZES."""
+    """The given shapes; then, if a model of images also has linear layers, every size from 4 to 64 that is not in _IMAGE_SIZES."""
     yield from shapes
     if isinstance(first, nn.Conv2d) and any(isinstance(module, nn.Linear) for module in model.modules()):
         yield from ((1, first.in_channels, size, size) for size in range(4, 65) if size not in _IMAGE_SIZES)
 
 
 def make(shape: Sequence[int], dtype: torch.dtype, *, high: int = HIGH, seed: int = SEED) -> Tensor:
-    """A tensor of standard normal numbers, of non-negative integers below `high`, or of fair coins, by its dtype. The same every time."""
+    """A random tensor, the same for each seed: standard normal floats, non-negative integers below `high`, or booleans."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, tuple(shape), generator=generator).bool()
     if not (dtype.is_floating_point or dtype.is_complex):
         return torch.randint(0, high, tuple(shape), generator=generator).to(dtype)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(tuple(shape), generator=generator, dtype=wide).to(dtype)  # so that every width has the same numbers
+    drawn = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), generator=generator, dtype=drawn).to(dtype)  # every dtype gets the same numbers, rounded
 
 
 # --- from the command line ------------------------------------------------------------------------------------------------------------
 
 
 def parse(specs: Sequence[str], option: str = "--input") -> Inputs:
-    """The inputs of a command: each spec is one positional argument, a file holds all of them. option: how a message calls them."""
+    """The inputs of a command: each spec is one positional argument, or one file holds all of them. option: its name in messages."""
     files = [spec for spec in specs if Path(spec).suffix in (".pt", ".pth", ".npz", ".npy")]
     if files and len(specs) > 1:
         raise UsageError(
@@ -213,20 +213,20 @@ def _from_file(path: Path, option: str) -> Inputs:
     return as_inputs(found)
 
 
-UNPACKED = 1 << 30  # bytes that any archive may unpack to
-RATIO = 64  # beyond that, times the size of the file: compressed numbers reach 10, zeros 1,000
+UNPACKED = 1 << 30  # bytes to which any archive may unpack
+RATIO = 64  # a larger archive may unpack to this many times its size: compressed numbers reach 10, zeros 1,000
 
 
 def archive_problem(path: Path) -> str | None:
-    """What is wrong with the size that a zip archive unpacks to; None if nothing is, or the file is no zip archive.
+    """A clause about a zip archive that would unpack to far more than its own size; None for any other file.
 
-    Asked before it is unpacked: a small file can hold any amount of zeros.
+    Called before an archive is unpacked, as a small file can hold any amount of zeros.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, UnicodeError):
-        return None  # no archive, or a damaged one: who reads it says so
+        return None  # not an archive, or a damaged one, for which the reader has a message
     size = path.stat().st_size
     if unpacked > max(UNPACKED, RATIO * size):
         return f"it unpacks to {unpacked:,} bytes, {unpacked // max(size, 1):,} times its own size"
@@ -237,10 +237,10 @@ SAMPLES = 32  # in a batch that is made of single samples
 
 
 def as_batches(found: Sequence[Any], model: nn.Module, where: str) -> list[Any]:
-    """What a list in a file holds, for this model: batches, as in Python. where: the file, for messages.
+    """The batches in a list that was read from a file. where: the name of the file in messages.
 
-    Samples of a data set, whose labels are single numbers, are put together to batches. Tensors alone that cannot be batches, as one is
-    not like the other, are the arguments of one; raises UsageError if they may be either.
+    Samples of a data set, whose labels are single numbers, are collated to batches. Tensors of different dtypes or sizes are not batches,
+    but the arguments of one. Raises UsageError if the tensors may be either.
     """
     if all(map(_is_sample, found)):
         return [default_collate(list(found[i : i + SAMPLES])) for i in range(0, len(found), SAMPLES)]
@@ -262,7 +262,7 @@ def as_batches(found: Sequence[Any], model: nn.Module, where: str) -> list[Any]:
 
 
 def _is_sample(value: Any) -> bool:
-    """Whether a value is one sample of a data set and no batch: a tuple, list or dict with a number beside tensors."""
+    """Whether a value is one sample of a data set, not a batch: a tuple, list or dict of tensors and at least one number."""
     parts = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (tuple, list)) else []
     numbers = [type(part) in (int, float) or (isinstance(part, Tensor) and part.dim() == 0) for part in parts]
     return any(numbers) and all(number or isinstance(part, Tensor) for number, part in zip(numbers, parts, strict=True))

@@ -1,11 +1,11 @@
-"""The graph of one module's own code, and a module whose own code is a rewritten graph.
+"""Traces the `forward` of one module to graphs, and gives the module a new `forward` made of rewritten graphs.
 
-A normalization that is written in the `forward` of a module, as a call of F.layer_norm or by hand, can only be replaced by rewriting that
-code. So the smallest module that holds it is traced alone, its children as calls, once in train and once in eval mode; and what is put in
-its place keeps class, methods, attributes, hooks and keys of that module: only `forward` is new, with both graphs behind it.
+A normalization in the `forward` of a module, as a call of F.layer_norm or written by hand, can only be replaced by rewriting that code. So
+the smallest module whose code holds it is traced alone, with its children as leaves, once in train and once in eval mode. The rewritten
+module keeps class, methods, attributes, hooks and state-dict keys: only `forward` is new, and runs the graph of the current mode.
 
-What torch.fx would lose in silence is looked for and refused: a `forward` set on the object, regions of no_grad or autocast, attributes
-that `forward` sets, code that depends on which optional arguments are given.
+Code that torch.fx would trace wrongly without an error is refused: a `forward` set on the object, regions of no_grad or autocast,
+attributes that `forward` sets, code that depends on which optional arguments are given.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from normswap.models.torch_private import (
 )
 
 BASES: tuple[type[nn.Module], ...] = (AnyBatchNorm, AnyInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of one of the bases
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # that a layer of BASES may have
 _RANKS = (2, 3, 4, 5)
 _ASSERTIONS = frozenset({"_assert", "_assert_is_none", "eq"})
 
 
 class NotTraceableError(Exception):
-    """Why the code of a module cannot be had as a graph; a clause that goes on from "because"."""
+    """The code of a module cannot be traced to a graph; the text is a clause that follows "because"."""
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
-    """The norm of torch that `module` is, or that its class is derived from; None if it is no norm."""
+    """The class of torch's norm that the class of `module` is or is derived from; None if there is none."""
     return _base(type(module)) if isinstance(module, BASES) else None
 
 
@@ -51,7 +51,7 @@ def _base(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def as_base(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """The norm that a class derived from `cls` extends, with the same tensors and settings, without what it adds."""
+    """A layer of class `cls` with the tensors and settings of `module`, whose class is derived from `cls`. In eval mode."""
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.__dict__.update({name: module.__dict__[name] for name in getattr(cls, "__constants__", ()) if name in module.__dict__})
@@ -65,7 +65,7 @@ def as_base(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def base_forward(x: Tensor, module: str) -> Tensor:
-    """Stands in a graph for `super().forward(x)` of a class that is derived from a norm of torch. Never called."""
+    """The target of a graph node for `super().forward(x)` in a class derived from a norm of torch. It cannot be run."""
     raise AssertionError
 
 
@@ -81,7 +81,7 @@ def operator_of(node: fx.Node) -> str:
 
 
 def attribute(root: nn.Module, path: str, default: Any = None) -> Any:
-    """What a get_attr node reads."""
+    """The attribute of `root` that a get_attr node with the target `path` reads."""
     owner, _, name = path.rpartition(".")
     try:
         return getattr(root.get_submodule(owner), name, default)
@@ -90,7 +90,7 @@ def attribute(root: nn.Module, path: str, default: Any = None) -> Any:
 
 
 def place_of(node: fx.Node) -> str:
-    """The name of the module in whose code the node was traced, as far as the tracer wrote it down; else ""."""
+    """The name of the module in whose code the node was traced; "" if the tracer recorded none."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0] if stack and isinstance(stack[-1], tuple) and isinstance(stack[-1][0], str) else ""
 
@@ -98,9 +98,9 @@ def place_of(node: fx.Node) -> str:
 def graphs_of(module: nn.Module, *, at_ranks: bool = True) -> Mapping[bool, fx.Graph]:
     """training -> the graph of `module.forward`, with the children as leaves. Raises NotTraceableError.
 
-    at_ranks: a norm whose code asks for the rank of its input is traced at those ranks that it takes, if that gives one graph.
+    at_ranks: whether a norm whose code reads the rank of its input may be traced at each rank that it accepts, if all give one graph.
 
-    `module` is traced as it stands, so it should be a copy that nobody else uses: constants are hung onto it. Its mode is put back.
+    `module` should be a copy that nobody else uses, as torch.fx stores constants on it. Its mode is restored.
     """
     if isinstance(module, fx.GraphModule):
         return {False: module.graph}
@@ -138,13 +138,13 @@ def _trace(module: nn.Module, at_ranks: bool) -> fx.Graph:
 def _state(module: nn.Module) -> Iterator[tuple[str, object]]:
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
-            yield from ((key, held) for key, held in value.items())
-        elif name != "training" and not name.startswith("_tensor_constant"):  # where torch.fx hangs tensors that the code makes
+            yield from value.items()
+        elif name != "training" and not name.startswith("_tensor_constant"):  # torch.fx stores tensors that the code makes there
             yield name, value
 
 
 def _nodes(graph: fx.Graph, defaults: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What is computed if the optional arguments have their defaults, whatever the nodes are called."""
+    """The operations of a graph with defaults filled in for optional arguments, comparable between graphs with other node names."""
     computed = [n for n in graph.nodes if n.op != "placeholder" and getattr(n.target, "__name__", "") not in _ASSERTIONS]
     number = {n: i for i, n in enumerate(computed)}
     places = {n: defaults.get(str(n.target), f"argument {n.target}") for n in graph.nodes if n.op == "placeholder"}
@@ -168,7 +168,7 @@ def _trace_once(module: nn.Module, concrete: Mapping[str, Any], at_ranks: bool) 
 
 
 def _at_each_rank(module: nn.Module, concrete: Mapping[str, Any], unranked: NotTraceableError) -> Iterator[fx.Graph]:
-    """A norm may ask for the rank of its input, as torch's own do: the graphs at those ranks at which its code raises nothing."""
+    """The graphs of a norm whose code reads the rank of its input: one for each rank in _RANKS at which the code raises no error."""
     for rank in _RANKS:
         try:
             yield _trace_at(module, concrete, rank)
@@ -194,7 +194,7 @@ def _trace_at(module: nn.Module, concrete: Mapping[str, Any], rank: int | None) 
 
 
 class _OwnCode(fx.Tracer):
-    """The children are calls; regions that a graph cannot keep are refused. rank: of the first input, if it is known."""
+    """Traces a module with its children as leaves, and refuses regions of no_grad or autocast. rank: of the first input, if known."""
 
     def __init__(self, rank: int | None = None) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class _OwnCode(fx.Tracer):
 
 
 class _OfRank(fx.Proxy):
-    """A tensor of which the rank alone is known."""
+    """A proxy for a tensor with a known rank."""
 
     tracer: _OwnCode
 
@@ -228,7 +228,7 @@ class _OfRank(fx.Proxy):
 
 @contextmanager
 def _other_region() -> Iterator[None]:
-    """Gradients off and autocast on: a region of the code's own that is the usual case elsewhere shows here."""
+    """Gradients switched to the other state and autocast on: a region in the code that changed nothing in the first trace now does."""
     devices = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     try:
         for device in devices:
@@ -246,7 +246,7 @@ def _region() -> tuple[bool, ...]:
 
 @contextmanager
 def _bases_as_calls(module: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
-    """`super().forward(x)` of a derived norm becomes one node, as torch's own code checks shapes and counts batches on the way."""
+    """Trace `super().forward(x)` of a derived norm as one node, as the code of torch's norms checks shapes and counts batches."""
     base = next((base for base in BASES if isinstance(module, base)), None)
     if base is None or type(module).forward is base.forward:
         yield
@@ -265,9 +265,9 @@ def _bases_as_calls(module: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
         base.forward = original
 
 
-# --- a module whose code is another ---------------------------------------------------------------------------------------------------
+# --- a module with rewritten code -----------------------------------------------------------------------------------------------------
 
-Sources = Mapping[bool, tuple[str, str]]  # training -> what the code imports, the code
+Sources = Mapping[bool, tuple[str, str]]  # training -> (import statements, source of forward)
 
 
 class Rewritten:
@@ -280,13 +280,13 @@ class Rewritten:
         return _rebuild, (self._original_class, self._sources), self.__dict__
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        # That of a BatchNorm asks for its counter of batches, which an emptied one has no more.
+        # BatchNorm's method reads num_batches_tracked, which an emptied norm (`is_emptied`) does not have.
         own: Any = nn.Module if is_emptied(cast(nn.Module, self)) else super()
         own._load_from_state_dict(*((self, *args) if own is nn.Module else args))
 
 
 def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
-    """Let `module` compute what the graphs say: its class becomes one that is derived from it and differs in `forward` alone."""
+    """Make `module` run the graphs: its new class is derived from its old one, and differs in `forward` alone."""
     if isinstance(module, fx.GraphModule):
         module.recompile()
         return
@@ -298,15 +298,15 @@ def rewrite(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
 
 
 def over_layer(module: nn.Module, name: str) -> None:
-    """Let `super().forward(x)`, `weight` and `bias` in the code of a class derived from a norm of torch be those of the child `name`."""
+    """Make `super().forward(x)`, `weight` and `bias` in the code of a class derived from a norm of torch use the child `name`."""
     module.__class__ = _class_over(type(module), name)
 
 
 def is_emptied(module: nn.Module) -> bool:
-    """Whether it is of a class derived from a norm of torch whose norm has become a layer of its own: no norm any more, but code."""
+    """Whether the class of `module` is derived from a norm of torch, and `over_layer` or `rewrite` has moved its tensors to a child."""
     tensors = {**module._parameters, **module._buffers}
-    held = [tensor for name, tensor in tensors.items() if name != "num_batches_tracked" and tensor is not None]
-    return isinstance(module, Rewritten) and isinstance(module, BASES) and not held
+    left = [tensor for name, tensor in tensors.items() if name != "num_batches_tracked" and tensor is not None]
+    return isinstance(module, Rewritten) and isinstance(module, BASES) and not left
 
 
 def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
@@ -320,7 +320,7 @@ def _class(cls: type[nn.Module], sources: Sources) -> type[nn.Module]:
 
 
 def _class_over(cls: type[nn.Module], name: str) -> type[nn.Module]:
-    """Between `cls` and the norm of torch, in the order in which methods are looked up, comes a class whose forward calls the child."""
+    """A class derived from `cls` whose method resolution order has, before the norm of torch, a class whose forward calls the child."""
     base = _base(cls)
 
     def forward(self: nn.Module, input: Tensor) -> Any:

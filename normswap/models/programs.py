@@ -1,4 +1,4 @@
-"""An ExportedProgram as the graph module that it is, and a rewritten graph module as an ExportedProgram again."""
+"""Turns an ExportedProgram into its graph module, and a rewritten graph module into an ExportedProgram again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=Model)
 
 
 def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
-    """The model itself, or the graph module of an ExportedProgram. Raises SwapError for names and nesting that nothing can work on."""
+    """The model itself, or the graph module of an ExportedProgram. Raises SwapError for names or nesting that `wellformed` refuses."""
     if isinstance(model, ExportedProgram):
         names = itertools.chain(model.state_dict, model.constants)
         if (problem := wellformed.problem_of_names(names)) is not None:
@@ -33,7 +33,7 @@ def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
 
 
 def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:
-    """`swapped` as the kind that `model` is: exported again if `model` is an ExportedProgram, with the same dynamic axes."""
+    """`swapped`, exported again with the same dynamic axes if `model` is an ExportedProgram."""
     if not isinstance(model, ExportedProgram):
         return cast(M, swapped)
     try:
@@ -44,7 +44,7 @@ def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:
 
 
 def _dynamic_shapes(program: ExportedProgram, inputs: Inputs) -> Any:
-    """Dim.DYNAMIC on every axis of an input whose size the program left open."""
+    """Dim.DYNAMIC for every axis of an input that is dynamic in the program."""
     names = set(program.graph_signature.user_inputs)
     values = iter([node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names])
 

@@ -1,4 +1,4 @@
-"""Silence around the code of other libraries: loading, tracing and exporting make them print, log and warn about themselves."""
+"""Suppresses what other libraries print, log and warn of while a model is loaded, traced or exported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from typing import TextIO
 
 _ABOUT_TORCH: tuple[tuple[type[Warning], str], ...] = (
-    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # torch copies its own tree of the inputs
-    (UserWarning, r"# The axis name: batch will not be used"),  # ... for a second input: it has the first one's
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # raised when torch copies its own pytree spec
+    (UserWarning, r"# The axis name: batch will not be used"),  # for a second input, which shares the axis of the first
 )
 
 
 @contextlib.contextmanager
 def quiet(*, show_warnings: bool = True, print_to: TextIO | None = None) -> Iterator[None]:
-    """Nothing is logged in the block but errors, and what is printed, by a library or by the model, goes to `print_to`, or nowhere.
+    """A context that logs only errors, and sends what a library or the model prints to `print_to`, or nowhere.
 
-    Warnings show when the block ends, but for those of torch about itself; show_warnings=False drops them all.
+    Warnings are shown when the block ends, except those in _ABOUT_TORCH; show_warnings=False drops all of them.
     """
     target = print_to or io.StringIO()
     before = logging.root.manager.disable

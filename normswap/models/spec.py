@@ -1,4 +1,4 @@
-"""package.module:attribute -> the object. The working directory is importable, as `python -m` has it and the console script has not."""
+"""Imports an object by "package.module:attribute". The working directory is importable, as with `python -m`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPEC = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<attribute>[^\W\d]\
 def imported(spec: str, option: str, meant: str, error_type: type[NormswapError] = UsageError) -> Any:
     """The object that `spec` names. Importing runs its module.
 
-    option, meant: how a message calls the option ("" if there is none), and what should stand after the colon. Raises `error_type` if the
+    option, meant: for messages, the name of the option ("" if there is none) and what the spec should name. Raises `error_type` if the
     module cannot be imported or has no such attribute.
     """
     match = SPEC.fullmatch(spec)
@@ -43,11 +43,11 @@ def imported(spec: str, option: str, meant: str, error_type: type[NormswapError]
 
 
 def is_within(module: str, packages: Iterable[str]) -> bool:
-    """Whether a dotted name is that of one of these packages, or of a module in one."""
+    """Whether a dotted name is one of these packages or a module inside one."""
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def make_working_directory_importable() -> None:
-    """It stays so: a model may import when it runs."""
+    """Add the working directory to sys.path for good, as a model may import modules when it runs."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 # The reader of zip archives that torch.load itself uses, so that both see the same records of a file.
 from torch._C import PyTorchFileReader
 
-# An aten operator, as an exported program calls it: to know one, to bind its arguments, to tell how much it returns.
+# The class of an aten operator in a graph: to recognise it, to bind its arguments, to count its outputs.
 from torch._ops import OpOverload
 
-# The code of a torch.fx.Graph, compiled to a function: what a GraphModule does with it, for a class that is no GraphModule.
+# Compiles the code of a torch.fx.Graph to a function, as GraphModule does, for a class that is not a GraphModule.
 from torch.fx.graph_module import _format_import_block as format_import_block
 from torch.fx.graph_module import _forward_from_src as forward_from_source
 
-# A reference that keeps the address of a storage from being used again, and not its data.
+# A weak reference that keeps the address of a storage from being reused, without keeping its data.
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # The classes that all BatchNorm and all InstanceNorm layers of torch are derived from, whatever their rank.
@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as AnyInstanceNorm
 from torch.package.importer import sys_importer
 
-# The tensors in whatever a model takes or returns: torch has no public walk through nested containers.
+# Walks through nested containers, to find the tensors in the inputs and outputs of a model: torch has no public function for it.
 from torch.utils._pytree import (
     MappingKey,
     keystr,
@@ -74,7 +74,7 @@ __all__ = [
     "written",
 ]
 
-# The attributes in which nn.Module keeps hooks: they are copied to what takes a module's place. Their handles stay bound to the source.
+# The attributes in which nn.Module keeps hooks: they are copied to a replacement of the module. Hook handles still refer to the source.
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -86,23 +86,23 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 
-# What nn.Module itself keeps on every object, `_parameters`, `_buffers` and `_modules` among it: all else is the layer's own.
+# The attributes that nn.Module sets on every object, like `_parameters`, `_buffers` and `_modules`: any other is the layer's own.
 MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 
-# The method of a convolution that its `forward` calls: a class that overrides it computes something else.
+# The method that a convolution's `forward` calls: a class that overrides it computes something else.
 CONV_FORWARD = "_conv_forward"
 
-# The module that torch.compile imports: where it is not loaded nothing is compiled, and importing it takes seconds.
+# The module that torch.compile imports: if it is not loaded, nothing is compiled; importing it takes seconds.
 DYNAMO = "torch._dynamo"
 
 
-# The classes of storages that the pickle of a model may name; and what became, in Python 3, of the names in a pickle of Python 2.
+# The storage classes that the pickle of a model may name; and the Python 3 names for those in a pickle of Python 2.
 STORAGE_CLASSES = frozenset(torch._storage_classes)
 PYTHON2_NAMES, PYTHON2_MODULES = torch._utils.NAME_MAPPING, torch._utils.IMPORT_MAPPING
 
 
 def parameters_of(operator: OpOverload) -> list[Any]:
-    """What an aten operator takes, in order, each with its name and default. Built-ins have no signature for `inspect`."""
+    """The parameters of an aten operator, in order, each with its name and default. `inspect` finds no signature of built-ins."""
     return list(operator._schema.arguments)
 
 
@@ -117,20 +117,20 @@ def returned_by(operator: OpOverload) -> int:
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to a torch.vmap, grad or the like, and ends with that: its values cannot be kept or looked at."""
+    """Whether the tensor exists only inside a torch.vmap, grad or the like, so that its values cannot be read or kept."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def base_of_view(tensor: Tensor) -> Tensor | None:
-    """The tensor of which this one is a view: a copy of the view has to be a view of the copy."""
+    """The tensor of which this one is a view, or None."""
     return tensor._base
 
 
 def written(tensor: Tensor) -> int:
-    """How often the tensor, or a view of it, was written in place."""
+    """The version counter: how often the tensor, or a view of it, was written in place."""
     return tensor._version
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same number for all tensors over one storage: to know an output again, whatever view of it is written to."""
+    """A number that all tensors over one storage have in common, so that views of an output can be recognised."""
     return cast(int, tensor.untyped_storage()._cdata)

@@ -1,6 +1,6 @@
-"""One forward pass of a model: run so that it leaves nothing behind, and watched, where somebody wants to know what it does.
+"""Runs one forward pass of a model without side effects, and can report which modules and functions it calls.
 
-`forward` runs it. A `Watcher` sees it, too: which modules run, inside which other modules, and which functions of torch their code calls.
+`forward` runs the pass. A `Watcher` also reports which modules run, inside which other modules, and which functions of torch they call.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from normswap.models.torch_private import tree_leaves, tree_map_only
 
 
 def forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: AbstractContextManager[Any] | None = None) -> Any:
-    """The output of one forward pass without gradients and uncompiled, on clones of its inputs: a model may write into them.
+    """The output of one forward pass, without gradients, uncompiled, on clones of the inputs, as a model may write into them.
 
-    within: a context, as a function mode, in which the model runs. All random states are put back. What the model raises comes through.
+    within: a context, such as a function mode, in which the model runs. All random states are restored. Exceptions of the model propagate.
     """
     with torch.no_grad(), _random_states_kept(model, args, kwargs), uncompiled():
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
@@ -33,7 +33,7 @@ def forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
 
 @contextmanager
 def _random_states_kept(model: nn.Module, *given: Any) -> Iterator[None]:
-    """Of Python, of numpy, and of torch on the CPU and the devices of a model and of what it is given."""
+    """Restore the random states of Python, numpy, and torch on the CPU and on the devices of the model and its inputs."""
     states = random.getstate(), np.random.get_state()
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(given)) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
@@ -45,7 +45,7 @@ def _random_states_kept(model: nn.Module, *given: Any) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, and in the attributes of dataclasses in them: a model may return an object of its own."""
+    """The tensors in nested containers, and in the attributes of dataclasses in them, which models may return."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -54,10 +54,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class Watcher(TorchFunctionMode):
-    """Watches one forward pass of a model that nobody else uses. What is to be done about what it sees, a subclass says.
+    """Watches one forward pass of a model that nobody else uses. A subclass overrides `entered`, `left` and `called`.
 
     stack   the modules whose forward is running, the outermost first
-    opaque  the ids of modules that are seen as a whole: nothing that happens inside of them is shown
+    opaque  the ids of modules that are seen as a whole: nothing that happens inside them is reported
     """
 
     def __init__(self, model: nn.Module, opaque: Collection[int] = ()) -> None:
@@ -69,14 +69,14 @@ class Watcher(TorchFunctionMode):
         """The forward of a module is about to run; it is not on the stack yet."""
 
     def left(self, module: nn.Module, output: Any) -> None:
-        """The forward of a module has returned; it is no more on the stack."""
+        """The forward of a module has returned; the module is no longer on the stack."""
 
     def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The code of a module calls a function of torch. Has to make the call, and to return what that gives."""
+        """The code of a module calls a function of torch. Has to make the call, and to return its result."""
         return function(*args, **kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-        """(the output, None), or (None, what the model raised): what was seen until then stays true."""
+        """Run the pass; (the output, None), or (None, the exception that the model raised)."""
         handles: list[Any] = []
         for module in self.model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
@@ -99,7 +99,7 @@ class Watcher(TorchFunctionMode):
         self.stack.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.stack and self.stack[-1] is module:  # a hook that raises before it is entered leaves it all the same
+        if self.stack and self.stack[-1] is module:  # if an earlier pre-hook raised, this hook runs without `_enter`
             self.stack.pop()
         if not self._hidden():
             self.left(module, output)

@@ -1,7 +1,7 @@
-"""Whether a model can be worked on: its names, its nesting and, if a file described it, the attributes of its layers.
+"""Checks that a model is safe to trace: its names, its nesting and, if it came from a file, the attributes of its layers.
 
-Asked before its code is read, or code is made of it: torch.fx and torch.export write the names of layers, parameters and buffers into
-source that they run, and quote them badly. A file can give them any text. So names have letters, digits, `_` and `-`, and nothing else.
+The checks come before the model is traced: torch.fx and torch.export write the names of layers, parameters and buffers into source that
+they run, without proper quoting, and a file can contain any names. So names may have letters, digits, `_` and `-` only.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn.parameter import is_lazy
 
 NAME = re.compile(r"[\w-]+")
 HINT = "names of layers, parameters and buffers have letters, digits, _ and - only"
-DEEPEST, MOST = 100, 100_000  # layers inside layers, and names: the largest nets of torchvision, timm and transformers have 15, and 10,000
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # in an RMSNorm, None is the eps of the dtype
+DEEPEST, MOST = 100, 100_000  # depth of nesting, and number of names; the largest models of torchvision, timm and hf have 15 and 10,000
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # not RMSNorm, whose eps may be None
 _OF_EVERY_MODULE = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 def problem(model: nn.Module, *, dots: bool = True) -> tuple[str, str | None] | None:
-    """What is wrong with the names and the nesting of a model, and a hint; None if nothing is. The text goes on from "the model".
+    """(what is wrong with the names or the nesting of a model, a hint); None if nothing is. The text follows "the model".
 
-    dots: whether a layer may have one in its name. It is then the name of another, perhaps, which is no danger: both are listed.
+    dots: whether names of layers may have dots. Two layers may then have the same qualified name, which is harmless.
     """
     if (found := _nesting(model)) is not None:
         return found, None
     for where, module in model.named_modules():
         tensors = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
         for kind, names in (
-            ("layer", module._modules.keys()),  # those of torch.jit have little else of a dict
+            ("layer", module._modules.keys()),  # in a ScriptModule these are no dicts, but have keys()
             ("parameter", module._parameters.keys()),
             ("buffer", module._buffers.keys()),
             ("tensor", tensors),
@@ -47,7 +47,7 @@ def problem(model: nn.Module, *, dots: bool = True) -> tuple[str, str | None] | 
 
 
 def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
-    """As `problem`, of a model that a file described: that may also lack what a constructor would have made."""
+    """As `problem`, for a model from a file, which may also lack attributes that a constructor would have set."""
     for where, module in every_module(model):
         if missing := [name for name in _OF_EVERY_MODULE if name not in vars(module)]:
             return f"has a {type(module).__name__} without {missing[0]}{_inside(where)}: no constructor leaves it so", None
@@ -71,7 +71,7 @@ def problem_of_file(model: nn.Module) -> tuple[str, str | None] | None:
 
 
 def problem_of_names(names: Iterator[str]) -> tuple[str, str | None] | None:
-    """As `problem`, of the dotted names of a program's tensors."""
+    """As `problem`, for the dotted names of a program's tensors."""
     for name in names:
         if not all(NAME.fullmatch(part) for part in name.split(".")):
             return f"has a tensor named {quoted(name)}", HINT
@@ -79,7 +79,7 @@ def problem_of_names(names: Iterator[str]) -> tuple[str, str | None] | None:
 
 
 def quoted(name: object) -> str:
-    """For a message: in one line, and nothing that a terminal would obey."""
+    """A text for a message: ASCII, in one line, at most 60 characters, without control sequences."""
     text = ascii(name)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -97,7 +97,7 @@ def _is_clean(where: str) -> bool:
 
 
 def every_module(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, with a name; also of a model that is not well formed."""
+    """(name, module) for every module, once; works for a model that is not well formed, too."""
     seen, stack = {id(model)}, [("", model)]
     while stack:
         where, module = stack.pop()
@@ -110,7 +110,7 @@ def every_module(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_number(eps: Any) -> bool:
-    """Whether an eps is a number, of numpy or in a tensor too."""
+    """Whether an eps is a number, which may be numpy's or in a tensor."""
     try:
         return not isinstance(eps, str | bytes) and not math.isnan(float(eps))
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -118,7 +118,7 @@ def _is_number(eps: Any) -> bool:
 
 
 def _nesting(model: nn.Module) -> str | None:
-    """What is wrong with how layers lie inside layers. Without recursion: what is looked for is what makes a recursion endless."""
+    """What is wrong with the nesting of the layers. Not recursive, as a layer that contains itself would make a recursion endless."""
     depths: dict[int, int] = {}
     names: dict[int, int] = {}
     entered: set[int] = set()
@@ -145,7 +145,7 @@ def _nesting(model: nn.Module) -> str | None:
 
 
 def _fault_of_layer(module: nn.Module) -> str | None:
-    """What a layer of torch lacks that every layer of its kind has; None if nothing. The text goes on from its class and name."""
+    """What a layer of torch lacks that every layer of its kind has; None if nothing. The text follows its class and name."""
     for name, value in vars(module).items():
         if isinstance(value, int) and abs(value) >= 2**63:
             return f"with {name} {quoted(value)}"
@@ -155,7 +155,7 @@ def _fault_of_layer(module: nn.Module) -> str | None:
 
 
 def _fault_of_norm(module: nn.Module) -> str | None:
-    """The same of a norm, of which more is read: its settings, and the shapes of its tensors."""
+    """As `_fault_of_layer`, for a norm, whose settings and shapes of tensors are checked, too."""
     expected: dict[str, type]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...] = ()

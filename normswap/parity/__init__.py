@@ -1,4 +1,4 @@
-"""The judge: whether two models, or a model and an ONNX file, compute the same function, and as precisely as the original does.
+"""The judge: measures whether two models, or a model and an ONNX file, compute the same function with the same precision.
 
-`judge.py` explains the rule and has both verbs (`judge` a reference, `compare` a candidate). May import `models` and `layer`.
+`judge.py` explains the rule; its functions are `judge`, for a reference, and `compare`, for a candidate. May import `models` and `layer`.
 """

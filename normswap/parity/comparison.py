@@ -1,4 +1,4 @@
-"""The rows of a comparison: one for each tensor of a candidate at each probe, with its error against the truth. `judge.py` compares."""
+"""Compares each tensor of a candidate at each probe with its truth, and makes one row (a Difference) of each."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LimitOf = Callable[[Key, Truth], Limit]
 
 @dataclass
 class Findings:
-    """What was found of one candidate.
+    """All that was measured of one candidate.
 
-    function   rows in float64: is it the same function?
-    precision  rows in its own dtype, or in a runtime: is it as precise?
+    function   rows in float64, which decide whether it is the same function
+    precision  rows in its own dtype, or in a runtime, which decide whether it is as precise
     failure    why the comparison as a whole failed, or None
     notes      what could not be compared, and why
-    passes     forward passes
+    passes     number of forward passes
     """
 
     function: Rows = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Findings:
 
 
 def compare_at(judgement: Judgement, probe: Probe, found: Tensors, limit: LimitOf, *, float64: bool = False) -> Rows:
-    """A row for each tensor that the reference or the candidate has at a probe. limit: of the error of each."""
+    """A row for each tensor that the reference or the candidate has at a probe. limit: gives the largest error that passes."""
     truths = judgement.truths_at(probe)
     here = {key: value for key, value in found.items() if key.probe == probe.name}
     return {key: _row(key, truths.get(key), here.get(key), limit, float64=float64) for key in dict.fromkeys((*truths, *here))}

@@ -1,46 +1,47 @@
-"""The judge of the whole tool: does a candidate compute the reference's function, and as precisely as the reference does?
+"""Decides whether a candidate computes the same function as a reference, and does so as precisely.
 
-Both run at the same inputs (`probes.py`), and every tensor that they return is compared. With
+Both run at the same inputs, the probes (`probes.py`), and every tensor that they return is compared. With
 
-    t   what the reference gives in float64: the truth
-    c   what the candidate gives
-    s   the scale: max|t|, but at least 1e-3 of the largest |t| of that output at the probes that are not scaled: what is left of an
-        output that all but vanishes at one probe is not held to its own size
+    t   the reference's tensor in float64: the truth
+    c   the candidate's tensor
+    s   the scale: max|t|, but at least 1e-3 of the largest |t| of that output at the probes that are not scaled, so that an output
+        that almost vanishes at one probe is not compared with its own small size
 
-the error of a tensor is  max|c - t| / s  over its elements. Two questions are asked of it.
+the error of a tensor is  max|c - t| / s  over its elements. It has to answer two questions.
 
-1. Is it the same function? (`same_function.py`) A candidate module runs in float64, too, where rounding is next to nothing: an error of at
-   most 1e-9 passes. But weights that the reference does not have (of a fused convolution, say) were rounded when they were stored, and a
-   model may choose between equals (top-k, nms). So what differs is measured again, with
+1. Is it the same function? (`same_function.py`) A candidate module runs in float64, too, with next to no rounding: an error of at most 1e-9
+   passes. But weights that the reference does not have (of a fused convolution, say) were rounded when they were stored, and a model may
+   choose between almost equal values (top-k, nms). So a tensor that fails is measured again, with
 
        r   how far the candidate's outputs move if its numbers move, at random, by up to half a unit in their last place; numbers that the
-           reference has, too, do not move, nor do whole numbers and the statistics of a BatchlessNorm that remembers unrounded ones
+           reference has, too, do not move, nor do whole numbers, nor statistics of a BatchlessNorm that has stored unrounded ones
        q   how far the reference's outputs move if its inputs and numbers move by up to 2^-50 of their size; numbers that the candidate
            does not have move by up to half a unit in their last place
 
-   and an error of at most  max(1e-9, 10 r, 10 q)  passes. Where q is above CHAOS (1e-2 in float32), rounding decides what the reference
-   itself gives, and float64 decides nothing. A conversion changes no weight but statistics that are remembered: it is held to 1e-9.
+   and an error of at most  max(1e-9, 10 r, 10 q)  passes. If q is above CHAOS (1e-2 in float32), the reference's own output depends on
+   rounding, and float64 decides nothing. A conversion changes only statistics, whose unrounded values are stored: its limit is 1e-9.
 
 2. Is it as precise? (`noise.py`) A candidate in its own dtype, or an ONNX file in a runtime, passes with an error of at most
 
-       max(10 n, FLOOR)       n   the noise: the error of what is right by definition, in the same runtime at the same level
+       max(10 n, FLOOR)       n   the noise: the error of a computation that is correct by definition, in the same runtime and level
 
-   For a module, n is the error of the reference in its own dtype. For an ONNX file, it is that of its baseline: the same graph before
-   anything was folded in it, which is itself held against the reference. FLOOR is 1e-6 in float32. Where n is above CAP (1e-4 in float32),
-   nothing can be learnt about precision.
+   For a module, n is the error of the reference in its own dtype. For an ONNX file, n is the error of its baseline: the same graph before
+   any fold, which is itself compared with the reference. FLOOR is 1e-6 in float32. If n is above CAP (1e-4 in float32), precision cannot
+   be judged.
 
-What fails the second question alone is looked at again (`second_look.py`): one n may be a small one by chance. What cannot be judged at a
-probe is named in `Parity.unjudged`, and the other probes decide (`verdict.py`); what can be judged at none fails. The judge fails closed:
-NaN, a missing output, another shape or dtype, and nothing to compare all fail, and one failing output or layer fails all.
+A tensor that fails the second question alone is measured again (`second_look.py`), as a single n may be small by chance. A tensor that
+cannot be judged at a probe is named in `Parity.unjudged`, and the other probes decide (`verdict.py`); one that can be judged at none fails.
+The judge fails closed: NaN, a missing output, another shape or dtype, and nothing to compare all fail, and one failing output or layer
+fails all.
 
-`limits.py` has the numbers. FLOOR goes by the coarsest dtype of weights, outputs and layers, CAP and CHAOS by the coarsest that anything is
-computed in.
+`limits.py` has the numbers. FLOOR depends on the coarsest dtype of weights, outputs and compared layers; CAP and CHAOS depend on the
+coarsest dtype that any operation returns.
 
 Forward passes: 6 probes in float64 and 6 in the reference's own dtype; then 5 and 5 for a module, 6 for an ONNX file at each level and 6
-for its baseline; one less of each where the example is a batch of 1. A probe that the reference itself refuses (a fixed batch size, say) is
-dropped and named; the flat one also where n is above CAP, or the reference gives 0 and nothing else.
+for its baseline; one less of each if the example is a batch of 1. A probe at which the reference raises (a fixed batch size, say) is
+dropped and named; the flat probe also if n is above CAP, or the reference returns only 0.
 
-Memory: the float64 run shares the weights and widens each where an operation reads it. Of a layer's output, at most `measure.KEPT` values
+Memory: the float64 run shares the weights and converts each when an operation reads it. Of a layer's output, at most `measure.KEPT` values
 per probe and call are kept; the model's outputs are kept whole.
 """
 
@@ -78,10 +79,10 @@ def judge(
     asked: Sequence[Probe] | None = None,
     unrounded: nn.Module | None = None,
 ) -> Judgement:
-    """Run the reference in float64, free it, then run it in its own dtype to learn its noise.
+    """Run the reference in float64, then in its own dtype to measure its noise.
 
-    sites: names of modules whose outputs are compared, too. asked: probes to judge at, in place of those made of the arguments; the first
-    is called "example". unrounded: the model that the reference was rounded from, which is then what runs in float64.
+    sites: names of modules whose outputs are compared, too. asked: probes to use, in place of those made from the arguments; the first
+    is named "example". unrounded: the model from which the reference was rounded; it then runs in float64 in place of the reference.
 
     Raises UsageError if the reference cannot run on the example inputs.
     """
@@ -93,7 +94,7 @@ def judge(
     try:
         in_float64 = _run_all(lambda: original.float64_runner(asked), [probe.in_float64() for probe in asked], dropped, " in float64")
     except NormswapError as error:
-        # Int8 kernels, say. Then the reference in its own dtype is the truth.
+        # It has int8 kernels, say. Then the run in its own dtype is the truth.
         dropped.append(f"float64, so judged in its own dtype: {error.message.rpartition('in float64: ')[2]}")
     usable = [probe for probe in asked if in_float64 is None or probe.name in in_float64]
     in_own_dtype = _run_all(lambda: original.own_runner(computed_in), usable, dropped)
@@ -128,7 +129,7 @@ def judge(
 
 
 def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[str], how: str = "") -> dict[str, Tensors]:
-    """What the reference gives at each probe, by its name. Without the example nothing can be judged; any other is dropped and named."""
+    """probe name -> tensors of the reference. Raises UsageError if it cannot run at the example; other probes are then put in `dropped`."""
     found = {}
     try:
         run = make()
@@ -137,7 +138,7 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
     except Exception as error:  # an operator of somebody's own, say
         raise UsageError(
             f"the model cannot be run{how}: {described(error)}",
-            hint="what cannot be run cannot be held against anything",
+            hint="a model that cannot be run cannot be compared",
         ) from error
     for probe in asked:
         try:
@@ -153,7 +154,7 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
 
 
 def _reach(found: Iterable[Tensors]) -> dict[tuple[str, bool], float]:
-    """The largest finite number of each tensor at any of these probes."""
+    """(name, site) -> the largest finite absolute value of that tensor at any of these probes."""
     reach: dict[tuple[str, bool], float] = {}
     for values in found:
         for key, value in values.items():
@@ -164,11 +165,11 @@ def _reach(found: Iterable[Tensors]) -> dict[tuple[str, bool], float]:
 
 
 def _useless(truth: Truth, precision: Precision) -> str | None:
-    """Why nothing can be learnt at a flat probe, if so."""
+    """Why an output at a flat probe cannot judge a candidate; None if it can."""
     if not truth.value.is_floating_point():
         return None
     if not bool(truth.value.any()):
-        return "what the original gives there is 0"
+        return "the original returns only 0 there"
     return None if truth.noise <= precision.cap else f"the original itself is {truth.noise:.1e} away from its float64 run there"
 
 
@@ -182,11 +183,11 @@ def compare(
     original: nn.Module | None = None,
     baseline: Path | None = None,
 ) -> Parity:
-    """Hold a candidate against a judgement: a module, with the sites of the judgement, or an ONNX file in a runtime.
+    """Compare a candidate with a judged reference: a module, with the sites of the judgement, or an ONNX file in a runtime.
 
-    level: in which, see `onnx_runner`. tolerance: the largest error that passes, in place of all limits. only_like_example: the candidate
-    takes no other batch size. original: a model of which the candidate claims to be an independent copy; reading one of its tensors is a
-    failure. baseline: the file before anything was folded in it.
+    level: of the runtime, see `onnx_runner`. tolerance: the largest error that passes, in place of all limits. only_like_example: whether
+    the candidate takes no other batch size. original: a model of which the candidate should be an independent copy; if the candidate reads
+    one of its tensors, it fails. baseline: the file before any fold.
     """
     is_file = isinstance(candidate, Path)
     fitting = [p.name for p in judgement.probes if (p.like_example or not only_like_example) and (is_file or not p.flat)]
@@ -205,7 +206,7 @@ def compare(
         if judgement.float64 and tolerance is None:
             try:
                 findings.function, findings.passes = rows_of_module(judgement, candidate)
-            except Exception as error:  # whether it can be run at all is for its own dtype to say
+            except Exception as error:  # if it cannot be run in its own dtype either, the run below says so
                 findings.notes.append(f"float64, so judged in its own dtype: the candidate raised {described(error)}")
     limit = precision_limit(judgement, noise) if tolerance is None else _fixed_limit(tolerance)
     if findings.failure is None:
@@ -214,7 +215,7 @@ def compare(
             for probe in judgement.probes:
                 findings.precision |= compare_at(judgement, probe, judgement.by_key(probe, run(probe)), limit)
                 findings.passes += 1
-        except Exception as error:  # a candidate that raises is a candidate that fails, whatever it raises
+        except Exception as error:  # a candidate that raises fails
             findings.failure = f"the candidate raised {described(error)}"
     if findings.failure is None and tolerance is None:
         look_again(judgement, candidate, findings, noise_runner)

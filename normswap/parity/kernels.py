@@ -1,6 +1,6 @@
-"""Faster operators for onnx's own evaluator of ONNX files: torch computes those for which it loops in Python, and takes minutes.
+"""Operators that torch computes for onnx's evaluator, as the evaluator's own (Conv, pooling, Resize) are loops in Python and take minutes.
 
-Where torch has no such kernel (padding by name, sizes that are rounded up, indices), the evaluator computes its own.
+For variants that torch does not have (auto_pad, sizes that are rounded up, indices as outputs), the evaluator's own code runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 
 
 def _tensor(array: Any) -> Tensor:
-    """torch warns of arrays that may not be written into, and takes none with negative strides."""
+    """The array as a tensor, copied if torch would warn of it (not writeable) or refuse it (negative strides)."""
     whole = np.ascontiguousarray(array)
     return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
 
@@ -75,7 +75,7 @@ def _max_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | 
     padded = _padded(_tensor(x), attributes, -torch.inf)
     y = MAX_POOLS[rank](padded, tuple(attributes["kernel_shape"]), stride=strides, dilation=dilations, ceil_mode=up)
     for axis, (begin, stride) in enumerate(zip(_pads(attributes, rank)[0], strides, strict=True), 2):
-        # No window starts in the padding at the end, which is a part of the input for torch.
+        # In ONNX no window starts in the padding at the end; torch, for which that padding is part of the input, may add one.
         y = y.narrow(axis, 0, min(y.shape[axis], -(-(x.shape[axis] + begin) // stride)))
     return y
 
@@ -97,7 +97,7 @@ def _average_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tenso
 
 
 def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | None:
-    """Each value repeated a whole number of times along each axis: there, ways of rounding to the nearest place agree."""
+    """Resize by whole factors in mode "nearest", where all rounding modes agree: each value is repeated along each axis."""
     x, _, scales, sizes = (*inputs, None, None, None)[:4]
     way = attributes.get("coordinate_transformation_mode", "half_pixel"), attributes.get("nearest_mode", "round_prefer_floor")
     known = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"))
@@ -115,7 +115,7 @@ def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | No
 
 @functools.cache
 def kernels() -> tuple[type[Any], ...]:
-    """Classes for the `new_ops` of onnx's evaluator."""
+    """Operator classes for the argument `new_ops` of onnx's evaluator."""
     from onnx.reference.ops import op_average_pool, op_conv, op_conv_transpose, op_max_pool, op_resize
 
     return (

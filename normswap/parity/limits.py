@@ -1,4 +1,4 @@
-"""How large an error may be: the numbers of the rule that `judge.py` explains."""
+"""The largest errors that pass: the numbers of the rule that `judge.py` explains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAOS = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfl
 
 @dataclass(frozen=True)
 class Limit:
-    """Of one tensor at one probe: the largest error that passes, the noise that it comes from, and why the row decides nothing, or None."""
+    """For one tensor at one probe: the noise, the largest error that passes, and why the row decides nothing, or None."""
 
     noise: float
     tolerance: float
@@ -28,7 +28,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Precision:
-    """How precise a model is meant to be.
+    """The dtypes from which the limits of a model's precision follow.
 
     dtype: the coarsest of its weights, outputs and compared layers. computed_in: the coarsest that any of its operations returns.
     """
@@ -38,7 +38,7 @@ class Precision:
 
     @property
     def eps(self) -> float:
-        """The relative distance of two neighbouring numbers: a number that was rounded is off by half of it at most."""
+        """The relative distance of two neighbouring numbers of `dtype`; rounding moves a number by at most half of it."""
         return torch.finfo(self.dtype).eps
 
     @property
@@ -46,19 +46,19 @@ class Precision:
         return CAP[self.computed_in]
 
     def limit(self, noise: float) -> Limit:
-        """Of the precision of a candidate, where the error of the reference itself is `noise`."""
-        if math.isnan(noise):  # nowhere finite: the comparison says so
+        """The limit of a candidate's error, where the error of the reference itself is `noise`."""
+        if math.isnan(noise):  # no finite value, which the comparison reports
             return Limit(noise, self.cap)
         unjudged = None if noise <= self.cap else f"the original itself is {noise:.1e} away from its float64 run there"
         return Limit(noise, max(NOISE_FACTOR * noise, FLOOR[self.dtype]), unjudged)
 
     def undecided(self, movement: float) -> str | None:
-        """Why float64 decides nothing, if so. movement: how far an output goes when numbers of the model are rounded otherwise."""
+        """Why float64 decides nothing, or None. movement: how far an output moves if numbers of the model are rounded otherwise."""
         if movement <= CHAOS[self.computed_in]:
             return None
         return f"a choice that rounding decides: the original moves by {movement:.1e} of its output when its weights are rounded otherwise"
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Of the floating dtypes among these the one with the fewest digits; float32 if there is none."""
+    """The floating dtype with the fewest digits among `dtypes`; float32 if there is none."""
     return max(FLOOR.keys() & set(dtypes) or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)

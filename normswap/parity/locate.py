@@ -1,8 +1,8 @@
-"""Where two models that differ start to differ: the first layer, or node of an ONNX file, of which the values are not the same.
+"""Finds where two models start to differ: the first layer, or node of an ONNX file, whose values are not the same.
 
-Both run in float64 at one probe, and everything that each computes is paired: by name, and what has no name in common by aligning the two
-sequences of (what computes it, shape). A pair that differs is passed over if what reads it agrees again, after HEALED steps at most: there,
-something was folded into its neighbour, and the function is the same.
+Both run in float64 at one probe, and the values of their layers or nodes are paired: by name, and those without a common name by aligning
+the two sequences of (class or operator, shape). A pair that differs is skipped if a value computed from it, at most HEALED steps later,
+agrees again: there a layer was folded into its neighbour, and the function is the same.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ HEALED = 3
 
 @dataclass(frozen=True)
 class _Value:
-    """What one layer or node gives at one call.
+    """The output of one layer or node at one call.
 
-    kind: its class, or the operator. reads: the numbers of the values that it takes, as far as they are known. label: its name for people.
+    kind: the class or operator. reads: the numbers of the values that are its inputs, as far as known. label: its name in a report.
     """
 
     name: str
@@ -42,10 +42,10 @@ class _Value:
 
 
 def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Probe, limit: float) -> Located | None:
-    """The first place at which the error is above `limit`; None if there is none, or one of the two cannot be watched."""
+    """The first layer or node at which the error is above `limit`; None if there is none, or one of the two models cannot be run so."""
     try:
         ours, theirs = (_of_module(m, probe) if isinstance(m, nn.Module) else _of_file(m, probe) for m in (reference, candidate))
-    except Exception:  # whether it can be run is for the comparison to say
+    except Exception:  # a model that cannot be run is reported by the comparison
         return None
     pairs = _pairs(ours, theirs, alike=isinstance(reference, Path) == isinstance(candidate, Path))
     errors = {a: distance(theirs[b].tensor, ours[a].tensor) for a, b in pairs}
@@ -55,7 +55,7 @@ def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Prob
             readers.setdefault(read, []).append(number)
 
     def heals(number: int, steps: int = HEALED) -> bool:
-        """Whether a value that differs is read by something that agrees."""
+        """Whether a value computed from this one, in at most `steps` steps, agrees again."""
         return any(errors[n] <= limit or (steps > 1 and heals(n, steps - 1)) for n in readers.get(number, []))
 
     for a, b in pairs:
@@ -66,11 +66,11 @@ def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Prob
 
 
 def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
-    """Everything that the layers of a module give, in order; of large tensors a sample."""
+    """The outputs of all layers of a module, in order of execution; large tensors are sampled."""
     probe = probe.in_float64()
     copied, mode = moved_model(model), float64_mode(model, [probe])
     found: list[_Value] = []
-    given: list[Tensor] = []  # kept, so that no other tensor gets the id of one
+    given: list[Tensor] = []  # kept alive, so that ids are not reused
     numbers: dict[int, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -93,7 +93,7 @@ def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
 
 
 def _of_file(path: Path, probe: Probe) -> list[_Value]:
-    """Everything that the nodes of an ONNX file give, in order; of large tensors a sample."""
+    """The first outputs of all nodes of an ONNX file, in order; large tensors are sampled."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -120,7 +120,7 @@ def _values(path: Path, probe: Probe, names: Sequence[str]) -> Values:
 
 
 def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> list[tuple[int, int]]:
-    """Which value of one is which of the other. alike: whether both are modules, or both files."""
+    """(number in ours, number in theirs) of each pair, in order. alike: whether both are modules, or both files."""
     by_name: dict[str, list[int]] = {}
     for number, value in enumerate(theirs):
         by_name.setdefault(value.name, []).append(number)

@@ -1,4 +1,4 @@
-"""How far one tensor is from another, and which of its values are kept where a whole tensor is too much."""
+"""Measures how far one tensor is from another, and samples the values of tensors that are too large to keep."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KEPT = 4096  # values of a layer's output, at most
+KEPT = 4096  # values of a layer's output that are kept at most
 
 
 class Error(NamedTuple):
     """How far a candidate's tensor is from the truth.
 
-    non_finite: how many elements are NaN or infinite in one of the two only, or not the same that the truth has there.
+    non_finite: how many elements are NaN or infinite in only one of the two, or in both but with different values.
     """
 
     max_abs: float
@@ -32,8 +32,9 @@ def error(candidate: Tensor, truth: Tensor, overflow: Tensor | None = None, scal
 
         max_abs = max|candidate - truth|     max_rel = max_abs / max(max|truth|, scale_floor)     rel_l2 = |candidate - truth|_2 / |truth|_2
 
-    over the elements that are finite in both; NaN if there are none. overflow: where the reference in its own dtype is not finite although
-    the truth is. There the candidate must not be finite either; where the truth itself is infinite or NaN, it must be the same.
+    over the elements that are finite in both; NaN if there are none. overflow: a mask of the elements that are not finite in the
+    reference's own dtype although the truth is. There the candidate must not be finite either; where the truth is not finite, it must be
+    equal.
     """
     dtype = torch.complex128 if truth.is_complex() else torch.float64
     a, b = candidate.to("cpu", dtype).reshape(-1), truth.to("cpu", dtype).reshape(-1)
@@ -50,9 +51,9 @@ def error(candidate: Tensor, truth: Tensor, overflow: Tensor | None = None, scal
 
 
 def distance(tensor: Tensor | None, other: Tensor, scale_floor: float = 0.0) -> float:
-    """The max_rel of two tensors, as a number that can always be compared.
+    """The max_rel of two tensors, never NaN.
 
-    Infinite if they have other shapes, or are finite at other places; 0 if nothing is finite in either.
+    Infinite if their shapes, or the places of their finite elements, differ; 0 if neither has a finite element.
     """
     if tensor is None or tensor.shape != other.shape:
         return math.inf
@@ -61,17 +62,17 @@ def distance(tensor: Tensor | None, other: Tensor, scale_floor: float = 0.0) -> 
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:
-    """Element by element; NaN equals NaN."""
+    """Whether elements are equal, as a mask; NaN equals NaN."""
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def ratio(error: float, scale: float) -> float:
-    """error / scale, where no error is 0 and any error of a scale of 0 is infinite."""
+    """error / scale; 0 if the error is 0, else infinite if the scale is 0."""
     return 0.0 if error == 0 else error / scale if scale > 0 else math.inf
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """At most KEPT of a tensor's values, evenly spread. The step is coprime to every axis, so that no channel is always left out."""
+    """At most KEPT of a tensor's values, evenly spread. The step is coprime to the size of every axis, so that no channel is left out."""
     flat = tensor.detach().reshape(-1)
     step = max(1, math.ceil(flat.numel() / KEPT))
     while math.gcd(step, flat.numel()) > 1:

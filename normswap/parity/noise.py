@@ -1,8 +1,8 @@
-"""The second question: is a candidate as precise? It may have ten times the error of what is right by definition, which is called noise.
+"""Measures noise, the error of a computation that is correct by definition: a candidate's error may be ten times as large.
 
 For a module, noise is the error of the reference in its own dtype (`reference.truth_of`). For an ONNX file it is measured here: the error
-of its baseline, the same graph before anything was folded in it, in the same runtime at the same level. One error alone may be a small one
-by chance, so before a failure it is measured again, at inputs that differ in their last digits.
+of its baseline, the same graph before any fold, in the same runtime at the same level. A single noise may be small by chance, so before a
+candidate fails it is measured again, at inputs that differ in their last digits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from normswap.parity.rounding import moved_probe
 from normswap.parity.run_onnx import onnx_runner
 from normswap.parity.same_function import is_same, rows_of_file
 
-SAMPLES = 3  # inputs near a probe
-INPUT_ULPS = 4  # how far they are from it, in units of the last place
+SAMPLES = 3  # number of inputs near a probe
+INPUT_ULPS = 4  # distance of these inputs from the probe, in units of the last place
 
 
 def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> LimitOf:
-    """The limit of each tensor in a candidate's own precision. noise: where it is not that of the reference."""
+    """A function that gives the limit of each tensor in a candidate's own precision. noise: of tensors whose noise is a baseline's."""
 
     def limit(key: Key, truth: Truth) -> Limit:
         here = noise.get(key, truth.noise)
@@ -41,7 +41,7 @@ def precision_limit(judgement: Judgement, noise: Mapping[Key, float]) -> LimitOf
 
 
 def baseline_of(judgement: Judgement, path: Path, level: str) -> Baseline:
-    """What a runtime makes of a file before anything was folded in it. Measured once for each level."""
+    """The measurement of a file before any fold, made once for each file and level."""
     known = judgement.baselines.get((path, level))
     if known is None or not {probe.name for probe in judgement.probes} <= {key.probe for key in known.noise}:
         known = judgement.baselines[path, level] = _measured(judgement, path, level)
@@ -71,9 +71,10 @@ def _measured(judgement: Judgement, path: Path, level: str) -> Baseline:
 
 
 def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -> dict[Key, float]:
-    """The largest error of each tensor at SAMPLES inputs that are the probe's but for the last digits.
+    """The largest error of each tensor at SAMPLES inputs that differ from the probe in the last digits.
 
-    run: what the noise is of. in_float64: the reference; without it, an error is the distance from what `run` gives at the probe itself.
+    run: runs the model or file whose noise is measured. in_float64: runs the reference; without it, the error is the distance from the
+    output of `run` at the probe itself.
     """
     found: dict[Key, float] = {}
     for probe in judgement.probes:

@@ -1,12 +1,12 @@
-"""The inputs at which a model is judged: a fixed number, made from one set of example inputs.
+"""Probes: the inputs at which two models are compared, made from one set of example inputs.
 
-    the example inputs; a seeded batch of 1 and one of 3, or one of 2 where the example is a batch of 1
-    the batch of 1 with its floats x 1e-3, where little but the biases is left, and x 1e3
-    for ONNX files also: the batch of 1 with its floats all 3, where sums cancel and borders show
+    the example inputs; a seeded batch of 1 and one of 3, or only one of 2 if the example is a batch of 1
+    the batch of 1 with its floats x 1e-3, which leaves little but the biases, and x 1e3
+    for ONNX files also: the batch of 1 with its floats all 3, at which sums cancel, and errors in the padding at borders show
 
-Seeded floats are drawn from the example's own values, so ranges and masks stay what they were; integers are whole rows of the example. If
-every floating tensor of the example holds one value only (`torch.zeros(1, 3, 224, 224)`), a model cannot be told from another by it: then
-they are drawn from a normal distribution. The batch is the first axis if all tensors agree on it; otherwise shapes stay and only the values
+Seeded floats are drawn from the example's own values, so ranges and masks stay the same; integers are whole rows of the example. If every
+floating tensor of the example holds only one value (`torch.zeros(1, 3, 224, 224)`), different models may agree on it: then floats are drawn
+from a normal distribution. The batch is the first axis if all tensors have the same size there; otherwise shapes stay and only the values
 are drawn anew.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from normswap.models.copying import to_float64
 from normswap.models.torch_private import tree_flatten, tree_unflatten
 
-LARGE = " x 1000"  # how the name of the one with large inputs ends
+LARGE = " x 1000"  # the end of the name of the probe with large inputs
 FLAT = 3.0
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 Values = dict[str, Tensor]
@@ -36,7 +36,7 @@ class Probe:
 
     like_example   whether it has the example's shapes
     scaled         whether its floats are larger or smaller than the example's
-    flat           whether its floats are all the same, so that sums cancel and borders show; for ONNX files, whose weights are other ones
+    flat           whether its floats are all the same, so that sums cancel and borders show; for ONNX files, whose weights are new
     """
 
     name: str
@@ -58,12 +58,12 @@ class Probe:
         return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Tensor)]
 
 
-# Runs a model at one probe: (its outputs by name, the outputs of the layers that are watched in it by "name@call").
+# Runs a model at one probe and returns (the model's outputs by name, the outputs of the compared layers by "name@call").
 Runner = Callable[[Probe], tuple[Values, Values]]
 
 
 def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
-    """The example first, then those made of it."""
+    """All probes for one set of example inputs, of which the example itself is the first."""
     leaves, _ = tree_flatten((args, dict(kwargs)))
     batches = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}
     batch = batches.pop() if len(batches) == 1 else None  # without one common first axis there is no batch axis to vary
@@ -83,9 +83,9 @@ def probes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Probe]:
 
 
 def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Mapping[int, str]]) -> Iterator[tuple[str, Probe]]:
-    """(axis, probe): for each axis that is free and not the batch, the example at twice its size there, and at half of it.
+    """(axis, probe) for each dynamic axis except the batch: the example with twice the size on that axis, and with half of it.
 
-    free: for each tensor of the arguments, its free axes by number. Values are repeated, or left out.
+    free: for each tensor of the arguments, number -> name of its dynamic axes. Values are repeated, or left out.
     """
     leaves, spec = tree_flatten((args, dict(kwargs)))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

@@ -1,4 +1,4 @@
-"""What the reference of a comparison computes at each probe: in float64, which is the truth, and in its own dtype, which is its noise."""
+"""The outputs of a comparison's reference at each probe: in float64, which is the truth, and in its own dtype, whose error is its noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from normswap.parity.run_torch import DtypeRecorder, float64_mode, module_runner
 
 
 class Key(NamedTuple):
-    """One tensor at one probe: an output of the model, or, with `site`, what one call of a compared layer gives ("name@call")."""
+    """One tensor at one probe: an output of the model, or, if `site`, the output of one call of a compared layer ("name@call")."""
 
     probe: str
     name: str
@@ -34,20 +34,20 @@ Tensors = dict[Key, Tensor]
 
 
 def keyed(probe: Probe, found: tuple[Values, Values]) -> Tensors:
-    """What a runner gave at a probe."""
+    """The tensors that a runner returned at a probe, by Key."""
     return {Key(probe.name, name, site): value for site, values in zip((False, True), found, strict=True) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference gives of one tensor at one probe.
+    """One tensor of the reference at one probe.
 
-    value        in float64
-    dtype        that it has in the reference's own dtype
+    value        the tensor in float64
+    dtype        its dtype when the reference runs in its own dtype
     noise        the error of the reference in its own dtype
-    scale_floor  the smallest scale that an error is relative to
-    overflow     where the reference in its own dtype is not finite, although the value is; None if nowhere
-    unjudged     why its own dtype cannot be compared with float64, or None
+    scale_floor  the smallest scale to which an error is relative
+    overflow     mask of the elements that are finite here, but not in the reference's own dtype; None if there are none
+    unjudged     why the run in its own dtype cannot be compared with float64, or None
     """
 
     value: Tensor
@@ -59,12 +59,12 @@ class Truth:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether it holds numbers that are rounded: no integers or booleans, of which no rounding makes others."""
+        """Whether rounding can change it: it is floating or complex, not of integers or booleans."""
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 def truth_of(value: Tensor, own: Tensor | None, scale_floor: float) -> Truth:
-    """value: in float64; own: the same tensor in the reference's own dtype."""
+    """The Truth of one tensor. value: in float64; own: the same tensor in the reference's own dtype."""
     if own is None or own.shape != value.shape:
         shape = None if own is None else tuple(own.shape)
         unjudged = f"its shape is {tuple(value.shape)} in float64 and {shape} in the model's own dtype"
@@ -76,10 +76,10 @@ def truth_of(value: Tensor, own: Tensor | None, scale_floor: float) -> Truth:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a candidate is held against, and how to run it.
+    """The model or file with which candidates are compared, and the ways to run it.
 
-    sites: names of modules whose outputs are compared, too. unrounded: the model that a module was rounded from, which is then what is run
-    in float64.
+    sites: names of modules whose outputs are compared, too. unrounded: the model from which `model` was rounded; it then runs in float64
+    in place of `model`.
     """
 
     model: nn.Module | Path
@@ -87,24 +87,24 @@ class Reference:
     unrounded: nn.Module | None = None
 
     def own_runner(self, dtypes: set[torch.dtype] | None = None) -> Runner:
-        """In its own dtype. dtypes: a set into which those are put that a module computes in."""
+        """Runs it in its own dtype. dtypes: a set to which the dtypes are added in which a module computes."""
         if isinstance(self.model, Path):
             return onnx_runner(self.model, "disabled")
         mode = nullcontext if dtypes is None else functools.partial(DtypeRecorder, dtypes)
         return module_runner(copy_for_running(self.model), self.sites, mode)
 
     def float64_runner(self, probes: Sequence[Probe]) -> Runner:
-        """In float64, with the numbers that it stores."""
+        """Runs it in float64, with the numbers that it stores."""
         if isinstance(self.model, Path):
             return onnx_float64_runner(self.model)
         module = self.unrounded or self.model
         return module_runner(copy_for_running(module, to_float64), self.sites, float64_mode(module, probes))
 
     def unrounded_runner(self, probes: Sequence[Probe], shared: Sequence[Tensor] | None = None, eps: float = 0.0) -> Runner:
-        """In float64, with the numbers that it was made from, where it knows them.
+        """Runs it in float64, with unrounded statistics where BatchlessNorm layers have stored them.
 
-        shared: the tensors of a candidate; then each number is moved: by CHOICE of its size if the candidate has it, too, else by as much
-        as it may have been rounded, which is half of eps.
+        shared: the tensors of a candidate; with it, each number is moved at random: by up to CHOICE of its size if the candidate has the
+        same tensor, else by up to the rounding that it may contain, half of eps.
         """
         if isinstance(self.model, Path):
             return onnx_float64_runner(self.model, nudge=0.0 if shared is None else eps / 2)
@@ -113,17 +113,17 @@ class Reference:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """The numbers of a module: a candidate that has them, too, did not round them."""
+        """The parameters and buffers of a module; tensors that a candidate shares with them were not rounded by the candidate."""
         return tensors_of(self.model) if isinstance(self.model, nn.Module) else ()
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What one runtime makes of an ONNX file before anything was folded in it.
+    """The measurement of an ONNX file before any fold, in one runtime.
 
-    noise   its errors
-    wrong   why the file itself is another function than the reference, or None
-    passes  forward passes that it took
+    noise   the error of each tensor
+    wrong   why this file already computes another function than the reference, or None
+    passes  number of forward passes
     """
 
     noise: Mapping[Key, float]
@@ -133,13 +133,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the reference computes at every probe: made once, held against any number of candidates.
+    """The truths of a reference at every probe: made once, used for any number of candidates.
 
-    dropped    probes that the reference itself could not run, with the reason
-    passes     forward passes that it took
+    dropped    probes at which the reference itself could not run, with the reason
+    passes     number of forward passes
     flat       names of the probes that are for ONNX files only
-    float64    whether the truth is that of float64; else that of the reference's own dtype, as it cannot be run in float64
-    baselines  by file and level, those that were measured so far
+    float64    whether the truths are from float64; else from the reference's own dtype, as it cannot run in float64
+    baselines  (file, level) -> the baselines that were measured so far
     """
 
     reference: Reference
@@ -156,16 +156,16 @@ class Judgement:
         return {key: truth for key, truth in self.truths.items() if key.probe == probe.name}
 
     def at(self, names: Collection[str], *, sites: bool = True) -> Judgement:
-        """The same at fewer probes. sites: whether the outputs of layers are compared, or only those of the model."""
+        """The judgement at some of its probes. sites: whether the outputs of layers are compared, or only those of the model."""
         truths = {key: truth for key, truth in self.truths.items() if key.probe in names and key.site <= sites}
         return replace(self, probes=[probe for probe in self.probes if probe.name in names], truths=truths)
 
     def passed_on(self, candidate: nn.Module) -> Judgement:
-        """The same, which lets go of the reference: where it would be run again, a candidate is that was found to be the same function."""
+        """The judgement without its reference, to free memory: a candidate that passed is run in its place from now on."""
         return replace(self, reference=Reference(candidate, self.reference.sites), baselines={})
 
     def by_key(self, probe: Probe, found: tuple[Values, Values]) -> Tensors:
-        """What a run gave at a probe. The outputs of an ONNX file have positions; they get the names that the reference has for its own."""
+        """The tensors of a run at a probe, by Key. Outputs of an ONNX file, which are known by position, get the reference's names."""
         outputs, sites = found
         names = [key.name for key in self.truths_at(probe) if not key.site]
         if any(name.startswith(BY_POSITION) for name in (*names, *outputs)):
@@ -173,7 +173,7 @@ class Judgement:
         return keyed(probe, (outputs, sites))
 
     def in_float64(self, run: Runner, probes: Sequence[Probe] | None = None) -> Tensors:
-        """What a runner in float64 gives. probes: in place of those of the judgement, with their names."""
+        """The tensors of a float64 runner at all probes. probes: used in place of the judgement's, under the same names."""
         found: Tensors = {}
         for probe in self.probes if probes is None else probes:
             found |= self.by_key(probe, run(probe.in_float64()))

@@ -1,7 +1,7 @@
 """What a comparison of two models measured, as frozen data: `Parity`; and the error that is raised if it failed.
 
-Error of a tensor:  max_rel = max|candidate - truth| / scale,  truth = what the reference gives in float64,
-scale = max|truth|, but at least 1e-3 of what that tensor reaches at the inputs that are not scaled.
+Error of a tensor:  max_rel = max|candidate - truth| / scale,  truth = the reference's tensor in float64,
+scale = max|truth|, but at least 1e-3 of the largest |truth| of that tensor at the inputs that are not scaled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NOTHING_FINITE = "has no finite value to compare"
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest error; NaN if any is NaN or there is none. (`max` forgets a NaN or keeps it, by order.)"""
+    """The largest error; NaN if any is NaN or there is none. (`max` keeps or drops a NaN depending on the order.)"""
     values = list(errors)
     return float("nan") if not values or any(math.isnan(v) for v in values) else max(values)
 
@@ -27,9 +27,9 @@ class Difference:
 
     noise      max_rel of the reference itself, run as the candidate was: what rounding alone does to this tensor
     tolerance  the largest max_rel that passes here
-    non_finite elements that are NaN or infinite in one of the two and not in the other, or not the same that the truth has there
+    non_finite number of elements that are NaN or infinite in only one of the two, or in both but with different values
     problem    why nothing could be compared (missing, wrong shape, wrong dtype), or None
-    float64    whether the candidate was run in float64: then the row says whether it is the same function; else how precise it is
+    float64    whether the candidate ran in float64: such rows decide whether it is the same function, the others how precise it is
     unjudged   why this row decides nothing (the reference itself rounds too much there, say), or None
     """
 
@@ -57,7 +57,7 @@ class Difference:
 class Located:
     """The first layer or node at which two models differ: its name in each, the error there, the probe, and how the two were paired.
 
-    by: "name", or "place" in the sequence of what each computes.
+    by: "name", or "place" in the order of execution.
     """
 
     reference: str
@@ -71,12 +71,12 @@ class Located:
 class Parity:
     """Whether a candidate computes the reference's function, and how far it is from it.
 
-    outputs    one Difference per output, where it came off worst; sites: one per swapped layer, in execution order
+    outputs    one Difference per output, at its worst probe; sites: one per swapped layer, in execution order
     candidate  what was compared, e.g. "torch.float32" or "onnxruntime (all)"
     failure    why the comparison as a whole failed (nothing compared, candidate raised), or None
     probes     the inputs that were compared; dropped: probes the reference itself could not run, with its reason
-    unjudged   rows that decide nothing: the probe, the output or layer, and the figure why
-    located    where the two start to differ, if somebody looked
+    unjudged   rows that decide nothing: the probe, the output or layer, and the reason
+    located    where the two start to differ, if `locate` was called
     all_outputs  one Difference per output, probe and precision, where `outputs` holds the worst of them
     """
 
@@ -110,12 +110,12 @@ class Parity:
 
     @property
     def noise(self) -> float:
-        """The largest error of the reference itself, run as the candidate was, of any output at any probe: the noise floor."""
+        """The noise floor: the largest error of the reference itself, run as the candidate was, of any output at any probe."""
         return worst(d.noise for d in self._judged if not d.float64)
 
     @property
     def smallest_tolerance(self) -> float:
-        """The smallest `tolerance` under which every output would have passed; NaN if none would do."""
+        """The smallest `tolerance` with which every output would have passed; NaN if none would."""
         rows = [d for d in self.all_outputs or self.outputs if not d.float64]
         hopeless = self.failure is not None or any(d.problem is not None or d.non_finite for d in rows)
         return math.nan if hopeless else worst(d.max_rel for d in rows)
@@ -136,10 +136,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Everything that one model was held against, each by its name.
+    """All comparisons of one conversion or export, by name.
 
-    parities  what was measured, in order
-    not_run   what was not, and why: it counts neither as passed nor as failed
+    parities  the comparisons that were made, in order
+    not_run   those that were not made, with the reason; they count neither as passed nor as failed
     """
 
     parities: Mapping[str, Parity] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Comparisons:
 
 
 class ParityError(NormswapError):
-    """The converted model is not the function it was promised to be. `parity` holds the measurements."""
+    """The converted model does not compute the same function as the original. `parity` holds the measurements."""
 
     exit_code = 3
 
@@ -170,7 +170,7 @@ def raise_for(
     failed: str = "not the same function",
     hint: str = "exclude the layer that differs, or report this with the model's architecture",
 ) -> None:
-    """Raise ParityError unless the measurement passed. failed: what the candidate is if not; hint: what to do then."""
+    """Raise ParityError unless the measurement passed. failed: how the message describes the candidate; hint: what to do."""
     if parity.passed:
         return
     bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)

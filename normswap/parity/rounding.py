@@ -1,6 +1,6 @@
-"""How much rounding alone may change what a model gives: copies of it, and of its inputs, whose numbers are moved a little.
+"""Measures what rounding can do to a model: copies of the model, and of its inputs, whose numbers are moved a little at random.
 
-A model that is right gives almost the same for each. How far its outputs go is what rounding by itself does to them.
+How far the outputs of such copies differ is the effect of rounding alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from normswap.models.copying import copy_for_running, to_float64
 from normswap.parity.probes import Probe, Runner
 from normswap.parity.run_torch import float64_mode, module_runner
 
-Amount = Callable[[Tensor], float]  # by how much of its size a tensor is moved at most
+Amount = Callable[[Tensor], float]  # tensor -> the largest relative change of its elements
 
 
 def float64_runner(model: nn.Module, sites: Sequence[str], probes: Sequence[Probe], amount: Amount | None = None) -> Runner:
-    """Runs a copy of a module in float64 (`moved_model`)."""
+    """Runs the copy that `moved_model` makes of a module."""
     return module_runner(moved_model(model, amount), sites, float64_mode(model, probes))
 
 
 def moved_model(model: nn.Module, amount: Amount | None = None) -> nn.Module:
-    """A copy in eval mode, in float64, of which each floating number is moved at random by up to `amount` of its size; None: as it is.
+    """A copy in eval mode, in float64, with each floating number moved at random by up to `amount` of its size (None: not moved).
 
-    A BatchlessNorm that remembers the statistics it was made from gets these in place of the rounded ones: float64 decides about the swap,
-    and not about the dtype in which its result is stored.
+    A BatchlessNorm that has stored its unrounded statistics gets them in place of the rounded ones: the comparison in float64 is of the
+    swap, not of the dtype in which its result is stored.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -54,9 +54,9 @@ def moved_model(model: nn.Module, amount: Amount | None = None) -> nn.Module:
 
 
 def rounded_by(model: nn.Module, shared: Sequence[Tensor], eps: float, *, shared_by: float = 0.0) -> Amount:
-    """By how much of its size each tensor of a model may have been rounded when it was stored.
+    """The relative rounding that each tensor of a model may contain from when it was stored.
 
-    That is half of eps; `shared_by`, if it is equal to one of the tensors `shared`, or if the model remembers what it was made from.
+    It is half of eps; but `shared_by` for a tensor that is equal to one of `shared`, or whose unrounded values a BatchlessNorm has stored.
     """
     known: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in shared:
@@ -71,9 +71,10 @@ def rounded_by(model: nn.Module, shared: Sequence[Tensor], eps: float, *, shared
 
 
 def moved_probe(probe: Probe, size: float, seed: int, like: Probe | None = None) -> Probe:
-    """The probe with each floating number of its inputs moved by up to `size` of itself, or of the largest one of the same input of `like`.
+    """The probe with each floating number of its inputs moved at random by up to `size` times itself.
 
-    A model may take a mean from its inputs, and next to that the last digits of small ones are none.
+    like: a probe; then by up to `size` times the largest number of the same input of `like`, if that is larger. A model may compute a mean
+    over its inputs, which would hide changes in the last digits of small numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     largest = iter([float(t.abs().max()) if t.is_floating_point() and t.numel() else 0.0 for t in (like or probe).tensors()])

@@ -1,4 +1,4 @@
-"""An ONNX file at a probe: in onnxruntime at one level of optimisation, in onnx's reference evaluator, or widened to float64."""
+"""Runs an ONNX file at a probe: in onnxruntime at one optimisation level, in onnx's reference evaluator, or converted to float64."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
 MORE_LEVELS = ("disabled", "basic", "extended", "all")
 REFERENCE = "reference"  # in place of a level: onnx's own evaluator, which has every kernel in every dtype, and is slow
-PROVIDER = "ExecutionProvider"  # a level that ends so is one: the file runs on it, at the highest level
+PROVIDER = "ExecutionProvider"  # a level with this ending names an execution provider, which runs the file at the highest level
 CPU = f"CPU{PROVIDER}"
 BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...
 
 
 def runtime(level: str) -> str:
-    """What runs an ONNX file at a level, in words."""
+    """The name of the runtime and level, for messages."""
     return "onnx's reference evaluator" if level == REFERENCE else f"onnxruntime ({level})"
 
 
 def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
-    """Runs a file at one of MORE_LEVELS, in REFERENCE, or in an execution provider that a level names.
+    """Runs a file at one of MORE_LEVELS, in REFERENCE, or in the execution provider that `level` names.
 
-    inner: names of values inside the graph that are given as well.
+    inner: names of values inside the graph that are returned as well.
     """
     import onnxruntime
 
@@ -45,28 +45,28 @@ def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
 
         return _evaluator(onnx.load(path), inner)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait by turning cost the time of others
+    options.log_severity_level = 4  # errors are raised as well, so they need not be logged
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would slow down other processes
     options.graph_optimization_level = {
         "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     }.get(level, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     provider = level if level.endswith(PROVIDER) else CPU
-    # TF32 has ten bits, and is no way to compute float32 when its rounding is what is measured.
+    # TF32 has ten bits of mantissa, far fewer than float32, whose rounding is measured here.
     chosen = [(provider, {"use_tf32": "0"} if provider.startswith("CUDA") else {}), *([] if provider == CPU else [CPU])]
     with _with_outputs(path, inner) as (opened, count):
         session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
-    if session.get_providers()[0] != provider:  # onnxruntime goes on without a provider that does not start
+    if session.get_providers()[0] != provider:  # onnxruntime silently falls back if a provider does not start
         raise RuntimeError(f"{provider} did not start")
     inputs, outputs = [i.name for i in session.get_inputs()], [output.name for output in session.get_outputs()]
     return lambda probe: _split(dict(zip(outputs, session.run(None, _feeds(inputs, probe)), strict=True)), count, inner)
 
 
 def onnx_float64_runner(path: Path, inner: Sequence[str] = (), *, nudge: float = 0.0) -> Runner:
-    """Runs a file with every float widened to float64, in onnx's reference evaluator: onnxruntime has no float64 kernel for Conv.
+    """Runs a file converted to float64, in onnx's reference evaluator, as onnxruntime has no float64 kernel for Conv.
 
-    nudge: by how much of its size each constant is moved at most, at random.
+    nudge: the largest relative change of each constant, which is moved at random.
     """
     import onnx
 
@@ -85,14 +85,14 @@ def _evaluator(model: Any, inner: Sequence[str]) -> Runner:
 
     def run(probe: Probe) -> tuple[Values, Values]:
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an overflow, say: the comparison sees it
+            warnings.simplefilter("ignore")  # of an overflow, say, which the comparison will report
             return _split(dict(zip(outputs, evaluator.run(None, _feeds(inputs, probe)), strict=True)), count, inner)
 
     return run
 
 
 def _add_outputs(graph: Any, inner: Sequence[str]) -> int:
-    """Make inner values of a graph outputs, after those that it has; how many it had."""
+    """Append inner values of a graph to its outputs; return the number of outputs that it had before."""
     count = len(graph.output)
     known = {output.name for output in graph.output}
     computed = {name for node in graph.node for name in node.output}
@@ -104,7 +104,7 @@ def _add_outputs(graph: Any, inner: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
-    """(a file like this one that gives the inner values, too; how many outputs it had). Beside it, for the weights that lie there."""
+    """(a copy of the file that also returns the inner values, number of its own outputs). It is beside the file, for external data."""
     if not inner:
         yield path, None
         return
@@ -119,7 +119,7 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int 
 
 
 def _split(values: dict[str, Any], count: int | None, inner: Sequence[str]) -> tuple[Values, Values]:
-    """(the first `count` values, or all, as outputs by position; the inner ones by name, of large ones a sample)."""
+    """(the first `count` values, or all, as outputs by position; the inner values by name, large ones sampled)."""
     outputs = {f"{BY_POSITION}{i}": torch.as_tensor(value) for i, value in enumerate(list(values.values())[:count])}
     return outputs, {name: sampled(torch.as_tensor(values[name])) for name in inner if name in values}
 
@@ -132,7 +132,7 @@ def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
 
 
 def corrected_operators(model: Any) -> list[Any]:
-    """Operators that onnx's evaluator (1.23) computes otherwise than ONNX defines them.
+    """Corrected versions of operators that onnx's evaluator (1.23) computes differently from their definition.
 
     From opset 7 to 13, a BatchNormalization with one output is in inference mode; the evaluator mixes the batch's statistics into it.
     """
@@ -155,7 +155,7 @@ def corrected_operators(model: Any) -> list[Any]:
 
 
 def onnx_dtypes(path: Path) -> set[torch.dtype]:
-    """The floating dtypes of the file's weights and casts: those that it computes in."""
+    """The floating dtypes in which the file computes: those of its weights and casts."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -184,8 +184,8 @@ def _numpy_dtype(element_type: int) -> torch.dtype | None:
 def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Tensor, ...] | None:
     """Seeded inputs of the shapes that a file declares.
 
-    batch: the size of a free first axis; free: that of other free axes. Without it, a file that has such axes has no inputs: None.
-    Raises UsageError for an input that is no tensor of numbers that numpy has.
+    batch: the size of a dynamic first axis; free: the size of other dynamic axes. If `free` is None and there are such axes, returns None.
+    Raises UsageError for an input that is not a tensor, or whose element type numpy does not have.
     """
     import onnx
 
@@ -203,7 +203,7 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
             name = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if what == "tensor_type" else what.removesuffix("_type")
             raise UsageError(
                 f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
-                hint="a file can only be held against another one on tensors of numbers",
+                hint="files can only be compared on tensors of numbers",
             )
         known = (dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)
         sizes = [size or (batch if i == 0 else free) for i, size in enumerate(known)]
@@ -216,9 +216,9 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
 
 
 def _widen(model: Any, nudge: float = 0.0) -> None:
-    """Turn float32, float16 and bfloat16 into float64 everywhere in an ONNX model: tensors, declared types, casts.
+    """Convert float32, float16 and bfloat16 to float64 everywhere in an ONNX model: tensors, declared types, casts.
 
-    nudge: by how much of its size each number is moved at most, at random.
+    nudge: the largest relative change of each number, which is moved at random.
     """
     import numpy as np
     import onnx
@@ -232,7 +232,7 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
             values = numpy_helper.to_array(tensor).astype("float64")
             if nudge and values.size:
                 size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
-                # A whole number was not rounded, and a size or a factor of Resize is a whole number.
+                # Whole numbers are not moved: they were not rounded, and some are sizes, or the factors of a Resize.
                 rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
                 values = values + nudge * rounded * generator.uniform(-1, 1, values.shape)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

@@ -1,4 +1,4 @@
-"""A torch module at a probe, in its own dtype or in float64."""
+"""Runs a torch module at a probe, in its own dtype or in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from normswap.parity.probes import Probe, Runner, Values
 
 
 class DtypeRecorder(TorchFunctionMode):
-    """Collects the dtypes that a model computes in, those of an autocast region inside it included."""
+    """Collects the dtypes in which a model computes, including those of autocast regions inside it."""
 
     def __init__(self, dtypes: set[torch.dtype]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class DtypeRecorder(TorchFunctionMode):
 
 
 class OwnTensors(TorchFunctionMode):
-    """Stops a model that reads one of these tensors, by id: a copy that still uses the original."""
+    """Raises SwapError if a copy of a model reads a tensor of the original. foreign: id -> name of the original's tensors."""
 
     def __init__(self, foreign: Mapping[int, str]) -> None:
         super().__init__()
@@ -59,17 +59,17 @@ def module_runner(
     sites: Sequence[str],
     mode: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Runner:
-    """Runs a model that nobody else uses: in eval mode, without gradients, the generator seeded and then put back.
+    """Runs a model that nobody else uses: without gradients, with the generator seeded and then restored.
 
-    sites: names of modules whose outputs are given, too. mode: makes what each forward pass runs in: `float64_mode`, `DtypeRecorder` or
-    `OwnTensors`, say.
+    sites: names of modules whose outputs are returned, too. mode: makes the context of each forward pass, for example `float64_mode`,
+    `DtypeRecorder` or `OwnTensors`.
     """
     kept: Values = {}
     calls: dict[str, int] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            # A tensor of a vmap ends with it; the parts of a nested tensor have no common shape.
+            # A tensor inside a vmap does not outlive it; the parts of a nested tensor have no common shape.
             if isinstance(output, Tensor) and not is_functorch_wrapped(output) and not output.is_nested:
                 calls[name] = calls.get(name, 0) + 1
                 kept[f"{name}@{calls[name]}"] = sampled(output)
@@ -84,7 +84,7 @@ def module_runner(
     def run(probe: Probe) -> tuple[Values, Values]:
         kept.clear()
         calls.clear()
-        # A model may write into its inputs; the probes must stay what they are.
+        # A model may write into its inputs, and the probe is used again.
         args, kwargs = probe.mapped(torch.clone)
         with torch.no_grad(), torch.random.fork_rng(), uncompiled(), mode():
             torch.manual_seed(0)
@@ -100,17 +100,17 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def own_dtype(model: nn.Module, probes: Iterable[Probe]) -> torch.dtype:
-    """The coarsest floating dtype of a model's parameters and buffers, or, if it has none, of what it is given."""
+    """The coarsest floating dtype of a model's parameters and buffers, or, if it has none, of its inputs."""
     return coarsest(t.dtype for t in tensors_of(model) or [t for probe in probes for t in probe.tensors()])
 
 
 def float64_mode(model: nn.Module, probes: Iterable[Probe]) -> Callable[[], AbstractContextManager[Any]]:
-    """In which a model computes in float64, whatever dtype it has otherwise."""
+    """Makes a context in which the model computes in float64."""
     return functools.partial(in_float64, own_dtype(model, probes))
 
 
 def named_tensors(output: Any, path: str = "output", within: tuple[int, ...] = ()) -> Values:
-    """The tensors and numbers of a model's output, in order, each under its path; also those in objects and dicts of any class."""
+    """path -> tensor, for each tensor and number in a model's output, in order; also inside objects and mappings of any class."""
     found: Values = {}
     for keys, leaf in tree_flatten_with_path(output)[0]:
         name = f"{path}{keystr(keys)}"

@@ -1,4 +1,4 @@
-"""The first question: does a candidate compute the same function? Asked in float64, where hardly anything is rounded."""
+"""Decides in float64, where rounding hardly matters, whether a candidate computes the same function (question 1 of `judge.py`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from normswap.parity.rounding import float64_runner, moved_probe, rounded_by
 from normswap.parity.run_onnx import onnx_float64_runner
 from normswap.parity.run_torch import tensors_of
 
-CHOICES = 8  # runs of a reference that was moved a little
+CHOICES = 8  # number of runs of the reference with its numbers moved a little
 
 
 def rows_of_module(judgement: Judgement, module: nn.Module) -> tuple[Rows, int]:
-    """(a row for each tensor of a module in float64, forward passes). What differs is held to what rounding its own numbers does."""
+    """(a row for each tensor of a module in float64, number of forward passes). A tensor that differs by more than SAME is compared with
+    the effect of rounding."""
     precision, truths = judgement.precision, judgement.truths
     run = functools.partial(float64_runner, module, judgement.reference.sites, judgement.probes)
     found = judgement.in_float64(run())
@@ -48,7 +49,8 @@ def rows_of_module(judgement: Judgement, module: nn.Module) -> tuple[Rows, int]:
 def _choice(judgement: Judgement, module: nn.Module, failing: set[Key]) -> tuple[dict[Key, float], int]:
     """(how far each tensor of the reference moves at most if its numbers and inputs move by CHOICE of their size, forward passes).
 
-    A model that chooses between equals (nms, top-k) moves far more, sometimes: so it is moved CHOICES times, or until all that fails does.
+    The outputs of a model that chooses between almost equal values (nms, top-k) sometimes move far more. So the numbers are moved CHOICES
+    times, or until every failing tensor has moved that far.
     """
     precision, truths = judgement.precision, judgement.truths
     before = {key: truth.value for key, truth in truths.items()}
@@ -64,9 +66,9 @@ def _choice(judgement: Judgement, module: nn.Module, failing: set[Key]) -> tuple
 
 
 def rows_of_file(judgement: Judgement, path: Path) -> Rows:
-    """A row for each tensor of an ONNX file in float64, held to what rounding its constants does.
+    """A row for each tensor of an ONNX file in float64; its limit is the effect of rounding the file's constants.
 
-    No rows where onnx's evaluator cannot run it.
+    No rows if onnx's evaluator cannot run the file.
     """
     precision, truths = judgement.precision, judgement.truths
     try:
@@ -87,12 +89,12 @@ def _compare(judgement: Judgement, found: Tensors, limit: LimitOf) -> Rows:
 
 
 def is_same(rows: Rows, key: Key) -> bool:
-    """Whether float64 says of a tensor that it is the same."""
+    """Whether the rows in float64 decide that this tensor is the same."""
     row = rows.get(key)
     return row is not None and row.passed and row.unjudged is None
 
 
 def movement(now: Tensors, before: Tensors, truths: Mapping[Key, Truth]) -> dict[Key, float]:
-    """How far each tensor of a model that was moved is from what it was before."""
+    """The distance of each tensor in `now`, computed with moved numbers, from the same tensor in `before`."""
     floors = {key: truth.scale_floor for key, truth in truths.items()}
     return {key: distance(now.get(key), value, floors.get(key, 0.0)) for key, value in before.items()}

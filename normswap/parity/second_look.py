@@ -1,4 +1,4 @@
-"""Measures again what failed, or could be judged nowhere, before it is called a failure."""
+"""Measures tensors again that failed, or that no probe could judge, before the candidate fails."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from normswap.parity.same_function import is_same, rows_of_file
 
 
 def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Findings, noise_runner: Callable[[], Runner] | None) -> None:
-    """Measure again how precise what failed for that alone may be.
+    """Measure the limits of failing rows again, if a lack of precision is the only reason why the candidate failed.
 
-    noise_runner: makes what runs the model or file whose noise is the limit; then noise is measured at more inputs. Without it, a file
-    that is the same function in float64 passes with an error of CAP.
+    noise_runner: makes the runner of the model or file whose noise sets the limit; noise is then measured at more inputs. Without it, a
+    file that is the same function in float64 passes with an error of up to CAP.
     """
     rows = findings.precision
     failing = {key for key, row in rows.items() if not row.passed and row.problem is None and not row.non_finite}
@@ -43,7 +43,7 @@ def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Find
 
 
 def look_at_unjudged(judgement: Judgement, path: Path, findings: Findings) -> None:
-    """Outputs of a file of which no input tells how precise they are: whether they are the same function can still be told."""
+    """Add rows in float64 for the outputs of a file whose precision no probe could judge: they can still be the same function or not."""
     judged = {key.name for key, row in findings.precision.items() if row.unjudged is None}
     lost = {key.name for key in findings.precision} - judged
     if lost:

@@ -1,4 +1,4 @@
-"""Puts the rows of a comparison together to one Parity: the worst row of each output, and of each layer, decides."""
+"""Combines the rows of a comparison into one Parity, which decides whether the candidate passes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from normswap.parity.result import NOTHING_FINITE, Difference, Parity
 
 
 def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: bool) -> Parity:
-    """One Difference for each output, and one for each compared layer over all its calls. name: of the candidate."""
+    """A Parity with one Difference for each output, and one for each compared layer over all its calls. name: of the candidate."""
     rows = [*findings.function.items(), *findings.precision.items()]
-    if is_file:  # in float64 it is run last, if at all
+    if is_file:  # a file runs in float64 last, if at all
         rows = [*findings.precision.items(), *findings.function.items()]
     outputs = [(key, row) for key, row in rows if not key.site]
     sites = [(key, row) for key, row in rows if key.site]
@@ -42,10 +42,10 @@ def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: boo
 
 
 def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool) -> list[list[Difference]]:
-    """For each output or call, what was found at each probe, without the rows that tell nothing.
+    """For each output or call, its rows at all probes, without those that decide nothing.
 
-    Where reference and candidate agree in that nothing is finite (half precision x 1e3), or the reference itself rounds too much, nothing
-    is learnt: such a row counts only if there is no other. keep: whether what is judged nowhere is a failure; else it is left out.
+    A row decides nothing if reference and candidate have no finite value (half precision x 1e3), or the noise of the reference is too
+    large: such a row counts only if there is no other. keep: whether a tensor that no probe can judge fails; else it is left out.
     """
     by_name: dict[str, list[Difference]] = {}
     for key, row in rows:
@@ -65,7 +65,7 @@ def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool) -> list[list
 
 
 def _unjudged(rows: Sequence[Difference]) -> tuple[str, ...]:
-    """What decides nothing, in words; of many rows with one reason, the first."""
+    """A text for each row that decides nothing; of several rows at one probe with the same reason, only the first."""
     texts: dict[tuple[str, str, bool], str] = {}
     for row in rows:
         if row.unjudged is not None:
@@ -75,6 +75,6 @@ def _unjudged(rows: Sequence[Difference]) -> tuple[str, ...]:
 
 
 def _worst(rows: Sequence[Difference]) -> Difference:
-    """The first that failed, else the one that used up most of its limit; of rows in float64 only if there are no others."""
+    """The first row that failed, else the row closest to its limit; rows in float64 count only if there are no others."""
     failed = next((row for row in rows if not row.passed), None)
     return failed or max([row for row in rows if not row.float64] or rows, key=lambda row: ratio(row.max_rel, row.tolerance))

@@ -1,4 +1,4 @@
-"""What `normswap convert` and `normswap inspect` say: report.json, tables and a summary. docs/report.md documents the JSON."""
+"""The report of `normswap convert` and `normswap inspect`. docs/report.md documents the JSON."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ CALIBRATION = ("layer", "how", "error", "samples", "do not vary", "kurtosis", "p
 
 @dataclass(frozen=True)
 class Report:
-    """One conversion, or one plan where nothing was measured.
+    """The report of one conversion, or of a plan without measurements.
 
-    source    what was converted, as the user named it
-    parities  what was compared, by name ("torch", "onnxruntime (all)"), in the order of measurement; empty for a plan
+    source    the SRC, as the user named it
+    parities  the comparisons by name ("torch", "onnxruntime (all)"), in the order of measurement; empty for a plan
     not_run   the comparisons that were not made, and why
     onnx      the ONNX file that was written, and where each norm went in it; None without one
-    seconds   by stage, in order
-    files     what was written, relative to the output directory
-    fits      for each layer that was calibrated or re-estimated, how well that went
-    facts     of an inspection, what is known of each norm; the table then shows that
+    seconds   the time of each stage, in order
+    files     the names of the written files, relative to the output directory
+    fits      the quality of the fit of each layer that was calibrated or re-estimated
+    facts     the facts about each norm from an inspection, which the table then shows
     """
 
     source: str
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """What became of the model, in one of four words or phrases."""
+        """The outcome of the conversion, in one of four phrases."""
         if not all(parity.passed for parity in self.parities.values()):
             return "parity failed"
         if not self.plan.swaps:
@@ -76,13 +76,13 @@ class Report:
 
     @property
     def onnx_lines(self) -> list[tuple[str, str]]:
-        """(topic, line): what of the norms is left in the ONNX file and why, and how the file runs on CUDA. In words."""
+        """(topic, line) in words: the norms that are left in the ONNX file and why, and how the file runs on CUDA."""
         if self.onnx is None:
             return []
         return [*(("onnx", line) for line in residue_lines(self.onnx)), *(("cuda", line) for line in cuda_lines(self.onnx.cuda))]
 
     def json(self) -> dict[str, Any]:
-        """Strict JSON, keys in the documented order."""
+        """The report as strict JSON, with the keys in the documented order."""
         plan = {
             "backend": self.plan.backend,
             "notes": self.plan.notes,
@@ -120,7 +120,7 @@ class Report:
 
 
 class Row(NamedTuple):
-    """What the table and the page say of one normalization of the model, in words."""
+    """The texts of the table and the page for one norm of the model."""
 
     name: str
     site: str
@@ -132,12 +132,12 @@ class Row(NamedTuple):
 
 
 def rows_of(report: Report) -> Iterator[Row]:
-    """One row for each normalization of the model."""
+    """One row for each norm of the model."""
     for swap in report.plan.swaps:
         drift = report.parities.get("drift", Parity(()))
         own = [d for d in drift.sites if d.name == swap.name]
         exact = [d for name, parity in report.parities.items() if name != "drift" for d in parity.sites if d.name == swap.name]
-        # An approximate swap is judged by its drift: the other comparisons leave it out, or compare it with itself.
+        # An approximate swap is judged by its drift alone: other comparisons do not include it, or compare it with itself.
         worst = worst_of(own if own and swap.preserves == "approximate" else exact)
         what = f"swapped, {swap.preserves}" if report.parities else f"would swap, {swap.preserves}"
         error = "" if worst is None else figure(worst.max_rel) if worst.problem is None else worst.problem
@@ -147,7 +147,7 @@ def rows_of(report: Report) -> Iterator[Row]:
 
 
 def report_table(report: Report) -> Table:
-    """One row for each normalization of the model; of an inspection, with what is known of each."""
+    """A table with one row for each norm of the model; for an inspection, with the facts about each."""
     if report.facts:
         return _facts_table(report)
     rows = ((row.site, row.kind, row.what, row.why_not, row.error if row.passed else Alarm(row.error)) for row in rows_of(report))
@@ -155,13 +155,13 @@ def report_table(report: Report) -> Table:
 
 
 def calibration_table(report: Report) -> Table:
-    """One row for each layer that was calibrated or re-estimated; the last column says what is bad."""
+    """A table with one row for each layer that was calibrated or re-estimated; the last column names bad numbers."""
     rows = ((*cells, Alarm(remarks)) for *cells, remarks in map(calibration_row, report.fits))
     return table(CALIBRATION, rows, numbers=CALIBRATION[2:-1])
 
 
 def calibration_row(fit: Fit) -> tuple[str, ...]:
-    """What is said of one layer under the headers CALIBRATION; what was not measured is empty."""
+    """The cells of one layer for the headers CALIBRATION; a number that was not measured is empty."""
     seen = fit.samples > 0
     return (
         fit.name or ROOT,
@@ -176,7 +176,7 @@ def calibration_row(fit: Fit) -> tuple[str, ...]:
 
 
 def _facts_table(report: Report) -> Table:
-    """The table of an inspection. Columns that say nothing are left out, and a reason is not repeated from row to row."""
+    """The table of an inspection. Empty columns are left out, and a reason is not repeated in the next row."""
     known, above = {facts.name: facts for facts in report.facts}, ""
     headers = ("site", "kind", "input", "batches", "momentum", "eps", "constant", "folds into", "what", "why not")
     rows = []
@@ -190,7 +190,7 @@ def _facts_table(report: Report) -> Table:
 
 
 def _known(facts: Facts) -> tuple[str, str, str, str, str]:
-    """In words: the input, batches seen, momentum, eps, and the channels that are constant. Empty: does not apply, or none."""
+    """The cells for the input, batches, momentum, eps, and constant channels of a norm. Empty: does not apply, or none."""
     shapes = ", ".join("x".join(map(str, shape)) for shape in facts.shapes) or "unknown"
     numbers = (facts.batches, facts.momentum, facts.eps)
     batches, momentum, eps = ("" if n is None else f"{n:g}" if isinstance(n, float) else str(n) for n in numbers)

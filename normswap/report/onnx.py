@@ -1,4 +1,4 @@
-"""What `normswap export` and `normswap fold` say: where the norms of an ONNX file went, and whether the file runs on CUDA."""
+"""The reports of `normswap export` and `normswap fold`: where each norm of an ONNX file was folded, and whether the file runs on CUDA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAYS = {
 
 
 def export_facts(exported: Export) -> dict[str, Any]:
-    """What the report of a conversion says of its ONNX file, as strict JSON. docs/report.md documents it."""
+    """The part of a conversion's report about its ONNX file, as strict JSON. docs/report.md documents it."""
     return {
         **attributes(exported, "target", "opset"),
         "dynamic_batch": exported.dynamic,
@@ -45,7 +45,7 @@ def export_facts(exported: Export) -> dict[str, Any]:
 
 
 def export_json(result: Export) -> dict[str, Any]:
-    """What `normswap export` wrote and measured, as strict JSON."""
+    """The file of `normswap export` and its measurement, as strict JSON."""
     return {
         "path": str(result.path),
         **attributes(result, "target", "opset", "residue", "extra", "notes"),
@@ -56,7 +56,7 @@ def export_json(result: Export) -> dict[str, Any]:
 
 
 def export_summary(result: Export) -> str:
-    """What was written, and what was measured. Plain text."""
+    """The file that was written and its measurement, as plain text."""
     lines = [f"wrote {result.path}, opset {result.opset}", *comparisons_summary(result.comparisons.parities, result.comparisons.not_run)]
     lines += [f"  not folded: {site.name}, left as {' and '.join(site.left)}: {site.reason}" for site in result.sites if site.left]
     lines += [f"  cuda: {line}" for line in cuda_lines(result.cuda)]
@@ -67,7 +67,7 @@ def export_summary(result: Export) -> str:
 
 
 def fold_json(source: str, result: Folded) -> dict[str, Any]:
-    """What folding one ONNX file did, as strict JSON. docs/report.md documents it."""
+    """The result of folding one ONNX file, as strict JSON. docs/report.md documents it."""
     return {
         "version": FOLD_VERSION,
         "status": "folded" if result.changed else "rolled back" if result.rolled_back else "nothing to fold",
@@ -83,7 +83,7 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
 
 
 def fold_summary(result: Folded) -> str:
-    """What was folded, and what was measured. Plain text."""
+    """The result of folding one ONNX file, as plain text."""
     gone = sum(not site.left for site in result.sites)
     before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
     unchanged = "nothing was folded: what could be was rolled back, as it did not pass" if result.rolled_back else "nothing to fold"
@@ -94,13 +94,13 @@ def fold_summary(result: Folded) -> str:
 
 
 def fold_table(result: Folded) -> Table:
-    """One row for each norm, and for each chain of products and sums with constants."""
+    """A table with one row for each norm, and for each chain of products and sums with constants."""
     rows = ((site.name, WAYS[site.how], ", ".join(site.left), site.reason) for site in result.sites)
     return table(("site", "what", "left", "why"), rows)
 
 
 def operators_table(result: Folded) -> Table:
-    """How often each operator occurs before and after, as onnxslim shows it. Also where nothing was changed."""
+    """A table of how often each operator occurs before and after, like onnxslim's, even if nothing was changed."""
     both = (result.before, result.nodes)
     names = dict.fromkeys((*result.before, *result.nodes))
     rows = ((name, *(str(nodes.get(name, 0)) for nodes in both)) for name in names)
@@ -115,12 +115,12 @@ def operators_table(result: Folded) -> Table:
 
 
 def outcomes_json(result: Export | Folded) -> list[dict[str, Any]]:
-    """Where each norm of an ONNX file went, as strict JSON. docs/report.md documents it."""
+    """The outcome of each norm of an ONNX file, as strict JSON. docs/report.md documents it."""
     return [attributes(site, "name", "how", "into", "left", "reason") for site in result.sites]
 
 
 def residue_lines(exported: Export) -> list[str]:
-    """What of the norms is left in an ONNX file, and why, in words."""
+    """The norms that are left in an ONNX file, and why, in words."""
     total, left = len(exported.sites), [site for site in exported.sites if site.left]
     gone = [f"{total - len(left)} of {total} calls of norms cost nothing"] if total else []
     remarks = [(f"in the file as {' and '.join(site.left)}: {site.reason}", site.name) for site in left]
@@ -128,7 +128,7 @@ def residue_lines(exported: Export) -> list[str]:
 
 
 def cuda_json(cuda: Cuda | None) -> dict[str, Any] | None:
-    """What is known of an ONNX file on CUDA, as strict JSON. docs/report.md documents it."""
+    """How an ONNX file runs on CUDA, as strict JSON. docs/report.md documents it."""
     if cuda is None:
         return None
     ran = {"elsewhere": [], "kernels": {}} if cuda.run is None else attributes(cuda.run, "elsewhere", "kernels")

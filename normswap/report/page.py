@@ -1,6 +1,6 @@
-"""A conversion as one HTML page that needs nothing from anywhere: the template page.html, filled.
+"""The report of a conversion as one self-contained HTML page, made from the template page.html.
 
-Names and reasons come from a model and may hold anything. jinja2 escapes markup (`autoescape`), `shown` what cannot be shown or encoded.
+Names and reasons come from a model and may contain anything. jinja2 escapes markup (`autoescape`), `shown` escapes unprintable characters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from normswap.report.conversion import CALIBRATION, Report, calibration_row, row
 from normswap.report.onnx import export_facts
 from normswap.report.parity import parity_summary, worst_of
 
-DECADES = 18  # the scale of the page ends at 1; it starts below the rounding of float64
+DECADES = 18  # the logarithmic scale of the page ends at 1, and starts below the rounding of float64
 
 
 def html(report: Report) -> str:
@@ -40,7 +40,7 @@ def html(report: Report) -> str:
 
 
 def _position(error: float) -> float:
-    """Where an error lies on a logarithmic scale, in per cent of its length."""
+    """The position of an error on the logarithmic scale, in per cent of its length."""
     if math.isnan(error):
         return 100.0
     decades = math.log10(error) if error > 0 else -math.inf
@@ -57,5 +57,5 @@ def _plain(value: Any) -> str:
 
 
 def _encodable(value: Any) -> Any:
-    """Text as a page can hold it: what cannot be shown or encoded is written as an escape."""
+    """Text with unprintable characters escaped, some of which could not be encoded."""
     return shown(value) if isinstance(value, str) else value

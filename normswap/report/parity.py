@@ -1,4 +1,4 @@
-"""What `normswap verify` says of one comparison, and what every command says of all comparisons that it made."""
+"""The report of `normswap verify` on one comparison, and the lines of every command on its comparisons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parity_json(parity: Parity) -> dict[str, Any]:
 
 
 def comparisons_json(parities: Mapping[str, Parity], not_run: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every comparison in short, as strict JSON: the noise floor first, and what was not run last. docs/report.md documents it."""
+    """Every comparison in short, as strict JSON: the noise floor first, those that were not run last. docs/report.md documents it."""
     rows: list[tuple[str, str, float | None, tuple[str, ...], str | None]] = []
     exact = [parity for name, parity in parities.items() if name != "drift"]
     if exact:
@@ -83,7 +83,7 @@ def parity_table(parity: Parity) -> Table:
 
 
 def worst_of(differences: Iterable[Difference]) -> Difference | None:
-    """The difference that is furthest over, or least far under, what it is allowed. What cannot be compared is worst of all."""
+    """The difference with the largest ratio of error to tolerance. One that cannot be compared is worst of all."""
 
     def badness(d: Difference) -> tuple[bool, bool, float]:
         share = d.max_rel / d.tolerance if d.tolerance else d.max_rel
@@ -93,7 +93,7 @@ def worst_of(differences: Iterable[Difference]) -> Difference | None:
 
 
 def _place(parity: Parity) -> str:
-    """Where the two models start to differ."""
+    """Where the two models start to differ, in words."""
     where = parity.first_bad or ROOT
     found = parity.located
     if found is None or found.reference != parity.first_bad:

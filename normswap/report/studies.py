@@ -1,4 +1,4 @@
-"""What `normswap sensitivity` and `normswap landscape` say."""
+"""The reports of `normswap sensitivity` and `normswap landscape`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sensitivity_json(source: str, found: Sensitivity) -> dict[str, Any]:
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
-    """One row for each swap, the cheapest first, then one for each norm that stays."""
+    """A table with one row for each swap, the smallest error first, then one for each norm that stays."""
     metric = found.metric is not None
     numbers = ("rel L2", "max rel", *(("metric", "change") if metric else ()), "fit error")
     headers = ("rank", "layer", "kind", "swap", *numbers, "chosen")
@@ -61,7 +61,7 @@ def sensitivity_table(found: Sensitivity) -> Table:
 
 
 def sensitivity_summary(found: Sensitivity, data: str | None = None) -> str:
-    """What was measured, then what was chosen, and the options for `convert`. Plain text. data: how `--data` named the data."""
+    """The measurements, the choice, and the options of `convert` for it, as plain text. data: the value of `--data`."""
     exact = sum(layer.preserves == "exact" for layer in found.layers)
     count = f"{len(found.layers)} layer{'' if len(found.layers) == 1 else 's'}"
     lines = [f"{count} measured on {found.batches} batch{'' if found.batches == 1 else 'es'}, ranked by {found.by}"]
@@ -75,14 +75,14 @@ def sensitivity_summary(found: Sensitivity, data: str | None = None) -> str:
     lines.append(f"  within {found.by} {found.budget:g}: {len(chosen.names)} of {count}, measured together: {measured}")
     arguments = convert_arguments(chosen, data)
     if arguments is None:
-        lines.append("  no --include and --exclude tell these layers from the others, as a layer is called like a kind")
+        lines.append("  no --include and --exclude select exactly these layers, as the name of a layer is also a kind")
     elif chosen.names:
         lines.append(f"  for normswap convert: {shlex.join(arguments) or '(no options)'}")
     return text_of(lines)
 
 
 def convert_arguments(chosen: Choice, data: str | None = None) -> list[str] | None:
-    """The options that make `normswap convert` swap exactly the chosen layers; None if no globs do."""
+    """The options with which `normswap convert` swaps exactly the chosen layers; None if there are no such globs."""
     if chosen.include is None or chosen.exclude is None:
         return None
     approximate = ["--approximate", *(() if data is None else ("--data", data))] if chosen.approximate else []
@@ -109,7 +109,7 @@ def _figures(measured: Measurement, metric: bool) -> list[str]:
 
 
 def landscape_json(source: str, found: Landscape, loss: str | None = None) -> dict[str, Any]:
-    """What was measured, as strict JSON. loss: how it was named, None for the cross entropy. docs/landscape.md documents it."""
+    """The measurements as strict JSON. loss: the value of `--loss`, None for the cross entropy. docs/landscape.md documents it."""
     return {
         "version": LANDSCAPE_VERSION,
         "source": source,
@@ -121,7 +121,7 @@ def landscape_json(source: str, found: Landscape, loss: str | None = None) -> di
 
 
 def landscape_table(found: Landscape) -> Table:
-    """One row for each model and batch."""
+    """A table with one row for each model and batch."""
     numbers = ("batch", "loss", "gradient", "loss range", "change of the gradient", "smoothness")
     rows = []
     for line in found.lines:
@@ -131,7 +131,7 @@ def landscape_table(found: Landscape) -> Table:
 
 
 def landscape_summary(found: Landscape) -> str:
-    """What was measured, in words. Plain text."""
+    """The parameters, the mode and the steps of the measurement, as plain text."""
     what = "all trainable parameters" if found.layer is None else f"the parameters of {found.layer or ROOT}"
     steps = ", ".join(f"{step:g}" for step in found.steps)
     return text_of([f"along the gradient by {what}, in {found.mode} mode, at steps of {steps}"])

@@ -16,7 +16,7 @@ class Alarm(str):
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()) -> Table:
-    """A table for a terminal. Cells are plain text: neither markup nor escape sequences in the name of a layer are obeyed.
+    """A table for a terminal. Cells are plain text: markup and escape sequences in the name of a layer have no effect.
 
     numbers: the headers of the columns that are aligned to the right and not broken into lines.
     """

@@ -1,4 +1,4 @@
-"""What all reports share: lists of names, figures, lines of text, and values as strict JSON."""
+"""Functions that all reports share: for lists of names, figures, lines of text, and values as strict JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def by_text(remarks: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """From (text, name of a layer), each text once: (text, the names of its layers)."""
+    """Group (text, name of a layer) by text: (text, the names of its layers) for each text."""
     layers: dict[str, list[str]] = {}
     for text, name in remarks:
         layers.setdefault(text, []).append(name or ROOT)
@@ -30,7 +30,7 @@ def by_text(remarks: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def figure(value: float | None) -> str:
-    """An error in two digits; nothing for None."""
+    """An error in two digits; an empty text for None."""
     return "" if value is None else f"{value:.1e}"
 
 
@@ -40,7 +40,7 @@ def text_of(lines: Iterable[str]) -> str:
 
 
 def strict(value: Any) -> Any:
-    """`value` in the types that JSON has. What JSON has no number for is the string "nan", "inf" or "-inf"."""
+    """`value` in the types of JSON. Floats that JSON does not have become the strings "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if is_dataclass(value):
@@ -58,5 +58,5 @@ def attributes(item: object, *names: str) -> dict[str, Any]:
 
 
 def site_json(decision: Swap | Skip) -> dict[str, Any]:
-    """Which normalization a decision is about, as strict JSON."""
+    """The site of a decision, as strict JSON."""
     return {**attributes(decision, "name", "aliases", "kind", "calls", "producer"), "function": decision.site.function}

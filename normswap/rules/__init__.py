@@ -1,11 +1,11 @@
-"""What becomes of each source norm: swapped exactly, approximately, or kept, and why. May import `detect`, `models` and `layer`.
+"""The rules: each kind of norm is swapped exactly, swapped approximately, or kept with a reason. May import `detect`, `models` and `layer`.
 
 A file for each formula, whose docstring has that of the source and that of BatchlessNorm, symbol by symbol, and which ends in a `Rule`:
 `recognises`, `check`, `build`. CONTRIBUTING.md says how to add one. It is `detect/match.py` that asks the rules.
 `plain.py` and `recognise.py` answer what rules ask; `user_rules.py` has what a rule outside this package builds with, or one here for a
 layer whose tensors are not called like BatchNorm's (docs/writing_rules.md).
 
-`DEFAULT_RULES` lists the rules in order: the first that recognises a site speaks for it.
+`DEFAULT_RULES` lists the rules in order: the first that recognises a site decides about it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ NO_STATISTICS = (
     "has no running statistics to start from (track_running_stats=False): it normalizes by each batch's own, in eval mode too, so an exact "
     "swap does not exist"
 )
-ROUNDED = 1e-4  # of running_var + eps: more than that is no rounding of a sum of two positive numbers, but of a difference
+ROUNDED = 1e-4  # relative error of running_var + eps above which a negative running_var must have cancelled eps
 
 FORWARDS = {AnyBatchNorm.forward, nn.SyncBatchNorm.forward}
 
@@ -58,7 +58,8 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
             return (
                 f"has {bad} of {statistic.numel()} values of {name} that are not finite; convert an earlier checkpoint, or one in float32"
             )
-    # In the precision in which the layer itself adds, and in which `formulas.std_of_variance` does: a variance of -eps is 0 in one alone.
+    # The sum in the precision of the source layer, and in the float64 of `formulas.std_of_variance`: running_var = -eps may give 0 in only
+    # one of them.
     own, exact = (var.detach().to(dtype) + eps for dtype in (torch.promote_types(var.dtype, torch.float32), torch.float64))
     flat = ~((own > 0) & (exact > 0))
     if bool(flat.any()):
@@ -69,8 +70,8 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
     unsure = int(((own.double() - exact).abs() > ROUNDED * exact).sum())
     if unsure:
         return (
-            f"has {unsure} of {var.numel()} channels whose running_var cancels eps up to rounding (eps={eps:g}): no std that a wider "
-            "precision agrees with; repair running_var (did a loader subtract eps?) or prune these channels"
+            f"has {unsure} of {var.numel()} channels whose running_var cancels eps up to rounding (eps={eps:g}): the std depends on the "
+            "precision; repair running_var (did a loader subtract eps?) or prune these channels"
         )
     return None
 
@@ -80,11 +81,11 @@ def build(site: Site, std: str) -> nn.Module:
 
 
 def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: float | None = None) -> BatchlessNorm:
-    """A `cls` with the function of any layer that has BatchNorm's tensors under BatchNorm's names, and all that `revert` needs."""
+    """A `cls` that computes the same as `module`, which has BatchNorm's tensors under BatchNorm's names; with all that `revert` needs."""
     mean, var = cast(Tensor, module.running_mean), cast(Tensor, module.running_var)
     weight, bias = cast("Tensor | None", module.weight), cast("Tensor | None", module.bias)
     eps = cast(float, module.eps) if eps is None else eps
-    trainable = isinstance(module, AnyBatchNorm)  # what keeps everything in buffers is not to be trained
+    trainable = isinstance(module, AnyBatchNorm)  # other sources (a frozen BatchNorm) have buffers only, and stay frozen
     layer = layer_with(cls, Normalization(mean, var, eps, weight, bias), std, trainable=trainable)
     layer.source_mean = mean.detach().clone()
     layer.source_var = var.detach().clone()
@@ -98,7 +99,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
         buffers={name: b.dtype for name, b in module._buffers.items() if b is not None},
     )
     copy_hooks(module, layer)
-    # Children (a norm-act's activation, an observer that a hook calls) and attributes that others set on the layer stay in their places.
+    # Children (the activation of a BatchNormAct2d, an observer that a hook calls) and attributes that others set on `module` stay.
     layer._modules.update(module._modules)
     settings = {*cast("list[str]", getattr(module, "__constants__", ())), "eps"}
     for name, value in layer.source.attributes.items():
@@ -109,7 +110,7 @@ def from_statistics(module: nn.Module, cls: type[BatchlessNorm], std: str, eps: 
 
 @dataclass(frozen=True)
 class Normalization:
-    """weight * (x - mean) / sqrt(var + eps) + bias; every tensor (C,), without a weight 1, without a bias 0."""
+    """weight * (x - mean) / sqrt(var + eps) + bias; every tensor (C,). weight None: 1; bias None: 0."""
 
     mean: Tensor
     var: Tensor
@@ -122,9 +123,10 @@ class Normalization:
 def layer_with(
     cls: type[BatchlessNorm], source: Normalization, std: str, *, channel_axis: int = 1, trainable: bool = True
 ) -> BatchlessNorm:
-    """A `cls` that computes what `source` says.
+    """A `cls` that computes the formula of `source`.
 
-    Its weight and bias are trainable if the given ones are; its statistics, if `trainable`, and the weight is or there is none.
+    Its weight and bias are trainable if those of `source` are. Its mean and std are trainable if `trainable` is set, and the weight is
+    trainable or None.
     """
     mean, weight = source.mean, source.weight
     layer = cls(

@@ -4,8 +4,7 @@
 
 The formula of batch_norm is that of `batch_norm.py`. Shapes: x (N, C, H, W); every parameter (C,).
 
-Source: timm/layers/norm_act.py. timm is not imported: a class of that module, or one that inherits its forward, can only exist in a
-process where somebody else imported it.
+Source: timm/layers/norm_act.py. timm is not imported: a model can only hold one of its classes if timm has been imported already.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 is BatchNorm in eval mode: the formula and shapes of `batch_norm.py`. Its tensors are buffers, so the parameters come out frozen too.
 
-torchvision's is known by its class. Any other layer that is no BatchNorm of torch, but has its running statistics, is run on random data
-(`recognise.py`): it has to compute this formula, in train mode as in eval mode. eps may be a number in its code.
+torchvision's layer is recognised by its class. Any other layer that has running statistics and is not a BatchNorm of torch is run on random
+data (`recognise.py`): it has to compute this formula in train and in eval mode. eps may be a number in its code.
 
 Source: torchvision/ops/misc.py. torchvision is not imported, for the reason given in `batch_norm_act.py`.
 """

@@ -1,4 +1,4 @@
-"""InstanceNorm1d/2d/3d with running statistics -> BatchlessNorm, exactly. One without them is a matter of `per_sample.py`.
+"""InstanceNorm1d/2d/3d with running statistics -> BatchlessNorm, exactly. `per_sample.py` has the rule for one without them.
 
 With track_running_stats=True InstanceNorm in eval mode is BatchNorm in eval mode: the formula of `batch_norm.py`.
 Shapes: x (N, C, *space); every parameter (C,). An unbatched x (C, *space) has its channels elsewhere, and is refused by the layer when it
@@ -22,7 +22,7 @@ from normswap.rules.per_sample import INSTANCE_NORM_FORWARDS
 
 
 def recognises(site: Site) -> bool:
-    # In eval mode it uses the running statistics if the flag is still set; the buffers alone do not decide, unlike for BatchNorm.
+    # In eval mode InstanceNorm uses its running statistics only if track_running_stats is still set; BatchNorm does if it has the buffers.
     return isinstance(site.module, AnyInstanceNorm) and site.module.track_running_stats and site.module.running_mean is not None
 
 

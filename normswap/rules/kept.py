@@ -1,16 +1,16 @@
-"""Norms for which no BatchlessNorm can stand: listed in the plan under what they are, with the reason, and left as they are.
+"""Norms that no BatchlessNorm can replace: the plan lists each under its kind, with the reason, and they stay as they are.
 
-    affine           y = w x + b: no statistics are taken (MobileBERT's NoNorm). Found by running the layer (`recognise.py`)
+    affine           y = w x + b: no statistics are computed (MobileBERT's NoNorm). Found by running the layer (`recognise.py`)
     conditioned      the output depends on more than the input: a gate (Mamba 2), a condition (adaptive LayerNorm), a scale (I-BERT)
-    reshaping        the output has not the shape of the input, or is not one tensor (xLSTM's norm of heads, which joins them)
+    reshaping        the output does not have the shape of the input, or is not one tensor (xLSTM's norm of heads, which joins them)
     response_norm    y = x + w x g / mean_c(g) + b,  g = |x| over space: a gate by the layer's own response (ConvNeXt V2's GRN)
     local_response_norm   y = x / (k + a/n sum x^2)^b over n neighbouring channels (AlexNet, GoogLeNet)
     evo_norm         y = w x sigmoid(v x) / std + b: normalization and activation in one formula (EvoNorm)
-    filter_response_norm  y = max(w x / rms + b, t): a threshold of the layer's own (FilterResponseNormTlu2d)
-    unknown          any other layer that calls itself a norm, and that no other rule knows
+    filter_response_norm  y = max(w x / rms + b, t): the threshold t is a parameter of the layer (FilterResponseNormTlu2d)
+    unknown          any other layer whose class is named like a norm, and that no other rule recognises
 
-The first three are found by what the layer is and does. The others go by the name of the class: a name decides about a reason only,
-never about a swap. `CALLS` speaks for calls of normalizing functions that no layer stands for, under the kind that they compute.
+The first three are recognised by their signature and by what they compute. The others are recognised by the name of the class: a name
+only chooses the reason, it never causes a swap. The rules in `CALLS` are for calls of normalizing functions for which there is no layer.
 
 Sources: Woo et al. 2023, arXiv:2301.00808; Krizhevsky et al. 2012; Liu et al. 2020, arXiv:2004.02967; Singh & Krishnan 2020,
 arXiv:1911.09737.
@@ -31,20 +31,20 @@ from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.rules import plain
 from normswap.rules.recognise import recognise, returns_otherwise
 
-# "norm" in the name of a class, but not "normalize", which is of images; or a customary acronym.
+# "norm" in the name of a class, but not "normalize" (as in transforms of images); or a common acronym.
 _NAME = re.compile(r"(?i:norm(?!alize))|(BN|LN|GN|FRN|GRN|LRN)(\d[dD])?$")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)  # whatever a subclass of these is called
 
 
 def is_called_a_norm(site: Site) -> bool:
-    """Whether the site is a layer that calls itself a norm, by its class or by the name of its class.
+    """Whether the site is a layer that is derived from a norm of torch, or whose class is named like a norm.
 
-    A layer with a child that computes something of its own is none: it is a container, as ConvNormAct.
+    A layer with a child that has parameters, or is itself named like a norm, is not one but a container, like ConvNormAct.
     """
     module = site.module
     if module is None or isinstance(module, BatchlessNorm) or not (isinstance(module, _NORMS) or _NAME.search(_class_name(module))):
         return False
-    if type(module).__module__ == nn.utils.parametrizations.__name__:  # spectral_norm and weight_norm: of weights
+    if type(module).__module__ == nn.utils.parametrizations.__name__:  # spectral_norm and weight_norm, which normalize weights
         return False
     return not any(_computes(child) for child in module.modules() if child is not module)
 
@@ -54,12 +54,12 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _computes(child: nn.Module) -> bool:
-    quantised = type(child).__module__.startswith(("torch.ao.", "torchao."))  # its weights are packed away and are no parameters
+    quantised = type(child).__module__.startswith(("torch.ao.", "torchao."))  # its weights are packed, and are not parameters
     return quantised or any(True for _ in child.parameters(recurse=False)) or bool(_NAME.search(_class_name(child)))
 
 
 def _rule(kind: str, why: Callable[[nn.Module], str | None]) -> Rule:
-    """The rule for layers that are called norms and of which `why` says something: a clause that goes on from "which"."""
+    """The rule for layers named like norms for which `why` returns a reason: a clause that follows "which"."""
 
     def recognises(site: Site) -> bool:
         scripted = isinstance(site.module, torch.jit.ScriptModule)
@@ -73,7 +73,7 @@ def _rule(kind: str, why: Callable[[nn.Module], str | None]) -> Rule:
 
 
 def _affine(module: nn.Module) -> str | None:
-    if any(buffer.is_floating_point() for buffer in module.buffers()):  # which may be statistics
+    if any(buffer.is_floating_point() for buffer in module.buffers()):  # these may be running statistics
         return None
     found = recognise(module)
     is_affine = found is not None and found.kind == "affine"
@@ -104,7 +104,7 @@ RULES: tuple[Rule, ...] = (
         "response_norm",
         _named(
             r"GRN(\dd)?$|GlobalResponseNorm",
-            "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std; "
+            "multiplies each channel by its share in the response of all channels over space: a gate on each sample, not a mean and std; "
             "leave it",
         ),
     ),

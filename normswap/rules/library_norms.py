@@ -1,12 +1,12 @@
 """Norms that a library or the user wrote -> BatchlessNorm, approximately, from calibration data: recognised by what they compute.
 
-Two kinds of them are run on random data (`recognise.py`), and swapped as the formula's own class would be (`per_sample.py`):
+Two kinds are run on random data (`recognise.py`), and swapped like torch's norm with the same formula (`per_sample.py`):
 
-    flavour         a layer that calls itself a norm: timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d, torchvision's
-                    LayerNorm2d, the RMSNorms of transformers. A dropout and an activation of its own (`drop`, `act` or `activation`) stay
-    hand_written    code in a module that looks like a norm. `detect/handwritten.py` makes a layer of it; here that layer is run
+    flavour         a layer whose class is named like a norm: timm's LayerNorm2d and RmsNorm, its GroupNorm1 and LayerNormAct2d,
+                    torchvision's LayerNorm2d, the RMSNorms of transformers. Its dropout and activation (`drop`, `act`, `activation`) stay
+    hand_written    operations in a module's code that look like a norm. `detect/handwritten.py` makes a layer of them
 
-What computes none of the known formulas is left as it is.
+A layer that computes none of the known formulas stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from normswap.rules.recognise import AFTER, recognise
 
 
 def build(site: Site, std: str) -> nn.Module:
-    """For both kinds: the channels are where the layer was found to have them."""
+    """The layer for either kind, with the channels on the axes on which `recognise` found them."""
     module = cast(nn.Module, site.module)
     found = recognise(module)
     assert found is not None
@@ -35,7 +35,7 @@ def build(site: Site, std: str) -> nn.Module:
 
 
 def is_flavour(site: Site) -> bool:
-    """Whether the site is a layer that calls itself a norm, computes a known formula, and takes nothing but x."""
+    """Whether the site is a layer named like a norm that computes a known formula and takes x as its only input."""
     if not is_called_a_norm(site) or isinstance(site.module, torch.jit.ScriptModule):
         return False
     found = recognise(cast(nn.Module, site.module))
@@ -43,13 +43,13 @@ def is_flavour(site: Site) -> bool:
 
 
 def check_flavour(site: Site) -> str | None:
-    """Why the flavour has to stay: it has no size of its own, or may do more than the formula; None if it can be swapped."""
+    """Why the layer has to stay: its number of channels is unknown, or it may compute more than the formula; None if it can be swapped."""
     module = cast(nn.Module, site.module)
     found = recognise(module)
     assert found is not None
     if not found.sized:
         return (
-            f"is a {type(module).__name__} without a weight or a size of its own, so only data tell how many channels it normalizes; "
+            f"is a {type(module).__name__} without a weight or a size of its own, so only its input tells how many channels it has; "
             f"give it a weight of ones, or {plain.OWN_RULE}"
         )
     return plain.why_not_plain(site, {type(module).forward}, known=None)
@@ -61,7 +61,7 @@ def is_hand_written(site: Site) -> bool:
 
 
 def check_hand_written(site: Site) -> str | None:
-    """Why the code has to stay: it computes no known formula, or not even its input says how many channels there are; None if it can go."""
+    """Why the code has to stay: it computes no known formula, or its number of channels is unknown; None if it can be swapped."""
     module = cast(nn.Module, site.module)
     found = recognise(module)
     if found is not None and found.sized and found.kind != "affine":
@@ -70,7 +70,7 @@ def check_hand_written(site: Site) -> str | None:
     has_a_size = getattr(module, "input_shape", None) is not None or any(True for _ in module.parameters())
     if not has_a_size and (found is None or found.kind != "affine"):
         return f"{looks}, whose number of channels only its input tells; give example inputs of fixed sizes that reach it"
-    return f"{looks} and is none that normswap knows; leave it, or make it a layer of its own and {plain.OWN_RULE}"
+    return f"{looks} and is not one that normswap knows; leave it, or make it a layer of its own and {plain.OWN_RULE}"
 
 
 HAND_WRITTEN = Rule("hand_written", is_hand_written, check_hand_written, build, inexact)

@@ -1,10 +1,10 @@
-"""Norms of torch that take their statistics from the data they get -> BatchlessNorm, approximately, from calibration data.
+"""Norms of torch that compute their statistics from each input -> BatchlessNorm, approximately, from calibration data.
 
     layer_norm      y = weight * (x - m) / sqrt(v + eps) + bias    m, v: mean and variance of each sample over its last axes
     group_norm      the same                                       m, v: of each sample over space and a group of channels
     instance_norm   the same                                       m, v: of each sample and channel over space
     rms_norm        y = weight * x / sqrt(mean(x^2) + eps)         the mean of each sample over its last axes
-    batch_norm      the same as layer_norm                         m, v: of each channel over the batch, as it keeps none
+    batch_norm      the same as layer_norm                         m, v: of each channel over the batch (no running statistics)
 
 and BatchlessNorm   y = weight' * (x - mean) / std + bias'
 
@@ -34,7 +34,7 @@ from normswap.models.copying import copy_hooks
 from normswap.models.torch_private import AnyBatchNorm, AnyInstanceNorm
 from normswap.rules import batch_norm, plain
 
-Channels = tuple[Sequence[int], Sequence[int]]  # (how many there are, on which axis of x): more than one number for several axes
+Channels = tuple[Sequence[int], Sequence[int]]  # (sizes, axes of x): how many channels there are on which axis; often one of each
 
 # The channels of each class of torch.
 CHANNELS: dict[type[nn.Module], Callable[[Any], Channels]] = {
@@ -54,9 +54,9 @@ def inexact(site: Site) -> str:
 
 
 def uncalibrated(module: nn.Module, channels: Channels, std: str, *, after: bool = False) -> BatchlessNorm:
-    """A BatchlessNorm with mean 0, std 1 and weight 1, on the source's device, trainable if the source is. `source` stays None.
+    """A BatchlessNorm with mean 0, std 1 and weight 1, on the device of `module`, trainable if that is. Its `source` is None.
 
-    after: the source has a dropout and an activation of its own, `drop` and `act`, which come along.
+    after: whether `module` has a dropout and an activation, `drop` and `act`, which the new layer takes over.
     """
     sizes, axes = channels
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -88,7 +88,7 @@ def _rule(
     recognises: Callable[[Site], bool] | None = None,
     why: Callable[[Site], str] = inexact,
 ) -> Rule:
-    """The rule for a class of CHANNELS. Without `recognises` it leaves a subclass with a forward of its own to the rules that follow."""
+    """The rule for a class in CHANNELS. By default it does not recognise a subclass with its own forward, which later rules may."""
 
     def is_plain(site: Site) -> bool:
         return isinstance(site.module, cls) and type(site.module).forward in forwards

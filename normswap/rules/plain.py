@@ -1,4 +1,4 @@
-"""What every rule for a module asks: is it the plain layer that its class says, and which attributes has it besides tensors?"""
+"""Checks that all rules for modules share: whether a layer computes only what its class says, and which attributes it has."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: Collection[str] | None = KNOWN) -> str | None:
-    """Why this module may do more than a layer with one of these `forward` functions and the `known` tensors (None: any), or None.
+    """Why this module may do more than a layer with one of these `forward` functions and the `known` tensors; None if it cannot.
 
-    A sentence about the module: what a rule's `check` returns. known: the names of the parameters and buffers that the rule takes over.
+    The text is a clause about the module, as a rule's `check` returns it. known: the names of the parameters and buffers that the rule
+    takes over (None: any).
     """
     module = site.module
     assert module is not None
@@ -43,11 +44,11 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
         return f"is a {cls.__name__}, which overrides __call__, so it may do more than normalize; {_ONLY}"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the object, so it may do more than normalize; delete it, or convert before it is set"
-    held = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
-    computed = [name for name in KNOWN if name not in held and getattr(module, name, None) is not None]
+    stored = {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    computed = [name for name in KNOWN if name not in stored and getattr(module, name, None) is not None]
     if computed:
-        return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first"
-    more = [] if known is None else sorted(held.keys() - set(known))
+        return f"has a {computed[0]} that is computed (by spectral_norm or weight_norm?) and not stored; remove that first"
+    more = [] if known is None else sorted(stored.keys() - set(known))
     if known is not None and more:
         layer = "a BatchNorm" if known is KNOWN else f"the layer that the rule knows ({', '.join(known)})"
         return f"holds {', '.join(more)} besides the tensors of {layer}, so it may do more than normalize; {_ONLY}"
@@ -57,7 +58,7 @@ def why_not_plain(site: Site, forwards: Collection[Callable[..., Any]], known: C
 
 
 def further_inputs(module: nn.Module) -> str:
-    """The names of what `forward` takes besides its first argument: a gate, a condition, a scale. Empty if that is all."""
+    """The names of the arguments of `forward` after the first (a gate, a condition, a scale), joined by commas."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]  # self, x
     return ", ".join(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 

@@ -1,20 +1,20 @@
-"""What a layer computes, found out by running it: by structure, not by the name of its class.
+"""Recognises which normalization a layer computes by running it; the name of its class plays no part.
 
-A copy of the layer with random parameters is run on random data in float64, its own dropout and activation (`drop`, `act`, `activation`)
-left out, and its output is compared with what each candidate would give before its weight and bias,
+A copy of the layer with random parameters is run on random data in float64, without its dropout and activation (`drop`, `act`,
+`activation`). Its output is compared with each of these candidates,
 
     (x - m) / sqrt(v + eps)      m, v: mean and variance of one sample's x over the candidate's axes       layer_norm, group_norm
     (x - m) / (sqrt(v) + eps)    v with or without Bessel's correction                                     layer_norm
     x / sqrt(r + eps)            r: its mean square                                                        rms_norm
-    x / sqrt(v + eps)            the variance without the mean, in timm with the count - 1 as divisor      simple_norm
+    x / sqrt(v + eps)            v with or without Bessel's correction (timm: with)                        simple_norm
     x / sqrt(r + eps)            r: the mean square of one channel over space                              filter_response_norm
-    x                            nothing at all                                                            affine
+    x                            no normalization                                                          affine
 
 up to one weight and one bias per channel, fitted by least squares. Only an exact fit is a match, so a layer that does anything else (a
-gate, a residual, an activation under another name) is none. What its parameters are called, whether it multiplies by weight or by
-1 + weight, and in which order it casts do not matter. eps is one of the numbers that the layer has as attributes, or a customary one.
+gate, a residual, an activation under another name) matches none. The names of its parameters, whether it multiplies by weight or by
+1 + weight, and the order of its casts do not matter. eps is one of the numbers among the layer's attributes, or a common one.
 
-`recognise_frozen` does the same for a layer that normalizes by running statistics: these are drawn at random, and it has to use them.
+`recognise_frozen` does the same for a layer that normalizes by running statistics, which are drawn at random.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from normswap.models.watching import forward
 
 EXACT = 1e-9  # relative; float64 leaves 1e-14, and an eps that is wrong by 1e-6 leaves 1e-6
 _CUSTOMARY_EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
-AFTER = ("drop", "act", "activation")
-ANY = 7  # channels to try a layer with that has no size of its own
+AFTER = ("drop", "act", "activation")  # names of children that a norm applies to its normalized output
+ANY = 7  # number of channels with which a layer is tried that has no size of its own
 
 
 @dataclass(frozen=True)
 class Normalizes:
-    """What a layer was found to compute.
+    """The normalization that a layer was found to compute.
 
-    axis: where its channels lie, -1 or 1, or (-2, -1) for one weight per head and channel, as channels then has two sizes. groups: of
-    channels that share statistics. sized: whether the layer says how many channels it has; channels means nothing if not.
+    axis: of the channels, -1 or 1, or (-2, -1) for one weight per head and channel; `channels` then has two sizes. groups: number of groups
+    of channels that share statistics. sized: whether the layer fixes the number of channels; if not, `channels` means nothing.
     """
 
     kind: str
@@ -55,11 +55,11 @@ class Normalizes:
     sized: bool = True
 
 
-_FOUND: dict[Hashable, Normalizes | None] = {}  # by what a layer is, apart from the values of its tensors
+_FOUND: dict[Hashable, Normalizes | None] = {}  # by class, settings and shapes of a layer, whatever the values of its tensors
 
 
 def recognise(module: nn.Module) -> Normalizes | None:
-    """What `module` normalizes, or None if it is no known normalization. Takes some milliseconds for the first of its kind."""
+    """The normalization that `module` computes, or None if it is no known one. Cached for layers of the same class, settings and shapes."""
     kind = _kind(module)
     if kind not in _FOUND:
         _FOUND[kind] = _try_layouts(module)
@@ -86,7 +86,7 @@ def _try_layouts(module: nn.Module) -> Normalizes | None:
     numbers = [v for v in vars(module).values() if type(v) is int and 1 < v < 1 << 20]
     numbers += [v[-1] for v in vars(module).values() if isinstance(v, (tuple, list)) and v and type(v[-1]) is int and v[-1] > 1]
     pairs = {tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 2}
-    # One number for all channels (ScaleNorm) says nothing of how many there are.
+    # A parameter with one element for all channels (ScaleNorm) does not tell how many channels there are.
     sizes = sorted({n for p in module.parameters(recurse=False) if p.dim() < 2 and (n := p.numel()) > 1} | {*numbers}, reverse=True)
     layouts: list[tuple[int | tuple[int, ...], tuple[int, ...]]] = [((-2, -1), pair) for pair in sorted(pairs)]
     layouts += [(axis, (channels,)) for channels in sizes for axis in (-1, 1)]
@@ -97,7 +97,7 @@ def _try_layouts(module: nn.Module) -> Normalizes | None:
             return found
     if layouts:
         return None
-    # A layer without a size takes any: then two sizes have to give the same answer.
+    # A layer without a size takes any number of channels: two numbers have to give the same result.
     free = [_along(bare, module, -1, (channels,)) for channels in (ANY, ANY + 4)]
     if free[0] is None or free[1] is None or dataclasses.replace(free[1], channels=ANY) != free[0]:
         return None
@@ -105,9 +105,10 @@ def _try_layouts(module: nn.Module) -> Normalizes | None:
 
 
 def bare_copy(module: nn.Module) -> nn.Module | None:
-    """A copy in eval mode without its own dropout and activation; None for a layer that cannot be copied, and so cannot be tried.
+    """A copy in eval mode with random parameters, without dropout and activation; None if the layer cannot be copied.
 
-    Its parameters are drawn at random: a gate that is still 0 must not hide. So those that have no values yet get some; buffers cannot.
+    With random parameters, a gate that is still 0 shows in the output, and parameters on the meta device get values. Buffers on the meta
+    device cannot get any: None, too.
     """
     if any(buffer.is_meta for buffer in module.buffers()):
         return None
@@ -129,7 +130,7 @@ def bare_copy(module: nn.Module) -> nn.Module | None:
 
 
 def _shapes(axis: int | tuple[int, ...], channels: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Inputs to try: with a sequence, then with space around the channels."""
+    """Two input shapes to try, of different rank. axis 1: (N, C, H, W) and (N, C, L); last axis: (N, L, C) and (N, H, W, C)."""
     return ((3, *channels, 4, 2), (3, *channels, 5)) if axis == 1 else ((3, 5, *channels), (3, 2, 4, *channels))
 
 
@@ -138,7 +139,7 @@ def _along(bare: nn.Module, module: nn.Module, axis: int | tuple[int, ...], chan
     axes = (axis,) if isinstance(axis, int) else axis
     last = tuple(range(-len(axes), 0))
     for shape in _shapes(axis, channels):
-        # Two calls on data of two kinds: a factor that a layer takes from the whole batch would pass for a part of the weight in one.
+        # Two calls with different means and scales: in one, a factor computed from the whole batch would be fitted as part of the weight.
         xs = [torch.randn(shape, generator=generator, dtype=torch.float64) * scale + mean for scale, mean in ((2, 0.7), (0.5, -1.1))]
         ys = [_run(bare, module, x) for x in xs]
         if any(y is None for y in ys):
@@ -165,7 +166,7 @@ def _run(bare: nn.Module, module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def returns_otherwise(module: nn.Module) -> str | None:
-    """How the output of `module` differs from one tensor of its input's shape, whichever shape it takes; None if it does not."""
+    """How the output of `module` differs from one tensor of the input's shape, as a clause; None if it does not."""
     bare = bare_copy(module)
     if bare is None:
         return None
@@ -179,7 +180,7 @@ def returns_otherwise(module: nn.Module) -> str | None:
             y = forward(bare, (torch.randn(shape, dtype=torch.float64),), {}, within=in_float64())
         except Exception:  # another shape was expected
             continue
-        if isinstance(y, Tensor) and y.shape == shape:  # the others were broadcast
+        if isinstance(y, Tensor) and y.shape == shape:  # other shapes of the output, if any, came from broadcasting
             return None
         other = "a tensor of another shape than its input's, as BatchlessNorm does not"
         how = f"returns {other if isinstance(y, Tensor) else f'a {type(y).__name__}, and not one tensor as BatchlessNorm does'}"
@@ -221,7 +222,7 @@ def _candidates(module: nn.Module, x: Tensor, axes: tuple[int, ...]) -> Iterator
 
 
 def _fits(z: Tensor, y: Tensor) -> bool:
-    """Whether y = a z + b with one a and b per column, exactly. A constant y fits everything, and so proves nothing."""
+    """Whether y = a z + b with one a and b per column, up to EXACT. A constant y would fit any z, so it does not count as a fit."""
     centred, target = z - z.mean(0), y - y.mean(0)
     slope = (centred * target).sum(0) / centred.square().sum(0).clamp(min=1e-300)
     residual = (target - slope * centred).abs().max()
@@ -229,9 +230,9 @@ def _fits(z: Tensor, y: Tensor) -> bool:
 
 
 def recognise_frozen(module: nn.Module) -> float | None:
-    """The eps with which `module` computes BatchNorm by its running statistics, in train mode too; None if it does not.
+    """The eps with which `module` computes BatchNorm from its running statistics, in eval and train mode; None if it does not.
 
-    Of a module with BatchNorm's tensors under BatchNorm's names. A copy is given random statistics, weights and biases.
+    module: has BatchNorm's tensors under BatchNorm's names. A copy of it is run with random statistics, weights and biases.
     """
     kind = ("frozen", _kind(module))
     if kind not in _FROZEN:

@@ -1,4 +1,4 @@
-"""Rules that users write: what it takes to write one, how one is found by its name, and a check that it keeps to what `Rule` asks of it.
+"""Rules that users write: functions that build their layers, import of a rule by its name, and checks of what a rule returns.
 
 See docs/writing_rules.md.
 """
@@ -38,13 +38,13 @@ def batchless_from_statistics(
     bias: Tensor | None = None,
     channel_axis: int = 1,
 ) -> BatchlessNorm:
-    """The layer with the function of a `module` that normalizes by statistics of its own: what the `build` of an exact rule returns.
+    """The layer that computes the same as a `module` with fixed statistics: what the `build` of an exact rule returns.
 
         weight * (x - mean) / sqrt(variance + eps) + bias
 
-    mean, variance, weight, bias: one value per channel, in any shape ((C,) or (1, C, 1, 1)); without a weight it is 1, without a bias 0.
-    std: the one that `build` is given. channel_axis: of x, negative from the end. The layer is trainable if the weight is (or
-    there is none), and takes the hooks and the training flag of `module`.
+    mean, variance, weight, bias: one value per channel, in any shape ((C,) or (1, C, 1, 1)). weight None: 1; bias None: 0.
+    std: the argument of `build`. channel_axis: of x, negative from the end. The layer is trainable if the weight is trainable or None, and
+    takes over the hooks and the training flag of `module`.
     """
     flat = [None if tensor is None else tensor.reshape(-1) for tensor in (weight, bias)]
     source = Normalization(mean.reshape(-1), variance.reshape(-1), eps, *flat)
@@ -54,10 +54,10 @@ def batchless_from_statistics(
 
 
 def batchless_from_data(module: nn.Module, channels: int, *, std: str, channel_axis: int = 1) -> BatchlessNorm:
-    """An empty layer in the place of `module`, which calibration fills: what the `build` of an approximate rule returns.
+    """A layer with mean 0 and std 1, for calibration to set: what the `build` of an approximate rule returns.
 
-    channels: how many; channel_axis: where, negative from the end. It is trainable if `module` has a parameter that is, or none at all, and
-    takes its hooks and training flag.
+    channel_axis: of x, negative from the end. The layer is trainable if `module` has a trainable parameter or no parameter, and takes over
+    the hooks and the training flag of `module`.
     """
     return uncalibrated(module, ((channels,), (channel_axis,)), std)
 
@@ -66,7 +66,7 @@ def batchless_from_data(module: nn.Module, channels: int, *, std: str, channel_a
 
 
 def named(spec: str, option: str = "--rule") -> Rule:
-    """The rule that `spec`, package.module:NAME, names. Raises UsageError if that cannot be imported or is no Rule."""
+    """The rule that `spec`, package.module:NAME, names. Raises UsageError if it cannot be imported or is not a Rule."""
     found = imported(spec, option, "a normswap.Rule")
     if not isinstance(found, Rule):
         a = f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
@@ -75,20 +75,20 @@ def named(spec: str, option: str = "--rule") -> Rule:
 
 
 def spec_of(rule: Rule) -> str | None:
-    """Where `rule` can be imported from again: what it was imported as, or the name it has in the module of one of its functions."""
+    """The package.module:NAME from which `rule` can be imported: `rule.spec`, or its name in the module of one of its functions."""
     if rule.spec is not None:
         return rule.spec
     for function in (rule.recognises, rule.check, rule.build, rule.inexact):
         module = getattr(function, "__module__", None)
-        held = vars(sys.modules[module]) if module in sys.modules and module != "__main__" else {}
-        for name, value in held.items():
+        attributes = vars(sys.modules[module]) if module in sys.modules and module != "__main__" else {}
+        for name, value in attributes.items():
             if value is rule and SPEC.fullmatch(f"{module}:{name}"):
                 return f"{module}:{name}"
     return None
 
 
 def checked(rule: Rule) -> Rule:
-    """The same rule, held to its contract: an error in it, or an answer of the wrong type, is a UsageError that names the layer."""
+    """The same rule with checks: an exception in it, or a return value of the wrong type, raises a UsageError that names the layer."""
     spec = spec_of(rule)
     name = f"the rule {rule.kind!r}" + (f" ({spec})" if spec else "")
 
@@ -98,7 +98,7 @@ def checked(rule: Rule) -> Rule:
         except Exception as error:  # it is the user's code
             raise UsageError(
                 f"{name} raised {type(error).__name__} in `{what}` of {_where(site)}: {error}",
-                hint=f"it is asked about every module of the model, and calls of functions; see {PAGE}",
+                hint=f"a rule is called for every module of the model, and for calls of functions; see {PAGE}",
             ) from error
 
     def expect(right: bool, what: str, site: Site, expected: str, answer: object) -> None:
@@ -132,7 +132,7 @@ def checked(rule: Rule) -> Rule:
 
 
 def all_checked(rules: Sequence[Rule], known: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The rules, with those that are not among the `known` ones checked. Raises UsageError for what is no Rule."""
+    """The rules, those that are not in `known` as `checked` returns them. Raises UsageError for an element that is not a Rule."""
     for rule in rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"rules holds {rule!r:.60}; expected a normswap.Rule", hint="rules=(MY_RULE, *normswap.DEFAULT_RULES)")

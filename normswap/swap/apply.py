@@ -1,7 +1,7 @@
 """(model, Plan) -> a new model with the planned swaps made. The only writer of modules and graphs.
 
-Every replacement goes into the memo of one `copy.deepcopy`, so it stands wherever the model refers to the source: under each of its
-names, in lists, as the owner of a bound method, as the model itself. Calls are rewritten in the copy of the module whose code they are in.
+Every replacement goes into the memo of one `copy.deepcopy`, so it takes the place of the source wherever the model refers to it: under each
+name, in lists, as the owner of a bound method, as the model itself. A norm that is a call is replaced by rewriting the code that calls it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") -> nn.Module:
     """A copy of `model` with each planned swap made; the model itself is not touched.
 
-    std: how the layers store it; one form, or one for each name. Raises SwapError if the copy is not as planned.
+    std: the form in which layers store their std; one for all, or name -> form. Raises SwapError if the copy is not as planned.
     """
     replacements = {s.site.module: _build(s, std) for s in plan.swaps if s.site.call is None and s.site.module is not None}
     result = copy_replacing(model, replacements)
@@ -36,19 +36,19 @@ def swap(model: nn.Module, plan: Plan, *, std: str | Mapping[str, str] = "log") 
 
 
 def with_layers(model: M, plan: Plan) -> M:
-    """`model`, a copy that nobody else uses, with the layer that stands for a call in the place of each call that the plan swaps."""
+    """`model`, changed in place: each call that the plan swaps becomes a layer that computes the same as the call."""
     _place(model, {s: s.site.module for s in plan.swaps if s.site.call is not None and s.site.module is not None})
     return model
 
 
 def _build(s: Swap, std: str | Mapping[str, str]) -> nn.Module:
     if s.rule.build is None:
-        raise SwapError(f"{s.name}: the rule {s.kind!r} agreed to a swap but cannot build one", hint="give the rule a build function")
+        raise SwapError(f"{s.name}: the rule {s.kind!r} agreed to a swap but has no build function", hint="give the rule a build function")
     return s.rule.build(s.site, std if isinstance(std, str) else std[s.name])
 
 
 def copy_replacing(model: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
-    """A deep copy of `model` in which the value stands for the key, wherever that is. Raises SwapError if the copy is not that."""
+    """A deep copy of `model` with each key of `replacements` replaced by its value. Raises SwapError if the copy came out otherwise."""
     memo: dict[int, Any] = {}
     for source, target in replacements.items():
         memo[id(source)] = target
@@ -56,7 +56,7 @@ def copy_replacing(model: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
             mine = target._parameters.get(name)
             if parameter is None or mine is None:
                 continue
-            # A weight that two layers share stays one weight.
+            # A parameter that two replaced layers share stays one parameter.
             if isinstance(memo.setdefault(id(parameter), mine), nn.Parameter):
                 target._parameters[name] = memo[id(parameter)]
     copied = copy_with(model, memo)
@@ -69,7 +69,7 @@ def copy_replacing(model: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
 
 
 def _check_copy(model: nn.Module, copied: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Hold the copy to the plan: under each name of a source stands its replacement, and nothing else moved."""
+    """Raise SwapError unless each name of a source leads to its replacement, and the copy shares no memory with the model."""
     found = dict(copied.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
         wanted = replacements.get(module)
@@ -79,12 +79,12 @@ def _check_copy(model: nn.Module, copied: nn.Module, replacements: Mapping[nn.Mo
                 f"{type(found.get(name)).__name__} there",
                 hint=f"does {type(model).__name__} or one of its parts define __deepcopy__ without using the memo?",
             )
-    # By address, as a tensor that is wrapped anew (a scripted part, a view) is another object over the same memory.
+    # Compare addresses, as another tensor object (of a scripted part, a view) may lie over the same memory.
     original = {t.data_ptr(): n for n, t in (*model.named_parameters(), *model.named_buffers()) if not is_lazy(t) and t.numel()}
     for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
         if not tensor.is_leaf:
             raise SwapError(
-                f"{name} of the copy is not a leaf, so that training the copy would train the original: TorchScript parts are copied so",
+                f"{name} of the copy is not a leaf tensor, so training the copy would train the original; TorchScript parts are copied so",
                 hint="convert the model before a part of it is scripted",
             )
         if not is_lazy(tensor) and tensor.numel() and not tensor.is_meta and tensor.data_ptr() in original:
@@ -95,7 +95,7 @@ def _check_copy(model: nn.Module, copied: nn.Module, replacements: Mapping[nn.Mo
 
 
 def _place(model: nn.Module, layers: Mapping[Swap, nn.Module]) -> None:
-    """Let the code that makes each call, an owner's, call the layer instead, under the name of the site; drop what it reads no more."""
+    """Rewrite the code of each owner to call the layer, under the name of the site, in place of the norm; drop tensors now unread."""
     owners = dict.fromkeys(s.site.call.owner for s in layers if s.site.call is not None)
     for name in owners:
         owner = model.get_submodule(name)
@@ -107,7 +107,7 @@ def _place(model: nn.Module, layers: Mapping[Swap, nn.Module]) -> None:
         read_before = {target for graph in graphs.values() for target in _reads(graph)}
         for graph in graphs.values():
             found = find(graph, owner)
-            instead: dict[fx.Node, fx.Node] = {}  # of the ends that are gone, which may be where the next call starts
+            instead: dict[fx.Node, fx.Node] = {}  # end node of a replaced norm, which may be the start of another -> the layer's node
             for site, layer in mine.items():
                 numbers = site.call.numbers if site.call is not None else ()
                 if any(number >= len(found) or found[number].function != site.function for number in numbers):
@@ -137,7 +137,7 @@ def _put_under(owner: nn.Module, name: str, mine: Mapping[Site, nn.Module]) -> N
 
 
 def _reads(graph: fx.Graph) -> set[str]:
-    """The tensors that the code reads, those of the norm that a class is derived from included while it calls that."""
+    """The names of the tensors that the code reads; all tensors of the base norm, too, if the code calls `super().forward`."""
     inherited = TENSORS if any(node.target is base_forward for node in graph.nodes) else ()
     return {*inherited, *(str(node.target) for node in graph.nodes if node.op == "get_attr")}
 
@@ -150,7 +150,7 @@ def _add(owner: nn.Module, target: str, layer: nn.Module) -> None:
 
 
 def _call_instead(graph: fx.Graph, found: Found, start: fx.Node, target: str) -> fx.Node:
-    # Where the first of its nodes reads x: what comes later may overwrite x, as `x.relu_()` between the norm and its weight does.
+    # The layer is called where the first node of the norm reads x: later nodes may overwrite x, like `x.relu_()` before the weight.
     first = next((node for node in graph.nodes if node in found.inside and start in node.all_input_nodes), found.end)
     with graph.inserting_before(first):
         call = graph.call_module(target, (start,))
@@ -166,14 +166,14 @@ def _call_instead(graph: fx.Graph, found: Found, start: fx.Node, target: str) ->
 
 
 def _drop_unread(owner: nn.Module, target: str, graphs: Iterable[fx.Graph]) -> None:
-    """Delete a tensor that only calls read which are there no more, unless it is another module's and somebody may call that."""
+    """Delete a tensor that only the replaced norms read, unless it belongs to another module that may still be called."""
     place, _, attribute = target.rpartition(".")
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
     others = place and not isinstance(owner, fx.GraphModule)
     if others or any(place == name or place.startswith(f"{name}.") for name in called):
         return
     holder = owner.get_submodule(place)
-    if isinstance(holder, BASES):  # whose own methods expect the attributes to be there
+    if isinstance(holder, BASES):  # the methods of torch's norms expect the attributes to exist
         for tensors in (holder._parameters, holder._buffers):
             if attribute in tensors:
                 tensors[attribute] = None

@@ -1,20 +1,20 @@
-"""data -> statistics: for layers whose source took its statistics from each sample, so that no file holds them.
+"""Sets the statistics of approximate layers from calibration data: their sources computed statistics from each sample, and stored none.
 
-It goes stratum by stratum. A stratum is a set of layers none of which feeds another of them. They are calibrated in the order of
-execution, each on what the already swapped layers before it produce; until its turn comes a layer computes what its source would. Per
-channel,
+Layers are calibrated in strata. A stratum is a set of layers none of which feeds another of them. The strata follow in the order of
+execution, and each is calibrated on the outputs of the calibrated layers before it; until then, a layer computes what its source would.
+Per channel,
 
     mean, std        those of the layer's input x over all calibration data
     weight, bias     the least-squares fit of weight * (x - mean) / std + bias to what the source put out in the original model
 
-so that each layer also takes back, as far as a map per channel can, the error that those before it have made (`moments.py`).
+so that each layer also corrects, as far as an affine per channel can, the error of the layers before it (`moments.py`).
 
-Layers that have statistics already (BatchNorm) can be re-estimated on the way: `exact` gives them those of the data, and changes weight and
-bias so that the function stays; `adapt` keeps weight and bias, so the function follows the data. Channels without a spread keep what they
-had. As the function stays, layers that are re-estimated exactly do not start a stratum of their own.
+Layers that have statistics already (from BatchNorm) can be re-estimated at the same time: `exact` gives them the statistics of the data and
+changes weight and bias so that the function stays the same; `adapt` keeps weight and bias, so the function changes with the data. Constant
+channels keep what they had. A layer that is re-estimated exactly keeps its function, so it starts no new stratum.
 
-One pass over the data per stratum through both models, each forward stopped when the stratum has been seen; one more forward, of the
-first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its
+For each stratum the data pass once through both models, and each forward pass stops when the stratum has been seen; one more forward pass,
+of the first batch, finds the strata. A batch is a tensor, a tuple of arguments, or a dict of keyword arguments; positions where its
 "attention_mask" is 0 do not count.
 """
 
@@ -40,9 +40,9 @@ from normswap.swap.moments import Moments
 from normswap.swap.strata import StratumLabels
 
 MASK = "attention_mask"
-FLAT = 1e-6  # a channel whose std is below this share of the largest one, or of its own mean, carries nothing
+FLAT = 1e-6  # a channel is constant if its std is at most this share of the layer's largest std, or of its own mean
 
-# Beyond these a Fit has a remark.
+# Thresholds beyond which a Fit has a remark.
 POOR = 0.5  # error
 OUTLIERS = 30.0  # max_kurtosis
 FIRST = 5.0  # first_position
@@ -58,11 +58,11 @@ class Fit:
 
     error           relative l2 distance of the layer's output to its source's, on the calibration data
     samples         how many values each channel's statistics rest on
-    flat_channels   channels whose std is (almost) 0     max_kurtosis   the largest of the channels' kurtoses; 3 is normal
-    first_position  rms of x at position 0 of a sequence over the rms elsewhere, None without one: large where it is an outlier
+    flat_channels   channels whose std is (almost) 0     max_kurtosis   the largest kurtosis of a channel; 3 is normal
+    first_position  rms of x at position 0 of a sequence over the rms elsewhere, large if position 0 is an outlier; None without a sequence
     how             "fit" (a layer without statistics), "exact" or "adapt" (re-estimated)
-    channels        how many the layer has     kept_channels   those that kept the statistics they had
-    remarks         what of this is bad, in words; empty if nothing is
+    channels        how many the layer has     kept_channels   how many kept the statistics they had
+    remarks         the numbers that are bad, in words; empty if none is
     """
 
     name: str
@@ -85,12 +85,12 @@ class _Site:
     source: nn.Module
     moments: Moments
     how: Literal["fit", "exact", "adapt"] = "fit"
-    calls: int = 0  # in one forward
+    calls: int = 0  # in one forward pass
     stratum: int = 0
     done: bool = False
     kept: int = 0
-    inside: bool = False  # the source in the original model runs
-    before_act: Tensor | None = None  # what its own activation got there
+    inside: bool = False  # whether the source is running, as a part of the original model
+    before_act: Tensor | None = None  # the input of the source's own activation (or dropout) in the original model
     first: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum of squares and count at position 0
     total: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -109,13 +109,13 @@ def calibrate(
     alone: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Fit, ...]:
-    """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes `model` and nothing else.
+    """Set the statistics, weights and biases of the named BatchlessNorm layers of `model` from data; changes nothing but `model`.
 
     original: the model that `model` was made from, in eval mode; a copy that nobody else uses. reestimate: layers that have statistics
-    already, each with how it gets others; one that cannot keeps what it has, and its Fit says why. alone: calibrate each layer as if it
-    were the only one that is swapped, on what the original's layers produce; one pass does for all of them, and the fits say stratum 1.
-    progress(done, total) is called after each forward, of strata times batches. Raises UsageError if there is no batch, the model does not
-    take them, or a layer cannot be fitted.
+    already -> how they are re-estimated; a layer that cannot be keeps its statistics, and its Fit says why. alone: calibrate each layer as
+    if it were the only one swapped, on the outputs of the original's layers; one pass calibrates all, and every Fit has stratum 1.
+    progress(done, total) is called after each batch of each stratum. Raises UsageError if there is no batch, the model cannot run on one,
+    or a layer cannot be fitted.
     """
     batches = batches if isinstance(batches, Sequence) or iter(batches) is not batches else list(batches)
     modules, sources = dict(model.named_modules()), dict(original.named_modules())
@@ -136,16 +136,16 @@ def calibrate(
 
 
 def _why_not(layer: BatchlessNorm, how: str, shared: Mapping[int, Sequence[str]]) -> str | None:
-    """Why this layer cannot be given a weight and a bias of its own, or None."""
+    """Why calibration may not change the weight and bias of this layer; None if it may."""
     if how == "adapt":
         return None
     if layer.weight is None or layer.bias is None:
-        return "has no weight and bias that could keep its function"
+        return "has no weight and bias, which would have to make up for the new statistics"
     for parameter in (layer.weight, layer.bias):
         if id(parameter) in shared:
-            return f"shares a parameter: {' and '.join(shared[id(parameter)])} are one, and calibration would change all"
+            return f"shares a parameter: {' and '.join(shared[id(parameter)])} are one tensor, so calibration would change all"
     if layer.source is not None and not {"weight", "bias"} <= layer.source.parameters.keys() | layer.source.buffers.keys():
-        return f"was made from a {layer.source.cls.__name__} without weight or bias, which could not be given back"
+        return f"was made from a {layer.source.cls.__name__} without weight or bias, so a revert could not restore it"
     return None
 
 
@@ -155,18 +155,19 @@ def _kept(name: str, how: str, layer: BatchlessNorm, reason: str) -> Fit:
 
 
 class _Unreadable(Exception):
-    """A layer is given a tensor whose values calibration cannot read."""
+    """The input of a layer is a tensor whose values calibration cannot read."""
 
 
 class _Calibration:
-    """Hooks on layers and sources while data go through both models.
+    """The hooks on layers and their sources while data pass through both models.
 
-    They record what a layer is given and what its source puts out. Until its turn comes, a layer is replaced by its source.
+    They record the input of each layer, and the output of its source in the original model. A layer whose stratum is not calibrated yet
+    returns the output of its source instead of its own.
     """
 
     def __init__(self, model: nn.Module, original: nn.Module, sites: list[_Site], alone: bool) -> None:
         self.model, self.original, self.sites, self.alone = model, original, sites, alone
-        self.targets: dict[str, list[Tensor]] = {}  # what each source of the stratum put out, call by call
+        self.targets: dict[str, list[Tensor]] = {}  # name -> outputs of its source in the original model, one for each call
         self.labels: StratumLabels | None = None
         self.stratum = 0
         self.pending = 0
@@ -216,7 +217,7 @@ class _Calibration:
         return (*(_fit(site) for site in sorted(self.sites, key=lambda s: s.stratum)), *unseen)
 
     def _find_strata(self, batches: Iterable[Any]) -> list[Fit]:
-        """Number the strata, and give a Fit that says so for each re-estimated layer that the data do not reach."""
+        """Set the stratum of each site, and return a Fit with a remark for each re-estimated layer that the data do not reach."""
         first = next(iter(batches), None)
         if first is None:
             raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
@@ -258,7 +259,7 @@ class _Calibration:
         return hook
 
     def _before_act(self, site: _Site) -> Callable[..., None]:
-        """On the activation that belongs to the source, which the layer keeps: it is to get the same."""
+        """Hook on the source's own activation, which the new layer keeps: the activation's input is the target of the fit."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if site.inside and site.before_act is None:
@@ -267,11 +268,11 @@ class _Calibration:
         return hook
 
     def _target(self, site: _Site) -> Callable[..., None]:
-        """On the source: keeps what it puts out in the original model, but not when it stands in for the layer."""
+        """Hook on the source: records its output when the original model runs it, but not when it runs in the place of the layer."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.labels is None and site.stratum == self.stratum and not self.source_stands_in:
-                # a copy, as whoever reads the output may work in place
+                # a copy, as a reader may overwrite the output in place
                 self.targets.setdefault(site.name, []).append(output.clone() if site.before_act is None else site.before_act)
                 self._seen()
             site.inside = False
@@ -289,7 +290,7 @@ class _Calibration:
         return hook
 
     def _hook(self, site: _Site) -> Callable[..., Tensor | None]:
-        """On the layer: records its input, and answers what its source would until it is calibrated."""
+        """Hook on the layer: records its input, and returns the output of its source until the layer is calibrated."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()))
@@ -317,7 +318,7 @@ class _Calibration:
 
 
 def arguments_of(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """How a batch is passed to the model. Of a pair that a data set yields, (input, label), only what the model takes is passed."""
+    """(args, kwargs) for a batch. Of a tuple, like a data set's (input, label), the model gets only as many elements as it takes."""
     if isinstance(batch, Mapping):
         return (), batch
     if not isinstance(batch, (tuple, list)):
@@ -346,14 +347,14 @@ def _record(site: _Site, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
 
 
 def _after(site: _Site) -> nn.Module | None:
-    """The first module of the source's own that its normalized x goes through and that the layer keeps, if there is one."""
+    """The first child (dropout or activation) that the source applies to its normalized x and the new layer keeps; None without one."""
     parts = [site.source._modules.get(name) for name in ("drop", "act", "activation")] if isinstance(site.layer, BatchlessNormAct) else []
     return next((part for part in parts if part is not None), None)
 
 
 @torch.no_grad()
 def _store(site: _Site) -> None:
-    """The statistics of the data; then weight and bias for the map that the layer is to have under the statistics as they were stored."""
+    """Store the statistics of the data in the layer, then the weight and bias that, with the stored statistics, give the fitted affine."""
     layer = site.layer
     mean, std = _pooled(site.moments, layer)
     before = [t.clone() for t in (layer.mean, layer.std_parameter, layer.weight, layer.bias) if t is not None]
@@ -376,7 +377,7 @@ def _store(site: _Site) -> None:
 
 
 def _pooled(moments: Moments, layer: BatchlessNorm) -> tuple[Tensor, Tensor]:
-    """(mean, std) of x in the shape of the layer's, on its device: over the channels that share them, too."""
+    """(mean, std) of x in the shape and on the device of the layer's mean; pooled over channels that share statistics."""
     mean, square = (t.reshape(layer.sizes) for t in (moments.mean, moments.std**2 + moments.mean**2))
     shared = [axis for axis, (size, own) in enumerate(zip(layer.sizes, layer.mean.shape, strict=True)) if own != size]
     if not shared:

@@ -1,4 +1,4 @@
-"""Streaming moments of what goes into a norm and what comes out of it: any number of batches of any size give the same numbers.
+"""Streaming moments of the input x and the output y of a norm: the numbers do not depend on how the data are split into batches.
 
 For rows (x, y) with one value per channel: the count n, the means, and the central sums
 
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # elements turned into float64 at a time
+CHUNK = 1 << 22  # elements converted to float64 at a time
 
 
 @dataclass
 class Moments:
-    """Of one norm; every tensor has the shape (channels,). Empty until the first `add`."""
+    """The moments of one norm; every tensor has the shape (channels,). All are 0 until the first `add`."""
 
     count: int
     mean: Tensor
@@ -41,7 +41,7 @@ class Moments:
         return cls(0, *(torch.zeros(channels, dtype=torch.float64) for _ in range(7)))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in rows x and y, both (rows, channels) of any float dtype."""
+        """Include the rows of x and y, both (rows, channels) of any float dtype."""
         step = max(1, CHUNK // max(1, x.shape[1]))
         for start in range(0, len(x), step):
             self._merge(_of(x[start : start + step], y[start : start + step]))
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def std(self) -> Tensor:
-        """Of x, with the count as divisor: what a normalized x has variance 1 under."""
+        """The std of x, with the count as divisor: (x - mean) / std has variance 1."""
         return (self.m2 / self.count).sqrt()
 
     @property
@@ -88,7 +88,7 @@ class Moments:
         return scale, self.mean_y - self.mean * scale
 
     def error(self, scale: Tensor, shift: Tensor) -> float:
-        """sqrt(sum (x * scale + shift - y)^2 / sum y^2) over all channels: 0 where the line, (channels,) each, is y itself."""
+        """sqrt(sum (x * scale + shift - y)^2 / sum y^2) over all rows and channels. scale, shift: (channels,)."""
         offset = self.mean * scale + shift - self.mean_y
         residual = (scale**2 * self.m2 - 2 * scale * self.xy + self.y2).clamp(min=0) + self.count * offset**2
         total = (self.y2 + self.count * self.mean_y**2).sum()

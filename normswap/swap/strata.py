@@ -1,7 +1,4 @@
-"""Which layers feed which: what a layer puts out is followed through all that is computed from it, by a mode that sees each function call.
-
-A stratum is a set of layers none of which feeds another of them (`calibrate.py`).
-"""
+"""A TorchFunctionMode that shows which layers feed which: it labels the output of a layer, and every tensor computed from that output."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from normswap.models.watching import tensors_in
 
 
 class StratumLabels(TorchFunctionMode):
-    """Labels each tensor with the number of the last stratum that it depends on. Tensors are kept alive, so that no id is used twice."""
+    """Labels each tensor with the number of the last stratum that it depends on. Tensors are kept alive, so that no id is reused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +23,7 @@ class StratumLabels(TorchFunctionMode):
         return max((self.labels[id(t)][1] for t in tensors_in(value) if id(t) in self.labels), default=0)
 
     def mark(self, value: Any, label: int) -> None:
-        """From here on, the tensors in `value` depend on the stratum `label`."""
+        """Label the tensors in `value` with the stratum `label`."""
         self.labels.update((id(tensor), (tensor, label)) for tensor in tensors_in(value))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:

@@ -134,7 +134,7 @@ def test_what_is_on_the_meta_device_is_neither_saved_nor_reverted(tmp_path: Path
     model = normswap.convert(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).eval(), torch.randn(4, 3)).model.to("meta")
     with pytest.raises(SwapError, match=r"^0\.weight is on the meta device: it has no values that could be saved"):
         normswap.save(model, tmp_path / "out")
-    with pytest.raises(SwapError, match=r"^1 is on the meta device: it has no values to give back"):
+    with pytest.raises(SwapError, match=r"^1 is on the meta device: it has no values to revert to"):
         normswap.revert(model)
     with pytest.raises(UsageError, match=r"is on the meta device, where tensors have a shape and no values"):
         normswap.couple(model, torch.randn(4, 3))

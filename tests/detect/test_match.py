@@ -100,8 +100,8 @@ def test_the_first_rule_that_recognises_speaks() -> None:
 def test_no_rule_at_all() -> None:
     decided = match(TRACE, ())
     assert [(s.kind, s.reason) for s in decided.skips] == [
-        ("unknown", "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
-        ("unknown", "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
-        ("unknown", "no rule speaks for LayerNorm; add *normswap.DEFAULT_RULES to your rules"),
-        ("unknown", "no rule speaks for torch.nn.functional.batch_norm; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule recognises BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule recognises BatchNorm2d; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule recognises LayerNorm; add *normswap.DEFAULT_RULES to your rules"),
+        ("unknown", "no rule recognises torch.nn.functional.batch_norm; add *normswap.DEFAULT_RULES to your rules"),
     ]

@@ -445,7 +445,7 @@ def test_recipes_that_make_no_sense(written: Path, key: str, value: object, text
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"producer": "2"}, "a ReLU is no conv or linear"),
+        ({"producer": "2"}, "a ReLU is not a conv or linear layer"),
         ({"producer": "4"}, "cannot be coupled to a layer with statistics of shape"),
         ({"producer": "nobody"}, "there is no such layer"),
         ({"name": "nobody"}, "there is no such layer"),

@@ -123,7 +123,7 @@ def test_code_that_may_hold_a_norm_is_named(what: str) -> None:
 def test_the_note_says_why() -> None:
     notes = [note for make in (TakesGated, lambda: Code(adain)) for note in planned(make(), batches(6, 7, 8)[0]).notes if MAYBE in note]
     assert "it is not listed, as its code cannot be rewritten because what it computes depends on whether gate is given." in notes[0]
-    assert "it is not listed, as it has not the form of one that normswap knows." in notes[1]
+    assert "it is not listed, as it does not have a form that normswap knows." in notes[1]
 
 
 def attention(self: Any, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def test_layers_that_share_a_weight_stay_and_the_others_are_swapped() -> None:
     model = randomise(Tied(nn.LayerNorm), 0).eval()
     conversion = normswap.convert(model, calibration=batches(32, 5), approximate=True)
     assert [swap.name for swap in conversion.plan.swaps] == ["last"]
-    reason = "shares a parameter: left.weight and right.weight are one, and calibration would change all; leave them, or untie them"
+    reason = "shares a parameter: left.weight and right.weight are one tensor, so calibration would change all; leave them, or untie them"
     assert [(skip.name, skip.reason) for skip in conversion.plan.skips] == [("left", reason), ("right", reason)]
     converted = cast(Any, conversion.model)
     assert converted.left.weight is converted.right.weight
@@ -382,7 +382,7 @@ class ScaleNorm(nn.Module):
 
 def test_one_gain_for_all_channels_is_no_number_of_channels() -> None:
     (skip,) = planned(nn.Sequential(nn.Linear(5, 8), ScaleNorm()), batches(6, 5)[0]).skips
-    assert skip.reason.startswith("is a ScaleNorm without a weight or a size of its own, so only data tell how many channels")
+    assert skip.reason.startswith("is a ScaleNorm without a weight or a size of its own, so only its input tells how many channels")
 
 
 def test_a_list_of_modules_that_is_not_registered() -> None:

@@ -361,7 +361,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "variance -eps, but for a rounding": (
         "batch_norm",
         lambda: set_to(nn.BatchNorm2d(C), running_var=-1e-5 + 1e-12),
-        "has 1 of 5 channels whose running_var cancels eps up to rounding (eps=1e-05): no std that a wider precision agrees with",
+        "has 1 of 5 channels whose running_var cancels eps up to rounding (eps=1e-05): the std depends on the precision",
     ),
     "variance 0 and an eps that the precision has not": (
         "batch_norm",
@@ -387,7 +387,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "weight_norm": (
         "batch_norm",
         lambda: old_weight_norm(nn.BatchNorm2d(C)),
-        "has a weight that is computed (by spectral_norm or weight_norm?) and not held as it is; remove that first",
+        "has a weight that is computed (by spectral_norm or weight_norm?) and not stored; remove that first",
     ),
     "property": ("batch_norm", OwnWeight, "has a weight that is computed (by spectral_norm or weight_norm?)"),
     "more tensors": ("batch_norm", with_more, "holds temperature besides the tensors of a BatchNorm, so it may do more than normalize"),
@@ -438,7 +438,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "without a size": (
         "flavour",
         NanoChatRMSNorm,
-        "is a NanoChatRMSNorm without a weight or a size of its own, so only data tell how many channels it normalizes; "
+        "is a NanoChatRMSNorm without a weight or a size of its own, so only its input tells how many channels it has; "
         "give it a weight of ones, or pass a rule of your own (--rule, docs/writing_rules.md)",
     ),
     "what calls itself one": (
@@ -462,7 +462,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "response_norm",
         lambda: timm_layer("GlobalResponseNorm"),
         "is a GlobalResponseNorm, which multiplies each channel by its share in the response of all channels over space: a gate on each "
-        "sample, and no mean and std",
+        "sample, not a mean and std",
     ),
     "torch's response norm": (
         "local_response_norm",
@@ -638,15 +638,15 @@ def test_calls_in_a_graph(change: dict[str, Any], reason: str | None) -> None:
 # reasons that need more than one layer to come about: tested in test_trace.py, test_match.py, test_apply.py and test_users_models.py
 OTHER_REASONS = [
     "is a call of torch.batch_norm in the code of Net, which cannot be rewritten because its forward sets last; make it a layer",
-    "is code that looks like a normalization (it scales by the root of a mean or variance) and is none that normswap knows; leave it, or "
-    "make it a layer of its own and pass a rule of your own (--rule, docs/writing_rules.md)",
+    "is code that looks like a normalization (it scales by the root of a mean or variance) and is not one that normswap knows; leave it, "
+    "or make it a layer of its own and pass a rule of your own (--rule, docs/writing_rules.md)",
     "is code that looks like a normalization (it scales by the root of a mean or variance), whose number of channels only its input tells; "
     "give example inputs of fixed sizes that reach it",
     "is a call of torch.instance_norm without weight and bias, so only its input says how many channels there are; give example inputs",
     "is an instance norm that was decomposed for one batch size; convert the program before run_decompositions()",
     "normalizes a view of all samples as the channels of one, so that its channels depend on the batch size; write it as F.group_norm or "
     "F.instance_norm",
-    "shares a parameter: left.weight and right.weight are one, and calibration would change all; leave them, or untie them",
+    "shares a parameter: left.weight and right.weight are one tensor, so calibration would change all; leave them, or untie them",
     "returns batch statistics that the graph reads; leave it, or change the code that reads them",
     "has an input of shape (3, s0), which leaves the number of channels open; export it with a fixed number",
     "is never called, so no data can reach it; leave it, or give calibration data that do",
@@ -654,7 +654,7 @@ OTHER_REASONS = [
     "was excluded by name or kind; take it out of exclude to swap it",
     "is not among those that were asked for; add it to include to swap it",
     "is TorchScript (BatchNorm2d), which cannot be replaced; convert the model before it is scripted",
-    "no rule speaks for BatchNorm2d; add *normswap.DEFAULT_RULES to your rules",
+    "no rule recognises BatchNorm2d; add *normswap.DEFAULT_RULES to your rules",
 ]
 
 

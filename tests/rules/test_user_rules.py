@@ -357,7 +357,7 @@ def _fail(site: normswap.Site, *more: Any) -> Any:
         ),
         ({"build": lambda site, std: None}, r"^the rule 'mine' returned None from `build`"),
         ({"inexact": lambda site: None}, r"^the rule 'mine' returned None from `inexact` of '1'; expected why the swap is not exact"),
-        ({"build": None}, r"^1: the rule 'mine' agreed to a swap but cannot build one"),
+        ({"build": None}, r"^1: the rule 'mine' agreed to a swap but has no build function"),
     ],
 )
 def test_the_contract_broken(fields: dict[str, Any], message: str) -> None:

@@ -429,7 +429,7 @@ def test_a_copy_that_is_not_as_planned() -> None:
 def test_a_rule_without_build() -> None:
     model = net()
     rule = Rule("mine", lambda site: isinstance(site.module, _BatchNorm), lambda site: None)
-    with pytest.raises(SwapError, match="norm: the rule 'mine' agreed to a swap but cannot build one"):
+    with pytest.raises(SwapError, match="norm: the rule 'mine' agreed to a swap but has no build function"):
         swap(model, normswap.plan(model, X, rules=(rule,)))
 
 

@@ -135,7 +135,7 @@ def test_a_channel_that_does_not_vary_keeps_what_it_had() -> None:
 def test_without_weight_and_bias_nothing_can_take_it_up() -> None:
     conversion = normswap.convert(_net(affine=False), calibration=_data(12), reestimate="exact")
     fits = {fit.name: fit for fit in conversion.fits}
-    assert fits["1"].remarks == ("keeps its statistics: has no weight and bias that could keep its function",)
+    assert fits["1"].remarks == ("keeps its statistics: has no weight and bias, which would have to make up for the new statistics",)
     assert (fits["1"].kept_channels, fits["4"].kept_channels) == (8, 0)
     assert torch.equal(_norm(conversion.model, "1").mean, _net(affine=False)[1].running_mean)  # type: ignore[arg-type]
 
@@ -149,7 +149,7 @@ def test_a_shared_weight_stays_as_it_is() -> None:
     fits = {fit.name: fit for fit in conversion.fits}
     for name in ("1", "7.2"):
         assert fits[name].remarks[0] == (
-            "keeps its statistics: shares a parameter: 1.weight and 7.2.weight are one, and calibration would change all"
+            "keeps its statistics: shares a parameter: 1.weight and 7.2.weight are one tensor, so calibration would change all"
         )
     assert fits["4"].remarks == ()
 

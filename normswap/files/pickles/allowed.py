@@ -1,6 +1,6 @@
-"""What a pickle may name: the places where classes may come from, and the functions and plain objects that a model may hold.
+"""The allowlists for names in a pickle: the modules from which classes may come, and the functions and plain objects in a model.
 
-All of it was read by us, and found to do no harm with any arguments or attributes.
+The source of all of these was reviewed, and does no harm with any arguments or attributes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PLACES = re.compile(
     re.VERBOSE,
 )
 CONFIGS = re.compile(r"transformers\.models\.\w+\.configuration_\w+")
-# Never, whatever the user trusts: instances of these carry code of their own.
+# Refused even in packages that the user trusts, as instances of these carry code.
 CODE_CARRIERS = re.compile(r"torch\.(jit|fx|package|export|ao|_\w+)(\..*)?")
-# Classes that may be kept as a value, hence be called with anything: their constructors only make layers.
+# Classes that may be values, and so may be called with any arguments: their constructors only make layers.
 VALUE_CLASSES = re.compile(
     r"torch\.nn\.modules\.(activation|batchnorm|instancenorm|normalization|linear|conv|dropout|pooling|flatten)\.\w+"
     r"|timm\.layers\.(norm|norm_act|activations|activations_me|frozen_bn|filter_response_norm|evo_norm)\.\w+"
@@ -67,7 +67,7 @@ OBJECTS = frozenset(
         "normswap.layer.coupling.Observer",
     }
 )
-# The one hook that may be in a file: that of a conv or linear whose input a coupled BatchlessNorm takes note of.
+# The only hook that a file may contain: it records the input mean of a conv or linear layer for a coupled BatchlessNorm.
 HOOK = "normswap.layer.coupling.Observer"
 
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))

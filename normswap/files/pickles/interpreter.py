@@ -1,6 +1,6 @@
-"""What a pickle would make, found without making it: its program is executed on descriptions of objects.
+"""Runs the program of a pickle symbolically: it makes descriptions of the objects that an unpickler would make.
 
-Whether any of it may be made is not asked here; `review` does that.
+`review` decides whether these objects may be made.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 def show(thing: Any, depth: int = 3) -> str:
-    """A description, for the list of what was refused: short, and never a repr that the file has a say in."""
+    """A short text for a list of refused objects. It never calls a repr that the file could influence."""
     if isinstance(thing, Global):
         return thing.path
     if isinstance(thing, Tuple):
@@ -103,17 +103,17 @@ def show(thing: Any, depth: int = 3) -> str:
     return f"<{type(thing).__name__.strip('_').lower()}>"
 
 
-DEEPEST, MOST = 100, 1 << 22  # values inside values, and values that are reached from one
+DEEPEST, MOST = 100, 1 << 22  # depth of nested values, and number of values inside one
 
 
 def endless_nesting(made: Iterable[Any]) -> str | None:
-    """What is nested too deeply, or so often that copying or showing it would not end; None if nothing is. Objects are not looked into."""
+    """What is nested so deeply, or so often, that copying or printing it would not end; None if nothing is. Skips objects' attributes."""
     depths: dict[int, int] = {}
     sizes: dict[int, int] = {}
     entered: set[int] = set()
     for root in made:
         stack = [(root, False)]
-        while stack:  # not by recursion: its depth is what is asked for
+        while stack:  # not recursive, as the nesting may be too deep for that
             thing, done = stack.pop()
             key, parts = id(thing), _parts(thing)
             if done:
@@ -151,7 +151,7 @@ class UnknownOpcode(Exception):
 
 
 class Interpreter:
-    """The instructions that torch's weights-only unpickler has, and no others. `made` is everything that they made, in order."""
+    """Runs the opcodes of torch's weights-only unpickler, and no others. `made` lists all descriptions in order."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream

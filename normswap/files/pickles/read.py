@@ -1,4 +1,4 @@
-"""Files of torch.save, a zip archive or the older plain form: reviewed, then read; or read without a review, if the user trusts them."""
+"""Reads files of torch.save, zip archives or the older plain form: after a review, or without one if the user trusts the file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from normswap.models.torch_private import PyTorchFileReader
 
 
 def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> Any:
-    """What `torch.save` put into this file, a zip archive or the older plain form, on the CPU; or why it must not or cannot be read."""
+    """The object in a file of torch.save, on the CPU. Raises UnsafePickleError if it may not be read, LoadError if it cannot be."""
     allowed = review(file, name, trust_packages=trust_packages)
-    # torch drops what it was given on leaving the context, so what the caller has allowed before is left out
+    # On exit the context removes the globals that it was given, so those that the caller has allowed before are left out.
     present = torch.serialization.get_safe_globals()
     new: list[Any] = [entry for entry in ((found, path) for path, found in allowed.items()) if entry not in present]
     file.seek(0)
@@ -42,14 +42,14 @@ def read(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> A
 
 
 class _Unpickler(pickle.Unpickler):
-    """Does all that the file says, but for what wraps a model: some of that cannot be restored outside a training run."""
+    """Runs the whole pickle, but reads wrappers of a model as stand-ins, as some cannot be restored outside a training run."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         return stand_in(f"{module}.{name}") or super().find_class(module, name)
 
 
 class _Pickle:
-    """What torch.load asks of a `pickle_module`."""
+    """The attributes that torch.load needs in a `pickle_module`."""
 
     Unpickler = _Unpickler
 
@@ -59,7 +59,7 @@ class _Pickle:
 
 
 def read_trusted(file: IO[bytes], name: str) -> Any:
-    """What a file of `torch.save` makes, whatever that is: it is run, with everything that this account may do."""
+    """The object in a file of torch.save, without a review: the file may run any code with all rights of this account."""
     file.seek(0)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
@@ -78,7 +78,7 @@ def read_trusted(file: IO[bytes], name: str) -> Any:
 
 
 def review(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) -> dict[str, Any]:
-    """The classes and functions that reading this file takes, by the names it uses; UnsafePickleError if one of them may not be used."""
+    """name -> class or function that this file needs to be read. Raises UnsafePickleError if one of them may not be used."""
     file.seek(0)
     reviewer = Reviewer(trust_packages)
     if file.read(4) == b"PK\x03\x04":
@@ -111,7 +111,7 @@ def review(file: IO[bytes], name: str, *, trust_packages: Sequence[str] = ()) ->
 
 
 def _review_plain_form(file: IO[bytes], reviewer: Reviewer, name: str) -> list[Storage]:
-    """The form before torch 1.6: five pickles (magic number, version, system, object, storage keys), then the numbers."""
+    """The storages of a file before torch 1.6: five pickles (magic number, version, system, object, storage keys), then the data."""
     file.seek(0)
     if file.read(1) != pickle.PROTO:
         raise LoadError(
@@ -136,7 +136,7 @@ def _reviewed_storages(stream: IO[bytes], reviewer: Reviewer, name: str) -> list
 
 
 def _interpreted(stream: IO[bytes], name: str) -> tuple[Any, list[Any]]:
-    """(what one pickle stands for, everything that it makes)."""
+    """(the description of the object in one pickle, all descriptions that it made)."""
     start = stream.tell()
     interpreter = Interpreter(stream)
     try:
@@ -157,7 +157,7 @@ def _interpreted(stream: IO[bytes], name: str) -> tuple[Any, list[Any]]:
 
 
 def _names_of_any_protocol(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """What a pickle names, roughly: for the text of a refusal, never for a decision."""
+    """The (module, name) pairs in a pickle of any protocol, roughly: for the text of a message, never for a decision."""
     strings: list[str] = []
     memo: dict[int, str] = {}
     top = ""
@@ -191,7 +191,7 @@ def open_archive(file: IO[bytes], name: str) -> Any:
     try:
         archive = PyTorchFileReader(file)
         held = sum(archive.get_record_size(record) for record in archive.get_all_records())
-    except Exception as error:  # RuntimeError of the reader, OSError of a seek to where it was told to
+    except Exception as error:  # a RuntimeError of the reader, or an OSError of a seek to a wrong position
         if zipfile.is_zipfile(file):
             raise LoadError(
                 f"{name} is a zip archive without a model in it", hint="give a file that torch.save or torch.export.save wrote"

@@ -1,6 +1,6 @@
-"""Whether what a pickle would make may be made: every class, every call with its arguments, and every attribute.
+"""Decides which objects a pickle may make: reviews every class, every call with its arguments, and every attribute.
 
-A `Reviewer` collects what it refuses, so that a message can list all of it, and what the names that passed stand for.
+A `Reviewer` collects everything that it refuses, so that a message can list it, and imports the names that passed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from normswap.models.spec import is_within
 
 
 class Reviewer:
-    """Reviews what one file would make. `refused` lists what it may not, in order; `objects` has the classes and functions by name."""
+    """Reviews the descriptions from one file. `refused` lists what may not be made; `objects` has the classes and functions by name."""
 
     def __init__(self, trust_packages: Sequence[str] = ()) -> None:
         self.trusted = tuple(trust_packages)
@@ -49,7 +49,7 @@ class Reviewer:
         self.refused[what] = None
 
     def raise_for_refused(self, file: str) -> None:
-        """UnsafePickleError, if anything was refused."""
+        """Raise UnsafePickleError if anything was refused."""
         if not self.refused:
             return
         refused = tuple(self.refused)
@@ -63,18 +63,18 @@ class Reviewer:
     # -- names ---------------------------------------------------------------------------------------------------------------------------
 
     def may_name(self, name: Global) -> bool:
-        """By the words alone: nothing is imported here."""
+        """Whether the file may use this name, judged by the text alone: nothing is imported."""
         if not name.name.isidentifier() or not all(part.isidentifier() for part in name.module.split(".")):
             return False
         if name.path in _NAMED or stand_in(name.path) is not None:
             return True
         if CONFIGS.fullmatch(name.module) or PLACES.fullmatch(name.module):
-            # a class, by its looks: spares an import to find out that it is a function
+            # only names spelled like classes, so that no module is imported for a function
             return self.is_place(name.module, configs=True) and name.name.lstrip("_")[:1].isupper()
         return self.is_place(name.module)
 
     def is_place(self, module: str, configs: bool = False) -> bool:
-        """Whether layers may come from this module; configs: or configurations of transformers."""
+        """Whether classes of layers may come from this module; configs: whether configurations of transformers may, too."""
         if CODE_CARRIERS.fullmatch(module) or "__main__" in module.split("."):
             return False
         if configs and CONFIGS.fullmatch(module):
@@ -82,7 +82,7 @@ class Reviewer:
         return PLACES.fullmatch(module) is not None or is_within(module, self.trusted)
 
     def import_named(self, name: Global) -> None:
-        """Import what a name that passed stands for, and refuse it unless it is what such a name should stand for."""
+        """Import the object of a name that passed, and refuse it unless it is a layer, a configuration or on an allowlist."""
         path = name.path
         if path in self.objects or path in _MADE_BY_INTERPRETER | DTYPES | STORAGES | TENSOR_TYPES:
             return
@@ -94,7 +94,7 @@ class Reviewer:
         top = name.module.partition(".")[0]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old homes of moved classes say so
+                warnings.simplefilter("ignore")  # modules whose classes were moved warn on import
                 found = getattr(importlib.import_module(name.module), name.name)
         except AttributeError:
             raise LoadError(
@@ -111,7 +111,7 @@ class Reviewer:
             self.refuse(path)
 
     def is_layer_class(self, cls: Any) -> bool:
-        """Really a layer, and really from a reviewed place: a place also holds what it imported from elsewhere."""
+        """Whether it is a class of layers that is defined in an allowed module, not only imported there."""
         if not (isinstance(cls, type) and issubclass(cls, nn.Module) and self.is_place(cls.__module__)):
             return False
         return not any(CODE_CARRIERS.fullmatch(base.__module__) for base in cls.__mro__)
@@ -119,9 +119,9 @@ class Reviewer:
     # -- everything that a program makes -------------------------------------------------------------------------------------------------
 
     def review(self, made: Sequence[Any], root: Any) -> None:
-        """Refuse what may not be made. root: what the pickle as a whole stands for.
+        """Refuse what may not be made. root: the description of the object in the pickle.
 
-        Nothing is imported before all names have passed, and nothing else is looked at before all of them are what they should be.
+        Nothing is imported before all names have passed, and nothing else is reviewed before all imported objects have passed.
         """
         names = [thing for thing in made if isinstance(thing, Global)]
         for name in names:
@@ -143,7 +143,7 @@ class Reviewer:
                 self.review_object(thing)
             elif isinstance(thing, Call):
                 self.review_call(thing)
-        for thing in made:  # after the calls, which say which functions in their arguments were reviewed with them
+        for thing in made:  # after the calls, which mark the functions in their arguments that were reviewed with them
             if isinstance(thing, Dict):
                 self.review_dict(thing)
             elif isinstance(thing, Tuple | List):
@@ -201,7 +201,7 @@ class Reviewer:
     def review_object(self, made: Object) -> None:
         cls = self.objects.get(made.cls.path) if isinstance(made.cls, Global) else None
         if cls is Discarded and isinstance(made.args, Tuple):
-            return  # it keeps nothing: its arguments have been reviewed for themselves
+            return  # it keeps nothing, and its arguments are reviewed on their own
         if not isinstance(cls, type) or not (isinstance(made.args, Tuple) and not made.args.items):
             self.refuse(f"{show(made.cls)}.__new__{show(made.args)}")
             return
@@ -221,9 +221,9 @@ def _is_config_class(cls: Any) -> bool:
 
 
 def _may_be_value(thing: Any) -> bool:
-    """Whether something may lie about in a model, where a later forward could call it."""
+    """Whether this may be a value in a model, which a later forward could call."""
     if not isinstance(thing, Global):
-        return True  # plain, or made by this pickle and reviewed for itself
+        return True  # plain data, or made by this pickle and reviewed on its own
     return thing.path in DTYPES or thing.path in FUNCTIONS or (VALUE_CLASSES.fullmatch(thing.path) is not None)
 
 
@@ -234,11 +234,11 @@ def _itemsize(storage: str) -> int:
 
 
 def _may_set(cls: type, key: str, value: Any) -> bool:
-    """Whether an instance may have this attribute. Its value, if it can be called, is reviewed for itself; here is what it stands for."""
+    """Whether an instance of `cls` may have this attribute. A callable value is also reviewed on its own; here its role is checked."""
     if key.startswith("__"):
         return False
     if cls is Wrapper and key != "_modules":
-        return True  # which it does not keep
+        return True  # a Wrapper does not keep it
     if isinstance(inspect.getattr_static(cls, key, None), types.FunctionType | classmethod | staticmethod):
         return False  # forward = ..., and every other method
     if "implementation" in key:  # transformers reads names of attention kernels on the hub from these
@@ -283,14 +283,14 @@ def _are_sizes(thing: Any) -> bool:
 
 
 def _may_be_attributes_of_tensor(state: Any) -> bool:
-    """New names with plain values: nothing that a Tensor has already may be replaced (`data`, `grad_fn`, `_backward_hooks`, ...)."""
+    """Whether a state only has plain values under names that a Tensor does not have (not `data`, `grad_fn`, `_backward_hooks`, ...)."""
     return isinstance(state, Dict) and all(
         isinstance(key, str) and not hasattr(torch.nn.Parameter, key) and _is_data(value) for key, value in state.pairs
     )
 
 
 def _is_data(thing: Any) -> bool:
-    """Plain values, and lists, tuples and dicts of such, to the depth that torch.export needs for its marks on dynamic axes."""
+    """Whether it is plain data, or a shallow list, tuple or dict of it, as torch.export needs for its marks on dynamic axes."""
     if isinstance(thing, Dict):
         return all(_is_key(key) and _is_flat(value) for key, value in thing.pairs)
     return _is_flat(thing)
@@ -309,7 +309,7 @@ def _takes_tensor(args: Tuple) -> bool:
                 return False
             numel = math.prod(size.items)
             last = offset + sum((n - 1) * step for n, step in zip(size.items, stride.items, strict=True))
-            # torch would grow the storage to fit, to any size and without a word
+            # torch would silently grow the storage to any size that the tensor needs
             return bool(numel == 0 or (last < storage.numel and numel <= max(storage.numel, MAX_EXPANSION)))
     return False
 
@@ -365,19 +365,19 @@ CALLS: Mapping[str, Callable[[Tuple], bool]] = {
     "functools.partial": _takes_function,
     "timm.layers.format.Format": _takes(str),  # an Enum, by value
 }
-_NOT_ALLOWED_BY_TORCH = frozenset({"functools.partial", "timm.layers.format.Format"})  # what torch does not allow by itself
+_NOT_ALLOWED_BY_TORCH = frozenset({"functools.partial", "timm.layers.format.Format"})  # must be added to torch's safe globals
 _REBUILD_TENSOR = [path for path in CALLS if "_rebuild_" in path]
 _MADE_BY_INTERPRETER = frozenset({"collections.OrderedDict", "collections.Counter"})
 _NAMED = frozenset(CALLS) | _MADE_BY_INTERPRETER | FUNCTIONS | OBJECTS | DTYPES | STORAGES | TENSOR_TYPES
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------------------------------------------
 
 _WELL_KNOWN = frozenset({"torch", "torchvision", "timm", "transformers", "normswap", "__main__", "__builtin__"})
 
 
 def _advice(refused: Sequence[str], trusted: Sequence[str]) -> str:
-    """What to do, if the file is worth it."""
+    """The hint of a refusal: how the file could be loaded all the same."""
     tops = {re.split(r"\W", item)[0] for item in refused}
     by_arch = "save model.state_dict() and load that with --arch"
     if tops == {"__main__"}:
@@ -392,12 +392,12 @@ def _advice(refused: Sequence[str], trusted: Sequence[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What an error of torch says, in one line, without the advice that torch adds."""
+    """The message of an error of torch, in one line, without the advice that torch adds."""
     return first_line(error).partition("  (Could this error")[0]
 
 
 def mismatched_torchvision(error: Exception) -> LoadError | None:
-    """What to raise if torchvision is of another build than torch: its import fails with a message about one of its operators."""
+    """The error to raise if torchvision is not built for this torch, which its import reports as a missing operator; else None."""
     if "torchvision::" not in str(error):
         return None
     return LoadError(

@@ -1,8 +1,8 @@
-"""Stand-ins for what torch wraps a model in to train it: `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel`.
+"""Stand-ins for torch's wrappers of a model in training: `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel`.
 
-A pickle of one is read as the model inside. Nothing of the wrapper itself is made: to restore a DistributedDataParallel takes the process
-group that it trained in. In its place stands a `Wrapper`, which keeps its one child; what else belongs to it becomes a `Discarded`,
-which keeps nothing. None of their code runs, and none of torch's for them.
+A pickle of one is read as the model inside. The wrapper itself is not made, as a DistributedDataParallel needs the process group of its
+training run. A `Wrapper` takes its place and keeps the model; other objects that belong to it become a `Discarded`, which keeps nothing.
+No code of torch's wrappers runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DISCARDED = re.compile(r"torch\.(nn\.parallel\.distributed|distributed\.algorith
 
 
 class Wrapper(nn.Module):
-    """Holds the model as `module`, and nothing else of what the file says."""
+    """Stands in for a wrapper: keeps the model as `module`, and nothing else from the file."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
@@ -37,7 +37,7 @@ class Wrapper(nn.Module):
 
 
 class Discarded:
-    """Takes whatever it is made from, and forgets it."""
+    """Stands in for an object that a wrapper needs: accepts any arguments and state, and keeps nothing."""
 
     def __new__(cls, *args: Any) -> Discarded:
         return object.__new__(cls)
@@ -47,12 +47,12 @@ class Discarded:
 
 
 def stand_in(path: str) -> type[Wrapper] | type[Discarded] | None:
-    """What a class of this name is read as, if it is a wrapper or belongs to one."""
+    """The stand-in for the class of this name; None if it is not a wrapper and does not belong to one."""
     return Wrapper if path in WRAPPERS else Discarded if DISCARDED.fullmatch(path) else None
 
 
 def without_stand_ins(found: Any, file: str) -> Any:
-    """What a file holds, with the model in the place of each wrapper: the whole of it, a part, or a value of the dict that was saved."""
+    """The object from a file with each wrapper, at any depth of a model or as a value of a dict, replaced by the model inside."""
     if isinstance(found, dict):
         for key, value in found.items():
             if isinstance(value, nn.Module):
@@ -60,7 +60,7 @@ def without_stand_ins(found: Any, file: str) -> Any:
         return found
     found = _inside(found, file)
     if isinstance(found, nn.Module):
-        for _, module in list(every_module(found)):  # which the file may have put together as no constructor does
+        for _, module in list(every_module(found)):  # attributes from a file may be of any type
             children = vars(module).get("_modules")
             if isinstance(children, dict):
                 children.update({key: _inside(child, file) for key, child in children.items()})
