@@ -2,7 +2,7 @@
 
 `fold` (decide.py) tries the rewrites for each `Affine` in order: into the linear layer right before it (into_producer.py), then into what
 reads it or what it is computed from (ways.py). What is left becomes one BatchNormalization, or a Mul and an Add (write.py). The rewrites of
-ways.py are changes of basis (basis.py): one pass over the graph with a rule for each operator (spread.py).
+ways.py are changes of basis (basis.py): one pass over the graph with a rule for each operator (operator_rules.py).
 
 Importing this package imports onnx_ir: do it inside a function.
 """

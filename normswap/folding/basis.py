@@ -4,7 +4,7 @@ This is a diagonal change of basis. Every value v of the graph is stored as v', 
 
     v = a v' + c        a, c: arrays that broadcast against v, in float64; at first a = 1, c = 0
 
-The operators around a value then compute with v' instead of v. What they do to a and c is in `spread.py` and `layouts.py`, a rule
+The operators around a value then compute with v' instead of v. What they do to a and c is in `operator_rules.py` and `layouts.py`, a rule
 for each:
 
     a linear layer      takes any a and c on either side into its weight and bias: this is where a change ends
@@ -216,3 +216,28 @@ def sizes_of(slot: Slot) -> tuple[int | str | None, ...]:
     if value is None or value.shape is None:
         raise Conflict("a value of unknown shape is next to it")
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
+
+
+# -- what several rules need --------------------------------------------------------------------------------------------------------------
+
+Ask = Callable[[ir.Node, Basis, Constants], None]
+
+
+def same_on_both_sides(ask: Ask) -> Rule:
+    """The rule of an operator whose input and output have one basis, if `ask` raises no Conflict about it."""
+
+    def rule(node: ir.Node, change: Change) -> None:
+        x, y = change.bases.slot(node, 0), node.outputs[0]
+        basis = change.of(x) if change.fixed(x) else change.of(y)
+        ask(node, basis, change.bases.constants)
+        change.set(y, basis)
+        change.set(x, basis)
+
+    return rule
+
+
+def need_positive(scale: Array, node: ir.Node) -> None:
+    """Raise Conflict if a scale is negative."""
+    if (scale < 0).any():
+        count = int(np.count_nonzero(scale < 0))
+        raise Conflict(f"{called(node)} is next to it and {count} of {scale.size} scales are negative")

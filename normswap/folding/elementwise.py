@@ -1,4 +1,4 @@
-r"""How an affine moves through sums and products (Add, Sub, Mul, Div). Other operators, and the table of all, are in `spread.py`.
+r"""How an affine moves through sums and products (Add, Sub, Mul, Div). Other operators, and the table of all, are in `operator_rules.py`.
 
 With v = a v' + c for each value, as in `basis.py`:
 

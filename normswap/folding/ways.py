@@ -20,7 +20,7 @@ r"""Where an affine y = s x + t may go, if not into the layer right before it: t
 
         y = s (x + t / s)
 
-Each goes on through what lies between, as far as every operator there can follow (`spread.py`): linear layers end it, and one that sees
+Each goes on through what lies between, as far as every operator there can follow (`operator_rules.py`): linear layers end it, and one that sees
 zeros around its input takes no shift. None adds an operator. Where s must be positive and is negative, x is stored as -x if all that reads
 it can follow. stream_shift is precise only if t / s is not much larger than x: digits that x' = x + t / s spends on t / s are lost to x
 (`spread.check`). In a pre-activation network x is the residual stream: the last bias of the branch that was added to it becomes b + t / s,
@@ -38,7 +38,7 @@ import numpy as np
 
 from normswap.folding.affine import Affine, Array
 from normswap.folding.basis import Bases, Basis, Change, Conflict
-from normswap.folding.spread import run
+from normswap.folding.operator_rules import run
 
 
 def into_consumers(affine: Affine, bases: Bases) -> Change:

@@ -15,10 +15,11 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
+from normswap.folding.activations import threshold_of
 from normswap.folding.affine import Affine, Array, Constants
 from normswap.folding.basis import Bases, Basis, Change, Conflict, Slot, Use
 from normswap.folding.linear import Linear, describe
-from normswap.folding.spread import around, threshold_of
+from normswap.folding.operator_rules import around
 
 EPSILON = 2.0**-16
 
