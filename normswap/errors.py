@@ -1,7 +1,7 @@
 """Every error that normswap raises on purpose.
 
     NormswapError            exit 1   cannot convert
-    ├── UsageError           exit 2   what was asked for cannot be understood, or lacks an input
+    ├── UsageError           exit 2   an option or argument is not valid, or an input is missing
     ├── LoadError            exit 1   a model file cannot be read as a model
     │   └── UnsafePickleError         ... because it wants to run code that nobody vouched for
     ├── SwapError            exit 1   the plan could not be carried out on this model
@@ -32,12 +32,12 @@ class NormswapError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What somebody else's error says, in one line; its type if it says nothing."""
+    """The first line of an exception's message, at most 300 characters; its type if the message is empty."""
     return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
 
 
 def described(error: BaseException) -> str:
-    """The type of somebody else's error, and what it says, in one line."""
+    """The type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
@@ -70,13 +70,13 @@ def few(items: Sequence[str], limit: int = 5) -> str:
 
 
 def kind_of(thing: object) -> str:
-    """What something is, for a message: `a Tensor`, `an OrderedDict`, `None`."""
+    """The type of an object for a message: `a Tensor`, `an OrderedDict`, `None`."""
     name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
     return f"a{'n' if name[:1].lower() in 'aeiou' else ''} {name}" if thing is not None else "None"
 
 
 class UsageError(NormswapError):
-    """What was asked for cannot be understood, or an input is missing."""
+    """An option or argument is not valid, or an input is missing."""
 
     exit_code = 2
 

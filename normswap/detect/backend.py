@@ -1,4 +1,4 @@
-"""What the back-ends of `trace` share: the names of a model's modules, and a record of what one back-end saw."""
+"""Data that the back-ends of `trace` share: the names of a model's modules, and a record of the norms that one back-end saw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspo
 
 @dataclass
 class Seen:
-    """What one back-end saw. Each module stands under its first name; a hit is a normalization in the code of a module."""
+    """The record of one back-end. Each module stands under its first name; a hit is a normalization in the code of a module."""
 
     order: list[str | int] = field(default_factory=list)  # in execution order: names of norms (first call), numbers of hits
     calls: Counter[str] = field(default_factory=Counter)

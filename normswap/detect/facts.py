@@ -31,7 +31,7 @@ _UNSEEN = "no call of it was seen in the watched forward pass"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one norm.
+    """The facts about one norm.
 
     name            as in the plan
     shapes          of its input in one forward, each once, in the order of the calls; empty if none was seen

@@ -158,7 +158,7 @@ def _is_program(file: IO[bytes], name: str) -> bool:
 def _zip_names(file: IO[bytes]) -> list[str]:
     try:
         return zipfile.ZipFile(file).namelist()
-    except Exception:  # of a damaged archive; whoever reads it next says so
+    except Exception:  # a damaged archive, for which the next reader has a message
         return []
 
 

@@ -138,7 +138,7 @@ def _trace(module: nn.Module, at_ranks: bool) -> fx.Graph:
 def _state(module: nn.Module) -> Iterator[tuple[str, object]]:
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
-            yield from value.items()
+            yield from ((key, held) for key, held in value.items())
         elif name != "training" and not name.startswith("_tensor_constant"):  # torch.fx stores tensors that the code makes there
             yield name, value
 

@@ -135,7 +135,7 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
         run = make()
     except NormswapError:  # it cannot be copied
         raise
-    except Exception as error:  # an operator of somebody's own, say
+    except Exception as error:  # the file has a custom operator, say
         raise UsageError(
             f"the model cannot be run{how}: {described(error)}",
             hint="a model that cannot be run cannot be compared",

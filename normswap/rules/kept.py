@@ -104,7 +104,7 @@ RULES: tuple[Rule, ...] = (
         "response_norm",
         _named(
             r"GRN(\dd)?$|GlobalResponseNorm",
-            "multiplies each channel by its share in the response of all channels over space: a gate on each sample, not a mean and std; "
+            "multiplies each channel by its share in the response of all channels over space: a gate on each sample, and no mean and std; "
             "leave it",
         ),
     ),

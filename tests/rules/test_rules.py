@@ -462,7 +462,7 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "response_norm",
         lambda: timm_layer("GlobalResponseNorm"),
         "is a GlobalResponseNorm, which multiplies each channel by its share in the response of all channels over space: a gate on each "
-        "sample, not a mean and std",
+        "sample, and no mean and std",
     ),
     "torch's response norm": (
         "local_response_norm",

@@ -182,7 +182,7 @@ def test_a_directory_finds_its_rule_again(mynorms: ModuleType, tmp_path: Path) -
     assert reverted.exit_code == 1
     assert reverted.stderr.startswith(
         "error: 1 cannot be reverted: no source layer with statistics was recorded (1 was made by your rule 'stream_norm')\n"
-        "hint: keep the original model"
+        "hint: use the original model"
     )
     assert run("revert", out, "-o", tmp_path / "back.safetensors", "--skip", "--trust-pickle").exit_code == 0  # its old name
     assert {"1.mean", "4.running_mean"} < set(load_file(tmp_path / "back.safetensors"))
@@ -345,7 +345,7 @@ def _fail(site: normswap.Site, *more: Any) -> Any:
     [
         (
             {"recognises": _fail},
-            r"^the rule 'mine' raised AttributeError in `recognises` of a Sequential: no gain\nhint: it is asked about every",
+            r"^the rule 'mine' raised AttributeError in `recognises` of a Sequential: no gain\nhint: a rule is called for every",
         ),
         ({"check": _fail}, r"^the rule 'mine' raised AttributeError in `check` of '1': no gain"),
         ({"build": _fail}, r"^the rule 'mine' raised AttributeError in `build` of '1': no gain"),

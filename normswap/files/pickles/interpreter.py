@@ -53,7 +53,7 @@ class Dict:
 
 @dataclass(eq=False)
 class Object:
-    """What `cls.__new__(cls, *args)` makes."""
+    """The object that `cls.__new__(cls, *args)` would make."""
 
     cls: Any
     args: Any
@@ -62,7 +62,7 @@ class Object:
 
 @dataclass(eq=False)
 class Call:
-    """What `func(*args)` returns."""
+    """The object that `func(*args)` would return."""
 
     func: Any
     args: Any
