@@ -21,11 +21,11 @@ r"""Where an affine y = s x + t may go, if not into the layer right before it: t
         y = s (x + t / s)
 
 Each goes on through what lies between, as far as every operator there can follow (`operator_rules.py`). Linear layers end it, and one that
-sees zeros around its input takes no shift. None adds an operator. Where s must be positive and is negative, x is stored as -x if all that reads
-it can follow. stream_shift is precise only if t / s is not much larger than x: digits that x' = x + t / s spends on t / s are lost to x
-(`spread.check`). In a pre-activation network x is the residual stream: the last bias of the branch that was added to it becomes b + t / s,
-and that of the next branch b - t / s. into_producers stores the residual stream of a post-norm transformer in another scale: every layer
-that reads it is multiplied by the product of the scales so far, and every layer that writes it is divided by it.
+sees zeros around its input takes no shift. None adds an operator. Where s must be positive and is negative, x is stored as -x if all that
+reads it can follow. stream_shift is precise only if t / s is not much larger than x: digits that x' = x + t / s spends on t / s are lost
+to x (`spread.check`). In a pre-activation network x is the residual stream: the last bias of the branch that was added to it becomes b + t
+/ s, and that of the next branch b - t / s. into_producers stores the residual stream of a post-norm transformer in another scale: every
+layer that reads it is multiplied by the product of the scales so far, and every layer that writes it is divided by it.
 
 All of them raise Conflict where they are not exact, or not precise.
 """

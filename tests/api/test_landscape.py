@@ -463,7 +463,7 @@ def state_of(model: nn.Module) -> list[Any]:
     runs = [
         (
             *(copy.copy(value) for value in vars(m.run).values() if not isinstance(value, (Tensor, list)) and value is not m.run.passes),
-            id(m.run.seen),
+            id(m.run.input_mean),
             [id(term) for term in m.run.terms],
             m.run.passes and (m.run.passes.count, m.run.passes.version, id(m.run.passes.grad)),
             id(m.producer),
