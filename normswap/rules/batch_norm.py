@@ -44,15 +44,17 @@ def check(site: Site) -> str | None:
     return plain.why_not_plain(site, FORWARDS) or why_not_statistics(module.running_mean, module.running_var, module.eps)
 
 
-def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> str | None:
-    """Why (mean, var) cannot become the statistics of a BatchlessNorm, or None."""
+def why_not_statistics(
+    mean: Tensor | None, var: Tensor | None, eps: float, *, names: tuple[str, str] = ("running_mean", "running_var")
+) -> str | None:
+    """Why (mean, var) cannot become the statistics of a BatchlessNorm, or None. names: what the layer calls the two, for the sentence."""
     if mean is None or var is None:
         return f"{NO_STATISTICS}; give it some: set track_running_stats=True, register the buffers and run batches in train mode"
     if mean.is_meta or var.is_meta:
         return "is on the meta device, so its statistics have no values yet; load the weights first"
     if mean.numel() == 0:
         return "has no channels, so there is nothing to replace; leave it"
-    for name, statistic in (("running_mean", mean), ("running_var", var)):
+    for name, statistic in zip(names, (mean, var), strict=True):
         bad = int((~statistic.isfinite()).sum())
         if bad:
             return (
@@ -64,14 +66,14 @@ def why_not_statistics(mean: Tensor | None, var: Tensor | None, eps: float) -> s
     flat = ~((own > 0) & (exact > 0))
     if bool(flat.any()):
         return (
-            f"has {int(flat.sum())} of {var.numel()} channels whose running_var + eps is not positive (eps={eps:g}): no std to divide by; "
-            "repair running_var (did a loader subtract eps?) or prune these channels"
+            f"has {int(flat.sum())} of {var.numel()} channels whose {names[1]} + eps is not positive (eps={eps:g}): no std to divide by; "
+            f"repair {names[1]} (did a loader subtract eps?) or prune these channels"
         )
     unsure = int(((own.double() - exact).abs() > ROUNDED * exact).sum())
     if unsure:
         return (
-            f"has {unsure} of {var.numel()} channels whose running_var cancels eps up to rounding (eps={eps:g}): the std depends on the "
-            "precision; repair running_var (did a loader subtract eps?) or prune these channels"
+            f"has {unsure} of {var.numel()} channels whose {names[1]} cancels eps up to rounding (eps={eps:g}): the std depends on the "
+            f"precision; repair {names[1]} (did a loader subtract eps?) or prune these channels"
         )
     return None
 

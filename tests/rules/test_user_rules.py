@@ -68,6 +68,14 @@ def kinds(plan: normswap.Plan) -> dict[str, str]:
 # -- by name -----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_reason_has_the_names_of_the_layers_own_tensors(mynorms: ModuleType) -> None:
+    model = mynorms.net()
+    model[1].spread[0, 2] = -1e-3
+    reasons = {skip.name: skip.reason for skip in normswap.plan(model, X, rules=(mynorms.EXACT, *normswap.DEFAULT_RULES)).skips}
+    assert reasons["1"].startswith("has 1 of 5 channels whose spread + eps is not positive (eps=0.001): no std to divide by; repair spread")
+    assert "running_var" not in reasons["1"]
+
+
 @pytest.mark.parametrize("on_the_path", [False, True])
 def test_inspect_with_a_rule(mynorms: ModuleType, on_the_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The console script has not the working directory on its path."""
