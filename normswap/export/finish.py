@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from normswap.errors import ExportError, first_words
-from normswap.export.opset import DEFAULT_OPSET, DOMAIN, NO_ONNX, TORCH_OPSET, unused
+from normswap.export.names import DOMAIN, NO_ONNX, unused
+from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET
 from normswap.export.simplify import norms_stay, simplify
 from normswap.parity.run_onnx import opset_of
 

@@ -16,7 +16,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from normswap.errors import ExportError, first_words
 from normswap.export.marks import mark_operator, onnx_mark
-from normswap.export.opset import NO_ONNX, unused
+from normswap.export.names import NO_ONNX, unused
 from normswap.layer.export_operator import inject_operator
 from normswap.models.quiet import quiet
 from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_unflatten

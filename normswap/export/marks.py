@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ExportError, SwapError
-from normswap.export.opset import DOMAIN, NO_ONNX
+from normswap.export.names import DOMAIN, NO_ONNX
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import laid_out
 from normswap.models.copying import copy_for_running

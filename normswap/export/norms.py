@@ -12,7 +12,7 @@ import torch
 
 from normswap.export.fused_conv import FUSED
 from normswap.export.marks import Site
-from normswap.export.opset import DOMAIN
+from normswap.export.names import DOMAIN
 from normswap.export.simplify import simplify
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.quiet import quiet

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
-from collections.abc import Container, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
+from normswap.errors import ExportError
+from normswap.export.cuda import Missing
 from normswap.models.quiet import quiet
 from normswap.models.watching import forward
 
+Made = TypeVar("Made")
+
 DEFAULT_OPSET = 20
 TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
-DOMAIN = "normswap"
-NO_ONNX = "`--no-onnx` writes the converted model without an ONNX file"
 ATTENTION_OPSET = 23  # from 24 on, most operators that only move values have no CUDA kernel yet
 _CALL = torch.ops.aten.scaled_dot_product_attention
 
@@ -51,6 +53,23 @@ def attends(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: M
     return watch.seen
 
 
-def unused(name: str, taken: Container[str]) -> str:
-    """`name`, or the first of `name_1`, `name_2` ... that is not taken."""
-    return next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
+def with_attention(make: Callable[[int], Made], without_kernel: Callable[[Made], Sequence[Missing]]) -> tuple[Made, int, str | None]:
+    """The file in the opset that has Attention, unless torch cannot write it there, or more other nodes would lack a CUDA kernel.
+
+    make: writes the file in an opset. without_kernel: the nodes of a file without a CUDA kernel.
+    Returns (the file, its opset, why that is not ATTENTION_OPSET or None).
+    """
+    try:
+        made = make(ATTENTION_OPSET)
+    except ExportError as error:
+        why, made = f"torch cannot write attention as one operator: {error.message.partition(': ')[2]}", make(DEFAULT_OPSET)
+    else:
+        missing = without_kernel(made)
+        if not missing:
+            return made, ATTENTION_OPSET, None
+        other = make(DEFAULT_OPSET)
+        if len(without_kernel(other)) >= len(missing):
+            return made, ATTENTION_OPSET, None
+        lost = Counter(node.op for node in missing) - Counter(node.op for node in without_kernel(other))
+        why, made = f"in opset {ATTENTION_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
+    return made, DEFAULT_OPSET, f"opset {DEFAULT_OPSET}: {why}"

@@ -17,8 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap.errors import ExportError, UsageError
+from normswap.errors import UsageError
 from normswap.export import cuda, file
 from normswap.export.cuda import Cuda
 from normswap.export.finish import at_opset, check, tidy
@@ -37,7 +36,7 @@ from normswap.export.graph import Dynamic as Dynamic
 from normswap.export.graph import Graph, graph_of
 from normswap.export.marks import Site, copied, mark
 from normswap.export.norms import alike, fold_norms, operators, shorten
-from normswap.export.opset import ATTENTION_OPSET, DEFAULT_OPSET, TORCH_OPSET, attends
+from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, attends, with_attention
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import Comparisons, Parity
 from normswap.versions import version_of
@@ -195,7 +194,7 @@ class Program:
     def write(self, path: Path, kept: Mapping[str, str] | None = None) -> Export:
         """Fold what can be and write the file. kept: norms that are not to be folded, by name, and why."""
         if self.opset is None:
-            made, self.opset, self._note = _with_attention(lambda opset: self._made(opset, kept))
+            made, self.opset, self._note = with_attention(lambda opset: self._made(opset, kept), _without_kernel)
         else:
             made = self._made(self.opset, kept)
         if self._note is not None:
@@ -261,27 +260,6 @@ class _Made:
 def _without_shapes(proto: onnx.ModelProto) -> None:
     """Leave out the shapes of inner values, which can be inferred."""
     del proto.graph.value_info[:]
-
-
-def _with_attention(make: Callable[[int], _Made]) -> tuple[_Made, int, str | None]:
-    """The file in the opset that has Attention, unless torch cannot write it there, or more other nodes would lack a CUDA kernel.
-
-    Returns (the file, its opset, why that is not ATTENTION_OPSET or None).
-    """
-    try:
-        made = make(ATTENTION_OPSET)
-    except ExportError as error:
-        why, made = f"torch cannot write attention as one operator: {error.message.partition(': ')[2]}", make(DEFAULT_OPSET)
-    else:
-        missing = _without_kernel(made)
-        if not missing:
-            return made, ATTENTION_OPSET, None
-        other = make(DEFAULT_OPSET)
-        if len(_without_kernel(other)) >= len(missing):
-            return made, ATTENTION_OPSET, None
-        lost = Counter(node.op for node in missing) - Counter(node.op for node in _without_kernel(other))
-        why, made = f"in opset {ATTENTION_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
-    return made, DEFAULT_OPSET, f"opset {DEFAULT_OPSET}: {why}"
 
 
 def _without_kernel(made: _Made) -> tuple[cuda.Missing, ...]:
