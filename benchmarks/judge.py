@@ -257,10 +257,26 @@ def _text(words: str) -> str:
     return words.replace("|", "\\|").replace("<", "\\<")[:300]
 
 
+def with_slices_of(found: Record, before: Record) -> Record:
+    """`found`, with the slices of an earlier summary of which no row is at hand."""
+    kept = [name for name in before["slices"] if name not in found["slices"]]
+    slices = {**found["slices"], **{name: before["slices"][name] for name in kept}}
+    planted = ("faults", "missed", "smallest caught") if "faults" in kept else ()
+    return {
+        **found,
+        "commits": sorted({*found["commits"], *(before["commits"] if kept else ())}),
+        **{key: before[key] for key in planted},
+        "slices": {name: slices[name] for name in SLICES if name in slices},
+        "refused": [*found["refused"], *(row for row in before["refused"] if row["slice"] in kept)],
+    }
+
+
 def report() -> Record:
     cases = {(case.family, case.name): case for case in cases_of(SLICES)}
     known = [record for key, record in recorded().items() if key in cases]  # what is no case any more is left out
     found = summary(known, Counter(family for family, _ in cases))
+    if RAW.exists():
+        found = with_slices_of(found, json.loads(RAW.read_text(encoding="utf-8")))
     RAW.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -277,3 +277,17 @@ def test_the_page_is_what_was_measured() -> None:
     found = json.loads(judge.RAW.read_text())
     assert judge.PAGE.read_text().partition(judge.BEGIN)[2].partition(judge.END)[0].strip() == judge.table(found).strip()
     assert found["missed"] == []
+
+
+def test_a_slice_without_rows_keeps_what_was_found_before() -> None:
+    refused = {"family": "torchvision", "name": "resnet18", "refused": {"convert": "no"}, "seconds": 1.0, "commit": "old"}
+    before = judge.summary([{**RECORD, "commit": "old"}, refused], SIZES)
+    fresh = {"family": "timm", "name": "vgg11", "refused": {}, "seconds": 1.0, "commit": "new"}
+    found = judge.with_slices_of(judge.summary([fresh], SIZES), before)
+    assert list(found["slices"]) == ["faults", "torchvision", "timm"]
+    assert (found["faults"], found["missed"], found["commits"]) == (before["faults"], before["missed"], ["new", "old"])
+    assert [row["name"] for row in found["refused"]] == ["resnet18"]
+
+    again = judge.with_slices_of(judge.summary([fresh, refused | {"refused": {}}], SIZES), before)
+    assert again["refused"] == []
+    assert again["slices"]["torchvision"]["refused"] == 0
