@@ -132,7 +132,7 @@ def sweep(todo: Sequence[Case], *, files: bool, seconds: int) -> None:
             record = isolated(case, 1, seconds, lambda case: measure(case, files=files))
             if "findings" in record:  # it did not come to an end
                 record = {"family": case.family, "name": case.name, "refused": {"all": record["findings"][0]}, "seconds": seconds}
-            results.write(json.dumps(record | {"commit": commit()}) + "\n")
+            results.write(json.dumps(record | {"commit": commit()}).replace(f"{ROOT}/", "") + "\n")  # no path of this machine
             results.flush()
             left = (time.monotonic() - started) / done * (len(todo) - done)
             say(f"[{done}/{len(todo)}, {left / 60:.0f} min left] {case.family}, {case.name}: {state(record)} ({record['seconds']} s)")
