@@ -1,4 +1,4 @@
-"""Exact rewrites that make an affine vanish from an ONNX graph. Imports no other package of normswap; `export` alone imports this one.
+"""Exact rewrites that make an affine vanish from an ONNX graph. May import nothing else of normswap; `export` alone imports it.
 
 `fold` (decide.py) tries the rewrites for each `Affine` in order: into the linear layer right before it (into_producer.py), then into what
 reads it or what it is computed from (ways.py). What is left becomes one BatchNormalization, or a Mul and an Add (write.py). The rewrites of

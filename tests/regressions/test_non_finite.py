@@ -123,6 +123,7 @@ THEIRS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "an infinity ends at the largest float": (Clamp, math.inf),
     "GELU of an infinity is one, not NaN": (nn.GELU, math.inf),
 }
+BY_CPU = {"GELU of an infinity is one, not NaN"}  # with AVX-512, and not with AVX2
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -133,12 +134,15 @@ def test_what_onnxruntime_does_otherwise_it_does_without_norms(case: str, tmp_pa
     bare = nn.Sequential(nn.Conv2d(3, 5, 1), make()).eval()
     normed = with_norms(model, random_norm(signs=False))
     sample = 1 if math.isnan(value) else 1 + ODD.index(value)
+    differs = {}
     for net, name in ((normed, "normed"), (bare, "bare")):
         export(net, (torch.randn(2, *SHAPE[1:]),), {}, tmp_path / f"{name}.onnx")
         got, want = (kinds(values[0]) for values in outputs(net, tmp_path / f"{name}.onnx", "all", SHAPE))
-        assert not torch.equal(got[sample], want[sample]), name
+        differs[name] = not torch.equal(got[sample], want[sample])
         assert not got[0].any()
         assert not want[0].any()
+    assert differs["normed"] == differs["bare"]
+    assert differs["bare"] or case in BY_CPU
 
 
 def test_a_weight_that_is_0_forgets_a_negative_infinity(tmp_path: Path) -> None:
