@@ -117,7 +117,7 @@ def test_a_batch_norm_that_is_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_wrong_with_calmed_weights_too_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_norm.numerics, "std_of_variance", lambda var, eps: std_of_variance(var, eps * 1.001))
+    monkeypatch.setattr(batch_norm.formulas, "std_of_variance", lambda var, eps: std_of_variance(var, eps * 1.001))
     found = findings_of(nn.BatchNorm1d(5, eps=1e-2))
     assert found.startswith("parity failed at 2 places, {'name': '1', ")
     assert found.endswith(" the first, and with calmed weights, too")

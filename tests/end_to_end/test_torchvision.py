@@ -63,7 +63,7 @@ def findings_of(name: str) -> str:
 
 
 def test_a_lost_eps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_norm.numerics, "std_of_variance", lambda var, eps: std_of_variance(var, 0.0))
+    monkeypatch.setattr(batch_norm.formulas, "std_of_variance", lambda var, eps: std_of_variance(var, 0.0))
     assert findings_of("shufflenet_v2_x0_5") == "parity failed, first at conv1.1"
 
 
