@@ -63,6 +63,12 @@ def one_of(name: str, value: object, known: Iterable[object]) -> None:
         raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
 
 
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first `limit` names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def few(items: Sequence[str], limit: int = 5) -> str:
     """The first `limit` names of a list, in one line, and how many more there are."""
     listed = ", ".join(shown(item, line=True) for item in items[:limit])

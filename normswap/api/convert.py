@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from normswap.api.request import Request, Selection
 from normswap.detect.facts import Facts, facts
 from normswap.detect.match import match
-from normswap.detect.sites import Plan, Rule, Site, Swap, Trace
+from normswap.detect.sites import Forward, Plan, Rule, Site, Swap, Trace
 from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
@@ -32,8 +31,7 @@ from normswap.layer.formulas import Stats, StdForm
 from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
-from normswap.models.programs import Model, as_module, like
-from normswap.models.torch_private import tree_map_only
+from normswap.models.programs import Model, as_module, inputs_in, like
 from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.reference import Judgement
@@ -336,13 +334,12 @@ def given_to(model: Model, example_inputs: Any) -> Inputs:
     return Inputs(*arguments_of(as_batches(given.listed, module, "--input")[0], module))
 
 
-def _forward(resolve: Resolve) -> Callable[[], tuple[tuple[Any, ...], Any] | None]:
-    def forward() -> tuple[tuple[Any, ...], Any] | None:
+def _forward(resolve: Resolve) -> Callable[[], Forward | None]:
+    def forward() -> Forward | None:
         inputs = resolve()
         if inputs is None:
             return None
-        args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))  # a model may write into its inputs
-        return args, kwargs
+        return inputs.args, inputs.kwargs
 
     return forward
 
@@ -355,8 +352,7 @@ def _resolver(model: Model, example_inputs: Any) -> Resolve:
         if example_inputs is not None:
             return given_to(model, example_inputs)
         if isinstance(model, ExportedProgram):
-            example = model.example_inputs
-            return Inputs(tuple(example[0]), dict(example[1]), "program") if example else None
+            return inputs_in(model)
         return infer(model)
 
     return resolve

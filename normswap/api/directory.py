@@ -26,7 +26,8 @@ from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs
 from normswap.models.programs import as_module
 from normswap.models.spec import is_within
-from normswap.models.torch_private import tree_leaves, tree_map_only
+from normswap.models.torch_private import tree_leaves
+from normswap.models.watching import forward
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
@@ -177,10 +178,7 @@ def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inpu
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
     copied = copy_for_running(model)  # in eval mode; the forward pass may change its buffers
-    args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return tree_leaves(copied(*args, **kwargs))
+    return tree_leaves(forward(copied, inputs.args, inputs.kwargs, seed=0))
 
 
 def _equal(a: list[Any], b: list[Any]) -> bool:

@@ -34,6 +34,7 @@ from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import Model, as_module
+from normswap.parity.measure import ratio
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.run_torch import module_runner
 from normswap.rules import DEFAULT_RULES
@@ -361,15 +362,11 @@ class _Sums:
 
     @property
     def rel_l2(self) -> float:
-        return _ratio(math.sqrt(self.d2), math.sqrt(self.y2))
+        return ratio(math.sqrt(self.d2), math.sqrt(self.y2))
 
     @property
     def max_rel(self) -> float:
-        return _ratio(self.d, self.y)
-
-
-def _ratio(d: float, y: float) -> float:
-    return 0.0 if d == 0 else d / y if y else math.inf
+        return ratio(self.d, self.y)
 
 
 def _name_of(metric: Metric) -> str:

@@ -18,7 +18,7 @@ from normswap.files.build import build
 from normswap.files.load import load as load_source
 from normswap.files.recipe import read_recipe, sites_of
 from normswap.models.inputs import Inputs, as_inputs, infer
-from normswap.models.programs import Model, as_module
+from normswap.models.programs import Model, as_module, inputs_in
 from normswap.parity.judge import compare, judge
 from normswap.parity.limits import SAME
 from normswap.parity.locate import locate
@@ -91,8 +91,8 @@ def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | No
         known = read_recipe(Path(side)).example_inputs()
         if known:
             return known
-    if isinstance(side, ExportedProgram) and side.example_inputs:
-        return Inputs(tuple(side.example_inputs[0]), dict(side.example_inputs[1]), "program")
+    if isinstance(side, ExportedProgram) and (stored := inputs_in(side)) is not None:
+        return stored
     if isinstance(opened, Path):
         declared = onnx_inputs(opened)
         return None if declared is None else Inputs(declared)

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normswap.detect.calls import Hit
+from normswap.layer.producer import PRODUCERS
 from normswap.models.copying import shared_parameters, unclear_names
 from normswap.models.torch_private import CONV_FORWARD
-
-PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 @dataclass

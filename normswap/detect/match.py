@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from normswap.detect.sites import Plan, Rule, Site, Skip, Swap, Trace
-from normswap.errors import UsageError
+from normswap.errors import UsageError, listed
 from normswap.models.copying import on_meta
 
 _APPROXIMATE = "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
@@ -33,7 +33,7 @@ def match(
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
             raise UsageError(
                 f"no normalization of the model is called {pattern!r} or is of that kind",
-                hint=f"the names are {_some(site.name for site in trace.sites)}; `normswap inspect` lists them",
+                hint=f"the names are {listed([repr(site.name) for site in trace.sites], 5)}; `normswap inspect` lists them",
             )
     return Plan(
         swaps=tuple(d for d in decided if isinstance(d, Swap)),
@@ -71,8 +71,3 @@ def _decide(
 
 def _answers(site: Site, kind: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (*site.names, kind))
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    listed = [repr(name) for name in names]
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -302,19 +302,11 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in external_data.locations(path))))
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        yield from (attribute.t, *attribute.tensors)
-        for inner in (attribute.g, *attribute.graphs):
-            yield from _tensors(inner)
-
-
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
     """Raise LoadError if a file that holds tensors is too short: onnx's checker looks only whether it exists."""
     import onnx
 
-    for tensor in _tensors(proto.graph):
+    for tensor in external_data.tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}

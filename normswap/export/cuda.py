@@ -16,11 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normswap.parity.run_onnx import CPU
+
 if TYPE_CHECKING:
     import onnx
 
 PROVIDER = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 MAIN = ("", "ai.onnx")  # two names of one domain
 # Operators without a kernel of their own: a constant is stored before the first run.
 STORED = frozenset({"Constant"})

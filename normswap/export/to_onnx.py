@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from torch import nn
 from torch.export import ExportedProgram
 
-from normswap.errors import UsageError
+from normswap.errors import UsageError, one_of
 from normswap.export import cuda, file
 from normswap.export.cuda import Cuda
 from normswap.export.finish import at_opset, check, tidy
@@ -118,8 +118,7 @@ class Settings:
         """Raises UsageError for an unknown or impossible setting."""
         import onnx
 
-        if self.target not in get_args(Target):
-            raise UsageError(f"the target is {self.target!r}; expected one of {', '.join(map(repr, get_args(Target)))}")
+        one_of("the target", self.target, get_args(Target))
         if self.target == "cuda" and self.opset is not None and self.opset < TORCH_OPSET:
             raise UsageError(f"the target 'cuda' cannot be converted to opset {self.opset}", hint=f"opset {TORCH_OPSET} and above can be")
         if self.freedom not in get_args(Dynamic):

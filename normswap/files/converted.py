@@ -20,12 +20,11 @@ from normswap.errors import LoadError, SwapError
 from normswap.files.atomic import writing
 from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.layer.producer import CONVS, TRANSPOSED, input_shape
+from normswap.layer.producer import PRODUCERS, input_shape
 from normswap.models.copying import on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
 WEIGHTS = "model.safetensors"
-PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 WRAPPERS = ("torch._dynamo.", "torch.nn.parallel.", "torch.optim.swa_utils")  # modules of torch whose classes wrap one model
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def check_locations(path: Path) -> None:
     """Raise LoadError if the ONNX file at `path` cannot be read, or keeps a tensor in a file outside its own directory."""
     proto = _read(path)
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         wrong = [f"{e.key} {e.value!a:.60}" for e in tensor.external_data if e.key in ("offset", "length") and not e.value.isdecimal()]
         if tensor.data_type not in type(tensor).DataType.values():
             wrong.append(f"type {tensor.data_type}")
@@ -44,7 +44,7 @@ def locations(path: Path) -> list[str]:
 def move(path: Path, names: Mapping[str, str]) -> None:
     """Make the ONNX file at `path` refer to its data files by new names. names: old -> new."""
     proto = _read(path)
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = names.get(entry.value, entry.value)
@@ -80,12 +80,13 @@ def _problem(directory: Path, location: str) -> str | None:
 def _locations(proto: onnx.ModelProto) -> Iterator[str]:
     import onnx
 
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             yield next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers and attributes, also those of subgraphs, functions and training graphs."""
     graphs = [proto.graph, *(graph for info in proto.training_info for graph in (info.initialization, info.algorithm))]
     attributes = [a for function in proto.functions for a in (*function.attribute_proto, *_attributes(function.node))]
     while graphs or attributes:  # not recursive, as a file may be nested to any depth

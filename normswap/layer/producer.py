@@ -20,6 +20,7 @@ from normswap.layer.fsdp import is_part, whole
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRODUCERS = (*CONVS, *TRANSPOSED, nn.Linear)  # the layers that a norm may follow, and be coupled to
 
 
 def rank(producer: nn.Module) -> int:

@@ -32,6 +32,12 @@ def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
     return model
 
 
+def inputs_in(program: ExportedProgram) -> Inputs | None:
+    """The example inputs that a program was exported with; None if it has stored none."""
+    stored = program.example_inputs
+    return Inputs(tuple(stored[0]), dict(stored[1]), "program") if stored else None
+
+
 def like(model: M, swapped: nn.Module, inputs: Inputs) -> M:
     """`swapped`, exported again with the same dynamic axes if `model` is an ExportedProgram."""
     if not isinstance(model, ExportedProgram):

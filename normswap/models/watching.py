@@ -20,14 +20,24 @@ from normswap.models.copying import uncompiled
 from normswap.models.torch_private import tree_leaves, tree_map_only
 
 
-def forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: AbstractContextManager[Any] | None = None) -> Any:
+def forward(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    within: AbstractContextManager[Any] | None = None,
+    *,
+    seed: int | None = None,
+) -> Any:
     """The output of one forward pass, without gradients, uncompiled, on clones of the inputs, as a model may write into them.
 
-    within: a context, such as a function mode, in which the model runs. All random states are restored. Exceptions of the model propagate.
+    within: a context, such as a function mode, in which the model runs. seed: of torch's generators for the pass; None: they go on from
+    where they are. All random states are restored. Exceptions of the model propagate.
     """
     with torch.no_grad(), _random_states_kept(model, args, kwargs), uncompiled():
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
         with within or nullcontext():
+            if seed is not None:
+                torch.manual_seed(seed)
             return model(*args, **kwargs)
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from normswap.models.copying import uncompiled
+from normswap.models.watching import forward
 from normswap.parity.measure import distance, sampled
 from normswap.parity.probes import Probe, Values
 from normswap.parity.result import Located
@@ -86,9 +85,7 @@ def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
     for name, module in copied.named_modules():
         if name:
             module.register_forward_hook(watch(name))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), uncompiled(), mode():
-        torch.manual_seed(0)
-        copied(*probe.args, **probe.kwargs)
+    forward(copied, probe.args, probe.kwargs, mode(), seed=0)
     return found
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from normswap.models.copying import to_float64
-from normswap.models.torch_private import tree_flatten, tree_unflatten
+from normswap.models.torch_private import tree_flatten, tree_map_only, tree_unflatten
 
 LARGE = " x 1000"  # the end of the name of the probe with large inputs
 FLAT = 3.0
@@ -101,8 +101,7 @@ def resized(args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[Map
 
 
 def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
-    leaves, spec = tree_flatten((arguments[0], dict(arguments[1])))
-    args, kwargs = tree_unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    args, kwargs = tree_map_only(Tensor, function, (arguments[0], dict(arguments[1])))
     return args, kwargs
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import SwapError
-from normswap.models.copying import uncompiled
 from normswap.models.float64 import in_float64
 from normswap.models.torch_private import is_functorch_wrapped, keystr, tree_flatten_with_path
+from normswap.models.watching import forward
 from normswap.parity.limits import coarsest
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
@@ -84,11 +84,7 @@ def module_runner(
     def run(probe: Probe) -> tuple[Values, Values]:
         kept.clear()
         calls.clear()
-        # A model may write into its inputs, and the probe is used again.
-        args, kwargs = probe.mapped(torch.clone)
-        with torch.no_grad(), torch.random.fork_rng(), uncompiled(), mode():
-            torch.manual_seed(0)
-            output = model(*args, **kwargs)
+        output = forward(model, probe.args, probe.kwargs, mode(), seed=0)
         return named_tensors(output), dict(kept)
 
     return run

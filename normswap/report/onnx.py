@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from normswap.errors import listed
 from normswap.report.parity import comparisons_json, comparisons_summary, parity_json
 from normswap.report.tables import table
-from normswap.report.words import attributes, by_text, listed, text_of
+from normswap.report.words import attributes, by_text, text_of
 from normswap.versions import versions
 
 if TYPE_CHECKING:

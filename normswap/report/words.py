@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from normswap.detect.sites import Skip, Swap
-from normswap.errors import shown
+from normswap.errors import listed, shown
 
 ROOT = "(the model)"
-LISTED = 3  # names before "and N more"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def by_text(remarks: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from normswap.errors import UsageError
+from normswap.errors import UsageError, listed
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.optimizer_step import MARK, STATISTICS
 from normswap.training.drift import drift
@@ -61,7 +61,7 @@ def warn_about_optimizers(model: nn.Module, optimizers: Iterable[Any], advice: A
     if like_weights:
         decays = sorted({float(group.get("weight_decay") or 0.0) for group in like_weights.values()})
         _warn(
-            f'the statistics of {_names(list(like_weights))} were converted with stats="raw" and are in a group with weights, '
+            f'the statistics of {_names(like_weights)} were converted with stats="raw" and are in a group with weights, '
             f'with weight_decay {", ".join(map(str, decays))}. {advice.groups}. Or convert with stats="natural"'
         )
     if clips and trained:
@@ -132,9 +132,8 @@ def _trains(layer: BatchlessNorm) -> bool:
     return any(p.requires_grad for p in _statistics(layer))
 
 
-def _names(names: list[str]) -> str:
-    shown = ", ".join(name or "the model" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _names(names: Iterable[str]) -> str:
+    return listed([name or "the model" for name in names])
 
 
 def _warn(message: str) -> None:

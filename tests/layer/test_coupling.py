@@ -126,6 +126,12 @@ def test_the_task_and_the_likelihood_train_what_is_theirs() -> None:
 # --- the step ----------------------------------------------------------------------------------------------------------------------------
 
 
+def c_and_s(producer: nn.Module, norm: BatchlessNorm) -> tuple[Tensor, Tensor]:
+    """What stays when the weight W moves: c = offset / |W| and s = std / |W|."""
+    output_mean, n = coupling.snapshot(producer, norm.input_mean)
+    return ((norm.mean - output_mean) / n).detach(), (norm.log_std.exp() / n).detach()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lbfgs"])
 @pytest.mark.parametrize("kind", ["grouped", "transposed", "linear"])
 def test_the_statistics_move_with_the_weight(kind: str, optimizer: str) -> None:
@@ -133,11 +139,7 @@ def test_the_statistics_move_with_the_weight(kind: str, optimizer: str) -> None:
     model, x = coupled(kind, aux="none")
     conv, norm = model[0], model[1]
 
-    def c_and_s() -> tuple[Tensor, Tensor]:
-        output_mean, n = coupling.snapshot(conv, norm.input_mean)
-        return ((norm.mean - output_mean) / n).detach(), (norm.log_std.exp() / n).detach()
-
-    before, weight = c_and_s(), conv.weight.detach().clone()
+    before, weight = c_and_s(conv, norm), conv.weight.detach().clone()
     parameters = [p for name, p in model.named_parameters() if name not in ("1.mean", "1.log_std", "1.input_mean")]
     steps: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -150,14 +152,14 @@ def test_the_statistics_move_with_the_weight(kind: str, optimizer: str) -> None:
         step.zero_grad()
         loss = model(x).square().mean()
         loss.backward()
-        for found, expected in zip(c_and_s(), before, strict=True):  # in the middle of a step, too
+        for found, expected in zip(c_and_s(conv, norm), before, strict=True):  # in the middle of a step, too
             close(found, expected, 1e-11)
         return loss
 
     for _ in range(4):
         step.step(closure)  # type: ignore[arg-type]
     assert (conv.weight - weight).abs().max() > 0.01
-    for found, expected in zip(c_and_s(), before, strict=True):
+    for found, expected in zip(c_and_s(conv, norm), before, strict=True):
         close(found, expected, 1e-11)
 
 
@@ -207,11 +209,7 @@ def test_a_step_inside_another_moves_the_statistics_once(make: Any, kind: str) -
     model, x = coupled(kind, aux="none")
     conv, norm = model[0], model[1]
 
-    def c_and_s() -> tuple[Tensor, Tensor]:
-        output_mean, n = coupling.snapshot(conv, norm.input_mean)
-        return ((norm.mean - output_mean) / n).detach(), (norm.log_std.exp() / n).detach()
-
-    before, weight = c_and_s(), conv.weight.detach().clone()
+    before, weight = c_and_s(conv, norm), conv.weight.detach().clone()
     step = make([*conv.parameters()])
 
     def closure() -> Tensor:
@@ -222,7 +220,7 @@ def test_a_step_inside_another_moves_the_statistics_once(make: Any, kind: str) -
 
     for _ in range(3):
         step.step(closure)
-        for found, expected in zip(c_and_s(), before, strict=True):
+        for found, expected in zip(c_and_s(conv, norm), before, strict=True):
             close(found, expected, 1e-11)
     assert (conv.weight - weight).abs().max() > 1e-3
 
