@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from normswap.errors import ExportError, UsageError
 from normswap.files import atomic
@@ -27,8 +27,11 @@ def write(model: ir.Model, path: Path, *, external: bool | None = None, edit: Ca
     """
     import onnx_ir as ir
 
-    constants = [value for graph in model.graphs() for value in graph.initializers.values()]
-    size = sum(value.const_value.nbytes for value in constants if value.const_value is not None and value.const_value.nbytes >= LARGE)
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    constants = {value: value.const_value for value in values if value.const_value is not None}
+    # a tensor of strings has no bytes of its own
+    large = {value: tensor for value, tensor in constants.items() if tensor.nbytes >= LARGE and tensor.dtype != ir.DataType.STRING}
+    size = sum(tensor.nbytes for tensor in large.values())
     if external is False and size > INLINE_LIMIT:
         raise UsageError(
             f"the weights take {size} bytes, and one ONNX file holds {INLINE_LIMIT} at most",
@@ -37,13 +40,59 @@ def write(model: ir.Model, path: Path, *, external: bool | None = None, edit: Ca
     try:
         with atomic.file(path) as partial:
             if size and (size > INLINE_LIMIT if external is None else external):
-                ir.external_data.unload_from_model(model, partial.parent, f"{partial.name}.data", size_threshold_bytes=LARGE - 1)
+                beside = ir.external_data.convert_tensors_to_external([*large.values()], partial.parent, f"{partial.name}.data")
+                for value, tensor in zip(large, beside, strict=True):
+                    value.const_value = tensor
+                large.clear()
+            # of those that stay in the file, only one is copied at a time: protobuf would hold every weight twice
+            streamed = {str(value.name): tensor for value, tensor in large.items() if value.graph is model.graph}
+            for name in streamed:
+                del model.graph.initializers[name]
             proto = ir.to_proto(model)
-            for value in constants:
-                value.const_value = None  # so that no more than one copy is there while protobuf makes another
             if edit is not None:
                 edit(proto)
-            partial.write_bytes(proto.SerializeToString())
+            for value in constants:
+                value.const_value = None
+            constants.clear()
+            large.clear()
+            with partial.open("wb") as file:
+                _write_inline(proto, streamed, file)
             return sum(file.stat().st_size for file in partial.parent.iterdir())
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _write_inline(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], file: BinaryIO) -> None:
+    """Write `proto` with `tensors` among the initializers of its graph.
+
+    A protobuf message is a list of fields in any order, each a key and a value; a message inside a message is a key, a length and its own
+    fields (https://protobuf.dev/programming-guides/encoding/). So tensors can follow the rest of the graph once the length is known.
+    """
+    import onnx
+
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    graph_field, initializer, raw_data = (
+        message.DESCRIPTOR.fields_by_name[name].number
+        for message, name in ((onnx.ModelProto, "graph"), (onnx.GraphProto, "initializer"), (onnx.TensorProto, "raw_data"))
+    )
+    heads, length = [], len(graph)
+    for name, tensor in tensors.items():
+        head = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape.numpy()).SerializeToString()
+        head += _key(raw_data, tensor.nbytes)
+        heads.append(_key(initializer, len(head) + tensor.nbytes) + head)
+        length += len(heads[-1]) + tensor.nbytes
+    file.write(proto.SerializeToString() + _key(graph_field, length) + graph)
+    for head, name in zip(heads, list(tensors), strict=True):
+        file.write(head + tensors.pop(name).tobytes())
+
+
+def _key(number: int, length: int) -> bytes:
+    """Key and length of a protobuf field of `length` bytes: two varints, seven bits a byte, the lowest first."""
+    result = bytearray()
+    for value in (number << 3 | 2, length):
+        while value > 0x7F:
+            result.append(value & 0x7F | 0x80)
+            value >>= 7
+        result.append(value)
+    return bytes(result)

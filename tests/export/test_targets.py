@@ -231,8 +231,10 @@ def test_weights_beside_the_file_when_asked_for(path: Path) -> None:
     torch.manual_seed(0)
     inside = path.with_name("inside.onnx")
     export(model, (torch.randn(2, 3, 14, 15),), {}, inside)
-    for a, b in zip(onnx.load(path).graph.initializer, onnx.load(inside).graph.initializer, strict=True):
-        np.testing.assert_array_equal(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b))
+    beside, within = ({t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer} for p in (path, inside))
+    assert beside.keys() == within.keys()
+    for name in beside:
+        np.testing.assert_array_equal(beside[name], within[name])
 
 
 def test_a_file_with_weights_beside_it_is_verified_before_both_appear(path: Path) -> None:
