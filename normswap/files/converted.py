@@ -20,7 +20,7 @@ from normswap.errors import LoadError, SwapError
 from normswap.files.atomic import writing
 from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.layer.producer import PRODUCERS, input_shape
+from normswap.layer.producer import PRODUCERS, inputs_of
 from normswap.models.copying import on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
@@ -166,7 +166,7 @@ def _set_training(model: nn.Module, directory: Path, recipe: Recipe) -> None:
             if producer is not None:
                 if not isinstance(producer, PRODUCERS):
                     raise ValueError(f"a {type(producer).__name__} is not a conv or linear layer")
-                layer.couple(producer, torch.zeros(input_shape(producer), device=layer.mean.device))
+                layer.couple(producer, torch.zeros(inputs_of(producer), device=layer.mean.device))
             if entry["guard"]:
                 layer.enable_sample_limit()
             if entry["feedback"]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, formulas, gradient_trend, optimizer_step, sample_limit, train_pass
+from normswap.layer import coupling, formulas, gradient_trend, hooks, optimizer_step, pair, sample_limit, train_pass
 from normswap.layer.coupling import Coupled, Snapshot
 from normswap.layer.export_operator import in_graph
 from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Misfit, Reduction, Stats, StdForm
 from normswap.layer.fsdp import is_part
 from normswap.layer.gradient_trend import TrendTerm
-from normswap.layer.producer import input_shape, outputs_of
+from normswap.layer.producer import filters, groups_of, inputs_of, outputs_of, response
 from normswap.layer.run import Run, Term, check_precision, records_term, refuse_replicas, watch_passes
 from normswap.layer.sample_limit import Limit
 from normswap.layer.train_pass import Given
@@ -348,9 +348,48 @@ class BatchlessNorm(nn.Module):
         frozen = not all(tensor.requires_grad for tensor in self._statistics)
         return None if frozen or not self.training else self.producer
 
+    def fuses(self, producer: nn.Module) -> bool:
+        """Whether this call of the producer is computed together with this layer, as a `pair`: where it trains.
+
+        Not where something looks at what is between the two, or transforms it, nor in compiled graphs, whose compiler joins them itself.
+        """
+        if torch.compiler.is_compiling() or self.aux != "auto" or self.stats != "natural" or self.run.mask is not None:
+            return False
+        if producer is not self.producer_in_training or not producer.training or not torch.is_grad_enabled():
+            return False
+        if pair.is_transformed() or hooks.hooked(producer, self):
+            return False
+        return not is_part(cast(Tensor, producer.weight)) and not is_part(self.mean)
+
+    def paired(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: pair.Call) -> Tensor:
+        """The output of this layer, computed together with its producer. weight, bias: of the producer, whose input is x."""
+        check_precision(self.mean)
+        products = self.products()
+        inputs = pair.Inputs(
+            x, weight, bias, self.weight, self.bias, self.mean, self.std_parameter, self.input_mean, self.trend, *products, self.run.scale
+        )
+        settings = pair.Settings(call, self.std, self._eps, self._settings().share, self._limits, self._apart_from)
+        y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
+        self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
+        self.run.mark_pending()
+        watch_passes(self)
+        return cast(Tensor, y)
+
+    def _apart_from(self, x: Tensor) -> Tensor:
+        """The output for the producer's output x, without a gradient to the statistics: to be differentiated twice, see `pair`."""
+        mean, std = (t.detach() for t in self.statistics())
+        settings = self._settings()
+        measured = self._measured(x, mean, std, settings.share, limits=self._limits) if self._limits or self._takes_out_trend else {}
+        training = Training(None, (), None, self.run.scale, self._coupled(), **measured)
+        return _train(x, mean, std, self.weight, self.bias, training, settings)
+
     @property
     def _learns(self) -> bool:
         return any(tensor.requires_grad for tensor in self._statistics)
+
+    @property
+    def _limits(self) -> bool:
+        return self.limits_samples and self.stepped and self._learns
 
     @property
     def _takes_out_trend(self) -> bool:
@@ -380,7 +419,7 @@ class BatchlessNorm(nn.Module):
         input_mean: (input channels, *kernel); known: whether it was measured from data, and moves by the momentum. Else it becomes the mean
         over the first steps. Raises ValueError for another shape, or if the producer's outputs are not as many as the channels here.
         """
-        shape, sizes = input_shape(producer), (outputs_of(producer),)
+        shape, sizes = (inputs_of(producer),), (outputs_of(producer),)
         if input_mean.shape != shape or tuple(self.mean.shape) != sizes or sizes != self.sizes:
             raise ValueError(
                 f"a {type(producer).__name__} with {sizes[0]} outputs and inputs {shape} cannot be coupled to a layer with statistics of "
@@ -390,12 +429,13 @@ class BatchlessNorm(nn.Module):
         self._producer = (producer,)
         self.steps = torch.tensor(KNOWN if known else 0, device=self.mean.device)
         self.input_mean = nn.Parameter(input_mean.detach().to(self.mean, copy=True), requires_grad=self._learns)
-        producer.register_forward_pre_hook(coupling.Observer(self), with_kwargs=True)
+        producer.register_forward_pre_hook(hooks.Before(self), with_kwargs=True)
+        producer.register_forward_hook(hooks.After(self), always_call=True)
 
     def decouple(self) -> None:
         """End the coupling: the same function and the same statistics, without the gradient through the producer."""
         for producer in self._producer:
-            coupling.release(producer, self)
+            hooks.release(producer, self)
         self._producer = ()
         self.input_mean = None
         self.steps = self.steps if self.limits_samples else None
@@ -436,10 +476,26 @@ class BatchlessNorm(nn.Module):
             )
         return coupling.coupled_to(producer, cast(Tensor, self.input_mean), self.mean.dtype, eps=self._eps)
 
+    @torch.no_grad()
+    def products(self) -> tuple[Tensor, Tensor]:
+        """(<W, a>, |W|) per filter of the producer, computed again only if W or a has changed."""
+        producer, input_mean = self._producer[0], cast(Tensor, self.input_mean)
+        weight = cast(Tensor, producer.weight)
+        of_weight, of_mean = (weight._version, weight.data_ptr(), weight.device), (input_mean._version, input_mean.data_ptr())
+        known = self.run.products
+        if known is None or known[0] != (of_weight, of_mean) or is_part(weight):
+            rows = filters(producer, input_mean.dtype)
+            same = known is not None and known[0][0] == of_weight and not is_part(weight)
+            weight_norm = known[2] if known is not None and same else torch.linalg.vector_norm(rows, dim=1)
+            known = (of_weight, of_mean), response(rows, input_mean, groups_of(producer)), weight_norm
+            self.run.products = known
+        return known[1:]
+
     def snapshot(self) -> Snapshot:
         """What `optimizer_step.follow_weights` has to know of the producer before its weight is moved."""
-        now = coupling.snapshot(self._producer[0], cast(Tensor, self.input_mean))
-        return Snapshot(*(t.detach() for t in now))
+        output_mean, weight_norm = self.products()
+        bias = cast("Tensor | None", self._producer[0].bias)
+        return Snapshot(output_mean if bias is None else output_mean + bias.detach(), weight_norm)
 
     @property
     def _eps(self) -> float:
@@ -478,8 +534,15 @@ class BatchlessNorm(nn.Module):
         if not self.training:
             scale, shift = self.affine_map()
             return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)
+        producer = self._producer_that_trains
+        if producer is not None and not torch.compiler.is_compiling() and self.run.take_pair(input, producer):
+            return input
+        return self._apart(input)
+
+    def _apart(self, input: Tensor) -> Tensor:
+        """The output in train mode, where it is not computed together with the producer."""
         mean, std = (t.detach() for t in self.statistics())
-        limits = self.limits_samples and self.stepped and self._learns
+        limits = self._limits
         settings = self._settings()
         measured = self._measured(input, mean, std, settings.share, limits=limits) if limits or self._takes_out_trend else {}
         statistics, given = self._recorded_pass(input, std, settings) if self._learns and self.aux != "none" else (None, ())
@@ -544,12 +607,7 @@ class BatchlessNorm(nn.Module):
         if self._producer_that_trains is None:
             return ()
         _refuse_traces(x, "is coupled to its producer")
-        seen = self.run.take_input()
-        if seen is None:
-            raise UsageError(
-                f"a BatchlessNorm is coupled to a {type(self.producer).__name__} that was not called before it",
-                hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
-            )
+        seen = self.run.take_input(cast(nn.Module, self.producer))
         input_mean, mask = cast(nn.Parameter, self.input_mean), self.run.mask
         by = formulas.times(input_mean.detach() - seen.to(input_mean.dtype), share if x.numel() else 0)
         return ((input_mean, by if mask is None else by * mask.any()),)

@@ -21,9 +21,7 @@ Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; std and c i
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,52 +29,9 @@ from torch import Tensor, nn
 
 from normswap.layer import foreach
 from normswap.layer.formulas import StdForm
-from normswap.layer.producer import TRANSPOSED, filters, groups_of, patch_mean, response
+from normswap.layer.producer import TRANSPOSED, filters, groups_of, response, spread
 
 TURN, FLOOR = 0.2, 1e-3
-
-
-class Observer:
-    """A forward pre-hook of a producer that hands the mean of its input to the norm. An object, so that copies and pickles keep it.
-
-    It refers to the norm weakly, as the norm refers to the producer. A reference cycle would keep an unused copy of a model alive until the
-    garbage collector runs, and a copy that shares the model's parameters would take part in optimizer steps until then.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        self._norm = weakref.ref(norm)
-
-    @property
-    def norm(self) -> Any:
-        return self._norm()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"norm": self.norm}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        norm = state["norm"]
-        self._norm = (lambda: None) if norm is None else weakref.ref(norm)  # type: ignore[assignment]
-
-    def __call__(self, producer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-        # kwargs has a default, as torch.ao.quantization registers the hook at the quantization-aware layer without with_kwargs.
-        norm = self.norm
-        if norm is not None and norm.measures_input:
-            u = args[0] if args else kwargs["input"]
-            size = args[1] if len(args) > 1 else kwargs.get("output_size")
-            norm.run.record_input(patch_mean(producer, u, norm.run.mask, size))
-
-
-def observers(producer: nn.Module) -> dict[int, Observer]:
-    """The observers among the forward pre-hooks of a producer, by their key."""
-    return {key: hook for key, hook in producer._forward_pre_hooks.items() if isinstance(hook, Observer)}
-
-
-def release(producer: nn.Module, norm: object = None) -> None:
-    """Remove the observer of `norm` from a producer; None: the observers of all norms that are no longer coupled to it."""
-    for key, hook in observers(producer).items():
-        if hook.norm is norm or (norm is None and getattr(hook.norm, "producer", None) is not producer):
-            del producer._forward_pre_hooks[key]
-            producer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 # --- the gradients ----------------------------------------------------------------------------------------------------------------------
@@ -114,17 +69,22 @@ def gradients(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, couple
     """
     rows, bias, input_mean, (groups, eps) = coupled
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
-    by_rows = (by_mean.view(groups, -1, 1) * input_mean.reshape(groups, 1, -1)).view(rows.shape)
-    output_mean, weight_norm = _snapshot(rows, bias, input_mean, groups)
+    by_rows = (by_mean.view(groups, -1, 1) * spread(input_mean, rows.shape[1], groups)[:, None]).view(rows.shape)
+    output_mean, weight_norm = snapshot(rows, bias, input_mean, groups)
     radial = torch.addcmul(by_std * std, by_mean, mean - output_mean) * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
     by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
 
+def radial(kP: Tensor, kP_of_mean: Tensor, std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
+    """The factor of W in the gradient by W of a `pair`, which makes <W, dL/dW> = 0 where a filter is alive: -(k P - k h <W, a>) / |W|^2."""
+    return (kP_of_mean - kP) * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
+
+
 def written_out(mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor]:
     """(mean, std) with the same values, computed from W and b by operators of torch: so that `gradients` can be differentiated."""
     rows, bias, input_mean, (groups, eps) = coupled
-    now = Snapshot(*(t.view(mean.shape) for t in _snapshot(rows, bias, input_mean, groups)))
+    now = Snapshot(*(t.view(mean.shape) for t in snapshot(rows, bias, input_mean, groups)))
     return moved(mean, std, std, Snapshot(*(t.detach() for t in now)), now, "abs", eps=eps)
 
 
@@ -152,13 +112,7 @@ class Snapshot(NamedTuple):
     weight_norm: Tensor
 
 
-def snapshot(producer: nn.Module, input_mean: Tensor) -> Snapshot:
-    """The snapshot of a producer now."""
-    rows = filters(producer, input_mean.dtype)
-    return _snapshot(rows, producer.bias, input_mean, groups_of(producer))  # type: ignore[arg-type]
-
-
-def _snapshot(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -> Snapshot:
+def snapshot(rows: Tensor, bias: Tensor | None, input_mean: Tensor, groups: int) -> Snapshot:
     answer = response(rows, input_mean, groups)
     return Snapshot(answer if bias is None else answer + bias.to(answer.dtype), torch.linalg.vector_norm(rows, dim=1))
 

@@ -17,7 +17,11 @@ Item = TypeVar("Item")
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors concatenated along `axis`, with their later axes flattened into it; their earlier axes have the same sizes."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(*t.shape[:axis], -1) for t in tensors], axis)
+    return (
+        tensors[0]
+        if len(tensors) == 1
+        else torch.cat([t if t.dim() == axis + 1 else t.reshape(*t.shape[:axis], -1) for t in tensors], axis)
+    )
 
 
 def unstack(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> list[Tensor]:
@@ -25,7 +29,7 @@ def unstack(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> list[Tens
     if len(like) == 1:
         return [stacked]
     parts = torch.split(stacked, [math.prod(each.shape[axis:]) for each in like], axis)
-    return [part.view(each.shape) for part, each in zip(parts, like, strict=True)]
+    return [part if each.dim() == axis + 1 else part.view(each.shape) for part, each in zip(parts, like, strict=True)]
 
 
 def expand(numbers: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -65,11 +65,15 @@ class Forward:
     """What the forward passes of one thread leave for the backward pass and the step.
 
     input_mean   the mean input of the producer in its last call, see `coupling`; fresh: whether the layer was not called since then
+    pair         where the output of the last call lies, if it was computed with the norm as a `pair`
+    interception during a call of the producer, see `hooks`
     terms        the `Term` of each call since `aux_loss` was last read; read: whether `aux_loss` has read these
     """
 
     input_mean: Tensor | None = None
     fresh: bool = False
+    pair: int | None = None
+    interception: Any = None
     terms: list[Term] = field(default_factory=list)
     read: bool = True
 
@@ -104,6 +108,7 @@ class Run(Forward):
     number: int = field(default_factory=itertools.count().__next__)
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
+    products: tuple[Any, Tensor, Tensor] | None = None
 
     @property
     def here(self) -> Forward:
@@ -121,19 +126,46 @@ class Run(Forward):
     def record_input(self, mean: Tensor) -> None:
         """Record a call of the producer, whose input had this mean."""
         here = self.here
-        here.input_mean, here.fresh = mean, True
+        here.input_mean, here.pair, here.fresh = mean, None, True
         if not torch.compiler.is_compiling():
             self.latest = None if here is self else here
 
-    def take_input(self) -> Tensor | None:
-        """The mean of the producer's last input, for the layer that reads its output; None if the producer was not called before."""
-        here, again = self.here, recomputes()
-        # A checkpoint that runs the layer again need not run its producer again: the last mean then still holds, in whichever thread.
-        if again and here.input_mean is None:
-            here = self.latest or self
-        mean = here.input_mean if here.fresh or again else None
+    def record_pair(self, output: Tensor) -> None:
+        """Record a call of the producer that was computed with the norm as a pair."""
+        here = self.here
+        here.input_mean, here.pair, here.fresh = None, _place(output), True
+        self.latest = None if here is self else here
+
+    def take_pair(self, x: Tensor, producer: nn.Module) -> bool:
+        """Whether x, the norm's input, is normalized already: the producer was called before, as a pair.
+
+        Raises UsageError if x is not the output of that call.
+        """
+        here, again = self._here_or_latest(), recomputes()
+        if here.pair is None:
+            return False
+        if not here.fresh and not again:
+            raise not_called(producer)
+        if here.fresh and _place(x) != here.pair:
+            raise UsageError(
+                f"what a BatchlessNorm normalizes is not the output of the {type(producer).__name__} that it is coupled to",
+                hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
+            )
         here.fresh = False
-        return mean
+        return True
+
+    def take_input(self, producer: nn.Module) -> Tensor:
+        """The mean of the producer's last input, for the layer that reads its output. Raises UsageError if it was not called before."""
+        here = self._here_or_latest()
+        if here.input_mean is None or not (here.fresh or recomputes()):
+            raise not_called(producer)
+        here.fresh = False
+        return here.input_mean
+
+    def _here_or_latest(self) -> Forward:
+        """A checkpoint that runs a layer again need not run its producer again: the last call then still holds, in whichever thread."""
+        here = self.here
+        return (self.latest or self) if recomputes() and here.input_mean is None and here.pair is None else here
 
     def mark_pending(self) -> None:
         """Record a forward pass from which the statistics should learn."""
@@ -160,6 +192,19 @@ class Run(Forward):
                 hint="read aux_loss(model) in the thread that called the model",
             )
         return found[0]
+
+
+def _place(t: Tensor) -> int:
+    """What tells the memory of one tensor from that of another that exists at the same time."""
+    return int(t.untyped_storage()._cdata)
+
+
+def not_called(producer: nn.Module) -> UsageError:
+    """The error of a coupled layer whose producer was not called before it."""
+    return UsageError(
+        f"a BatchlessNorm is coupled to a {type(producer).__name__} that was not called before it",
+        hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
+    )
 
 
 def records_term(x: Tensor) -> bool:

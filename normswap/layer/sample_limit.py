@@ -63,6 +63,14 @@ def limit(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted:
     return Limit(factor, d_factor, first, second), (formulas.over(first, samples), formulas.over(second, samples), number)
 
 
+def factors(squares: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(f, d_factor) of each sample, from the sum of z^2 over its `size` numbers."""
+    square = squares / max(size, 1)
+    large = square.clamp(min=LIMIT**2)
+    factor = LIMIT * large.rsqrt()
+    return factor, (square > LIMIT**2) * factor / (large * -max(size, 1))
+
+
 def gradients(by_factor: Tensor, limit: Limit, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients by x, mean and std that come through the factor f, for the gradient by f (`by_factor`).
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import SwapError
-from normswap.layer import coupling, formulas
+from normswap.layer import formulas, hooks
 from normswap.layer.batchless_norm import BatchlessNorm, Source
 from normswap.models.copying import copy_hooks, on_meta
 from normswap.models.own_code import TENSORS
@@ -44,7 +44,7 @@ def revert(model: M, *, skip: bool = False) -> M:
         )
     reverted = copy_replacing(model, {layer: _source_of(layer, layer.source) for layer in layers if layer.source is not None})
     for module in reverted.modules():
-        coupling.release(module)
+        hooks.release(module)
     return reverted
 
 

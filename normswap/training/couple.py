@@ -25,7 +25,7 @@ from normswap.errors import described
 from normswap.layer import optimizer_step
 from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm, BatchlessNormAct
 from normswap.layer.formulas import Stats
-from normswap.layer.producer import input_shape, outputs_of, patch_mean, rank
+from normswap.layer.producer import channel_mean, inputs_of, outputs_of, rank
 from normswap.models.copying import copy_for_running
 from normswap.models.torch_private import HOOKS
 from normswap.models.watching import forward
@@ -168,7 +168,7 @@ class _Producer:
             return "data", self.total / self.size
         if self.closed_form is not None:
             return "closed form", self.closed_form
-        return "zero", torch.zeros(input_shape(self.module))
+        return "zero", torch.zeros(inputs_of(self.module))
 
 
 @dataclass
@@ -222,19 +222,15 @@ class _InputMeans:
 
     def _of_producer(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         u = args[0] if args else kwargs["input"]
-        size = args[1] if len(args) > 1 else kwargs.get("output_size")
         seen.inputs += 1
         if self.data:
-            mean = patch_mean(module, u, output_size=size) * u.numel()
+            mean = channel_mean(module, u) * u.numel()
             seen.total = mean if seen.total is None else seen.total + mean
             seen.size += u.numel()
         elif (known := self.known.get(id(u))) is not None:
             axis = u.dim() - 1 - rank(module)
             if axis == known.axis and len(known.mean) == u.shape[axis]:
-                shape = [1] * u.dim()
-                shape[axis] = -1
-                like = known.mean.view(shape).expand(1 if axis else u.shape[0], *u.shape[1:])
-                seen.closed_form = patch_mean(module, like, output_size=size)
+                seen.closed_form = known.mean
 
     def _of_norm(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))

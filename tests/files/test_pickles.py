@@ -536,8 +536,11 @@ HOOKS = "_forward_pre_hooks"
         {HOOKS: b"}" + num(0) + name("os.system") + b"s"},
         {HOOKS: b"}" + num(0) + new("torch.nn.modules.activation.ReLU") + b"s"},
         {HOOKS: b"}" + num(0) + new("normswap.layer.batchless_norm.Source") + b"s"},
-        {"_forward_hooks": b"}" + num(0) + new("normswap.layer.coupling.Observer", norm=b"N") + b"s"},
-        {"_backward_pre_hooks": b"}" + num(0) + new("normswap.layer.coupling.Observer", norm=b"N") + b"s"},
+        {"_forward_hooks": b"}" + num(0) + new("normswap.layer.hooks.Before", norm=b"N") + b"s"},
+        {HOOKS: b"}" + num(0) + new("normswap.layer.hooks.After", norm=b"N") + b"s"},
+        {"_forward_hooks": b"}" + num(0) + name("os.system") + b"s"},
+        {"_backward_pre_hooks": b"}" + num(0) + new("normswap.layer.hooks.Before", norm=b"N") + b"s"},
+        {"_forward_hooks_always_called": b"}" + num(0) + name("os.system") + b"s"},
         {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + name("os.system") + b"s"},
         {"_forward_pre_hooks_with_kwargs": b"}" + num(0) + text("yes") + b"s"},
     ],
@@ -550,7 +553,7 @@ def test_other_hooks_are_refused(tmp_path: Path, marker: Path, state: dict[str, 
 @pytest.mark.parametrize("norm", [b"N", text("norm"), num(3), new("normswap.layer.batchless_norm.Source"), module()], ids=str)
 def test_a_hook_of_something_else(tmp_path: Path, norm: bytes) -> None:
     """It does nothing, or the file cannot be read."""
-    hook = {HOOKS: b"}" + num(0) + new("normswap.layer.coupling.Observer", norm=norm) + b"s"}
+    hook = {HOOKS: b"}" + num(0) + new("normswap.layer.hooks.Before", norm=norm) + b"s"}
     with contextlib.suppress(LoadError):
         load(str(archive(tmp_path / "odd.pt", module(**hook))))
 

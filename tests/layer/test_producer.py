@@ -1,9 +1,8 @@
-"""The producer of a norm: its weight as rows of filters, and the mean of its input, from which the mean of its output follows."""
+"""The producer of a norm: its weight as rows of filters, and the mean of its input."""
 
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import pytest
@@ -11,88 +10,74 @@ import torch
 from producers import F64, KINDS, close, pair_of
 from torch import nn
 
-from normswap.layer.coupling import snapshot
-from normswap.layer.producer import filters, input_shape, patch_mean
+from normswap.layer.producer import channel_mean, filters, groups_of, inputs_of, response
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_response_to_the_patch_mean_is_the_mean_of_the_output(kind: str) -> None:
-    """Padding, stride, dilation and groups are exact."""
+def test_the_response_is_the_output_for_a_constant_input(kind: str) -> None:
+    """Where a kernel reads no padding; each position of a transposed one reaches another output."""
     model, x = pair_of(kind)
-    y = model[0](x)  # type: ignore[index]
-    output_mean, weight_norm = snapshot(model[0], patch_mean(model[0], x))  # type: ignore[index]
-    close(output_mean, y.transpose(0, 1).flatten(1).mean(1))
-    close(weight_norm.square().sum(), model[0].weight.square().sum())  # type: ignore[index, union-attr, operator]
-    rows = filters(model[0], F64)  # type: ignore[index]
-    assert rows.shape == (y.shape[1], math.prod(input_shape(model[0])) // getattr(model[0], "groups", 1))  # type: ignore[index]
+    producer: Any = model[0]  # type: ignore[index]
+    rows = filters(producer, F64)
+    assert rows.shape == (producer(x).shape[1], producer.weight.numel() // producer(x).shape[1])
+    a = torch.randn(inputs_of(producer), dtype=F64, generator=torch.Generator().manual_seed(2))
+    found = response(rows, a, groups_of(producer))
+    if "transposed" in kind:
+        weight = producer.weight.detach()
+        per_group = a.view(producer.groups, -1, *(1,) * (weight.dim() - 1))
+        close(found, (weight.view(producer.groups, -1, *weight.shape[1:]) * per_group).flatten(3).sum((1, 3)).flatten())
+        return
+    if kind == "linear":
+        u = a
+    else:
+        size = [d * (k - 1) + 1 for d, k in zip(producer.dilation, producer.kernel_size, strict=True)]
+        u = a.view(-1, *(1,) * len(size)).expand(-1, *size)
+        producer.padding_mode, producer.padding = "zeros", (0,) * len(size)
+    bias = 0 if producer.bias is None else producer.bias
+    close(found, producer(u[None]).flatten(1)[0].view(len(found), -1)[:, 0] - bias)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_patch_mean_of_any_conv(transposed: bool) -> None:
-    """Strides beyond the kernel and the input, kernel positions that read padding only: drawn, with a fixed seed."""
-    draw = random.Random(0)
-    seen = 0
-    while seen < 200:
-        dims = draw.choice([1, 2])
-        kernel, stride, dilation, padding, size = (
-            tuple(draw.randint(*r) for _ in range(dims)) for r in ((1, 5), (1, 6), (1, 3), (0, 4), (1, 9))
-        )
-        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "padding": padding}
-        try:
-            if transposed:
-                options["output_padding"] = tuple(draw.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
-                conv: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d)[dims - 1](2, 3, kernel, **options).to(F64)
-            else:
-                options["padding_mode"] = draw.choice(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"])
-                conv = (nn.Conv1d, nn.Conv2d)[dims - 1](2, 3, kernel, **options).to(F64)
-            x = torch.randn(draw.randint(1, 3), 2, *size, dtype=F64)
-            y = conv(x)
-        except (RuntimeError, ValueError):  # a kernel larger than its input, padding larger than what it reflects
-            continue
-        seen += 1
-        output_mean, _ = snapshot(conv, patch_mean(conv, x))
-        close(output_mean, y.transpose(0, 1).flatten(1).mean(1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_each_channel(kind: str) -> None:
+    model, x = pair_of(kind)
+    producer: Any = model[0]  # type: ignore[index]
+    close(channel_mean(producer, x), x.transpose(0, 1).flatten(1).mean(1))
+    close(channel_mean(producer, x[0]), x[:1].transpose(0, 1).flatten(1).mean(1))
+    close(channel_mean(producer, x[:0]), torch.zeros(inputs_of(producer), dtype=F64))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "linear"])
 @pytest.mark.parametrize("axes", [1, 2, None])
 def test_masked(kind: str, axes: int | None) -> None:
+    """A mask counts as far as its axes are those of the input; an axis that the producer made longer or shorter is left out."""
     model, x = pair_of(kind)
-    y = model[0](x)  # type: ignore[index]
-    sizes = (len(y), *y.shape[2:])[:axes]
-    mask = torch.rand(sizes, generator=torch.Generator().manual_seed(2)) < 0.6
-    output_mean, _ = snapshot(model[0], patch_mean(model[0], x, mask))  # type: ignore[index]
-    counted = mask.view(len(y), 1, *mask.shape[1:], *(1,) * (y.dim() - 1 - mask.dim())).expand_as(y).to(F64)
-    close(output_mean, (y * counted).transpose(0, 1).flatten(1).sum(1) / counted.transpose(0, 1).flatten(1).sum(1))
+    producer: Any = model[0]  # type: ignore[index]
+    y = producer(x)
+    mask = torch.rand((len(y), *y.shape[2:])[:axes], generator=torch.Generator().manual_seed(2)) < 0.6
+    same = 1
+    while same < mask.dim() and y.shape[1 + same] == x.shape[1 + same]:
+        same += 1
+    counted = mask if same == mask.dim() else mask.flatten(same).any(-1)
+    counted = counted.view(len(x), 1, *counted.shape[1:], *(1,) * (x.dim() - 1 - counted.dim())).expand_as(x)
+    spoilt = x.masked_fill(~counted, math.nan)
+    expected = x.masked_fill(~counted, 0).transpose(0, 1).flatten(1).sum(1) / counted.transpose(0, 1).flatten(1).sum(1)
+    close(channel_mean(producer, spoilt, mask), expected)
 
 
-def test_masked_linear_and_unbatched_inputs() -> None:
+def test_masked_linear() -> None:
     x = torch.randn(4, 6, 7, dtype=F64)
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 2])[:, None]
-    spoilt = x.masked_fill(~mask[..., None], math.nan)
-    linear, conv = nn.Linear(7, 5).to(F64), nn.Conv1d(6, 5, 3, padding=1).to(F64)
-    close(patch_mean(linear, spoilt, mask), x[mask].mean(0))
-    close(patch_mean(conv, x[0]), patch_mean(conv, x[:1]))
-    spoilt = x.masked_fill(torch.tensor([True, False, True, False])[:, None, None], math.nan)
-    close(patch_mean(conv, spoilt, torch.tensor([False, True, False, True])), patch_mean(conv, x[1::2]))
-
-
-def test_a_transposed_conv_that_is_given_its_output_size() -> None:
-    conv = nn.ConvTranspose2d(2, 3, 3, stride=2).to(F64)
-    x = torch.randn(4, 2, 5, 6, dtype=F64)
-    for size in ([11, 14], [12, 13]):
-        output_mean, _ = snapshot(conv, patch_mean(conv, x, output_size=size))
-        close(output_mean, conv(x, output_size=size).mean((0, 2, 3)))
+    close(channel_mean(nn.Linear(7, 5), x.masked_fill(~mask[..., None], math.nan), mask), x[mask].mean(0))
 
 
 def test_half_precision_inputs_are_added_up_in_float32() -> None:
     linear = nn.Linear(3, 2)
     x = torch.full((5000, 3), 1.0, dtype=torch.float16)
-    assert patch_mean(linear, x).dtype == torch.float32
-    close(patch_mean(linear, x), torch.ones(3), 1e-6)
+    assert channel_mean(linear, x).dtype == torch.float32
+    close(channel_mean(linear, x), torch.ones(3), 1e-6)
     conv = nn.Conv2d(1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        mean = patch_mean(conv, torch.full((1, 1, 257, 1), 1.001))
-    close(mean, torch.full((1, 1, 1), 1.001), 1e-6)
+        mean = channel_mean(conv, torch.full((1, 1, 257, 1), 1.001))
+    close(mean, torch.full((1,), 1.001), 1e-6)

@@ -64,11 +64,13 @@ OBJECTS = frozenset(
         "timm.models._features.FeatureInfo",
         "transformers.generation.configuration_utils.GenerationConfig",
         "normswap.layer.batchless_norm.Source",
-        "normswap.layer.coupling.Observer",
+        "normswap.layer.hooks.Before",
+        "normswap.layer.hooks.After",
     }
 )
-# The only hook that a file may contain: it records the input mean of a conv or linear layer for a coupled BatchlessNorm.
-HOOK = "normswap.layer.coupling.Observer"
+# The only hooks that a file may contain, by the attribute that holds them: those of a conv or linear that a BatchlessNorm is coupled to.
+HOOKS = {"_forward_pre_hooks": "normswap.layer.hooks.Before", "_forward_hooks": "normswap.layer.hooks.After"}
+FLAGS_OF_HOOKS = frozenset({"_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"})
 
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 STORAGES = frozenset(f"{cls.__module__}.{cls.__name__}" for cls in STORAGE_CLASSES)

@@ -24,8 +24,9 @@ from normswap.files.pickles.allowed import (
     CODE_CARRIERS,
     CONFIGS,
     DTYPES,
+    FLAGS_OF_HOOKS,
     FUNCTIONS,
-    HOOK,
+    HOOKS,
     OBJECTS,
     PLACES,
     STORAGES,
@@ -245,9 +246,9 @@ def _may_set(cls: type, key: str, value: Any) -> bool:
         return value is None or (isinstance(value, str) and value.isidentifier())
     if not issubclass(cls, nn.Module):
         return True
-    if key == "_forward_pre_hooks" and isinstance(value, Dict):
-        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path == HOOK for _, hook in value.pairs)
-    if key == "_forward_pre_hooks_with_kwargs" and isinstance(value, Dict):
+    if key in HOOKS and isinstance(value, Dict):
+        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path == HOOKS[key] for _, hook in value.pairs)
+    if key in FLAGS_OF_HOOKS and isinstance(value, Dict):
         return all(item is True for _, item in value.pairs)
     if "hook" in key or key == "_compiled_call_impl":
         return value is None or isinstance(value, bool) or _is_empty(value) or (isinstance(value, Call) and value.path == "builtins.set")

@@ -1,0 +1,405 @@
+r"""The pair: a conv or linear (the producer) and its norm, computed in train mode as one convolution with a scaled weight.
+
+    y = conv(x, k W) + shift          k = weight / std per filter, shift = bias + k (b - mean)          W, b: of the producer
+
+is what the two compute one after the other, without the norm's input, which is neither computed nor kept for backward. What the gradients
+need of it follows from the rest. g is the gradient that comes back to y:
+
+    z       the norm's normalized input, (y - bias) / weight
+    r       what is left of g:  weight r = weight f g + d z - slope z - level          f, d: `sample_limit`; slope, level: `gradient_trend`
+    G, h    the gradients of the convolution by k W and by shift, for r                P = <G, W> per filter
+
+    by W        k (G - h a) - k (P - h <W, a>) / |W|^2 W          what comes through k is in it, so that <W, dL/dW> = 0: see `coupling`
+    by weight   (P - h (mean - b)) / std, and what r lacks along z
+    by bias     the sum of g
+    by b        0, as mean moves with it
+
+Where a filter has fewer outputs than weights, the output of the convolution is scaled, and not the weight: the same with less to read.
+
+The trend and the limit need z for each output, but roughly: it is kept in 8 bits, in steps of 1/16 from -8 to 8. In float64 it is kept
+as it is.
+
+Source: weight normalization, arXiv:1602.07868, with the statistics of `coupling`; docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normswap.layer import coupling, formulas, sample_limit
+from normswap.layer.formulas import StdForm
+from normswap.layer.train_pass import signed
+
+STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
+
+
+class Call(NamedTuple):
+    """The arguments of a convolution besides its tensors. dims: the axes of its kernel, 0 for a linear."""
+
+    dims: int
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+
+
+class Settings(NamedTuple):
+    """The options of a pass.
+
+    share    what the gradients of the statistics are multiplied by          limits   whether samples are limited
+    apart    the norm's output for an output of the producer, as a function that autograd can differentiate twice
+    """
+
+    call: Call
+    form: StdForm
+    eps: float
+    share: float
+    limits: bool
+    apart: Callable[[Tensor], Tensor]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a pass, in the order in which autograd gets them. None for each that does not apply.
+
+    weight, producer_bias   of the producer            gamma, beta             of the norm
+    mean, parameter         of the norm's statistics   response, weight_norm   <W, a> and |W| per filter
+    scale                   of the loss; None for 1
+    """
+
+    x: Any
+    weight: Any
+    producer_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Any
+    parameter: Any
+    input_mean: Any
+    trend: Tensor | None
+    response: Any
+    weight_norm: Any
+    scale: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward besides its inputs.
+
+    k, mean            the scale per filter, and mean - b
+    z                  the normalized input, in 8 bits; None if nothing needs it
+    first, second      the sums of z and of z^2 per channel
+    by_...             the gradients of the statistics, for a loss scale of 1
+    factor, d_factor   of each sample, see `sample_limit`; None without a limit
+    of_samples         (the sums of z, those of z^2), each (samples, channels); None where no sample is limited
+    """
+
+    std: Any
+    k: Any
+    mean: Any
+    z: Any
+    first: Any
+    second: Any
+    by_mean: Any
+    by_parameter: Any
+    by_input_mean: Any
+    factor: Any
+    d_factor: Any
+    of_samples: Any
+
+
+INPUTS = len(Inputs._fields)
+
+
+class Pair(torch.autograd.Function):
+    """The pass of a pair: (y, the factor of each sample or None). Its inputs are the fields of `Inputs`, and `Settings`."""
+
+    @staticmethod
+    @signed
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        i, s = Inputs(*inputs[:INPUTS]), inputs[INPUTS]
+        dtype = i.x.dtype
+        std = formulas.std_of(i.parameter, s.form)
+        mean = i.mean if i.producer_bias is None else i.mean - i.producer_bias
+        k, shift = formulas.affine_of(mean, std, i.gamma, i.beta)
+        if _is_heavy(i.x, i.weight, s.call):
+            x = _convolution(i.x, i.weight.to(dtype), None, s.call)
+            y = torch.addcmul(_per_channel(shift, s.call), x, _per_channel(k, s.call)).to(dtype)
+            of_x = formulas.affine_of(mean, std, None, None)
+        else:
+            x = y = _convolution(i.x, (i.weight * _per_filter(k, i.weight, s.call)).to(dtype), shift.to(dtype), s.call)
+            of_x = _inverse(std, i.gamma, i.beta, torch.finfo(dtype).eps)
+        y, kept = _measured(y, x, of_x, (std, k, mean), i, s)
+        ctx.settings = s
+        ctx.save_for_backward(*i, *kept)
+        if kept.factor is not None:
+            ctx.mark_non_differentiable(kept.factor)
+        return y, kept.factor
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
+        i, kept, s = Inputs(*saved[:INPUTS]), Kept(*saved[INPUTS:]), ctx.settings
+        given = (kept.by_mean, kept.by_parameter, kept.by_input_mean)
+        given = given if i.scale is None else tuple(each * i.scale for each in given)
+        by = _by_inputs_twice(g, i, s) if torch.is_grad_enabled() else _by_inputs(g, i, kept, s, need_x=ctx.needs_input_grad[0])
+        return *by[:5], *given, by[5], None, None, None, None
+
+
+def _measured(
+    y: Tensor, x: Tensor, of_x: tuple[Tensor, Tensor], known: tuple[Tensor, Tensor, Tensor], i: Inputs, s: Settings
+) -> tuple[Tensor, Kept]:
+    """(y with its samples limited, what backward needs).
+
+    x: an output of the convolution, with z = alpha x + delta; of_x: (alpha, delta), 0 for a channel of which x does not tell z.
+    known: (std, k, mean - b)
+    """
+    (alpha, delta), call = of_x, s.call
+    std, dtype = known[0], known[0].dtype
+    flat = _flat(x, call)
+    samples, size = len(flat), flat.shape[2]
+    number = samples * size
+    # per sample and channel; a sum over the last axis and a norm over it are the fastest reductions on a CPU
+    sums = flat.sum(2, dtype=dtype), torch.linalg.vector_norm(flat, dim=2, dtype=dtype).square()
+    factor = d_factor = of_samples = None
+    if s.limits:
+        of_z = _sums_of_z(*sums, size, alpha, delta)
+        factor, d_factor = sample_limit.factors(of_z[1].sum(1), size * len(std))
+        if factor.device.type != "cpu" or bool((factor < 1).any()):  # to ask a GPU, the CPU would have to wait for it
+            of_samples = torch.stack(of_z)
+            centre = std.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
+            y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
+    first, second = _sums_of_z(sums[0].sum(0), sums[1].sum(0), number, alpha, delta)
+    inverse = 1 / max(number, 1)
+    seen = (alpha != 0) * min(number, 1)
+    f = (s.eps / std.square() - 1) * seen
+    by_parameter = formulas.times(torch.add(f, second, alpha=inverse) * (-s.share / 2), formulas.slope_of_log(i.parameter, s.form))
+    places = i.x.numel() // len(i.input_mean)
+    by_input_mean = torch.sub(i.input_mean * min(places, 1), _sums(i.x, call, dtype), alpha=1 / max(places, 1)) * s.share
+    z = None
+    if i.trend is not None or of_samples is not None:
+        if dtype == torch.float64:
+            z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha, call))
+        else:  # a conversion to an integer rounds down
+            delta = delta * STEPS + (ZERO + 0.5)
+            z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha * STEPS, call)).clamp_(0, 255).to(torch.uint8)
+    return y, Kept(*known, z, first, second, first * std * (-s.share * inverse), by_parameter, by_input_mean, factor, d_factor, of_samples)
+
+
+def _sums_of_z(first: Tensor, second: Tensor, number: int, alpha: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of z, sum of z^2) for z = alpha x + delta, from the sums of x and of x^2 over this number of elements."""
+    of_z = torch.addcmul(delta * number, first, alpha)
+    return of_z, torch.addcmul(delta * of_z, torch.addcmul(delta * first, second, alpha), alpha)
+
+
+def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -> tuple[Tensor | None, ...]:
+    """The gradients by x, W, b, weight, bias and trend, for the gradient g by y."""
+    call, std, k, x = s.call, kept.std, kept.k, i.x
+    gamma = torch.ones_like(std) if i.gamma is None else i.gamma
+    left = _left(g, gamma, i, kept, s)
+    w = i.weight.to(std.dtype)
+    if heavy := _is_heavy(x, i.weight, call):
+        h = _sums(left.r, call, std.dtype)
+        gx, G, _ = _by_convolution((left.r * _per_channel(k, call)).to(g.dtype), x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
+        kP, kh = _over_filters(G * w, call), k * h
+        P = torch.where(k == 0, 0, kP / k)
+    else:
+        weight = (i.weight * _per_filter(k, w, call)).to(x.dtype)
+        gx, G, h = _by_convolution(left.r, x, weight, call, need_x=need_x, need_h=True)
+        h = h.to(std.dtype)
+        P = _over_filters(G * w, call)
+        kP, kh = k * P, k * h
+    along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
+    radial = coupling.radial(kP, kh * i.response, std, i.weight_norm, s.eps)
+    centre = _per_filter(-kh, w, call) * _per_input(i.input_mean, w, call)
+    by_w = G.to(std.dtype).add_(centre) if heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
+    by_w = by_w.addcmul_(_per_filter(radial, w, call), w).to(i.weight.dtype)
+    by_trend = None if i.trend is None else left.of_limit - torch.stack([along, h]) * gamma
+    by_bias = None if i.producer_bias is None else torch.zeros_like(i.producer_bias)
+    by_gamma = None if i.gamma is None else along + left.by_gamma
+    return gx, by_w, by_bias, by_gamma, None if i.beta is None else _sums(g, call, std.dtype), by_trend
+
+
+def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, ...]:
+    """The same gradients, which autograd can differentiate again: those of the two layers one after the other."""
+    inputs = (i.x, i.weight, i.producer_bias, i.gamma, i.beta, i.trend)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    y = s.apart(_convolution(i.x, i.weight.to(i.x.dtype), i.producer_bias, s.call))
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+class Left(NamedTuple):
+    """What is left of the gradient g.
+
+    r           in the shape of g
+    by_gamma    what the gradient by weight has beyond the sum of r z
+    of_limit    (the sum of weight r z, that of weight r), each per channel, as far as they come through the factors of the samples
+    """
+
+    r: Tensor
+    by_gamma: Any
+    of_limit: Any
+
+
+def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
+    """What is left of g when the trend is taken out, and with what comes through the factors of the samples."""
+    if kept.z is None:
+        return Left(g, 0.0, 0.0)
+    call, dtype = s.call, kept.std.dtype
+    unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / STEPS, ZERO)
+    inverse = torch.where(gamma == 0, 0, 1 / gamma)
+    u = kept.z.to(g.dtype)  # z = (u - zero) unit
+    number = g.numel() // len(gamma)
+    trend = torch.zeros_like(kept.std).expand(2, -1) if i.trend is None else i.trend.view(2, -1)
+    part = s.share / max(number, 1)
+    slope, level = trend * (part if i.scale is None else i.scale * part)
+    by_gamma = torch.addcmul(level * kept.first, slope, kept.second) * inverse
+    slope, level = slope * -inverse, level * -inverse
+    if kept.of_samples is None:
+        slope, level = slope * unit, torch.sub(level, slope, alpha=zero * unit)
+        line = torch.addcmul(_per_channel(level, call), u, _per_channel(slope, call))
+        return Left(line.add_(g).to(g.dtype), by_gamma, 0.0)
+    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), _flat(g, call).sum(2, dtype=dtype), alpha=zero) * unit  # the sums of g z
+    d = (along @ gamma) * kept.d_factor
+    of_limit = torch.stack([d @ kept.of_samples[1], d @ kept.of_samples[0]])
+    by_gamma = by_gamma - of_limit[0] * inverse
+    slope = torch.addr(slope.expand(len(d), -1), d, inverse)
+    level = torch.sub(level, slope, alpha=zero * unit)
+    line = torch.addcmul(_per_both(level, g, call), u, _per_both(slope * unit, g, call))
+    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), by_gamma, of_limit)
+
+
+def _inverse(std: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(alpha, delta) with z = alpha y + delta; 0 for a channel whose weight is so small beside its bias that y does not tell z."""
+    ones = torch.ones_like(std)
+    gamma, beta = ones if gamma is None else gamma, torch.zeros_like(std) if beta is None else beta
+    alpha = torch.where(gamma.abs() > eps**0.5 * beta.abs(), ones / gamma, 0)
+    return alpha, -alpha * beta
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _flat(t: Tensor, call: Call) -> Tensor:
+    """An output or its gradient as (samples, channels, places). Each row of a linear's input is a sample."""
+    return t.flatten(2) if call.dims else t.reshape(-1, t.shape[-1], 1)
+
+
+def per_sample(v: Tensor, t: Tensor, call: Call) -> Tensor:
+    """One number per sample, shaped to broadcast against the output t."""
+    return v.view(-1, *(1,) * (t.dim() - 1)) if call.dims else v.view(*t.shape[:-1], 1)
+
+
+def _per_both(v: Tensor, t: Tensor, call: Call) -> Tensor:
+    """(samples, channels), shaped to broadcast against the output t."""
+    return v.view(*t.shape[:2], *(1,) * call.dims) if call.dims else v.view(t.shape)
+
+
+def _sums(t: Tensor, call: Call, dtype: torch.dtype) -> Tensor:
+    """The sum of t per channel."""
+    return t.flatten(2).sum(2, dtype=dtype).sum(0) if call.dims else t.reshape(-1, t.shape[-1]).sum(0, dtype=dtype)
+
+
+def _per_channel(v: Tensor, call: Call) -> Tensor:
+    """One number per output channel, shaped to broadcast against the output."""
+    return v.view(-1, *(1,) * call.dims) if call.dims else v
+
+
+def _per_filter(v: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """One number per output channel, shaped to broadcast against the weight."""
+    if call.transposed and call.groups > 1:
+        v = v.view(call.groups, 1, -1).expand(-1, weight.shape[0] // call.groups, -1)
+        return v.reshape(weight.shape[0], -1, *(1,) * call.dims)
+    return v.view(1, -1, *(1,) * call.dims) if call.transposed else v.view(-1, 1, *(1,) * call.dims)
+
+
+def _per_input(a: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """One number per input channel, shaped to broadcast against the weight."""
+    if not call.transposed and call.groups > 1:
+        a = a.view(call.groups, 1, -1).expand(-1, weight.shape[0] // call.groups, -1)
+        return a.reshape(weight.shape[0], -1, *(1,) * call.dims)
+    return a.view(-1, 1, *(1,) * call.dims) if call.transposed else a.view(1, -1, *(1,) * call.dims)
+
+
+def _over_filters(t: Tensor, call: Call) -> Tensor:
+    """The sum over each filter of a tensor with the weight's shape."""
+    if not call.transposed:
+        return t.sum(list(range(1, t.dim())))
+    return t.view(call.groups, -1, *t.shape[1:]).sum((1, *range(3, t.dim() + 1))).flatten()
+
+
+def _is_heavy(x: Tensor, weight: Tensor, call: Call) -> bool:
+    """Whether there are about fewer outputs than weights, per filter."""
+    places = x.numel() // max(x.shape[1] if call.dims else x.shape[-1], 1)
+    for stride in call.stride:
+        places = places * stride if call.transposed else places // stride
+    return places < weight.numel() // (weight.shape[1] * call.groups if call.transposed else weight.shape[0])
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------------------------
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    if call.dims == 0:
+        return F.linear(x, weight, bias)
+    _, stride, padding, dilation, transposed, output_padding, groups = call
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)  # type: ignore[no-any-return]
+
+
+def _by_convolution(g: Tensor, x: Tensor, weight: Tensor, call: Call, *, need_x: bool, need_h: bool) -> tuple[Any, Any, Any]:
+    """The gradients of a convolution by x, by the weight and by the bias."""
+    if call.dims == 0:
+        rows = g.reshape(-1, g.shape[-1])
+        return g @ weight if need_x else None, rows.t() @ x.reshape(-1, x.shape[-1]), rows.sum(0) if need_h else None
+    outputs = weight.shape[1] * call.groups if call.transposed else weight.shape[0]
+    found: tuple[Any, Any, Any] = torch.ops.aten.convolution_backward(g, x, weight, [outputs], *call[1:], [need_x, True, need_h])
+    return found
+
+
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+
+
+def call_of(function: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None, Call] | None:
+    """(x, weight, bias, the rest) of a call of a convolution or linear; None of another function."""
+    if function is F.linear:
+        return (*_bound({"input": None, "weight": None, "bias": None}, args, kwargs), Call(0))  # type: ignore[return-value]
+    named: dict[str, Any] = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0}
+    dims = CONVOLUTIONS.get(function, 0)
+    if dims:
+        x, weight, bias, stride, padding, dilation, groups = _bound({**named, "dilation": 1, "groups": 1}, args, kwargs)
+        dilation = _each(dilation, dims)
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            if any(t % 2 for t in total):
+                x, total = F.pad(x, [p for t in reversed(total) for p in (t // 2, t - t // 2)]), [0] * dims
+            padding = [t // 2 for t in total]
+        padding = _each(0 if padding == "valid" else padding, dims)
+        return x, weight, bias, Call(dims, _each(stride, dims), padding, dilation, False, (0,) * dims, groups)
+    dims = TRANSPOSED.get(function, 0)
+    if not dims:
+        return None
+    x, weight, bias, stride, padding, more, groups, dilation = _bound(
+        {**named, "output_padding": 0, "groups": 1, "dilation": 1}, args, kwargs
+    )
+    stride, padding, dilation = (_each(v, dims) for v in (stride, padding, dilation))
+    return x, weight, bias, Call(dims, stride, padding, dilation, True, _each(more, dims), groups)
+
+
+def _bound(defaults: dict[str, Any], args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+    return list({**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}.values())
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks at the model: an autograd.Function needs rules for these."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
