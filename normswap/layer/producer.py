@@ -70,7 +70,8 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
     """The input mean a: over samples and outputs, the mean of what each position of the kernel reads of the producer's input u.
 
     Which places a position of the kernel reads along one axis does not depend on the other axes. So u is summed over the samples and then
-    along one axis after the other, for each position over the places that it reads. Padding, stride and dilation are exact.
+    along one axis after the other, for each position over the places that it reads. Padding, stride and dilation are exact, but
+    for a subclass whose own code pads or changes its input: there u counts as it comes, with the padding that the attributes say.
 
     u: as the producer takes it, of any float dtype; mask: as `normswap.masked` takes it. The result is float32, or float64 if u is. For an
     empty u it is 0.
@@ -99,8 +100,9 @@ def patch_mean(producer: Any, u: Tensor, mask: Tensor | None = None, output_size
     else:
         flat = producer._reversed_padding_repeated_twice  # the last axis first
         padding = [(flat[2 * i], flat[2 * i + 1]) for i in reversed(range(dims))]
+        # At least one: a subclass whose code pads takes inputs that are smaller than its kernel.
         outputs = [
-            (size + before + after - d * (k - 1) - 1) // s + 1
+            max((size + before + after - d * (k - 1) - 1) // s + 1, 1)
             for size, (before, after), s, d, k in zip(sizes, padding, stride, dilation, kernel, strict=True)
         ]
     mode = producer.padding_mode
