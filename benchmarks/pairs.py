@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from benchmarks import coverage  # imports torchvision after the shim, which timm imports
-from benchmarks import timm_families
+from benchmarks import coverage, timm_families  # the first imports torchvision, which timm imports, after the shim
 from benchmarks.libraries import Case
 from normswap.api.convert import plan
 from normswap.swap.apply import swap
@@ -153,7 +152,7 @@ def summary(records: list[Record]) -> Record:
 
 def table(found: Record, records: list[Record]) -> list[str]:
     lines = [
-        "| families | measured | with such norms | norms swapped exactly | of these directly after a conv or linear | paired | share | wrongly |",
+        "| families | measured | with such norms | norms swapped exactly | right after a conv or linear | paired | share | wrongly |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|",
         f"| {found['families']} | {found['measured']} | {found['with such norms']} | {found['swaps']:,} | {found['direct']:,} "
         f"| {found['paired']:,} | {found['share']:.1%} | {found['wrong']} |",
@@ -171,8 +170,7 @@ def _by_kind(unpaired: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """The reasons with the names of layers taken out of the key, as one reason may be about many layers."""
     kinds: dict[str, tuple[str, list[str]]] = {}
     for reason, names in unpaired.items():
-        first, names_so_far = kinds.setdefault(reason.partition(", ")[2] or reason, (reason, []))
-        names_so_far.extend(names)
+        kinds.setdefault(reason.partition(", ")[2] or reason, (reason, []))[1].extend(names)
     return dict(kinds.values())
 
 
