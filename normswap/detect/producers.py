@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normswap.detect.super_calls import own_names
 from normswap.layer.producer import PRODUCERS, TRANSPOSED, groups_of
@@ -85,21 +86,31 @@ def why_unfit(module: nn.Module) -> str | None:
     """Why a conv or linear layer is no producer, whatever it will be seen to call, as a clause about it; None if nothing is against it."""
     if module._forward_hooks:
         return "which has forward hooks, and they may change its output"
-    if hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), Tensor):
+    weight = module._parameters.get("weight")
+    if hasattr(module, "parametrizations") or weight is None:
         return "whose weight is computed from other parameters"
     if "forward" in module.__dict__:
         return "whose forward is set on the object"
-    if tuple(module._parameters["weight"].shape) != _shape(module):  # type: ignore[union-attr]
-        return "whose weight does not have the shape that its class gives it"
-    return None if is_plain(module) else _why_not_in_training(type(module))
+    if is_plain(module):
+        return None
+    if is_lazy(weight) or not _as_built(module, weight):
+        return "whose weight and attributes are not those that its class gives it"
+    return _why_not_in_training(type(module))
 
 
-def _shape(module: Any) -> tuple[int, ...]:
-    if isinstance(module, nn.Linear):
-        return (module.out_features, module.in_features)
-    channels = (module.out_channels, module.in_channels)
-    first, second = channels[::-1] if isinstance(module, TRANSPOSED) else channels
-    return (first, second // module.groups, *module.kernel_size)
+def _as_built(module: Any, weight: Tensor) -> bool:
+    """Whether the attributes of a conv or linear layer are as torch's class sets them, and describe its weight."""
+    try:
+        if isinstance(module, nn.Linear):
+            return weight.shape == (module.out_features, module.in_features)
+        first, second = (
+            (module.in_channels, module.out_channels) if isinstance(module, TRANSPOSED) else (module.out_channels, module.in_channels)
+        )
+        expected = (first, second // module.groups, *module.kernel_size)
+        rank = weight.dim() - 2
+        return weight.shape == expected and all(len(each) == rank for each in (module.kernel_size, module.stride, module.dilation))
+    except (AttributeError, TypeError):  # an attribute is missing, or is one number
+        return False
 
 
 def _why_not_in_training(cls: type[nn.Module]) -> str | None:

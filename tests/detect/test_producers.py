@@ -239,6 +239,41 @@ def test_a_call_in_another_way_than_the_class_calls(backend: str) -> None:
         assert (swap.producer, swap.why_no_producer) == (None, UNLIKE.format(function))
 
 
+def _one_stride(layer: Any) -> None:
+    layer.stride = 1
+
+
+def _other_kernel(layer: Any) -> None:
+    layer.kernel_size = (2, 2)
+
+
+def _without_groups(layer: Any) -> None:
+    del layer.groups
+
+
+@BOTH
+@pytest.mark.parametrize("change", [_one_stride, _other_kernel, _without_groups])
+def test_attributes_that_do_not_describe_the_weight(change: Callable[[Any], None], backend: str) -> None:
+    layer = own(lambda s, x: F.conv2d(x, s.weight, s.bias))
+    assert [s.producer for s in planned(backend, layer).swaps] == ["own"]
+    change(layer)
+    (swap,) = planned(backend, layer).swaps
+    unlike = "its input is the output of own, whose weight and attributes are not those that its class gives it"
+    assert (swap.producer, swap.why_no_producer) == (None, unlike)
+
+
+class LazyOwn(nn.LazyConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+def test_a_lazy_layer_with_code_of_its_own() -> None:
+    model = nn.Sequential(LazyOwn(5, 3), nn.BatchNorm2d(5)).eval()
+    assert [s.producer for s in normswap.plan(model, X).swaps] == [None]
+    model(X)  # now it has weights,
+    assert [s.producer for s in normswap.plan(model, X).swaps] == ["0"]  # and is an ordinary Conv2d
+
+
 @BOTH
 def test_a_norm_inside_the_layer_is_not_paired_with_it(backend: str) -> None:
     """As in detectron2: the layer would hold the norm, and the norm the layer, a cycle that keeps unused copies of a model alive."""
