@@ -155,7 +155,7 @@ def table(found: Record, records: list[Record]) -> list[str]:
         "| families | measured | with such norms | norms swapped exactly | right after a conv or linear | paired | share | wrongly |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|",
         f"| {found['families']} | {found['measured']} | {found['with such norms']} | {found['swaps']:,} | {found['direct']:,} "
-        f"| {found['paired']:,} | {found['share']:.1%} | {found['wrong']} |",
+        f"| {found['paired']:,} | {found['share']:.2%} | {found['wrong']} |",
         "",
     ]
     rest = [
