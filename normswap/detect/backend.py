@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normswap.detect.calls import Hit
-from normswap.layer.producer import PRODUCERS
+from normswap.detect.producers import ELSEWHERE, Source, base_of, is_plain, why_unfit
 from normswap.models.copying import shared_parameters, unclear_names
-from normswap.models.torch_private import CONV_FORWARD
 
 
 @dataclass
@@ -21,7 +20,7 @@ class Seen:
     order: list[str | int] = field(default_factory=list)  # in execution order: names of norms (first call), numbers of hits
     calls: Counter[str] = field(default_factory=Counter)
     unclear: set[str] = field(default_factory=set)  # names of norms inside a module that was not traced into
-    producers: dict[str, str | None] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     hits: list[Hit] = field(default_factory=list)
     suspects: dict[str, None] = field(default_factory=dict)  # names of modules whose code scales by the root of a mean or variance
@@ -31,17 +30,25 @@ class Seen:
         if reader not in self.readers.setdefault(name, []):
             self.readers[name].append(reader)
 
-    def call(self, name: str, producer: str | None) -> None:
-        """Record a call of the norm `name`, whose input is the output of `producer` (None: of no single layer)."""
+    def call(self, name: str, source: Source = ELSEWHERE) -> None:
+        """Record a call of the norm `name`, whose input comes from `source`."""
         if name not in self.calls:
             self.order.append(name)
         self.calls[name] += 1
-        self.producers[name] = producer if self.calls[name] == 1 else None
+        self.sources[name] = source
 
-    def hit(self, owner: str, function: str, producer: str | None = None) -> int:
+    def source(self, name: str) -> Source:
+        """Where the input of the norm `name` comes from, if it is called once."""
+        if name in self.unclear:
+            return Source(None, "it is in a module whose code was not traced")
+        if (calls := self.calls[name]) == 1:
+            return self.sources[name]
+        return Source(None, f"it is called {calls} times in one forward pass" if calls else "no forward pass reaches it")
+
+    def hit(self, owner: str, function: str, source: Source = ELSEWHERE) -> int:
         """Record a normalization in the code of `owner`, and return the number of the hit."""
         self.order.append(len(self.hits))
-        self.hits.append(Hit(owner, function, producer))
+        self.hits.append(Hit(owner, function, source))
         return len(self.hits) - 1
 
 
@@ -66,6 +73,8 @@ class Names:
         self.norms = {key: module for key, module in self.listed.items() if decided[self.all[key][0]]}
         self.shared = shared_parameters(model)
         self.unclear = unclear_names(model)
+        # Why each conv or linear layer is no producer, or None: decided before a back-end adds hooks of its own or removes the user's.
+        self.unfit = {key: self._why_unfit(module) for key, module in self.modules.items() if base_of(module) is not None}
         # The running statistics: tensors that a norm has and its replacement does not.
         self.statistics = {
             id(tensor): module
@@ -78,14 +87,16 @@ class Names:
         """The first of its names, in the order of `named_modules`."""
         return self.all[id(module)][0]
 
-    def may_produce(self, module: nn.Module) -> bool:
-        """Whether the module is a conv or linear layer that returns exactly W x + b, with a W that no other module shares."""
-        cls = type(module)  # a subclass that only has another __init__, like torchvision's Conv3DSimple, computes the same as its base
-        base = next((b for b in PRODUCERS if isinstance(module, b)), None)
-        same = base is not None and all(getattr(cls, f, None) is getattr(base, f, None) for f in ("forward", CONV_FORWARD))
-        plain = same and "forward" not in module.__dict__ and not hasattr(module, "parametrizations")
-        own = not self.tied(module) and id(module) not in self.unclear
-        return plain and own and not module._forward_hooks and "weight" in module._parameters
+    def is_plain_producer(self, module: nn.Module) -> bool:
+        """Whether the module is a conv or linear layer that runs the code of torch's class and may be a producer."""
+        return is_plain(module) and self.unfit[id(module)] is None
+
+    def _why_unfit(self, module: nn.Module) -> str | None:
+        """Why a conv or linear layer of this model is no producer, as a clause about the layer; None if it may be one."""
+        if id(module) in self.unclear:
+            return f"which {self.unclear[id(module)]}"
+        tied = self.tied(module)
+        return f"which shares a parameter: {' and '.join(tied)} are one tensor" if tied else why_unfit(module)
 
     def tied(self, module: nn.Module) -> tuple[str, ...]:
         """All names of the first parameter of `module` that another module shares; empty if there is none."""

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from normswap.detect.functional import Found, Shapes
 from normswap.detect.handwritten import HAND_WRITTEN, find
+from normswap.detect.producers import ELSEWHERE, Source
 from normswap.detect.sites import Call, Forward, Site
 from normswap.detect.super_calls import under_super
 from normswap.errors import SwapError
@@ -28,14 +29,11 @@ from normswap.models.watching import Watcher
 
 @dataclass(frozen=True)
 class Hit:
-    """One call of a normalizing function, or one square root that may belong to a hand-written norm, seen in the code of `owner`.
-
-    producer: the conv or linear layer whose output goes only into this normalization, if there is one.
-    """
+    """One call of a normalizing function, or one square root that may belong to a hand-written norm, seen in the code of `owner`."""
 
     owner: str
     function: str
-    producer: str | None = None
+    source: Source = ELSEWHERE
 
 
 def call_sites(
@@ -149,12 +147,15 @@ def _sites(
         executed = [hit for number in numbers for hit in seen[number]]
         own = _free(owner, _prefix(call) + call.name, taken)
         first = min((i for i, _ in executed), default=hits[0][0] if hits else None)
+        several = Source(None, "it is not known to be called once in a forward pass")
+        source = executed[0][1].source if len(executed) == 1 else several
         site = Site(
             name=f"{name}.{own}" if name else own,
             aliases=tuple(f"{alias}.{own}" for alias in aliases),
             module=call.layer,
             calls=0 if idle else len(executed) or None,
-            producer=executed[0][1].producer if len(executed) == 1 else None,
+            producer=source.producer,
+            why_no_producer=source.why_not,
             function=call.function,
             call=Call(name, tuple(numbers), call.under) if call.layer is not None else None,
             obstacle=call.obstacle,
@@ -170,7 +171,17 @@ def _unreplaceable(owner: str, owner_class: str, hits: list[tuple[int, Hit]], wh
         if hit.function != HAND_WRITTEN:
             own = _free(nn.Module(), hit.function.rpartition(".")[2], taken)
             obstacle = f"is a call of {hit.function} in the code of {owner_class}, which cannot be rewritten because {why}; make it a layer"
-            sites.append((i, Site(f"{owner}.{own}" if owner else own, (), None, 1, (), (), hit.producer, hit.function, None, obstacle)))
+            site = Site(
+                name=f"{owner}.{own}" if owner else own,
+                aliases=(),
+                module=None,
+                calls=1,
+                producer=hit.source.producer,
+                why_no_producer=hit.source.why_not,
+                function=hit.function,
+                obstacle=obstacle,
+            )
+            sites.append((i, site))
     return sites
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from normswap.detect import functional
 from normswap.detect.handwritten import HAND_WRITTEN
 from normswap.detect.hazards import Contents, Hazard, Momentum, contents_of, contents_of_call, hazards_of
+from normswap.detect.producers import why_hooked
 from normswap.detect.sites import Forward, Plan, Site, Skip, Swap
 from normswap.errors import SwapError, described
 from normswap.models.copying import copy_for_running
@@ -40,6 +41,7 @@ class Facts:
     batches         how many batches the running statistics have seen (num_batches_tracked)
     dead_channels   channels whose running std is about 0, `zero_weights` those whose weight is; see `hazards.ABOUT_ZERO`
     folds_into      the conv or linear that feeds it alone, if a swap of it could be folded in there; else None, and `why_not_folded`
+    couples_to      the producer that a swap of it would be coupled to; else None, and `why_not_coupled`
     approximate     kept by an exact conversion, but swapped by an approximate one
     written_by      what overwrites its output in place: qualified names of modules, or functions
     unseen          why the watched forward pass shows no call of it, though the plan has calls; else None
@@ -59,6 +61,8 @@ class Facts:
     zero_weights: int | None = None
     folds_into: str | None = None
     why_not_folded: str | None = None
+    couples_to: str | None = None
+    why_not_coupled: str | None = None
     approximate: bool = False
     written_by: tuple[str, ...] = ()
     unseen: str | None = None
@@ -97,6 +101,7 @@ def _facts(model: nn.Module, decision: Swap | Skip, calls: _Calls | None, sample
     contents = calls.contents or (contents_of(site.module) if site.module is not None else Contents())
     shapes = tuple(dict.fromkeys(calls.shapes))
     into, why_not = _fold(model, decision, shapes)
+    alone = _why_not_coupled(model, decision, None if into is not None else why_not)
     return Facts(
         site.name,
         shapes=shapes,
@@ -109,6 +114,8 @@ def _facts(model: nn.Module, decision: Swap | Skip, calls: _Calls | None, sample
         zero_weights=contents.zero_weights,
         folds_into=into,
         why_not_folded=why_not,
+        couples_to=site.producer if alone is None else None,
+        why_not_coupled=alone,
         approximate=isinstance(decision, Swap) and decision.preserves == "approximate",
         written_by=tuple(calls.written_by),
         unseen=unseen,
@@ -143,6 +150,15 @@ def _fold(model: nn.Module, decision: Swap | Skip, shapes: Sequence[tuple[int, .
         None,
         f"its channels are not known to be those of {name}" if not shapes else f"its channels lie on another axis than those of {name}",
     )
+
+
+def _why_not_coupled(model: nn.Module, decision: Swap | Skip, why_not_folded: str | None) -> str | None:
+    """Why a swap of the norm would not be coupled to a producer, as far as the plan and the shapes tell; None if it would."""
+    if isinstance(decision, Skip):
+        return why_not_folded
+    if decision.producer is None:
+        return decision.why_no_producer
+    return why_hooked(decision.producer, model.get_submodule(decision.producer)) or why_not_folded
 
 
 def _space(producer: nn.Module) -> int:

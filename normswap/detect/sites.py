@@ -45,7 +45,8 @@ class Site:
     parents   the classes of the modules that hold it as a child
     readers   code that reads its tensors directly instead of calling it
     calls     how often one forward pass in eval mode executes it; None if no back-end could run or trace a forward pass
-    producer  the qualified name of the conv or linear layer whose output only this norm reads; None if there is none
+    producer  the qualified name of the conv or linear layer whose output only this norm reads; None if there is none, and then
+              `why_no_producer` says why, as a clause about the norm
     function  for a call, the dotted name of the function ("torch.nn.functional.batch_norm") or "hand-written"; None for a module
     call      for a call that has a layer, where it stands
     obstacle  why it cannot be swapped, whatever it computes: a call has no layer, or get_submodule cannot find the module; else None
@@ -63,6 +64,7 @@ class Site:
     call: Call | None = None
     obstacle: str | None = None
     tied: tuple[str, ...] = ()
+    why_no_producer: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,6 +131,10 @@ class Decision:
     def producer(self) -> str | None:
         return self.site.producer
 
+    @property
+    def why_no_producer(self) -> str | None:
+        return self.site.why_no_producer
+
 
 @dataclass(frozen=True)
 class Swap(Decision):
@@ -161,3 +167,8 @@ class Plan:
     skips: tuple[Skip, ...]
     backend: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def paired(self) -> int:
+        """How many of the swaps have a producer; `why_no_producer` of the others says why they have none."""
+        return sum(swap.producer is not None for swap in self.swaps)

@@ -59,7 +59,7 @@ class Answer:
     """Whether a layer can take the place of `super().forward` in one module.
 
     why_not      a clause about the module's code that follows "because"; None if a layer can
-    passes_on    whether, in every trial, super().forward got the module's own input
+    passes_on    whether, in every trial, super().forward got the values of the module's own input
     """
 
     why_not: str | None
@@ -74,11 +74,9 @@ def under_super(module: nn.Module) -> Answer:
     if isinstance(module, LazyModuleMixin) or hasattr(module, "parametrizations"):
         return Answer("it is lazy or parametrized")
     keeps = getattr(module, "running_mean", None) is not None
-    names = set[str]()
-    for function in _functions(type(module), base):
-        if not isinstance(function, types.FunctionType):
-            return Answer(f"its {getattr(function, '__name__', 'forward')} is no function of Python")
-        names |= _named_in(function.__code__)
+    names = own_names(type(module), base)
+    if names is None:
+        return Answer("its forward is no function of Python")
     reads = sorted(names & (_STATISTICS | _EVERYTHING | (frozenset() if keeps else _AFFINE)))
     if reads:
         return Answer(f"its code reads {_listed(reads)} itself")
@@ -90,6 +88,19 @@ def under_super(module: nn.Module) -> Answer:
 
 def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def own_names(cls: type, base: type) -> set[str] | None:
+    """Every attribute, global and string constant in the `forward` of a class derived from `base`, and in the methods that it may call.
+
+    Without those of `base` and its bases. None if such a forward is no function of Python, so that nobody knows.
+    """
+    names = set[str]()
+    for function in _functions(cls, base):
+        if not isinstance(function, types.FunctionType):
+            return None
+        names |= _named_in(function.__code__)
+    return names
 
 
 def _functions(cls: type, base: type) -> Iterator[Any]:
@@ -146,7 +157,7 @@ def _tried(module: nn.Module, base: type[nn.Module]) -> Answer:
                 mode = "train" if training else "eval"
                 return Answer(f"its code does not call super().forward in {mode} mode" + (" as it does in eval mode" if training else ""))
             taken = True
-            passes_on = passes_on and all(value is x for value in given)
+            passes_on = passes_on and all(torch.equal(value, x) for value in given)  # `forward` runs the module on a clone of x
     if not taken:
         return Answer("it takes none of the inputs that it was tried with")
     return Answer(None, passes_on)

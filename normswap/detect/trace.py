@@ -17,7 +17,6 @@ so code may read these.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -26,6 +25,7 @@ from torch import fx, nn
 from normswap.detect.backend import Names, Seen
 from normswap.detect.calls import call_sites, writes_its_own
 from normswap.detect.fx_backend import Tracer, see_graph
+from normswap.detect.producers import Source
 from normswap.detect.sites import Forward, Site, Trace
 from normswap.detect.walk_backend import Walk
 from normswap.errors import SwapError, described
@@ -65,7 +65,9 @@ def trace(model: nn.Module, forward: Callable[[], Forward | None], is_norm: IsNo
     elif isinstance(model, fx.GraphModule):
         return _result(names, see_graph(model, model.graph, names), "graph", notes, model, forward)
     if id(model) in names.norms:
-        return _result(names, Seen(order=[""], calls=Counter({"": 1})), "fx", notes, model, forward)
+        whole = Seen()
+        whole.call("")
+        return _result(names, whole, "fx", notes, model, forward)
     if names.unclear:
         pass
     elif "forward" in model.__dict__:
@@ -116,6 +118,7 @@ def _result(
         if key not in names.norms and seen is not None and first not in seen.unclear:
             idle += [first] if first not in owners else []
             continue  # the calls in its code are listed instead
+        source = Source(None, "no forward pass was seen") if seen is None else seen.source(first)
         found[first] = Site(
             name=first,
             aliases=tuple(aliases),
@@ -124,7 +127,8 @@ def _result(
             parents=tuple(type(parent) for parent in names.parents.get(key, ())),
             readers=(*(() if seen is None else seen.readers.get(first, ())), *_fast_paths(module, names.parents.get(key, ()))),
             tied=names.tied(module),
-            producer=None if seen is None else seen.producers.get(first),
+            producer=source.producer,
+            why_no_producer=source.why_not,
         )
     calls: dict[int, list[Site]] = {}
     if seen is not None and (seen.hits or seen.suspects or idle):

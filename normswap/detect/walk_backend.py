@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normswap.detect import functional
 from normswap.detect.backend import Names, Seen
 from normswap.detect.handwritten import ELEMENTWISE, HAND_WRITTEN, LENGTHS, REDUCTIONS, SCALES
+from normswap.detect.producers import ELSEWHERE, OTHER_INPUT, Product, product_of, source_of, why_holding, why_other, why_several
 from normswap.models.watching import Watcher, tensors_in
 
 
 @dataclass
 class _Output:
-    """The output of a conv or linear layer, and how often it was read."""
+    """The result of a call of a conv or linear function in the code of `maker`, and how often it was read.
+
+    why_not: why it is not the W x + b of `maker`, or `maker` no producer, as a clause about `maker`; else None.
+    """
 
     maker: nn.Module
+    why_not: str | None
     uses: int = 0
 
 
@@ -54,28 +59,29 @@ class Walk(Watcher):
     def __init__(self, model: nn.Module, names: Names) -> None:
         super().__init__(model, opaque=names.norms.keys())
         self.names, self.seen = names, Seen()
-        # computed before this pass puts its own hooks on the modules
-        self.candidates = {key for key, module in names.modules.items() if names.may_produce(module)}
-        self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}
-        self.weights = {id(p): key for key in self.candidates for p in names.modules[key].parameters(recurse=False)}
+        self.hooked = {key for key, module in names.norms.items() if module._forward_pre_hooks}  # before this pass puts its own hooks there
+        self.parameters = {id(p): key for key in names.unfit for p in names.modules[key].parameters(recurse=False)}
         self.outputs: MutableMapping[Tensor, _Output] = WeakTensorKeyDictionary()
         # tensors that depend on parameters and buffers alone: a weight that is standardised is not an activation
         self.fixed: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
         self.fixed.update(dict.fromkeys((*model.parameters(), *model.buffers())))
         self.roots: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # tensor -> _STATISTIC of activations, or _ROOT of one
-        self.module_calls: Counter[int] = Counter()
-        self.fed: dict[str | int, _Output] = {}  # name of a norm or number of a hit -> the producer's output that it reads
+        self.runs: Counter[int] = Counter()  # id of a module -> calls of a conv or linear function in its code
+        self.other_reads: Counter[int] = Counter()  # id of a conv or linear layer -> how often code reads a parameter of it besides
+        # name of a norm or number of a hit -> the result that it reads, and the norm or the module that calls it
+        self.fed: dict[str | int, tuple[_Output, nn.Module]] = {}
 
     def result(self, output: Any) -> Seen:
         """Everything that was seen. output: of the model; returning a tensor counts as a use of it."""
         self._use(output)
-        for place, given in self.fed.items():
-            if given.uses == 1 and self.module_calls[id(given.maker)] == 1:
-                producer = self.names.first(given.maker)
-                if isinstance(place, int):
-                    self.seen.hits[place] = dataclasses.replace(self.seen.hits[place], producer=producer)
-                elif self.seen.calls[place] == 1:
-                    self.seen.producers[place] = producer
+        for place, (given, reader) in self.fed.items():
+            maker = given.maker
+            several = why_several(self.runs[id(maker)], self.other_reads[id(maker)], given.uses)
+            source = source_of(self.names.first(maker), given.why_not or why_holding(maker, reader) or several)
+            if isinstance(place, int):
+                self.seen.hits[place] = dataclasses.replace(self.seen.hits[place], source=source)
+            else:
+                self.seen.sources[place] = source
         return self.seen
 
     def _use(self, value: Any) -> None:
@@ -83,22 +89,22 @@ class Walk(Watcher):
             if tensor in self.outputs:
                 self.outputs[tensor].uses += 1
 
-    def _feed(self, place: str | int, given: Any) -> None:
-        """Remember which producer's output, if any, a norm is called on. place: name of the norm, or number of the hit."""
+    def _feed(self, place: str | int, given: Any, reader: nn.Module) -> None:
+        """Remember the result of a conv or linear function, if any, that a norm is called on.
+
+        place: the name of the norm, or the number of the hit. reader: the norm, or the module that calls it.
+        """
         first = next(tensors_in(given), None)
         if first is not None and first in self.outputs:
-            self.fed[place] = self.outputs[first]
+            self.fed[place] = self.outputs[first], reader
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.module_calls[id(module)] += 1
         if id(module) in self.names.norms:
             self._use((args, kwargs))
-            self.seen.call(self.names.first(module), None)
-            self._feed(self.names.first(module), () if id(module) in self.hooked else (args, kwargs))
-
-    def left(self, module: nn.Module, output: Any) -> None:
-        if isinstance(output, Tensor) and id(module) in self.candidates:
-            self.outputs[output] = _Output(module)
+            hooked = id(module) in self.hooked
+            self.seen.call(self.names.first(module), OTHER_INPUT if hooked else ELSEWHERE)
+            if not hooked:
+                self._feed(self.names.first(module), (args, kwargs), module)
 
     def called(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = list(tensors_in((args, kwargs)))
@@ -106,12 +112,10 @@ class Walk(Watcher):
         for tensor in given:
             if id(tensor) in self.names.statistics:
                 self.seen.read(self.names.first(self.names.statistics[id(tensor)]), f"the forward of {owner or type(self.model).__name__}")
-            if id(tensor) in self.weights and (not self.stack or id(self.stack[-1]) != self.weights[id(tensor)]):
-                self.module_calls[self.weights[id(tensor)]] += 1  # code that reads the weight counts as a call, as in `see_graph`
         fixed = bool(given) and all(tensor in self.fixed for tensor in given)
         norm = functional.name_of(function)
         if norm and not fixed:
-            self._feed(self.seen.hit(owner, norm), (args, kwargs))
+            self._feed(self.seen.hit(owner, norm), (args, kwargs), self.stack[-1] if self.stack else self.model)
         elif not fixed and _may_be_root(function.__name__, args):
             self.seen.hit(owner, HAND_WRITTEN)
         result = function(*args, **kwargs)
@@ -121,7 +125,21 @@ class Walk(Watcher):
             self._suspect(owner, function.__name__, args, given, result)
         if result is None or function.__name__ in _VALUES or next(tensors_in(result), None) is not None:
             self._use(given)
+            # A function that returns its argument reads no values, as a cast to the same dtype, unless it writes in place.
+            if function.__name__.endswith("_") or not any(result is tensor for tensor in given):
+                self._multiply(product_of(function.__name__, args, kwargs), given, result)
         return result
+
+    def _multiply(self, product: Product | None, given: Sequence[Tensor], result: Any) -> None:
+        """Record a call of a conv or linear function, if `product` is one, and which layers' parameters the function reads otherwise."""
+        maker = self.stack[-1] if self.stack else self.model
+        if product is not None and isinstance(result, Tensor):
+            self.runs[id(maker)] += 1
+            why_not = why_other(maker, product)
+            self.outputs[result] = _Output(maker, self.names.unfit.get(id(maker)) or why_not)
+            if why_not is None:
+                given = [tensor for tensor in given if tensor is not product.weight and tensor is not product.bias]
+        self.other_reads.update(self.parameters[id(tensor)] for tensor in given if id(tensor) in self.parameters)
 
     def _suspect(self, owner: str, function: str, args: tuple[Any, ...], given: list[Tensor], result: Any) -> None:
         """Mark statistics of activations and their roots, and `owner` as a suspect if a root scales a tensor."""

@@ -76,14 +76,19 @@ class After(_Hook):
                 norm.run.record_input(channel_mean(producer, interception.x, norm.run.mask))
 
 
-def hooked(producer: nn.Module, norm: object) -> bool:
+def hooked(producer: nn.Module, norm: nn.Module) -> bool:
     """Whether hooks of others may see or change what passes between a producer and its norm."""
     ours = [hook for hook in producer._forward_hooks.values() if isinstance(hook, After)]
     if len(ours) != 1 or ours[0].norm is not norm:
         return True  # another norm is coupled to it, too
     of_producer = len(producer._forward_hooks) > 1, producer._backward_hooks, producer._backward_pre_hooks
-    of_norm = norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks  # type: ignore[attr-defined]
+    of_norm = norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
     return any(of_producer) or any(of_norm)
+
+
+def others(module: nn.Module) -> bool:
+    """Whether a module has forward hooks besides those of coupled norms."""
+    return any(not isinstance(hook, After) for hook in module._forward_hooks.values())
 
 
 def release(producer: nn.Module, norm: object = None) -> None:

@@ -369,7 +369,7 @@ TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_t
 def call_of(function: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None, Call] | None:
     """(x, weight, bias, the rest) of a call of a convolution or linear; None of another function."""
     if function is F.linear:
-        return (*_bound({"input": None, "weight": None, "bias": None}, args, kwargs), Call(0))  # type: ignore[return-value]
+        return (*_bound({"input": None, "weight": None, "bias": None}, args, kwargs), Call(0))
     named: dict[str, Any] = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0}
     dims = CONVOLUTIONS.get(function, 0)
     if dims:

@@ -95,6 +95,7 @@ class Report:
             "source": self.source,
             "plan": plan,
             "facts": self.facts,
+            "pairs": self.pairs,
             "parities": {name: parity_json(parity) for name, parity in self.parities.items()},
             "legs": comparisons_json(self.parities, self.not_run),
             "calibration": self.fits,
@@ -109,6 +110,7 @@ class Report:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *comparisons_summary(self.parities, self.not_run)]
         lines += [f"  {topic}: {line}" for topic, line in self.onnx_lines]
+        lines += self._pair_lines()
         approximate = sum(known.approximate for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
@@ -117,6 +119,25 @@ class Report:
         unseen = [(f"has an input of unknown shape: {known.unseen}", known.name) for known in self.facts if known.unseen]
         lines += [f"  note: {names} {text}" for text, names in by_text(unseen)]
         return text_of([*lines, *(f"  note: {note}" for note in self.plan.notes)])
+
+    @property
+    def pairs(self) -> dict[str, int] | None:
+        """How many swaps an inspection found that would be coupled to a producer; None if this is no inspection."""
+        if not self.facts:
+            return None
+        swapped = {swap.name for swap in self.plan.swaps}
+        coupled = sum(known.couples_to is not None for known in self.facts if known.name in swapped)
+        return {"paired": coupled, "swaps": len(swapped)}
+
+    def _pair_lines(self) -> list[str]:
+        """How many swaps would be coupled to a producer, and why the others would not."""
+        pairs = self.pairs
+        if pairs is None or not pairs["swaps"]:
+            return []
+        swapped = {swap.name for swap in self.plan.swaps}
+        why_not = [(known.why_not_coupled, known.name) for known in self.facts if known.name in swapped and known.why_not_coupled]
+        alone = [f"  not paired: {names.removesuffix(': each')}: {text}" for text, names in by_text(why_not)]
+        return [f"  paired: {pairs['paired']} of {pairs['swaps']} with the conv or linear layer before them, to train with it", *alone]
 
 
 class Row(NamedTuple):

@@ -52,4 +52,4 @@ def attributes(item: object, *names: str) -> dict[str, Any]:
 
 def site_json(decision: Swap | Skip) -> dict[str, Any]:
     """The site of a decision, as strict JSON."""
-    return {**attributes(decision, "name", "aliases", "kind", "calls", "producer"), "function": decision.site.function}
+    return {**attributes(decision, "name", "aliases", "kind", "calls", "producer", "why_no_producer"), "function": decision.site.function}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normswap.detect.producers import is_plain, why_hooked
 from normswap.detect.sites import Site, Swap
 from normswap.errors import described
 from normswap.layer import optimizer_step
@@ -27,7 +28,6 @@ from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm, Batchles
 from normswap.layer.formulas import Stats
 from normswap.layer.producer import channel_mean, inputs_of, outputs_of, rank
 from normswap.models.copying import copy_for_running
-from normswap.models.torch_private import HOOKS
 from normswap.models.watching import forward
 
 Coupling = Literal["auto", "none"]
@@ -118,14 +118,10 @@ def _why_not(s: Site, modules: Mapping[str, nn.Module]) -> str | None:
     if s.calls is not None and s.calls != 1:
         return f"is called {s.calls} times in one forward pass"
     if s.producer is None:
-        return (
-            "has no producer: its input is not the output of a conv or linear that is called once, has no forward hooks, has a weight that "
-            "is neither shared nor computed from others, and gives its output to this layer alone"
-        )
+        return f"has no producer: {s.why_no_producer or 'it is not known which layer computes its input'}"
     producer = modules[s.producer]
-    hooks = [name for name in HOOKS if name != "_is_full_backward_hook" and getattr(producer, name)]
-    if hooks:
-        return f"its producer {s.producer} has hooks, which may change what it computes"
+    if (hooked := why_hooked(s.producer, producer)) is not None:
+        return hooked
     outputs = outputs_of(producer)
     if layer.sizes != (outputs,) or layer.mean.shape != layer.sizes:
         return (
@@ -139,6 +135,8 @@ def _why_not_seen(seen: _Producer) -> str | None:
     """Why a layer cannot be coupled, by what a forward pass has shown."""
     if not seen.inputs:
         return f"a forward pass did not reach it and its producer {seen.name}"
+    if not seen.readable:
+        return f"its producer {seen.name} has code of its own, and is called with something else than the input of its class"
     if not seen.aligned:
         return f"its channels are not the outputs of its producer {seen.name} but another axis"
     return None
@@ -149,6 +147,7 @@ class _Producer:
     """What forward passes show of a producer and its norm.
 
     inputs       how many inputs of the producer were seen
+    readable     whether they were what its class takes, so that their mean is known
     aligned      whether the channels of the norm are the outputs of the producer
     closed_form  the mean of the input in closed form, or None
     total, size  the sum over the calibration data of the inputs' means times their sizes, and of the sizes
@@ -157,6 +156,7 @@ class _Producer:
     name: str
     module: nn.Module
     inputs: int = 0
+    readable: bool = True
     aligned: bool = True
     closed_form: Tensor | None = None
     total: Tensor | None = None
@@ -221,8 +221,11 @@ class _InputMeans:
         return None
 
     def _of_producer(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        u = args[0] if args else kwargs["input"]
+        u: Any = args[0] if args else kwargs.get("input")
         seen.inputs += 1
+        seen.readable &= is_plain(module) or (_is_input_of(module, u) and len(args) + len(kwargs) == 1)
+        if not seen.readable:
+            return
         if self.data:
             mean = channel_mean(module, u) * u.numel()
             seen.total = mean if seen.total is None else seen.total + mean
@@ -247,6 +250,14 @@ class _InputMeans:
             if isinstance(module, BatchlessNormAct):
                 known = replace(known, mean=module.act(_quantiles(mean, std)).mean(1), normal=None)
             self.known[id(output)] = known
+
+
+def _is_input_of(producer: nn.Module, u: object) -> bool:
+    """Whether u is a batch of inputs as the class of the producer takes them: (N, C, *places), or (..., C) of a linear."""
+    dims = rank(producer)
+    if not isinstance(u, Tensor) or not u.is_floating_point() or (u.dim() != dims + 2 if dims else u.dim() < 2):
+        return False
+    return int(u.shape[-1 - dims]) == inputs_of(producer)
 
 
 def _quantiles(mean: Tensor, std: Tensor) -> Tensor:

@@ -593,8 +593,9 @@ def test_the_table() -> None:
     assert cells(lines[0]) == ["site", "kind", "input", "batches", "momentum", "eps", "folds into", "what"]  # no column that says nothing
     assert cells(lines[2]) == ["1", "batch_norm", "1x16x8x8", "315", "0.1", "1e-05", "0", "would swap, exact"]
     assert lines[6] == "would swap 4 of 4 normalization layers"
-    assert lines[7] == f"  warning: 1, 4, 8 and 1 more: each {IN_PLACE.format('ReLU')}"
-    assert lines[8:] == [f"  warning: 13 {ONE_VALUE}"]
+    assert lines[7] == "  paired: 4 of 4 with the conv or linear layer before them, to train with it"
+    assert lines[8] == f"  warning: 1, 4, 8 and 1 more: each {IN_PLACE.format('ReLU')}"
+    assert lines[9:] == [f"  warning: 13 {ONE_VALUE}"]
 
 
 def test_the_table_of_kept_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,17 +138,6 @@ def test_a_conv_that_does_more_is_no_producer(change: Any, backend: str) -> None
     assert found.skips == ()  # a norm of a weight is no norm of the model
 
 
-class OwnConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
-@BOTH
-def test_a_subclass_is_no_producer(backend: str) -> None:
-    (site,) = planned(backend, lambda s, x: s.norm(s.own(x)), own=OwnConv(4, 5, 1)).swaps
-    assert site.producer is None
-
-
 # -- calls and order -----------------------------------------------------------------------------------------------------------
 
 

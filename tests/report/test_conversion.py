@@ -96,6 +96,8 @@ def test_a_column_that_says_nothing_is_left_out_and_a_reason_is_not_repeated() -
 def test_summary_of_an_inspection_groups_what_is_the_same() -> None:
     assert Report("model.pt", PLAN, facts=FACTS).summary().splitlines() == [
         "would swap 3 of 4 normalization layers",
+        "  paired: 1 of 3 with the conv or linear layer before them, to train with it",
+        "  not paired: body.norm, (the model): it is called twice",
         "  with --approximate --data DATA: would swap 1 more, approximately",
         "  warning: stem.norm, body.norm, (the model) and 1 more: each is not finite",
         "  warning: body.norm is called twice",
@@ -178,6 +180,7 @@ def test_json_holds_the_plan() -> None:
         "source",
         "plan",
         "facts",
+        "pairs",
         "parities",
         "legs",
         "calibration",
@@ -193,6 +196,7 @@ def test_json_holds_the_plan() -> None:
         "kind": "BatchNorm2d",
         "calls": 2,
         "producer": None,
+        "why_no_producer": None,
         "function": None,
         "preserves": "exact",
     }

@@ -90,9 +90,29 @@ TWICE, DEAD = Hazard("called_repeatedly", "is called twice"), Hazard("not_finite
 
 
 FACTS = (
-    known("stem.norm", DEAD, shapes=((2, 5, 7, 6),), batches=3, momentum=0.125, eps=1e-5, dead_channels=4, folds_into="stem.conv"),
-    known("body.norm", TWICE, DEAD, shapes=((2, 5, 7, 6), (3, 5, 1, 1)), batches=0, momentum="cumulative", eps=1e-3, zero_weights=1),
-    known("", DEAD, shapes=((2, 5),), eps=1.0, dead_channels=2, zero_weights=5),
+    known(
+        "stem.norm",
+        DEAD,
+        shapes=((2, 5, 7, 6),),
+        batches=3,
+        momentum=0.125,
+        eps=1e-5,
+        dead_channels=4,
+        folds_into="stem.conv",
+        couples_to="stem.conv",
+    ),
+    known(
+        "body.norm",
+        TWICE,
+        DEAD,
+        shapes=((2, 5, 7, 6), (3, 5, 1, 1)),
+        batches=0,
+        momentum="cumulative",
+        eps=1e-3,
+        zero_weights=1,
+        why_not_coupled="it is called twice",
+    ),
+    known("", DEAD, shapes=((2, 5),), eps=1.0, dead_channels=2, zero_weights=5, why_not_coupled="it is called twice"),
     known("head.norm", DEAD, approximate=True, unseen="no inputs are known"),
 )
 
