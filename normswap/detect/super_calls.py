@@ -33,7 +33,6 @@ from normswap.detect.functional import FUNCTIONS
 from normswap.errors import described
 from normswap.models.own_code import TENSORS, as_base, base_of, over_layer
 from normswap.models.torch_private import tree_leaves
-from normswap.models.watching import forward
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _AFFINE = frozenset({"weight", "bias"})
@@ -179,10 +178,13 @@ def _like(layer: nn.Module) -> Tensor:
 
 
 def _run(module: nn.Module, x: Tensor) -> list[Any] | None:
-    with warnings.catch_warnings():
+    """The tensors that a module returns for x itself, not for a clone: it is seen whether x reaches the norm. None if it fails."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)
         try:
-            return tree_leaves(forward(module, (x,), {}, seed=0))
+            return tree_leaves(module(x))
         except Exception:  # the user's code may raise anything
             return None
 
