@@ -349,30 +349,34 @@ class BatchlessNorm(nn.Module):
         return None if frozen or not self.training else self.producer
 
     def fuses(self, producer: nn.Module) -> bool:
-        """Whether this call of the producer is computed together with this layer, as a `pair`: where it trains.
+        """Whether this call of the producer is computed together with this layer, as a `pair`: in train mode.
 
         Not where something looks at what is between the two, or transforms it, nor in compiled graphs, whose compiler joins them itself.
+        It does not matter whether there are gradients: a checkpoint runs a part of a model once without and once with them.
         """
         if torch.compiler.is_compiling() or self.aux != "auto" or self.stats != "natural" or self.run.mask is not None:
             return False
-        if producer is not self.producer_in_training or not producer.training or not torch.is_grad_enabled():
+        if producer is not self.producer_in_training or not producer.training:
             return False
         if pair.is_transformed() or hooks.hooked(producer, self):
             return False
         return not is_part(cast(Tensor, producer.weight)) and not is_part(self.mean)
 
-    def paired(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: pair.Call) -> Tensor:
-        """The output of this layer, computed together with its producer. weight, bias: of the producer, whose input is x."""
+    def paired(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: pair.Call, seen: Tensor) -> Tensor:
+        """The output of this layer, computed together with its producer. weight, bias: of the producer, whose call reads x.
+
+        seen: the mean of the producer's input, which may not be padded as x is.
+        """
         check_precision(self.mean)
-        products = self.products()
-        inputs = pair.Inputs(
-            x, weight, bias, self.weight, self.bias, self.mean, self.std_parameter, self.input_mean, self.trend, *products, self.run.scale
-        )
+        own = self.weight, self.bias, self.mean, self.std_parameter, self.input_mean
+        trend = self.trend if torch.is_grad_enabled() else None
+        inputs = pair.Inputs(x, weight, bias, *own, trend, *self.products(), seen, self.run.scale)
         settings = pair.Settings(call, self.std, self._eps, self._settings().share, self._limits, self._apart_from)
         y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
         self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
         self.run.mark_pending()
-        watch_passes(self)
+        if torch.is_grad_enabled():
+            watch_passes(self)
         return cast(Tensor, y)
 
     def _apart_from(self, x: Tensor) -> Tensor:

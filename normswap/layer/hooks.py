@@ -119,7 +119,8 @@ class Interception(TorchFunctionMode):
             x = x.to(torch.get_autocast_dtype(device))
         single = call.dims > 0 and x.dim() == call.dims + 1  # one sample, without an axis for samples
         with torch.autocast(device, enabled=False):
-            y: Tensor = self.norm.paired(x[None] if single else x, weight, bias, call)
+            seen = channel_mean(self.producer, self.x)
+            y: Tensor = self.norm.paired(x[None] if single else x, weight, bias, call, seen)
         y = y[0] if single else y
         self.computed = True
         self.norm.run.record_pair(y)

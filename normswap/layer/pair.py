@@ -71,6 +71,7 @@ class Inputs(NamedTuple):
 
     weight, producer_bias   of the producer            gamma, beta             of the norm
     mean, parameter         of the norm's statistics   response, weight_norm   <W, a> and |W| per filter
+    seen                    the mean of the producer's input in this pass
     scale                   of the loss; None for 1
     """
 
@@ -85,6 +86,7 @@ class Inputs(NamedTuple):
     trend: Tensor | None
     response: Any
     weight_norm: Any
+    seen: Any
     scale: Tensor | None
 
 
@@ -133,7 +135,7 @@ class Pair(torch.autograd.Function):
             of_x = formulas.affine_of(mean, std, None, None)
         else:
             x = y = _convolution(i.x, (i.weight * _per_filter(k, i.weight, s.call)).to(dtype), shift.to(dtype), s.call)
-            of_x = _inverse(std, i.gamma, i.beta, torch.finfo(dtype).eps)
+            of_x = _inverse(std, i.gamma, i.beta, dtype)
         y, kept = _measured(y, x, of_x, (std, k, mean), i, s)
         ctx.settings = s
         ctx.save_for_backward(*i, *kept)
@@ -148,7 +150,7 @@ class Pair(torch.autograd.Function):
         given = (kept.by_mean, kept.by_parameter, kept.by_input_mean)
         given = given if i.scale is None else tuple(each * i.scale for each in given)
         by = _by_inputs_twice(g, i, s) if torch.is_grad_enabled() else _by_inputs(g, i, kept, s, need_x=ctx.needs_input_grad[0])
-        return *by[:5], *given, by[5], None, None, None, None
+        return *by[:5], *given, by[5], *(None,) * 5
 
 
 def _measured(
@@ -179,8 +181,7 @@ def _measured(
     seen = (alpha != 0) * min(number, 1)
     f = (s.eps / std.square() - 1) * seen
     by_parameter = formulas.times(torch.add(f, second, alpha=inverse) * (-s.share / 2), formulas.slope_of_log(i.parameter, s.form))
-    places = i.x.numel() // len(i.input_mean)
-    by_input_mean = torch.sub(i.input_mean * min(places, 1), _sums(i.x, call, dtype), alpha=1 / max(places, 1)) * s.share
+    by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), s.share * min(number, 1))
     z = None
     if i.trend is not None or of_samples is not None:
         if dtype == torch.float64:
@@ -275,11 +276,15 @@ def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
     return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), by_gamma, of_limit)
 
 
-def _inverse(std: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(alpha, delta) with z = alpha y + delta; 0 for a channel whose weight is so small beside its bias that y does not tell z."""
+def _inverse(std: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(alpha, delta) with z = alpha y + delta; 0 for a channel whose weight is so small beside its bias that y does not tell z.
+
+    dtype: of y. Its rounding is at most half a unit of z, and that of the sums of y^2 less than <z^2>.
+    """
+    least = max(2 * torch.finfo(dtype).eps, torch.finfo(std.dtype).eps ** 0.5)
     ones = torch.ones_like(std)
     gamma, beta = ones if gamma is None else gamma, torch.zeros_like(std) if beta is None else beta
-    alpha = torch.where(gamma.abs() > eps**0.5 * beta.abs(), ones / gamma, 0)
+    alpha = torch.where(gamma.abs() > least * beta.abs(), ones / gamma, 0)
     return alpha, -alpha * beta
 
 

@@ -87,6 +87,7 @@ def channel_mean(producer: Any, u: Tensor, mask: Tensor | None = None) -> Tensor
         mask = mask if known == mask.dim() else mask.flatten(known).any(-1)
         mask = mask.view(*mask.shape, *(1,) * (u.dim() - mask.dim())).expand(*u.shape[:-1], 1)
         return torch.where(mask, u, 0).flatten(0, -2).sum(0, dtype=dtype) / mask.sum().clamp(min=1)
-    others = [axis for axis in range(u.dim()) if axis != channel]
-    total = u.sum(others, dtype=dtype) if others else u.to(dtype)
+    # A sum over the last axis and then one over the first are the fastest on a CPU.
+    behind = u.flatten(channel + 1).sum(-1, dtype=dtype) if channel < u.dim() - 1 else u
+    total = behind.flatten(0, -2).sum(0, dtype=dtype) if behind.dim() > 1 else behind.to(dtype)
     return total / max(u.numel() // max(u.shape[channel], 1), 1)
