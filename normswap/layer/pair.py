@@ -171,12 +171,15 @@ def _measured(
     factor = d_factor = of_samples = None
     if s.limits:
         of_z = _sums_of_z(*sums, size, alpha, delta)
-        factor, d_factor = sample_limit.factors(of_z[1].sum(1), size * len(std))
+        square = of_z[1].sum(1) / max(size * len(std), 1)
+        factor = sample_limit.factor_of(square)
         if factor.device.type != "cpu" or bool((factor < 1).any()):  # to ask a GPU, the CPU would have to wait for it
-            of_samples = torch.stack(of_z)
+            of_samples, d_factor = torch.stack(of_z), sample_limit.d_factor_of(square, factor, size * len(std))
             centre = std.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
             y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
-    first, second = _sums_of_z(sums[0].sum(0), sums[1].sum(0), number, alpha, delta)
+        first, second = of_z[0].sum(0), of_z[1].sum(0)
+    else:
+        first, second = _sums_of_z(sums[0].sum(0), sums[1].sum(0), number, alpha, delta)
     inverse = 1 / max(number, 1)
     seen = (alpha != 0) * min(number, 1)
     f = (s.eps / std.square() - 1) * seen

@@ -57,18 +57,19 @@ def limit(x: Tensor, mean: Tensor, std: Tensor, samples: Sequence[int], counted:
         number = number * math.prod([x.shape[axis] for axis in samples])
     size = formulas.at_least_one(size)
     square = formulas.over(second / std.square(), others) / size  # <z^2>
-    large = square.clamp(min=LIMIT**2)
-    factor = LIMIT * large.rsqrt()
-    d_factor = (square > LIMIT**2) * factor / (large * -size)
+    factor = factor_of(square)
+    d_factor = d_factor_of(square, factor, size)
     return Limit(factor, d_factor, first, second), (formulas.over(first, samples), formulas.over(second, samples), number)
 
 
-def factors(squares: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(f, d_factor) of each sample, from the sum of z^2 over its `size` numbers."""
-    square = squares / max(size, 1)
-    large = square.clamp(min=LIMIT**2)
-    factor = LIMIT * large.rsqrt()
-    return factor, (square > LIMIT**2) * factor / (large * -max(size, 1))
+def factor_of(square: Tensor) -> Tensor:
+    """f = LIMIT / sqrt(<z^2>) where that is below 1, of each sample, from its <z^2>."""
+    return LIMIT * square.clamp(min=LIMIT**2).rsqrt()
+
+
+def d_factor_of(square: Tensor, factor: Tensor, size: Tensor | int) -> Tensor:
+    """The derivative of f by z, over z: -f / (<z^2> size) where f is below 1. size: how many numbers a sample has."""
+    return (square > LIMIT**2) * factor / (square.clamp(min=LIMIT**2) * -formulas.at_least_one(size))
 
 
 def gradients(by_factor: Tensor, limit: Limit, std: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
