@@ -18,11 +18,11 @@ import tempfile
 from pathlib import Path
 
 MODELS = ("torchvision:resnet50", "torchvision:efficientnet_b0", "timm:vit_tiny_patch16_224")
-SHIM = Path(__file__).resolve().parent.parent / "tests"
+SHIM = Path(__file__).resolve().parent.parent / "tests" / "support"
 START = f"import sys; sys.path.insert(0, {str(SHIM)!r}); import torchvision_shim\n"
 EXPORT = """
 import onnxruntime, torch, warnings
-from normswap.load import build
+from normswap.files.build import build
 warnings.simplefilter("ignore")
 model = build(sys.argv[1]).eval()
 x = torch.randn(1, 3, 224, 224)

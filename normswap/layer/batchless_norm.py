@@ -18,7 +18,7 @@ from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Misfit, Reduct
 from normswap.layer.fsdp import is_part
 from normswap.layer.gradient_trend import TrendTerm
 from normswap.layer.producer import filters, groups_of, inputs_of, outputs_of, response
-from normswap.layer.run import Run, Term, check_precision, records_term, refuse_replicas, watch_passes
+from normswap.layer.run import Run, Term, check_precision, place_of, records_term, refuse_replicas, watch_passes
 from normswap.layer.sample_limit import Limit
 from normswap.layer.train_pass import Given
 
@@ -485,7 +485,7 @@ class BatchlessNorm(nn.Module):
         """(<W, a>, |W|) per filter of the producer, computed again only if W or a has changed."""
         producer, input_mean = self._producer[0], cast(Tensor, self.input_mean)
         weight = cast(Tensor, producer.weight)
-        of_weight, of_mean = (weight._version, weight.data_ptr(), weight.device), (input_mean._version, input_mean.data_ptr())
+        of_weight, of_mean = (weight._version, place_of(weight)), (input_mean._version, place_of(input_mean))
         known = self.run.products
         if known is None or known[0] != (of_weight, of_mean) or is_part(weight):
             rows = filters(producer, input_mean.dtype)

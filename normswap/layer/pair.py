@@ -14,10 +14,10 @@ need of it follows from the rest. g is the gradient that comes back to y:
     by bias     the sum of g
     by b        0, as mean moves with it
 
-Where a filter has fewer outputs than weights, the output of the convolution is scaled, and not the weight: the same with less to read.
+Where a filter has far fewer outputs than weights, the output of the convolution is scaled, and not the weight: the same with less to read.
 
-The trend and the limit need z for each output, but roughly: it is kept in 8 bits, in steps of 1/16 from -8 to 8. In float64 it is kept
-as it is.
+The trend and the limit need z for each output, but roughly: it is kept in 8 bits, in steps of 1/16 from -8 to 8. In float64, and where there
+are far fewer outputs than weights, it is kept as it is.
 
 Source: weight normalization, arXiv:1602.07868, with the statistics of `coupling`; docs/method.md.
 """
@@ -173,7 +173,8 @@ def _measured(
         of_z = _sums_of_z(*sums, size, alpha, delta)
         square = of_z[1].sum(1) / max(size * len(std), 1)
         factor = sample_limit.factor_of(square)
-        if factor.device.type != "cpu" or bool((factor < 1).any()):  # to ask a GPU, the CPU would have to wait for it
+        # A GPU is not asked, as the CPU would have to wait for it; nor a tensor without content, as FakeTensor is.
+        if factor.device.type != "cpu" or type(factor) is not Tensor or bool((factor < 1).any()):
             of_samples, d_factor = torch.stack(of_z), sample_limit.d_factor_of(square, factor, size * len(std))
             centre = std.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
             y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
@@ -185,9 +186,9 @@ def _measured(
     f = (s.eps / std.square() - 1) * seen
     by_parameter = formulas.times(torch.add(f, second, alpha=inverse) * (-s.share / 2), formulas.slope_of_log(i.parameter, s.form))
     by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), s.share * min(number, 1))
-    z = None
-    if i.trend is not None or of_samples is not None:
-        if dtype == torch.float64:
+    z, heavy = None, _is_heavy(i.x, i.weight, call)
+    if i.trend is not None or of_samples is not None or heavy:
+        if dtype == torch.float64 or heavy:
             z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha, call))
         else:  # a conversion to an integer rounds down
             delta = delta * STEPS + (ZERO + 0.5)
@@ -210,15 +211,15 @@ def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -
     if heavy := _is_heavy(x, i.weight, call):
         h = _sums(left.r, call, std.dtype)
         gx, G, _ = _by_convolution((left.r * _per_channel(k, call)).to(g.dtype), x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
-        kP, kh = _over_filters(G * w, call), k * h
-        P = torch.where(k == 0, 0, kP / k)
+        along = _sums(left.r * kept.z, call, std.dtype)
+        P = torch.addcmul(kept.mean * h, along, std)
     else:
         weight = (i.weight * _per_filter(k, w, call)).to(x.dtype)
         gx, G, h = _by_convolution(left.r, x, weight, call, need_x=need_x, need_h=True)
         h = h.to(std.dtype)
         P = _over_filters(G * w, call)
-        kP, kh = k * P, k * h
-    along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
+        along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
+    kP, kh = k * P, k * h
     radial = coupling.radial(kP, kh * i.response, std, i.weight_norm, s.eps)
     centre = _per_filter(-kh, w, call) * _per_input(i.input_mean, w, call)
     by_w = G.to(std.dtype).add_(centre) if heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
@@ -253,7 +254,7 @@ class Left(NamedTuple):
 
 def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
     """What is left of g when the trend is taken out, and with what comes through the factors of the samples."""
-    if kept.z is None:
+    if i.trend is None and kept.of_samples is None:
         return Left(g, 0.0, 0.0)
     call, dtype = s.call, kept.std.dtype
     unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / STEPS, ZERO)
@@ -343,11 +344,11 @@ def _over_filters(t: Tensor, call: Call) -> Tensor:
 
 
 def _is_heavy(x: Tensor, weight: Tensor, call: Call) -> bool:
-    """Whether there are about fewer outputs than weights, per filter."""
+    """Whether there are far fewer outputs than weights, per filter."""
     places = x.numel() // max(x.shape[1] if call.dims else x.shape[-1], 1)
     for stride in call.stride:
         places = places * stride if call.transposed else places // stride
-    return places < weight.numel() // (weight.shape[1] * call.groups if call.transposed else weight.shape[0])
+    return 8 * places < weight.numel() // (weight.shape[1] * call.groups if call.transposed else weight.shape[0])
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Run(Forward):
     def record_pair(self, output: Tensor) -> None:
         """Record a call of the producer that was computed with the norm as a pair."""
         here = self.here
-        here.input_mean, here.pair, here.fresh = None, _place(output), True
+        here.input_mean, here.pair, here.fresh = None, place_of(output), True
         self.latest = None if here is self else here
 
     def take_pair(self, x: Tensor, producer: nn.Module) -> bool:
@@ -146,7 +146,7 @@ class Run(Forward):
             return False
         if not here.fresh and not again:
             raise not_called(producer)
-        if here.fresh and _place(x) != here.pair:
+        if here.fresh and place_of(x) != here.pair:
             raise UsageError(
                 f"what a BatchlessNorm normalizes is not the output of the {type(producer).__name__} that it is coupled to",
                 hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
@@ -194,7 +194,7 @@ class Run(Forward):
         return found[0]
 
 
-def _place(t: Tensor) -> int:
+def place_of(t: Tensor) -> int:
     """What tells the memory of one tensor from that of another that exists at the same time."""
     return int(t.untyped_storage()._cdata)
 
