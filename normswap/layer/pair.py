@@ -16,8 +16,8 @@ need of it follows from the rest. g is the gradient that comes back to y:
 
 Where a filter has far fewer outputs than weights, the output of the convolution is scaled, and not the weight: the same with less to read.
 
-The trend and the limit need z for each output, but roughly: it is kept in 8 bits, in steps of 1/16 from -8 to 8. In float64, and where there
-are far fewer outputs than weights, it is kept as it is.
+The trend and the limit need z for each output, but roughly: it is kept in 8 bits, in steps of 1/16 from -8 to 8. It is kept as it is in
+float64, and where there are far fewer outputs than weights.
 
 Source: weight normalization, arXiv:1602.07868, with the statistics of `coupling`; docs/method.md.
 """
