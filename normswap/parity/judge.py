@@ -59,6 +59,7 @@ from normswap.errors import NormswapError, UsageError, described
 from normswap.models.copying import copy_for_running
 from normswap.parity.comparison import Findings, LimitOf, compare_at
 from normswap.parity.limits import SCALE_SHARE, Limit, Precision, coarsest
+from normswap.parity.measure import largest
 from normswap.parity.noise import baseline_of, precision_limit
 from normswap.parity.probes import Probe, Runner, probes
 from normswap.parity.reference import Judgement, Key, Reference, Tensors, Truth, keyed, truth_of
@@ -158,9 +159,7 @@ def _reach(found: Iterable[Tensors]) -> dict[tuple[str, bool], float]:
     reach: dict[tuple[str, bool], float] = {}
     for values in found:
         for key, value in values.items():
-            size = (value if value.is_complex() else value.double()).abs()
-            finite = size[size.isfinite()]
-            reach[key.name, key.site] = max(reach.get((key.name, key.site), 0.0), finite.max().item() if finite.numel() else 0.0)
+            reach[key.name, key.site] = max(reach.get((key.name, key.site), 0.0), largest(value))
     return reach
 
 
@@ -219,8 +218,8 @@ def compare(
             findings.failure = f"the candidate raised {described(error)}"
     if findings.failure is None and tolerance is None:
         look_again(judgement, candidate, findings, noise_runner)
-        if isinstance(candidate, Path) and judgement.float64:
-            look_at_unjudged(judgement, candidate, findings)
+        if judgement.float64:
+            look_at_unjudged(judgement, candidate, findings, noise_runner)
     return verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
 
 

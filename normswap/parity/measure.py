@@ -61,6 +61,13 @@ def distance(tensor: Tensor | None, other: Tensor, scale_floor: float = 0.0) -> 
     return math.inf if found.non_finite else 0.0 if math.isnan(found.max_rel) else found.max_rel
 
 
+def largest(tensor: Tensor) -> float:
+    """The largest finite absolute value of a tensor; 0 if there is none."""
+    size = (tensor if tensor.is_complex() else tensor.double()).abs()
+    finite = size[size.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
+
+
 def equal(a: Tensor, b: Tensor) -> Tensor:
     """Whether elements are equal, as a mask; NaN equals NaN."""
     return (a == b) | (a.isnan() & b.isnan())
