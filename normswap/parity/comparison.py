@@ -26,7 +26,7 @@ class Findings:
     precision  rows in its own dtype, or in a runtime, which decide whether it is as precise
     failure    why the comparison as a whole failed, or None
     notes      what could not be compared, and why
-    undecidable  names of outputs that the reference itself leaves to rounding, even in float64, and against which nothing was found
+    undecidable  names of outputs that no row decides, and of which float64 has shown no more than rounding explains
     passes     number of forward passes
     """
 

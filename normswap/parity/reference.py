@@ -57,6 +57,11 @@ class Truth:
     overflow: Tensor | None = None
     unjudged: str | None = None
 
+    @functools.cached_property
+    def scale(self) -> float:
+        """What an error is relative to."""
+        return max(largest(self.value), self.scale_floor)
+
     @property
     def is_rounded(self) -> bool:
         """Whether rounding can change it: it is floating or complex, not of integers or booleans."""

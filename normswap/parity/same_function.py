@@ -54,7 +54,8 @@ def rows_of_file(judgement: Judgement, path: Path) -> tuple[Rows, int]:
     passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, judgement.reference.tensors)
     for key in failing:
         row, undecided = rows[key], precision.undecided(rounding.get(key, 0.0), "file")
-        if undecided is not None and not row.passed and not row.non_finite:
+        # A choice, too, moves an output by a few times its size at most.
+        if undecided is not None and not row.passed and not row.non_finite and row.max_rel <= NOISE_FACTOR * max(rounding[key], 1.0):
             rows[key] = replace(row, tolerance=NOISE_FACTOR * rounding[key], unjudged=undecided)
     return rows, passes + 2 * len(judgement.probes)
 
@@ -73,7 +74,7 @@ def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], sha
     """Set the limits of failing rows to the effect of rounding; return the forward passes. If rounding decides what the reference returns,
     the row decides nothing.
 
-    rounding: for each failing row, how far the candidate moves if its numbers are rounded otherwise. shared: as for `choices`.
+    rounding: for each failing row, how far the candidate moves if its numbers are rounded otherwise. shared: as for `_choices`.
     """
     precision = judgement.precision
     for key, moved in rounding.items():
@@ -82,7 +83,7 @@ def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], sha
     failing = {key: rows[key] for key in rounding if not rows[key].passed}
     if not failing or not judgement.float64:
         return 0
-    choice, passes = choices(judgement, failing, shared)
+    choice, passes = _choices(judgement, failing, shared)
     for key, row in failing.items():
         moved = choice.get(key, 0.0)
         undecided = precision.undecided(moved)
@@ -94,7 +95,7 @@ def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], sha
     return passes
 
 
-def choices(judgement: Judgement, failing: Rows, shared: Sequence[Tensor]) -> tuple[dict[Key, float], int]:
+def _choices(judgement: Judgement, failing: Rows, shared: Sequence[Tensor]) -> tuple[dict[Key, float], int]:
     """(how far each tensor of the reference moves at most if its numbers and inputs move by CHOICE of their size, forward passes).
 
     failing: the rows of a candidate. The outputs of a model that chooses between almost equal values (nms, top-k) sometimes move far more.
@@ -123,6 +124,5 @@ def fits(rows: Rows, key: Key) -> bool:
 
 
 def movement(now: Tensors, before: Tensors, truths: Mapping[Key, Truth]) -> dict[Key, float]:
-    """The distance of each tensor in `now`, computed with moved numbers, from the same tensor in `before`."""
-    floors = {key: truth.scale_floor for key, truth in truths.items()}
-    return {key: distance(now.get(key), value, floors.get(key, 0.0)) for key, value in before.items()}
+    """The distance of each tensor in `now`, computed with moved numbers, from the same tensor in `before`, on the scale of its truth."""
+    return {key: distance(now.get(key), value, truths[key].scale if key in truths else None) for key, value in before.items()}

@@ -13,7 +13,7 @@ from normswap.parity.comparison import Findings, Rows
 from normswap.parity.noise import SAMPLES, noise_nearby
 from normswap.parity.probes import Runner
 from normswap.parity.reference import Judgement, Key
-from normswap.parity.same_function import choices, fits, rows_of_file
+from normswap.parity.same_function import fits, rows_of_file
 
 NoiseRunner = Callable[[], Runner]
 
@@ -45,8 +45,8 @@ def look_again(judgement: Judgement, candidate: nn.Module | Path, findings: Find
 def look_at_unjudged(judgement: Judgement, candidate: nn.Module | Path, findings: Findings, noise_runner: NoiseRunner | None) -> None:
     """Look at the outputs that no probe could judge. In float64 a file can still be the same function or not.
 
-    An output of which float64 says nothing either is undecidable if it is the reference that has no value there: at every probe it moves by
-    more than CHAOS with the last digits of float64, and the candidate differs by no more than that explains.
+    An output of which float64 says nothing either, at any probe, is undecidable if nothing speaks against it: the candidate differs by no
+    more than rounding explains.
     """
     _look_at_precision(judgement, findings, noise_runner or judgement.reference.own_runner)
     if isinstance(candidate, Path) and (lost := _lost(findings.precision)):
@@ -54,12 +54,8 @@ def look_at_unjudged(judgement: Judgement, candidate: nn.Module | Path, findings
         findings.function |= {key: row for key, row in rows.items() if key.name in lost}
         findings.passes += passes
     lost = _lost(findings.precision, findings.function)
-    wide = {key: row for key, row in findings.function.items() if key.name in lost and not key.site}
-    if wide:
-        moved, passes = choices(judgement, wide, judgement.reference.tensors)
-        findings.passes += passes
-        told = {key.name for key in wide if not fits(wide, key) or judgement.precision.undecided(moved.get(key, 0.0)) is None}
-        findings.undecidable |= {key.name for key in wide} - told
+    wide = [key for key in findings.function if key.name in lost and not key.site]
+    findings.undecidable |= {key.name for key in wide} - {key.name for key in wide if not fits(findings.function, key)}
 
 
 def _look_at_precision(judgement: Judgement, findings: Findings, noise_runner: NoiseRunner) -> None:

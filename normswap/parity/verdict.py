@@ -24,7 +24,7 @@ def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: boo
     elif failure is None and not any(truth.value.numel() for truth in judgement.truths.values()):
         failure = "nothing was compared: every tensor that the model returns is empty"
     decided = {key.name for key, row in outputs if row.unjudged is None}
-    # What the original leaves to rounding is not compared, as long as another output is.
+    # An output that nothing decides, and nothing speaks against, is named; the others decide, if there are any.
     undecidable = findings.undecidable if decided else frozenset[str]()
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
     for of_call in _telling(sites, keep=False):
