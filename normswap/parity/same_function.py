@@ -19,6 +19,7 @@ from normswap.parity.run_onnx import onnx_float64_runner
 from normswap.parity.run_torch import tensors_of
 
 CHOICES = 8  # number of runs of the reference with its numbers moved a little
+A_CHOICE = 1.0  # another choice gives another value of the same size: what is off by ten times that was not made by rounding
 
 
 def rows_of_module(judgement: Judgement, module: nn.Module) -> tuple[Rows, int]:
@@ -54,8 +55,8 @@ def rows_of_file(judgement: Judgement, path: Path) -> tuple[Rows, int]:
     passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, judgement.reference.tensors)
     for key in failing:
         row, undecided = rows[key], precision.undecided(rounding.get(key, 0.0), "file")
-        # A choice, too, moves an output by a few times its size at most.
-        if undecided is not None and not row.passed and not row.non_finite and row.max_rel <= NOISE_FACTOR * max(rounding[key], 1.0):
+        most = NOISE_FACTOR * max(rounding.get(key, 0.0), A_CHOICE)
+        if undecided is not None and not row.passed and not row.non_finite and row.max_rel <= most:
             rows[key] = replace(row, tolerance=NOISE_FACTOR * rounding[key], unjudged=undecided)
     return rows, passes + 2 * len(judgement.probes)
 
@@ -89,7 +90,7 @@ def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], sha
         undecided = precision.undecided(moved)
         if undecided is None:
             rows[key] = replace(row, tolerance=max(row.tolerance, NOISE_FACTOR * moved))
-        elif not row.non_finite or math.isinf(moved):
+        elif (not row.non_finite or math.isinf(moved)) and not row.max_rel > NOISE_FACTOR * max(moved, rounding[key], A_CHOICE):
             most = NOISE_FACTOR * max(moved, rounding[key])
             rows[key] = replace(row, tolerance=max(row.tolerance, most), unjudged=undecided, non_finite=0)
     return passes
