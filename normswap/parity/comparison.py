@@ -26,6 +26,7 @@ class Findings:
     precision  rows in its own dtype, or in a runtime, which decide whether it is as precise
     failure    why the comparison as a whole failed, or None
     notes      what could not be compared, and why
+    undecidable  names of outputs that no row decides, and of which float64 has shown no more than rounding explains
     passes     number of forward passes
     """
 
@@ -33,6 +34,7 @@ class Findings:
     precision: Rows = field(default_factory=dict)
     failure: str | None = None
     notes: list[str] = field(default_factory=list)
+    undecidable: set[str] = field(default_factory=set)
     passes: int = 0
 
 

@@ -5,7 +5,8 @@ Both run at the same inputs, the probes (`probes.py`), and every tensor that the
     t   the reference's tensor in float64: the truth
     c   the candidate's tensor
     s   the scale: max|t|, but at least 1e-3 of the largest |t| of that output at the probes that are not scaled, so that an output
-        that almost vanishes at one probe is not compared with its own small size
+        that almost vanishes at one probe is not compared with its own small size; and at least 1e-3 of the reference's tensor in its own
+        dtype there, as an output that is nothing but rounding (a difference of equal values) has no size in float64
 
 the error of a tensor is  max|c - t| / s  over its elements. It has to answer two questions.
 
@@ -19,7 +20,8 @@ the error of a tensor is  max|c - t| / s  over its elements. It has to answer tw
            does not have move by up to half a unit in their last place
 
    and an error of at most  max(1e-9, 10 r, 10 q)  passes. If q is above CHAOS (1e-2 in float32), the reference's own output depends on
-   rounding, and float64 decides nothing. A conversion changes only statistics, whose unrounded values are stored: its limit is 1e-9.
+   rounding, and float64 decides nothing; for a file the same holds of r. But an error of more than ten times s, 10 r and 10 q was made by
+   no rounding, and fails. A conversion changes only statistics, whose unrounded values are stored: its limit is 1e-9.
 
 2. Is it as precise? (`noise.py`) A candidate in its own dtype, or an ONNX file in a runtime, passes with an error of at most
 
@@ -30,7 +32,10 @@ the error of a tensor is  max|c - t| / s  over its elements. It has to answer tw
    be judged.
 
 A tensor that fails the second question alone is measured again (`second_look.py`), as a single n may be small by chance. A tensor that
-cannot be judged at a probe is named in `Parity.unjudged`, and the other probes decide (`verdict.py`); one that can be judged at none fails.
+cannot be judged at a probe is named in `Parity.unjudged`, and the other probes decide (`verdict.py`). An output whose precision can be
+judged at no probe fails if its error is above 10 n at all of them. A file then has to answer the first question, too, in onnx's evaluator.
+An output of which float64 decides nothing either, at any probe, passes if another output is judged and its error is at most 10 r or 10 q at
+every probe: then all of it is what rounding explains. Else it fails.
 The judge fails closed: NaN, a missing output, another shape or dtype, and nothing to compare all fail, and one failing output or layer
 fails all.
 
@@ -59,6 +64,7 @@ from normswap.errors import NormswapError, UsageError, described
 from normswap.models.copying import copy_for_running
 from normswap.parity.comparison import Findings, LimitOf, compare_at
 from normswap.parity.limits import SCALE_SHARE, Limit, Precision, coarsest
+from normswap.parity.measure import largest
 from normswap.parity.noise import baseline_of, precision_limit
 from normswap.parity.probes import Probe, Runner, probes
 from normswap.parity.reference import Judgement, Key, Reference, Tensors, Truth, keyed, truth_of
@@ -158,9 +164,7 @@ def _reach(found: Iterable[Tensors]) -> dict[tuple[str, bool], float]:
     reach: dict[tuple[str, bool], float] = {}
     for values in found:
         for key, value in values.items():
-            size = (value if value.is_complex() else value.double()).abs()
-            finite = size[size.isfinite()]
-            reach[key.name, key.site] = max(reach.get((key.name, key.site), 0.0), finite.max().item() if finite.numel() else 0.0)
+            reach[key.name, key.site] = max(reach.get((key.name, key.site), 0.0), largest(value))
     return reach
 
 
@@ -219,8 +223,8 @@ def compare(
             findings.failure = f"the candidate raised {described(error)}"
     if findings.failure is None and tolerance is None:
         look_again(judgement, candidate, findings, noise_runner)
-        if isinstance(candidate, Path) and judgement.float64:
-            look_at_unjudged(judgement, candidate, findings)
+        if judgement.float64:
+            look_at_unjudged(judgement, candidate, findings, noise_runner)
     return verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
 
 

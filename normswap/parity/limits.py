@@ -52,11 +52,11 @@ class Precision:
         unjudged = None if noise <= self.cap else f"the original itself is {noise:.1e} away from its float64 run there"
         return Limit(noise, max(NOISE_FACTOR * noise, FLOOR[self.dtype]), unjudged)
 
-    def undecided(self, movement: float) -> str | None:
-        """Why float64 decides nothing, or None. movement: how far an output moves if numbers of the model are rounded otherwise."""
+    def undecided(self, movement: float, what: str = "original") -> str | None:
+        """Why float64 decides nothing, or None. movement: how far an output of `what` moves if its numbers are rounded otherwise."""
         if movement <= CHAOS[self.computed_in]:
             return None
-        return f"a choice that rounding decides: the original moves by {movement:.1e} of its output when its weights are rounded otherwise"
+        return f"a choice that rounding decides: the {what} moves by {movement:.1e} of its output when its weights are rounded otherwise"
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

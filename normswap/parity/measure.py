@@ -50,15 +50,24 @@ def error(candidate: Tensor, truth: Tensor, overflow: Tensor | None = None, scal
     return Error(max_abs, ratio(max_abs, scale), ratio(difference.norm().item(), reference.norm().item()), non_finite)
 
 
-def distance(tensor: Tensor | None, other: Tensor, scale_floor: float = 0.0) -> float:
-    """The max_rel of two tensors, never NaN.
+def distance(tensor: Tensor | None, other: Tensor, scale: float | None = None) -> float:
+    """The largest difference of two tensors as a share of `scale`, by default the largest value of `other`; never NaN.
 
     Infinite if their shapes, or the places of their finite elements, differ; 0 if neither has a finite element.
     """
     if tensor is None or tensor.shape != other.shape:
         return math.inf
-    found = error(tensor, other, None, scale_floor)
-    return math.inf if found.non_finite else 0.0 if math.isnan(found.max_rel) else found.max_rel
+    found = error(tensor, other)
+    if found.non_finite:
+        return math.inf
+    return 0.0 if math.isnan(found.max_abs) else ratio(found.max_abs, largest(other) if scale is None else scale)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest finite absolute value of a tensor; 0 if there is none."""
+    size = (tensor if tensor.is_complex() else tensor.double()).abs()
+    finite = size[size.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:

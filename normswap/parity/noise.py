@@ -22,7 +22,7 @@ from normswap.parity.reference import Baseline, Judgement, Key, Truth
 from normswap.parity.result import NOTHING_FINITE
 from normswap.parity.rounding import moved_probe
 from normswap.parity.run_onnx import onnx_runner
-from normswap.parity.same_function import is_same, rows_of_file
+from normswap.parity.same_function import fits, rows_of_file
 
 SAMPLES = 3  # number of inputs near a probe
 INPUT_ULPS = 4  # distance of these inputs from the probe, in units of the last place
@@ -60,14 +60,14 @@ def _measured(judgement: Judgement, path: Path, level: str) -> Baseline:
     doubted = {key: row for key, row in rows.items() if row.problem not in (None, NOTHING_FINITE) or not (row.passed or row.unjudged)}
     if not doubted:
         return Baseline(noise, None, len(judgement.probes))
-    same = rows_of_file(judgement.at({key.probe for key in doubted}), path)
+    wide, passes = rows_of_file(judgement.at({key.probe for key in doubted}), path)
     wrong = None
     for key, row in doubted.items():
-        if row.problem is not None or row.non_finite or not is_same(same, key):
+        if row.problem is not None or row.non_finite or not fits(wide, key):
             what = row.problem or (f"has {row.non_finite} non-finite mismatches" if row.non_finite else f"is {row.max_rel:.1e} off")
             wrong = f"{row.name} at the probe {row.probe!r} {what} before anything was folded: torch.onnx.export wrote another function"
             break
-    return Baseline(noise, wrong, 3 * len(judgement.probes))
+    return Baseline(noise, wrong, len(judgement.probes) + passes)
 
 
 def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -> dict[Key, float]:
@@ -77,6 +77,7 @@ def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -
     output of `run` at the probe itself.
     """
     found: dict[Key, float] = {}
+    floors = {key: truth.scale_floor for key, truth in judgement.truths.items()}
     for probe in judgement.probes:
         size = INPUT_ULPS * max((torch.finfo(t.dtype).eps for t in probe.tensors() if t.is_floating_point()), default=0.0)
         near = [moved_probe(probe, size, seed) for seed in range(SAMPLES)]
@@ -84,7 +85,7 @@ def noise_nearby(judgement: Judgement, run: Runner, in_float64: Runner | None) -
         for moved, truth in zip(near, truths, strict=True):
             values = judgement.by_key(probe, run(moved))
             for key, value in judgement.by_key(probe, truth).items():
-                if key in values and values[key].shape == value.shape:
-                    noise = error(values[key], value).max_rel
+                if key in floors and key in values and values[key].shape == value.shape:
+                    noise = error(values[key], value, None, floors[key]).max_rel
                     found[key] = max(found.get(key, 0.0), 0.0 if math.isnan(noise) else noise)
     return found

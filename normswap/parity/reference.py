@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from normswap.models.copying import copy_for_running, to_float64
-from normswap.parity.limits import CHOICE, Precision
-from normswap.parity.measure import equal, error
+from normswap.parity.limits import CHOICE, SCALE_SHARE, Precision
+from normswap.parity.measure import equal, error, largest
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.rounding import float64_runner, rounded_by
 from normswap.parity.run_onnx import BY_POSITION, onnx_float64_runner, onnx_runner
@@ -57,6 +57,11 @@ class Truth:
     overflow: Tensor | None = None
     unjudged: str | None = None
 
+    @functools.cached_property
+    def scale(self) -> float:
+        """What an error is relative to."""
+        return max(largest(self.value), self.scale_floor)
+
     @property
     def is_rounded(self) -> bool:
         """Whether rounding can change it: it is floating or complex, not of integers or booleans."""
@@ -69,6 +74,8 @@ def truth_of(value: Tensor, own: Tensor | None, scale_floor: float) -> Truth:
         shape = None if own is None else tuple(own.shape)
         unjudged = f"its shape is {tuple(value.shape)} in float64 and {shape} in the model's own dtype"
         return Truth(value, value.dtype if own is None else own.dtype, math.nan, scale_floor, None, unjudged)
+    # An output that is nothing but rounding in its own dtype (a difference of equal values) has no size in float64 to compare with.
+    scale_floor = max(scale_floor, SCALE_SHARE * largest(own))
     overflow = ~own.isfinite().cpu() & ~equal(own.cpu(), value.cpu())
     noise = error(own, value, overflow, scale_floor).max_rel
     return Truth(value, own.dtype, noise, scale_floor, overflow if bool(overflow.any()) else None)

@@ -47,10 +47,13 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        if self.problem is not None or self.non_finite:
-            return False
+        return self.within or (self.unjudged is not None and self.problem is None and not self.non_finite)
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is at most the tolerance: even where a row decides nothing, a larger error speaks against the candidate."""
         # Written so that NaN fails: every comparison with NaN is False.
-        return self.unjudged is not None or self.max_rel <= self.tolerance
+        return self.problem is None and not self.non_finite and self.max_rel <= self.tolerance
 
 
 @dataclass(frozen=True)

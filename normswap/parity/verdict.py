@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from normswap.parity.comparison import Findings
@@ -23,13 +23,16 @@ def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: boo
         failure = "nothing was compared: the model returns no tensor"
     elif failure is None and not any(truth.value.numel() for truth in judgement.truths.values()):
         failure = "nothing was compared: every tensor that the model returns is empty"
+    decided = {key.name for key, row in outputs if row.unjudged is None}
+    # An output that nothing decides, and nothing speaks against, is named; the others decide, if there are any.
+    undecidable = findings.undecidable if decided else frozenset[str]()
     by_site: dict[str, list[Difference]] = {}  # the calls of one layer become one row
     for of_call in _telling(sites, keep=False):
         by_site.setdefault(of_call[0].name, []).extend(of_call)
     order = {site: i for i, site in enumerate(judgement.reference.sites)}
     dropped = [text for text in judgement.dropped if is_file or text.partition(": ")[0] not in judgement.flat]
     return Parity(
-        outputs=tuple(map(_worst, _telling(outputs, keep=True))),
+        outputs=tuple(map(_worst, _telling(outputs, keep=True, undecidable=undecidable))),
         sites=tuple(sorted(map(_worst, by_site.values()), key=lambda row: order.get(row.name, 0))),
         failure=failure,
         candidate=name,
@@ -41,17 +44,18 @@ def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: boo
     )
 
 
-def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool) -> list[list[Difference]]:
+def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool, undecidable: Collection[str] = ()) -> list[list[Difference]]:
     """For each output or call, its rows at all probes, without those that decide nothing.
 
     A row decides nothing if reference and candidate have no finite value (half precision x 1e3), or the noise of the reference is too
-    large: such a row counts only if there is no other. keep: whether a tensor that no probe can judge fails; else it is left out.
+    large: such a row counts only if there is no other. keep: whether a tensor that no probe can judge fails, unless it is one of
+    `undecidable`; else it is left out.
     """
     by_name: dict[str, list[Difference]] = {}
     for key, row in rows:
         by_name.setdefault(key.name, []).append(row)
     telling = []
-    for found in by_name.values():
+    for name, found in by_name.items():
         failed = [row for row in found if not row.passed and row.problem != NOTHING_FINITE]
         judged = [row for row in found if row.unjudged is None and row.problem != NOTHING_FINITE]
         unjudged = next((row for row in found if row.unjudged is not None), None)
@@ -59,6 +63,8 @@ def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool) -> list[list
             telling.append(list(dict.fromkeys((*failed, *judged))))
         elif unjudged is None:
             telling.append(found)
+        elif name in undecidable:
+            telling.append([unjudged])
         elif keep:
             telling.append([replace(unjudged, problem=f"cannot be judged at any probe: {unjudged.unjudged}")])
     return telling
