@@ -262,7 +262,7 @@ def _write(entries: list[Entry]) -> None:
         raise RuntimeError(f"{PAGE.name} has no line {BEGIN}; put it, and {END}, where the table goes")
     ordered = sorted(entries, key=lambda entry: (list(ROWS).index(entry["row"]), entry["rate"], entry["seed"]))
     KEPT.write_text("".join(json.dumps(entry) + "\n" for entry in ordered), encoding="utf-8")
-    body = f"{BEGIN}\n{table(entries)}\n{END}"
+    body = f"{BEGIN}\n{table(entries)}\n\nAll runs: [{KEPT.name}](../benchmarks/results/{KEPT.name}).\n{END}"
     PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, page, count=1, flags=re.DOTALL), encoding="utf-8")
 
 
