@@ -157,7 +157,7 @@ ROWS = {
     "BatchNorm, batch 32": Row(_unchanged, 32, 0.016),
     "BatchNorm, batch 2": Row(_unchanged, 2, 0.0005),
     "frozen BatchNorm, batch 2": Row(_peer(peers.frozen), 2, 0.000125),
-    "GroupNorm, batch 2": Row(_peer(peers.group_norm), 2, 0.0005),
+    "GroupNorm, batch 2": Row(_peer(peers.group_norm), 2, 3.125e-05),
     "normswap, batch 32": Row(_normswap, 32, 0.016),
     "normswap, batch 2": Row(_normswap, 2, 0.0005),
     "normswap, batch 1": Row(_normswap, 1, 0.00025),
