@@ -139,6 +139,25 @@ def measured(net: str, steps: int) -> dict[str, Any]:
     return found
 
 
+def micro_batches(pixels: int, batch: int = 64) -> dict[str, int]:
+    """What a ResNet-18 keeps for backward: with BatchNorm for a whole batch, and converted for one sample at a time."""
+    x, labels = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0)), torch.arange(batch) % 10
+    whole = Row("resnet18", "batchnorm", x).kept()
+    row = Row("resnet18", "default", x[:2])
+    row.optimizer.zero_grad()
+    made = normswap.backward_in_micro_batches(row.model, lambda x, y: F.cross_entropy(row.model(x), y), x, labels, size=1)
+    return {"batch": batch, "batchnorm": whole, "default": made.activation_bytes}
+
+
+def lines_of(micro: dict[str, dict[str, int]]) -> list[str]:
+    """The table of `micro_batches` in docs/benchmarks.md."""
+    lines = ["| ResNet-18 | batch | BatchNorm keeps, MB | one sample at a time, MB | less by |", "|---|--:|--:|--:|--:|"]
+    for pixels, found in micro.items():
+        whole, one = found["batchnorm"], found["default"]
+        lines.append(f"| {pixels} px | {found['batch']} | {whole / 1e6:.1f} | {one / 1e6:.2f} | {whole / one:.0f} x |")
+    return lines
+
+
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """The table of docs/benchmarks.md."""
     lines = [
@@ -162,12 +181,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(KEPT.read_text(encoding="utf-8"))["nets"] if KEPT.exists() else {}
+    micro = {str(pixels): micro_batches(pixels) for pixels in (32, 64)}
     for net in options.net:
         found[net] = measured(net, options.steps)
         print("\n".join(table({net: found[net]})), file=sys.stderr, flush=True)
     found = {net: found[net] for net in NETS if net in found}
-    KEPT.write_text(json.dumps({"environment": environment(), "steps": options.steps, "nets": found}, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(found)))
+    KEPT.write_text(
+        json.dumps({"environment": environment(), "steps": options.steps, "nets": found, "micro": micro}, indent=1) + "\n", encoding="utf-8"
+    )
+    print("\n".join([*table(found), "", *lines_of(micro)]))
 
 
 if __name__ == "__main__":
