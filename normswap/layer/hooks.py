@@ -83,7 +83,7 @@ def hooked(producer: nn.Module, norm: nn.Module) -> bool:
         return True  # another norm is coupled to it, too
     of_producer = len(producer._forward_hooks) > 1, producer._backward_hooks, producer._backward_pre_hooks
     of_norm = norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
-    return any(of_producer) or any(of_norm)
+    return any(of_producer) or any(of_norm) or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def others(module: nn.Module) -> bool:

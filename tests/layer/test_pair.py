@@ -259,6 +259,9 @@ def test_it_is_a_pair_only_where_it_trains() -> None:
     [
         lambda conv, norm, seen: conv.register_forward_hook(lambda m, args, output: seen.append(output)),
         lambda conv, norm, seen: norm.register_forward_pre_hook(lambda m, args: seen.append(args[0])),
+        lambda conv, norm, seen: torch.nn.modules.module.register_module_forward_hook(
+            lambda m, args, output: seen.append(output) if isinstance(m, nn.Conv2d) else None
+        ),
         lambda conv, norm, seen: conv.register_full_backward_hook(lambda m, by_input, by_output: None),
         lambda conv, norm, seen: norm.register_full_backward_hook(lambda m, by_input, by_output: None),
     ],
