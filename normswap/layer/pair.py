@@ -263,7 +263,7 @@ def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
     number = g.numel() // len(gamma)
     trend = torch.zeros_like(kept.std).expand(2, -1) if i.trend is None else i.trend.view(2, -1)
     part = s.share / max(number, 1)
-    slope, level = trend * (part if i.scale is None else i.scale * part)
+    slope, level = trend * part if i.scale is None else trend * part * i.scale
     by_gamma = torch.addcmul(level * kept.first, slope, kept.second) * inverse
     slope, level = slope * -inverse, level * -inverse
     if kept.of_samples is None:

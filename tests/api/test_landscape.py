@@ -265,8 +265,12 @@ def test_what_the_statistics_learn_does_not_count(make: Any, mode: Any) -> None:
         for layer in model.modules():
             if isinstance(layer, BatchlessNorm):
                 layer.aux = aux
-        found.append(one(model, images(6), None, mode=mode))
-    assert found[0] == found[1] == found[2]
+        line = one(model, images(6), None, mode=mode)
+        found.append(
+            [line.loss, line.gradient, *(number for point in line.points for number in (point.loss, point.change, point.distance))]
+        )
+    assert found[0] == pytest.approx(found[2], rel=1e-12)  # a layer with aux="auto" is computed with its conv, one with another apart
+    assert found[1] == found[2]
 
 
 @pytest.mark.parametrize("layer", ["two", "second", "linear"])
