@@ -34,7 +34,7 @@ session = onnxruntime.InferenceSession(sys.argv[2], options)
 session.run(None, {session.get_inputs()[0].name: x.numpy()})
 """
 CONVERT = """
-from normswap.cli import main
+from normswap.cli.app import main
 sys.argv[1:] = ["convert", sys.argv[1], "--input", "1x3x224x224", "-o", sys.argv[2]]
 main()
 """
