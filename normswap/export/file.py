@@ -84,7 +84,8 @@ def _write_inline(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol],
         length += len(heads[-1]) + tensor.nbytes
     file.write(proto.SerializeToString() + _key(graph_field, length) + graph)
     for head, name in zip(heads, list(tensors), strict=True):
-        file.write(head + tensors.pop(name).tobytes())
+        file.write(head)
+        file.write(tensors.pop(name).tobytes())
 
 
 def _key(number: int, length: int) -> bytes:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,7 +244,6 @@ class Program:
     def _write(self, made: _Made, path: Path) -> None:
         made.model.metadata_props.update({"normswap_version": version_of("normswap"), **self.settings.metadata})
         file.write(made.model, Path(path), external=self.settings.external_data, edit=_without_shapes)
-        gc.collect()  # a graph is full of reference cycles
 
 
 @dataclass
