@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from normswap.errors import ExportError, first_words
 from normswap.export.names import DOMAIN, NO_ONNX, unused
 from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET
-from normswap.export.simplify import norms_stay, simplify
 from normswap.parity.run_onnx import opset_of
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str
     from onnx_ir.passes import common
 
     graph = model.graph
-    with norms_stay(model):
-        simplify(model)  # a second time, as more can be shortened without the norms
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(DOMAIN, None)

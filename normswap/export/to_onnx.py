@@ -36,6 +36,7 @@ from normswap.export.graph import Graph, graph_of
 from normswap.export.marks import Site, copied, mark
 from normswap.export.norms import alike, fold_norms, operators, shorten
 from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, attends, with_attention
+from normswap.export.simplify import norms_stay, simplify
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import Comparisons, Parity
 from normswap.versions import version_of
@@ -212,6 +213,9 @@ class Program:
         model, notes = original.model.clone(), original.notes
         weights = list(model.graph.initializers.values())
         outcomes, skeleton = fold_norms(model, self.sites, kept, spatial_thresholds=cuda_target, folded=folded)
+        if folded:
+            with norms_stay(model):
+                simplify(model)  # a second time, as more can be shortened without the norms
         tidy(model, original.input_names, original.output_names)
         extra = alike(operators(model.graph)) - alike(skeleton)
         if cuda_target and folded and not fuse(model):
