@@ -32,7 +32,7 @@ def rows_of_module(judgement: Judgement, module: nn.Module) -> tuple[Rows, int]:
         return rows, len(judgement.probes)
     rounded = rounded_by(module, judgement.reference.tensors, judgement.precision.eps)
     rounding = movement(judgement.in_float64(make(rounded)), found, judgement.truths)
-    passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, tensors_of(module))
+    passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, tensors_of(module), CHOICES)
     return rows, passes + 2 * len(judgement.probes)
 
 
@@ -51,8 +51,9 @@ def rows_of_file(judgement: Judgement, path: Path) -> tuple[Rows, int]:
     if not failing:
         return rows, len(judgement.probes)
     rounding = movement(judgement.in_float64(onnx_float64_runner(path, nudge=precision.eps / 2)), found, judgement.truths)
-    # What the rounding of the file's constants does is known, so every number of the reference counts as one that the file has.
-    passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, judgement.reference.tensors)
+    # What the rounding of the file's constants does is known, so every number of the reference counts as one that the file has. That is a
+    # larger movement, and shows most choices, so one more run is enough.
+    passes = _excuse(judgement, rows, {key: rounding.get(key, 0.0) for key in failing}, judgement.reference.tensors, 1)
     for key in failing:
         row, undecided = rows[key], precision.undecided(rounding.get(key, 0.0), "file")
         most = NOISE_FACTOR * max(rounding.get(key, 0.0), A_CHOICE)
@@ -71,11 +72,11 @@ def _rows(judgement: Judgement, found: Tensors) -> tuple[Rows, set[Key]]:
     return rows, {key for key, row in rows.items() if not row.passed and row.problem is None}
 
 
-def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], shared: Sequence[Tensor]) -> int:
+def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], shared: Sequence[Tensor], runs: int) -> int:
     """Set the limits of failing rows to the effect of rounding; return the forward passes. If rounding decides what the reference returns,
     the row decides nothing.
 
-    rounding: for each failing row, how far the candidate moves if its numbers are rounded otherwise. shared: as for `_choices`.
+    rounding: for each failing row, how far the candidate moves if its numbers are rounded otherwise. shared, runs: as for `_choices`.
     """
     precision = judgement.precision
     for key, moved in rounding.items():
@@ -84,23 +85,23 @@ def _excuse(judgement: Judgement, rows: Rows, rounding: Mapping[Key, float], sha
     failing = {key: rows[key] for key in rounding if not rows[key].passed}
     if not failing or not judgement.float64:
         return 0
-    choice, passes = _choices(judgement, failing, shared)
+    choice, passes = _choices(judgement, failing, shared, runs)
     for key, row in failing.items():
         moved = choice.get(key, 0.0)
         undecided = precision.undecided(moved)
         if undecided is None:
             rows[key] = replace(row, tolerance=max(row.tolerance, NOISE_FACTOR * moved))
         elif (not row.non_finite or math.isinf(moved)) and not row.max_rel > NOISE_FACTOR * max(moved, rounding[key], A_CHOICE):
-            most = NOISE_FACTOR * max(moved, rounding[key])
-            rows[key] = replace(row, tolerance=max(row.tolerance, most), unjudged=undecided, non_finite=0)
+            tolerance = max(row.tolerance, NOISE_FACTOR * max(moved, rounding[key]))
+            rows[key] = replace(row, tolerance=tolerance, unjudged=undecided, non_finite=0)
     return passes
 
 
-def _choices(judgement: Judgement, failing: Rows, shared: Sequence[Tensor]) -> tuple[dict[Key, float], int]:
+def _choices(judgement: Judgement, failing: Rows, shared: Sequence[Tensor], runs: int) -> tuple[dict[Key, float], int]:
     """(how far each tensor of the reference moves at most if its numbers and inputs move by CHOICE of their size, forward passes).
 
     failing: the rows of a candidate. The outputs of a model that chooses between almost equal values (nms, top-k) sometimes move far more.
-    So the numbers are moved CHOICES times, or until that explains each failing row. shared: the tensors of the candidate; other numbers of
+    So the numbers are moved `runs` times, or until that explains each failing row. shared: the tensors of the candidate; other numbers of
     the reference move by half a unit in their last place.
     """
     precision, truths = judgement.precision, judgement.truths
@@ -108,7 +109,7 @@ def _choices(judgement: Judgement, failing: Rows, shared: Sequence[Tensor]) -> t
     plain = next((probe for probe in judgement.probes if not probe.scaled), None)
     errors = {key: math.inf if row.non_finite else row.max_rel for key, row in failing.items()}
     most: dict[Key, float] = {}
-    for seed in range(CHOICES):
+    for seed in range(runs):
         run = judgement.reference.unrounded_runner(judgement.probes, shared, precision.eps)
         near = [moved_probe(probe.in_float64(), CHOICE, seed, plain) for probe in judgement.probes]
         for key, size in movement(judgement.in_float64(run, near), before, truths).items():

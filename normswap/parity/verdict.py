@@ -38,7 +38,7 @@ def verdict(judgement: Judgement, findings: Findings, name: str, *, is_file: boo
         candidate=name,
         probes=tuple(probe.name for probe in judgement.probes),
         dropped=(*dropped, *findings.notes),
-        unjudged=_unjudged([row for _, row in (*outputs, *sites)]),
+        unjudged=_unjudged([row for _, row in (*outputs, *sites)], undecidable),
         forward_passes=judgement.passes + findings.passes,
         all_outputs=tuple(row for _, row in outputs),
     )
@@ -70,13 +70,15 @@ def _telling(rows: Sequence[tuple[Key, Difference]], *, keep: bool, undecidable:
     return telling
 
 
-def _unjudged(rows: Sequence[Difference]) -> tuple[str, ...]:
-    """A text for each row that decides nothing; of several rows at one probe with the same reason, only the first."""
-    texts: dict[tuple[str, str, bool], str] = {}
+def _unjudged(rows: Sequence[Difference], undecidable: Collection[str]) -> tuple[str, ...]:
+    """A text for each row that decides nothing; of several rows at one probe with the same reason, only the first, and those of outputs
+    that nothing decides."""
+    texts: dict[tuple[str, str, bool, str], str] = {}
     for row in rows:
         if row.unjudged is not None:
             where = f"{row.name or 'the model'} at the probe {row.probe!r}"
-            texts.setdefault((row.probe, row.unjudged.partition(":")[0], row.float64), f"{where}: {row.unjudged}")
+            alone = row.name if row.name in undecidable else ""
+            texts.setdefault((row.probe, row.unjudged.partition(":")[0], row.float64, alone), f"{where}: {row.unjudged}")
     return tuple(texts.values())
 
 

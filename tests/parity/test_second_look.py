@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -104,7 +105,7 @@ def test_noise_that_is_large_nearby_hides_no_fault(after: Callable[[Tensor, Tens
 class Twice(nn.Module):
     """The same thing in two ways, one minus the other, beside an output of another kind."""
 
-    def __init__(self, difference: Callable[[Twice, Tensor], Tensor]) -> None:
+    def __init__(self, difference: Callable[[Twice, Tensor], Any]) -> None:
         super().__init__()
         torch.manual_seed(4)
         self.linear, self.layer_norm, self.batch_norm = nn.Linear(8, 5), nn.LayerNorm(8), nn.BatchNorm1d(8)
@@ -112,7 +113,7 @@ class Twice(nn.Module):
         randomise(self, 4).eval()
         self.weight, self.bias = (nn.Parameter(p.detach().clone()) for p in (self.layer_norm.weight, self.layer_norm.bias))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         return self.linear(x), self.difference(self, x)
 
 
@@ -188,6 +189,14 @@ def test_an_output_that_rounding_decides_is_named_and_the_others_decide(tmp_path
         assert parity
         assert [d.unjudged is None for d in parity.outputs] == [True, False]
         assert any(text.startswith("output[1] at the probe 'batch 3': a choice that rounding decides: the ") for text in parity.unjudged)
+
+
+def test_each_output_that_rounding_decides_is_named() -> None:
+    model = Twice(lambda m, x: (_chaos(m, x), _chaos(m, x + 1)))
+    parity = normswap.verify(model, normswap.convert(model, ROWS_OF_EIGHT).model, ROWS_OF_EIGHT)
+    assert parity
+    for name in ("output[1][0]", "output[1][1]"):
+        assert {text.partition(":")[0] for text in parity.unjudged} >= {f"{name} at the probe {probe!r}" for probe in parity.probes}
 
 
 @pytest.mark.parametrize(
