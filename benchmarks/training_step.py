@@ -9,14 +9,13 @@ does is the same for all; the figures are medians of the ratios to BatchNorm's s
     none          `convert(..., coupling="none")`
     default       `convert(...)`
 
-Operators: every call that reaches a kernel, but for views and allocations. Kept: the bytes of all storages that autograd keeps for
+Operators: as training_cost counts them, views and allocations left out. Kept: the bytes of all storages that autograd keeps for
 backward, besides parameters, buffers and the batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import json
 import statistics
@@ -32,8 +31,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import normswap
 from benchmarks.coverage import environment
-from benchmarks.training_cost import ALLOCATE
+from benchmarks.training_cost import Operations
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.training.micro import kept_for_backward
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "training_step.json"
@@ -45,16 +45,6 @@ NETS: dict[str, tuple[str, int, int]] = {  # torchvision's name, batch, pixels
     "ResNet-18, 32 px, batch 2": ("resnet18", 2, 32),
 }
 ROWS = ("batchnorm", "weight norm", "none", "default")
-
-
-class Calls(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that run."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not (func.is_view or func.namespace in ("prim", "profiler") or func._overloadpacket in ALLOCATE)
-        return func(*args, **(kwargs or {}))
 
 
 def made(name: str, row: str, x: Tensor) -> nn.Module:
@@ -104,22 +94,13 @@ class Row:
         return time.process_time() - began
 
     def operators(self) -> int:
-        with Calls() as calls:  # type: ignore[no-untyped-call]
+        with Operations() as counted:
             self.step()
-        return int(calls.number)
+        return int(counted.runs)
 
     def kept(self) -> int:
         """The bytes that are kept for backward."""
-        own = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers(), self.x)}
-        found: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in own:
-                found[storage._cdata] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with kept_for_backward((*self.model.parameters(), *self.model.buffers(), self.x)) as found:
             loss = F.cross_entropy(self.model(self.x), self.labels)
         total = sum(found.values())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -130,7 +111,7 @@ def measured(net: str, steps: int) -> dict[str, Any]:
     """The figures of all rows of a net, by row."""
     name, batch, pixels = NETS[net]
     x = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
-    rows = {row: Row(name, row, copy.deepcopy(x)) for row in ROWS}
+    rows = {row: Row(name, row, x) for row in ROWS}
     found: dict[str, Any] = {row: {"operators": each.operators(), "kept": each.kept()} for row, each in rows.items()}
     turns = [{row: each.step() for row, each in rows.items()} for _ in range(steps)]
     for row in ROWS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -371,21 +372,14 @@ class BatchlessNorm(nn.Module):
         own = self.weight, self.bias, self.mean, self.std_parameter, self.input_mean
         trend = self.trend if torch.is_grad_enabled() else None
         inputs = pair.Inputs(x, weight, bias, *own, trend, *self.products(), seen, self.run.scale)
-        settings = pair.Settings(call, self.std, self._eps, self._settings().share, self._limits, self._apart_from)
+        heavy, apart = pair.is_heavy(x, weight, call), functools.partial(self._apart, learns=False)
+        settings = pair.Settings(call, heavy, self.std, self._eps, self._settings().share, self._limits, apart)
         y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
         self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
         self.run.mark_pending()
         if torch.is_grad_enabled():
             watch_passes(self)
         return cast(Tensor, y)
-
-    def _apart_from(self, x: Tensor) -> Tensor:
-        """The output for the producer's output x, without a gradient to the statistics: to be differentiated twice, see `pair`."""
-        mean, std = (t.detach() for t in self.statistics())
-        settings = self._settings()
-        measured = self._measured(x, mean, std, settings.share, limits=self._limits) if self._limits or self._takes_out_trend else {}
-        training = Training(None, (), None, self.run.scale, self._coupled(), **measured)
-        return _train(x, mean, std, self.weight, self.bias, training, settings)
 
     @property
     def _learns(self) -> bool:
@@ -420,7 +414,7 @@ class BatchlessNorm(nn.Module):
         change mean and std, and neither does input_mean, which follows the mean input of the producer from here on. See `coupling`. The
         producer gets a forward pre-hook and is otherwise untouched.
 
-        input_mean: (input channels, *kernel); known: whether it was measured from data, and moves by the momentum. Else it becomes the mean
+        input_mean: (input channels,); known: whether it was measured from data, and moves by the momentum. Else it becomes the mean
         over the first steps. Raises ValueError for another shape, or if the producer's outputs are not as many as the channels here.
         """
         shape, sizes = (inputs_of(producer),), (outputs_of(producer),)
@@ -543,13 +537,13 @@ class BatchlessNorm(nn.Module):
             return input
         return self._apart(input)
 
-    def _apart(self, input: Tensor) -> Tensor:
-        """The output in train mode, where it is not computed together with the producer."""
+    def _apart(self, input: Tensor, *, learns: bool = True) -> Tensor:
+        """The output in train mode, where it is not computed together with the producer. learns: whether the statistics get gradients."""
         mean, std = (t.detach() for t in self.statistics())
         limits = self._limits
         settings = self._settings()
         measured = self._measured(input, mean, std, settings.share, limits=limits) if limits or self._takes_out_trend else {}
-        statistics, given = self._recorded_pass(input, std, settings) if self._learns and self.aux != "none" else (None, ())
+        statistics, given = self._recorded_pass(input, std, settings) if learns and self._learns and self.aux != "none" else (None, ())
         coupled = self._coupled()
         if coupled is not None:
             _refuse_traces(input, "is coupled to its producer")

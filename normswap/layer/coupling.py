@@ -1,7 +1,7 @@
 r"""Coupling: statistics that depend on the weight of the producer, the conv or linear whose output a norm normalizes.
 
     x = W u + b                          u  what one output reads of the producer's input (a patch, 0 where it is padding)
-    mean = <W, a> + b + |W| c            a  the mean of u, the parameter `input_mean`, see `producer`
+    mean = <W, a> + b + |W| c            a  the mean of each channel of that input, the parameter `input_mean`, see `producer`
     std  = |W| s                         |W|  the norm of each filter, one per output channel
 
 a, c and s stay as they are while W moves. So the gradient by W is centred at the mean input, as BatchNorm's is, and has no part along W:
@@ -71,14 +71,14 @@ def gradients(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, couple
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
     by_rows = (by_mean.view(groups, -1, 1) * spread(input_mean, rows.shape[1], groups)[:, None]).view(rows.shape)
     output_mean, weight_norm = snapshot(rows, bias, input_mean, groups)
-    radial = torch.addcmul(by_std * std, by_mean, mean - output_mean) * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
+    radial = over_square(torch.addcmul(by_std * std, by_mean, mean - output_mean), std, weight_norm, eps)
     by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
 
-def radial(kP: Tensor, kP_of_mean: Tensor, std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
-    """The factor of W in the gradient by W of a `pair`, which makes <W, dL/dW> = 0 where a filter is alive: -(k P - k h <W, a>) / |W|^2."""
-    return (kP_of_mean - kP) * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
+def over_square(t: Tensor, std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
+    """t / |W|^2 where a filter is alive, else 0; one number per filter. The factor of W in the gradient by W is such a quotient."""
+    return t * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
 
 
 def written_out(mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Before(_Hook):
             norm.run.here.interception = interception = Interception(producer, norm, x)
             interception.__enter__()  # type: ignore[no-untyped-call]
         else:
-            norm.run.record_input(channel_mean(producer, x, norm.run.mask))
+            norm.run.record_call(input_mean=channel_mean(producer, x, norm.run.mask))
 
 
 class After(_Hook):
@@ -72,8 +72,9 @@ class After(_Hook):
         interception, here.interception = here.interception, None
         if interception is not None:
             interception.__exit__(None, None, None)
-            if not interception.computed:  # the producer did not call a convolution with its weight as it is
-                norm.run.record_input(channel_mean(producer, interception.x, norm.run.mask))
+            # A producer that did not fail and did not call a convolution with its weight as it is. (Of one that failed, output is None.)
+            if output is not None and not interception.computed:
+                norm.run.record_call(input_mean=channel_mean(producer, interception.x, norm.run.mask))
 
 
 def hooked(producer: nn.Module, norm: nn.Module) -> bool:
@@ -123,5 +124,5 @@ class Interception(TorchFunctionMode):
             y: Tensor = self.norm.paired(x[None] if single else x, weight, bias, call, seen)
         y = y[0] if single else y
         self.computed = True
-        self.norm.run.record_pair(y)
+        self.norm.run.record_call(pair=y)
         return y

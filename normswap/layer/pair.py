@@ -54,11 +54,13 @@ class Call(NamedTuple):
 class Settings(NamedTuple):
     """The options of a pass.
 
+    heavy    whether the output of the convolution is scaled, and not its weight
     share    what the gradients of the statistics are multiplied by          limits   whether samples are limited
     apart    the norm's output for an output of the producer, as a function that autograd can differentiate twice
     """
 
     call: Call
+    heavy: bool
     form: StdForm
     eps: float
     share: float
@@ -129,7 +131,7 @@ class Pair(torch.autograd.Function):
         std = formulas.std_of(i.parameter, s.form)
         mean = i.mean if i.producer_bias is None else i.mean - i.producer_bias
         k, shift = formulas.affine_of(mean, std, i.gamma, i.beta)
-        if _is_heavy(i.x, i.weight, s.call):
+        if s.heavy:
             x = _convolution(i.x, i.weight.to(dtype), None, s.call)
             y = torch.addcmul(_per_channel(shift, s.call), x, _per_channel(k, s.call)).to(dtype)
             of_x = formulas.affine_of(mean, std, None, None)
@@ -186,9 +188,9 @@ def _measured(
     f = (s.eps / std.square() - 1) * seen
     by_parameter = formulas.times(torch.add(f, second, alpha=inverse) * (-s.share / 2), formulas.slope_of_log(i.parameter, s.form))
     by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), s.share * min(number, 1))
-    z, heavy = None, _is_heavy(i.x, i.weight, call)
-    if i.trend is not None or of_samples is not None or heavy:
-        if dtype == torch.float64 or heavy:
+    z = None
+    if i.trend is not None or of_samples is not None or s.heavy:
+        if dtype == torch.float64 or s.heavy:
             z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha, call))
         else:  # a conversion to an integer rounds down
             delta = delta * STEPS + (ZERO + 0.5)
@@ -208,7 +210,7 @@ def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -
     gamma = torch.ones_like(std) if i.gamma is None else i.gamma
     left = _left(g, gamma, i, kept, s)
     w = i.weight.to(std.dtype)
-    if heavy := _is_heavy(x, i.weight, call):
+    if s.heavy:
         h = _sums(left.r, call, std.dtype)
         gx, G, _ = _by_convolution((left.r * _per_channel(k, call)).to(g.dtype), x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
         along = _sums(left.r * kept.z, call, std.dtype)
@@ -220,14 +222,14 @@ def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -
         P = _over_filters(G * w, call)
         along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
     kP, kh = k * P, k * h
-    radial = coupling.radial(kP, kh * i.response, std, i.weight_norm, s.eps)
+    radial = coupling.over_square(kh * i.response - kP, std, i.weight_norm, s.eps)
     centre = _per_filter(-kh, w, call) * _per_input(i.input_mean, w, call)
-    by_w = G.to(std.dtype).add_(centre) if heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
+    by_w = G.to(std.dtype).add_(centre) if s.heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
     by_w = by_w.addcmul_(_per_filter(radial, w, call), w).to(i.weight.dtype)
     by_trend = None if i.trend is None else left.of_limit - torch.stack([along, h]) * gamma
     by_bias = None if i.producer_bias is None else torch.zeros_like(i.producer_bias)
     by_gamma = None if i.gamma is None else along + left.by_gamma
-    return gx, by_w, by_bias, by_gamma, None if i.beta is None else _sums(g, call, std.dtype), by_trend
+    return gx, by_w, by_bias, by_gamma, None if i.beta is None else left.total, by_trend
 
 
 def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, ...]:
@@ -243,20 +245,22 @@ class Left(NamedTuple):
     """What is left of the gradient g.
 
     r           in the shape of g
+    total       the sum of g, per channel
     by_gamma    what the gradient by weight has beyond the sum of r z
     of_limit    (the sum of weight r z, that of weight r), each per channel, as far as they come through the factors of the samples
     """
 
     r: Tensor
+    total: Tensor
     by_gamma: Any
     of_limit: Any
 
 
 def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
     """What is left of g when the trend is taken out, and with what comes through the factors of the samples."""
-    if i.trend is None and kept.of_samples is None:
-        return Left(g, 0.0, 0.0)
     call, dtype = s.call, kept.std.dtype
+    if i.trend is None and kept.of_samples is None:
+        return Left(g, _sums(g, call, dtype), 0.0, 0.0)
     unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / STEPS, ZERO)
     inverse = torch.where(gamma == 0, 0, 1 / gamma)
     u = kept.z.to(g.dtype)  # z = (u - zero) unit
@@ -269,15 +273,16 @@ def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
     if kept.of_samples is None:
         slope, level = slope * unit, torch.sub(level, slope, alpha=zero * unit)
         line = torch.addcmul(_per_channel(level, call), u, _per_channel(slope, call))
-        return Left(line.add_(g).to(g.dtype), by_gamma, 0.0)
-    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), _flat(g, call).sum(2, dtype=dtype), alpha=zero) * unit  # the sums of g z
+        return Left(line.add_(g).to(g.dtype), _sums(g, call, dtype), by_gamma, 0.0)
+    total = _flat(g, call).sum(2, dtype=dtype)
+    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), total, alpha=zero) * unit  # the sums of g z
     d = (along @ gamma) * kept.d_factor
     of_limit = torch.stack([d @ kept.of_samples[1], d @ kept.of_samples[0]])
     by_gamma = by_gamma - of_limit[0] * inverse
     slope = torch.addr(slope.expand(len(d), -1), d, inverse)
     level = torch.sub(level, slope, alpha=zero * unit)
     line = torch.addcmul(_per_both(level, g, call), u, _per_both(slope * unit, g, call))
-    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), by_gamma, of_limit)
+    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), total.sum(0), by_gamma, of_limit)
 
 
 def _inverse(std: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -343,7 +348,7 @@ def _over_filters(t: Tensor, call: Call) -> Tensor:
     return t.view(call.groups, -1, *t.shape[1:]).sum((1, *range(3, t.dim() + 1))).flatten()
 
 
-def _is_heavy(x: Tensor, weight: Tensor, call: Call) -> bool:
+def is_heavy(x: Tensor, weight: Tensor, call: Call) -> bool:
     """Whether there are far fewer outputs than weights, per filter."""
     places = x.numel() // max(x.shape[1] if call.dims else x.shape[-1], 1)
     for stride in call.stride:
@@ -372,7 +377,7 @@ def _by_convolution(g: Tensor, x: Tensor, weight: Tensor, call: Call, *, need_x:
 
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+TRANSPOSED_CONVOLUTIONS = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
 
 
 def call_of(function: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None, Call] | None:
@@ -391,7 +396,7 @@ def call_of(function: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, 
             padding = [t // 2 for t in total]
         padding = _each(0 if padding == "valid" else padding, dims)
         return x, weight, bias, Call(dims, _each(stride, dims), padding, dilation, False, (0,) * dims, groups)
-    dims = TRANSPOSED.get(function, 0)
+    dims = TRANSPOSED_CONVOLUTIONS.get(function, 0)
     if not dims:
         return None
     x, weight, bias, stride, padding, more, groups, dilation = _bound(

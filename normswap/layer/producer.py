@@ -1,9 +1,10 @@
 """The producer of a norm: the conv or linear whose output the norm normalizes, as rows of filters, and the mean of its input.
 
     x = W u + b        u  what one output reads of the producer's input: a patch, 0 where it is padding
-    a = mean(u)        the input mean, one number per input channel and position of the kernel, so that mean(x) = <W, a> + b
+    a                  the input mean: the mean of each channel of the producer's input, which stands for that of u at each position
+                       of the kernel, so that mean(x) is about <W, a> + b (padding makes the difference)
 
-Shapes: W as `filters` (outputs, inputs per group * kernel positions), one row per output channel; a (input channels, *kernel).
+Shapes: W as `filters` (outputs, inputs per group * kernel positions), one row per output channel; a (input channels,).
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ from normswap.layer.fsdp import is_part
 # The folders that hold no user's code: those of torch, and of normswap (two folders up from this file).
 OURS = tuple(os.path.join(folder, "") for folder in (os.path.dirname(inspect.getfile(torch)), os.path.dirname(os.path.dirname(__file__))))
 
+# What to do about a model whose code no longer calls a layer on the output of its producer.
+REPAIR = 'call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing'
 FULL = 8  # from this many samples in a step on, the momentum is BatchNorm's
 
 
@@ -123,18 +125,12 @@ class Run(Forward):
                 self.others = {**kept, threading.current_thread(): here}
         return here
 
-    def record_input(self, mean: Tensor) -> None:
-        """Record a call of the producer, whose input had this mean."""
+    def record_call(self, *, input_mean: Tensor | None = None, pair: Tensor | None = None) -> None:
+        """Record a call of the producer: the mean of its input, or its output if it was computed with the norm as a pair."""
         here = self.here
-        here.input_mean, here.pair, here.fresh = mean, None, True
+        here.input_mean, here.pair, here.fresh = input_mean, None if pair is None else place_of(pair), True
         if not torch.compiler.is_compiling():
             self.latest = None if here is self else here
-
-    def record_pair(self, output: Tensor) -> None:
-        """Record a call of the producer that was computed with the norm as a pair."""
-        here = self.here
-        here.input_mean, here.pair, here.fresh = None, place_of(output), True
-        self.latest = None if here is self else here
 
     def take_pair(self, x: Tensor, producer: nn.Module) -> bool:
         """Whether x, the norm's input, is normalized already: the producer was called before, as a pair.
@@ -148,8 +144,7 @@ class Run(Forward):
             raise not_called(producer)
         if here.fresh and place_of(x) != here.pair:
             raise UsageError(
-                f"what a BatchlessNorm normalizes is not the output of the {type(producer).__name__} that it is coupled to",
-                hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
+                f"what a BatchlessNorm normalizes is not the output of the {type(producer).__name__} that it is coupled to", hint=REPAIR
             )
         here.fresh = False
         return True
@@ -201,10 +196,7 @@ def place_of(t: Tensor) -> int:
 
 def not_called(producer: nn.Module) -> UsageError:
     """The error of a coupled layer whose producer was not called before it."""
-    return UsageError(
-        f"a BatchlessNorm is coupled to a {type(producer).__name__} that was not called before it",
-        hint='call decouple() of the layer, or convert the model as it is now; coupling="none" couples nothing',
-    )
+    return UsageError(f"a BatchlessNorm is coupled to a {type(producer).__name__} that was not called before it", hint=REPAIR)
 
 
 def records_term(x: Tensor) -> bool:

@@ -75,7 +75,7 @@ def backward_in_micro_batches(
                 run.share = whole * share
             last = rows.stop >= total
             with contextlib.nullcontext() if last else getattr(model, "no_sync", contextlib.nullcontext)():
-                with _counted((*model.parameters(), *model.buffers(), *batch)) as kept:
+                with kept_for_backward((*model.parameters(), *model.buffers(), *batch)) as kept:
                     value = loss(*part) * share
                 most = max(most, sum(kept.values()))
                 if max_bytes is not None and most > max_bytes and not sizes:
@@ -95,7 +95,7 @@ def backward_in_micro_batches(
 
 
 @contextlib.contextmanager
-def _counted(besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+def kept_for_backward(besides: Iterable[Tensor]) -> Iterator[dict[int, int]]:
     """The bytes of each storage that autograd keeps within this context, leaving out the storages of `besides`, which exist anyway."""
     own = {t.untyped_storage()._cdata for t in besides}
     kept: dict[int, int] = {}

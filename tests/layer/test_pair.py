@@ -18,6 +18,7 @@ import normswap
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.pair import Call, call_of
+from normswap.training.micro import kept_for_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 
@@ -206,15 +207,7 @@ def test_the_input_of_the_norm_is_not_kept() -> None:
     source = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16)).eval()
     x = torch.randn(5, 3, 20, 21)
     model = normswap.convert(source, x).model.train()
-    own = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_for_backward(model.parameters()) as kept:
         y = model(x)
     places = 5 * 20 * 21
     assert y.requires_grad
@@ -307,6 +300,7 @@ def test_a_conv_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         model(x[:, :1])
     assert model[1].run.interception is None
+    assert not model[1].run.fresh
     assert torch.overrides._len_torch_function_stack() == 0
     agree(model, x)
 
@@ -338,17 +332,17 @@ def test_checkpoints(reentrant: bool, parts: list[tuple[int, int]]) -> None:
 
 
 def test_one_sample_without_an_axis_for_samples() -> None:
-    conv = nn.Conv1d(3, 5, 2)
-    norm = BatchlessNorm(5, channel_axis=-2, aux="auto").train()
+    conv = nn.Conv1d(3, 5, 2, dtype=F64)
+    norm = BatchlessNorm(5, channel_axis=-2, aux="auto", dtype=F64).train()
     with torch.no_grad():
         norm.mean.normal_()
         norm.log_std.normal_()
-    norm.couple(conv, torch.zeros(3))
-    x = torch.randn(3, 9)
+    norm.couple(conv, torch.zeros(3, dtype=F64))
+    x = torch.randn(3, 9, dtype=F64)
     y = norm(conv(x))
     assert norm.run.pair is not None
     scale, shift = norm.affine_map()
-    torch.testing.assert_close(y, F.conv1d(x, conv.weight, conv.bias) * scale[:, None] + shift[:, None], rtol=1e-5, atol=1e-5)
+    close(y, F.conv1d(x, conv.weight, conv.bias) * scale[:, None] + shift[:, None])
 
 
 def test_a_producer_that_computes_otherwise_is_left_alone() -> None:

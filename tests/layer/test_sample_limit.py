@@ -244,7 +244,7 @@ def test_forward_mode_by_the_input(masked: bool) -> None:
     value, change = torch.func.jvp(function, (x,), (along,))
     assert 0 < sum(int((layer.run.factor < 1).sum()) for layer in layers(model)) < 6
     tangent = (function(x + 1e-5 * along) - function(x - 1e-5 * along)) / 2e-5
-    torch.testing.assert_close(value, function(x), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(value, function(x), rtol=1e-13, atol=1e-13)  # rounding: forward mode computes conv and norm apart
     torch.testing.assert_close(change, tangent, rtol=0, atol=1e-10)  # 2e-16 / 1e-5 of rounding, and (1e-5)^2 of the difference
     for layer in layers(model):
         nn.init.zeros_(layer.trend)  # type: ignore[arg-type]  # backward takes it away, in the second pass as well
