@@ -52,7 +52,8 @@ from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.result import Difference, Parity
 from normswap.swap.apply import swap
-from normswap.swap.calibrate import arguments_of, calibrate
+from normswap.swap.batches import arguments_of
+from normswap.swap.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds of processor time for one model: a busy machine changes nothing

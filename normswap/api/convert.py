@@ -39,7 +39,9 @@ from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
+from normswap.swap.batches import arguments_of
+from normswap.swap.calibrate import Reestimate, Repair, calibrate
+from normswap.swap.fit import Fit
 from normswap.training.couple import Coupling, Pair, set_modes
 from normswap.training.couple import couple as couple_to_producers
 
@@ -128,6 +130,7 @@ def convert(
     rules: Sequence[Rule] = DEFAULT_RULES,
     std: StdForm = Request.std,
     reestimate: Reestimate | None = Request.reestimate,
+    repair: Repair = Request.repair,
     aux: Aux = Request.aux,
     stats: Stats = Request.stats,
     coupling: Coupling = Request.coupling,
@@ -144,6 +147,8 @@ def convert(
     reestimate: give layers that have statistics (BatchNorm) those of the calibration data. "exact": weight and bias make up for the
         difference, so the function stays the same, and this is verified. "adapt": weight and bias stay, so the function changes with the
         data, as in AdaBN (Li et al. 2016, arXiv:1603.04779); this needs approximate=True or max_drift.
+    repair: "auto": where norms are swapped approximately, the linear layers around them take back, by least squares, what they can of the
+        difference. "none": only the new layers are fitted.
     aux, stats: how the statistics train, in train mode; see BatchlessNorm.
     coupling: "auto" couples the statistics of each norm to the weight of its producer, the conv or linear layer before it, if it has one,
         so that training is centred like BatchNorm's; removes the trend from each norm's gradient; and limits the effect of one sample.
@@ -163,6 +168,7 @@ def convert(
         rules=rules,
         std=std,
         reestimate=reestimate,
+        repair=repair,
         aux=aux,
         stats=stats,
         coupling=coupling,
@@ -233,7 +239,15 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
 
     del converted
     converted = swap(module, planned, std=request.std)
-    fits = calibrate(converted, _reference(module, planned), approximate, batches, reestimate=reestimated, progress=progress)
+    fits = calibrate(
+        converted,
+        _reference(module, planned),
+        approximate,
+        batches,
+        reestimate=reestimated,
+        repairs=request.repair == "auto",
+        progress=progress,
+    )
     drift = _drift(module, planned, converted, batches, math.inf if request.max_drift is None else request.max_drift)
     if request.reestimate == "adapt":
         planned = dataclasses.replace(planned, swaps=tuple(_adapted(s) for s in planned.swaps))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from normswap.detect.sites import Rule
     from normswap.layer.batchless_norm import Aux
     from normswap.layer.formulas import Stats, StdForm
-    from normswap.swap.calibrate import Reestimate
+    from normswap.swap.calibrate import Reestimate, Repair
     from normswap.training.couple import Coupling
 
 
@@ -44,6 +44,7 @@ class Request(Selection):
     max_drift: float | None = None
     std: StdForm = "log"
     reestimate: Reestimate | None = None
+    repair: Repair = "auto"
     aux: Aux = "auto"
     stats: Stats = "natural"
     coupling: Coupling = "auto"
@@ -51,10 +52,10 @@ class Request(Selection):
     def __post_init__(self) -> None:
         from normswap.layer.batchless_norm import AUXES
         from normswap.layer.formulas import STATS, STD_FORMS
-        from normswap.swap.calibrate import REESTIMATE
+        from normswap.swap.calibrate import REESTIMATE, REPAIRS
         from normswap.training.couple import COUPLINGS
 
-        words = {"std": STD_FORMS, "aux": AUXES, "stats": STATS, "coupling": COUPLINGS}
+        words = {"std": STD_FORMS, "aux": AUXES, "stats": STATS, "coupling": COUPLINGS, "repair": REPAIRS}
         for name, known in words.items():
             one_of(name, getattr(self, name), known)
         if self.reestimate is not None:

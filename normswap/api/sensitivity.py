@@ -39,7 +39,8 @@ from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.run_torch import module_runner
 from normswap.rules import DEFAULT_RULES
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.calibrate import MASK, arguments_of, calibrate
+from normswap.swap.batches import MASK, arguments_of
+from normswap.swap.calibrate import calibrate
 
 By = Literal["rel_l2", "max_rel", "change"]
 Metric = Callable[[nn.Module], Any]

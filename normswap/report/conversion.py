@@ -16,7 +16,7 @@ from normswap.report.onnx import cuda_lines, export_facts, residue_lines
 from normswap.report.parity import comparisons_json, comparisons_summary, parity_json, worst_of
 from normswap.report.tables import Alarm, table
 from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
-from normswap.swap.calibrate import Fit
+from normswap.swap.fit import Fit
 from normswap.versions import versions
 
 if TYPE_CHECKING:

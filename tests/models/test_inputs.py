@@ -19,7 +19,7 @@ from normswap.cli.data import batches_of
 from normswap.errors import UsageError
 from normswap.files.load import load
 from normswap.models.inputs import Inputs, as_inputs, infer, parse
-from normswap.swap.calibrate import arguments_of
+from normswap.swap.batches import arguments_of
 
 # --- given --------------------------------------------------------------------------------------------------------------------------
 

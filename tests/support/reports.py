@@ -20,7 +20,7 @@ from normswap.export.to_onnx import Export
 from normswap.folding import Outcome
 from normswap.parity.result import Difference, Located, Parity
 from normswap.report.conversion import Report
-from normswap.swap.calibrate import Fit
+from normswap.swap.fit import Fit
 
 RULE = Rule("BatchNorm2d", lambda site: True, lambda site: None, lambda site, std: nn.Identity())
 

@@ -1,0 +1,119 @@
+"""The linears around a layer, found by watching one forward pass: which one makes its input, and which ones read its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.models.copying import shared_parameters
+from normswap.models.watching import forward, tensors_in
+
+WIDEST = 8192  # inputs of a linear that may be found: what is summed of them has this number squared
+ADD = ("add", "__add__", "__radd__", "add_", "__iadd__")
+
+
+class Around(NamedTuple):
+    """The linears around one layer, by name.
+
+    producer   whose output is the layer's input x or one of the two parts of a sum that is; None if there is none
+    alone      whether nothing but the layer reads x
+    readers    those that read the layer's output; empty if anything else reads it, too
+    """
+
+    producer: str | None
+    alone: bool
+    readers: tuple[str, ...]
+
+
+class Wiring(TorchFunctionMode):
+    """Watches a forward pass of a model in which each of `modules` is called, and finds what is around them.
+
+    A tensor is known by its memory and shape, so that a dropout that does nothing does not hide it. A linear counts if it is an nn.Linear
+    that is called once and shares no parameter.
+
+    order   the names of `modules` in the order in which they are called
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        shared = shared_parameters(model)
+        self.modules = modules
+        self.order: list[str] = []
+        self._linears = {id(m.weight): name for name, m in model.named_modules() if _counts(m, shared)}
+        self._inside = False  # one of `modules`
+        self._alive: list[Tensor] = []  # so that no memory is used twice
+        self._made: dict[Any, str] = {}  # tensor -> the linear that made it
+        self._calls: dict[str, int] = {}
+        self._sums: dict[Any, list[Any]] = {}
+        self._readers: dict[Any, list[str | None]] = {}
+        self._at: dict[str, tuple[Any, Any]] = {}  # name -> (x, y)
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Around]:
+        """What is around each module, by name."""
+        handles: list[Any] = []
+        for name, module in self.modules.items():
+            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(name))]
+        try:
+            for t in tensors_in(forward(model, args, kwargs, within=self)):
+                self._readers.setdefault(_key(t), []).append(None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: self._around(*at) for name, at in self._at.items()}
+
+    def _around(self, x: Any, y: Any) -> Around:
+        made = [self._made[part] for part in (x, *self._sums.get(x, ())) if part in self._made and part[1] == x[1]]
+        made = [name for name in made if self._calls[name] == 1]
+        readers = self._readers.get(y, [])
+        linears = tuple(name for name in readers if name is not None and self._calls[name] == 1)
+        return Around(made[-1] if made else None, not self._readers.get(x), linears if len(linears) == len(readers) else ())
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside = True
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._inside = False
+            self.order.append(name)
+            self._alive += (args[0], output)
+            self._at[name] = _key(args[0]), _key(output)
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if self._inside:
+            return func(*args, **(kwargs or {}))
+        read = list(tensors_in((args, kwargs)))
+        versions = [t._version for t in read]
+        result = func(*args, **(kwargs or {}))
+        keys, made = [_key(t) for t in read], list(tensors_in(result))
+        written = [key for key, t, version in zip(keys, read, versions, strict=True) if t._version != version]
+        if not written and (not made or (len(made) == 1 and _key(made[0]) in keys)):
+            return result  # it asks for a size or the like, or does nothing
+        self._alive += made
+        linear = self._linears.get(id(args[1])) if func is torch.nn.functional.linear and len(args) > 1 else None
+        for key in keys if linear is None else keys[:1]:
+            self._readers.setdefault(key, []).append(linear)
+        for key in written:
+            self._made.pop(key, None)
+            self._sums.pop(key, None)
+        if linear is not None:
+            self._made[_key(made[0])] = linear
+            self._calls[linear] = self._calls.get(linear, 0) + 1
+        elif getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
+            self._sums[_key(made[0])] = keys
+        return result
+
+
+def _counts(module: nn.Module, shared: Mapping[int, Any]) -> bool:
+    if type(module) is not nn.Linear or module._parameters.get("weight") is None or module._forward_hooks:
+        return False
+    return module.in_features <= WIDEST and not any(id(p) in shared for p in module.parameters())
+
+
+def _key(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), tuple(t.shape)
