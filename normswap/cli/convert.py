@@ -96,6 +96,7 @@ def convert_to_directory(
         rules=rules,
         std=options.std,
         reestimate=options.reestimate,
+        repair=options.repair,
         # A program must also load without normswap, and has no modes by which the term could be left out in eval mode.
         aux="none" if isinstance(original.model, ExportedProgram) else Request.aux,
         coupling=options.coupling,

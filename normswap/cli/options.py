@@ -103,6 +103,12 @@ class Converting:
             help="Give BatchNorms the statistics of --data: 'exact' keeps the function, 'adapt' lets it change (needs --approximate)."
         ),
     ] = Request.reestimate
+    repair: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="With --approximate: 'auto' lets the linear layers around each swapped layer take back what they can; 'none' not."
+        ),
+    ] = Request.repair
     coupling: Annotated[
         Literal["auto", "none"],
         typer.Option(help="How it will train: 'auto' couples each layer to the conv or linear before it; 'none' makes plain layers."),

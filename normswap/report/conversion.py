@@ -186,7 +186,7 @@ def calibration_row(fit: Fit) -> tuple[str, ...]:
     seen = fit.samples > 0
     return (
         fit.name or ROOT,
-        {"fit": "fitted", "exact": "re-estimated", "adapt": "adapted"}[fit.how],
+        {"fit": "fitted", "exact": "re-estimated", "adapt": "adapted"}[fit.how] + _repaired(fit),
         figure(fit.error) if seen else "",
         str(fit.samples) if seen else "",
         f"{fit.flat_channels} of {fit.channels}" if seen else "",
@@ -194,6 +194,11 @@ def calibration_row(fit: Fit) -> tuple[str, ...]:
         "" if fit.first_position is None else f"{fit.first_position:.1f}",
         "; ".join(fit.remarks),
     )
+
+
+def _repaired(fit: Fit) -> str:
+    count = len(fit.repaired)
+    return f", {count} linear{'' if count == 1 else 's'} repaired" if count else ""
 
 
 def _facts_table(report: Report) -> Table:

@@ -6,7 +6,7 @@ For rows u (inputs,) and v (outputs,), one pair per sample or token, B and t min
                                                U = sum (u - mean_u)(u - mean_u)^T,  V = sum (v - mean_v)(u - mean_u)^T
 
 so B is 0 where the data say nothing. The ridge is a share of the mean of U's diagonal; `RIDGES` are tried, and the one is taken that comes
-closest on rows that were held out. Sums are float64, products of a block of rows float32.
+closest on rows that were held out. Sums are float64; products of a block of rows float32, or float64 if u is.
 
 Source: ridge regression, Hoerl & Kennard 1970; the closed form of target-space training, see docs/approximate.md.
 """
@@ -61,7 +61,9 @@ class Sums:
         """Include rows u (rows, inputs) and v (rows, outputs)."""
         step = max(1, BLOCK // max(1, u.shape[1]))
         for start in range(0, len(u), step):
-            du, dv = (u[start : start + step] - self.origin_u).float(), (v[start : start + step] - self.origin_v).float()
+            du, dv = u[start : start + step] - self.origin_u, v[start : start + step] - self.origin_v
+            if u.dtype != torch.float64:
+                du, dv = du.float(), dv.float()
             self.count += len(du)
             self.u += du.sum(0, dtype=torch.float64)
             self.v += dv.sum(0, dtype=torch.float64)

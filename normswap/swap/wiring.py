@@ -99,8 +99,8 @@ class Wiring(TorchFunctionMode):
         for key in keys if linear is None else keys[:1]:
             self._readers.setdefault(key, []).append(linear)
         for key in written:
-            self._made.pop(key, None)
-            self._sums.pop(key, None)
+            for known in (self._made, self._sums, self._readers):  # of what was there before
+                known.pop(key, None)
         if linear is not None:
             self._made[_key(made[0])] = linear
             self._calls[linear] = self._calls.get(linear, 0) + 1
