@@ -31,7 +31,7 @@ from normswap.swap.batches import arguments_of, mask_of, told
 from normswap.swap.fit import Fitting, part_after, record, store
 from normswap.swap.least_squares import HELD_OUT, Joint, Map, Sums, best, best_jointly
 from normswap.swap.lockstep import Pass, Passes
-from normswap.swap.wiring import Around, Wiring
+from normswap.swap.wiring import Around, Wiring, weight_of
 
 
 class OutOfOrder(Exception):
@@ -205,17 +205,17 @@ def _calibrate(site: Fitting, around: Around, arrivals: list[Arrival], modules: 
         found = _of_output(site, arrivals, centred=all(reader.bias is not None for reader in readers))
         if found is not None:
             for reader in readers:
-                weight = reader.weight.double()
-                reader.weight += (weight @ found.matrix.T).to(reader.weight.dtype)
+                weight = weight_of(reader).double()
+                weight_of(reader).add_(weight @ found.matrix.T)
                 if reader.bias is not None:
-                    reader.bias += (weight @ found.offset).to(reader.bias.dtype)
+                    reader.bias.add_(weight @ found.offset)
             site.repaired += around.readers
 
 
 def _add(linear: Any, change: Map) -> None:
-    linear.weight += change.matrix.T.to(linear.weight.dtype)
+    weight_of(linear).add_(change.matrix.T)
     if linear.bias is not None:
-        linear.bias += change.offset.to(linear.bias.dtype)
+        linear.bias.add_(change.offset)
 
 
 def _of_layer(arrivals: list[Arrival]) -> Map | None:

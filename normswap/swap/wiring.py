@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,8 +31,8 @@ class Around(NamedTuple):
 class Wiring(TorchFunctionMode):
     """Watches a forward pass of a model in which each of `modules` is called, and finds what is around them.
 
-    A tensor is known by its memory and shape, so that a dropout that does nothing does not hide it. A linear counts if it is an nn.Linear
-    that is called once and shares no parameter.
+    A tensor is known by its memory and shape, so that a dropout that does nothing does not hide it. A linear counts if it is used once, as
+    a module, and shares no parameter.
 
     order   the names of `modules` in the order in which they are called
     """
@@ -43,11 +42,12 @@ class Wiring(TorchFunctionMode):
         shared = shared_parameters(model)
         self.modules = modules
         self.order: list[str] = []
-        self._linears = {id(m.weight): name for name, m in model.named_modules() if _counts(m, shared)}
-        self._inside = False  # one of `modules`
+        self._linears = {name: m for name, m in model.named_modules() if _counts(m, shared)}
+        self._owners = {id(p): name for name, m in self._linears.items() for p in m.parameters()}
+        self._inside = 0  # how many of `modules` and of the linears are running
         self._alive: list[Tensor] = []  # so that no memory is used twice
         self._made: dict[Any, str] = {}  # tensor -> the linear that made it
-        self._calls: dict[str, int] = {}
+        self._uses = dict.fromkeys(self._linears, 0)
         self._sums: dict[Any, list[Any]] = {}
         self._readers: dict[Any, list[str | None]] = {}
         self._at: dict[str, tuple[Any, Any]] = {}  # name -> (x, y)
@@ -57,6 +57,8 @@ class Wiring(TorchFunctionMode):
         handles: list[Any] = []
         for name, module in self.modules.items():
             handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(name))]
+        for name, module in self._linears.items():
+            handles += [module.register_forward_pre_hook(self._reads(name)), module.register_forward_hook(self._makes(name))]
         try:
             for t in tensors_in(forward(model, args, kwargs, within=self)):
                 self._readers.setdefault(_key(t), []).append(None)
@@ -67,20 +69,37 @@ class Wiring(TorchFunctionMode):
 
     def _around(self, x: Any, y: Any) -> Around:
         made = [self._made[part] for part in (x, *self._sums.get(x, ())) if part in self._made and part[1] == x[1]]
-        made = [name for name in made if self._calls[name] == 1]
+        made = [name for name in made if self._uses[name] == 1]
         readers = self._readers.get(y, [])
-        linears = tuple(name for name in readers if name is not None and self._calls[name] == 1)
+        linears = tuple(name for name in readers if name is not None and self._uses[name] == 1)
         return Around(made[-1] if made else None, not self._readers.get(x), linears if len(linears) == len(readers) else ())
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._inside = True
+        self._inside += 1
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._inside = False
+            self._inside -= 1
             self.order.append(name)
             self._alive += (args[0], output)
             self._at[name] = _key(args[0]), _key(output)
+
+        return hook
+
+    def _reads(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._inside += 1
+            self._uses[name] += 1
+            for t in tensors_in(args):
+                self._readers.setdefault(_key(t), []).append(name)
+
+        return hook
+
+    def _makes(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._inside -= 1
+            self._alive.append(output)
+            self._made[_key(output)] = name
 
         return hook
 
@@ -95,24 +114,35 @@ class Wiring(TorchFunctionMode):
         if not written and (not made or (len(made) == 1 and _key(made[0]) in keys)):
             return result  # it asks for a size or the like, or does nothing
         self._alive += made
-        linear = self._linears.get(id(args[1])) if func is torch.nn.functional.linear and len(args) > 1 else None
-        for key in keys if linear is None else keys[:1]:
-            self._readers.setdefault(key, []).append(linear)
+        for key, t in zip(keys, read, strict=True):
+            self._readers.setdefault(key, []).append(None)
+            if id(t) in self._owners:  # a weight that is used without its module
+                self._uses[self._owners[id(t)]] += 2
         for key in written:
             for known in (self._made, self._sums, self._readers):  # of what was there before
                 known.pop(key, None)
-        if linear is not None:
-            self._made[_key(made[0])] = linear
-            self._calls[linear] = self._calls.get(linear, 0) + 1
-        elif getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
+        if getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
             self._sums[_key(made[0])] = keys
         return result
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight W of a linear that was found, (outputs, inputs): itself or a view of it."""
+    weight: Any = linear.weight
+    return weight.T if _is_transposed(linear) else weight  # type: ignore[no-any-return]
+
+
 def _counts(module: nn.Module, shared: Mapping[int, Any]) -> bool:
-    if type(module) is not nn.Linear or module._parameters.get("weight") is None or module._forward_hooks:
+    plain = type(module) is nn.Linear or _is_transposed(module)
+    weight = module._parameters.get("weight")
+    if not plain or weight is None or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return module.in_features <= WIDEST and not any(id(p) in shared for p in module.parameters())
+    return weight_of(module).shape[1] <= WIDEST and not any(id(p) in shared for p in module.parameters())
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module is the linear of transformers that GPT-2 is made of, whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.partition(".")[0] == "transformers"
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:

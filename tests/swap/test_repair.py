@@ -203,3 +203,19 @@ def test_hooks_and_modes_are_as_they_were() -> None:
 def test_the_option_has_two_words() -> None:
     with pytest.raises(UsageError, match="repair is 'all'"):
         _converted(_vit(), _images(10), repair="all")
+
+
+def test_the_linears_of_gpt2_are_seen() -> None:
+    """transformers' Conv1D is a linear whose weight is transposed."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=30, n_positions=12, n_embd=16, n_layer=2, n_head=2)
+    model = randomise(transformers.GPT2LMHeadModel(config), 3).eval()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(30, (n, 9), generator=generator)} for n in (40, 31)]
+    unseen = {"input_ids": torch.randint(30, (20, 9), generator=generator)}
+    repaired, plain = _converted(model, data), _converted(model, data, repair="none")
+    names = {name.rpartition("h.")[2].partition(".")[2] for fit in repaired.fits for name in fit.repaired}
+    assert names == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    with torch.no_grad():
+        distances = [float((c.model(**unseen).logits - model(**unseen).logits).norm()) for c in (repaired, plain)]
+    assert distances[0] < 0.8 * distances[1]
