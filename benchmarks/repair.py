@@ -79,7 +79,16 @@ def gpt() -> tuple[nn.Module, Any, Callable[[nn.Module], float]]:
     train, test = map(windows, texts())
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=256, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=256,
+        n_positions=CONTEXT,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = transformers.GPT2LMHeadModel(config)
 

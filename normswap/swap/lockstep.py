@@ -6,6 +6,7 @@ gradients are on, autocast, function modes) is that of its own pass.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ class Pass:
         self._value: Any = None
         self._error: BaseException | None = None
         self._closed = False
+        self._devices = torch.get_default_device(), torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(target=self._main, daemon=True)
 
     def resume(self) -> Any:
@@ -56,8 +58,11 @@ class Pass:
             self._thread.join()
 
     def _main(self) -> None:
+        default, cuda = self._devices  # of the thread that asked for the pass
+        if cuda is not None:
+            torch.cuda.set_device(cuda)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.device(default) if default.type != "cpu" else contextlib.nullcontext():
                 self._run()
         except _Closed:
             pass

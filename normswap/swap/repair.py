@@ -186,8 +186,8 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _calibrate(site: Fitting, around: Around, arrivals: list[Arrival], modules: dict[str, nn.Module]) -> None:
     """Repair the producer, calibrate the layer, repair the readers."""
-    # Only where the channels are on the last axis, as those of a linear are; and where some samples can be held out.
-    rows = all(tuple(axis % a.x.dim() for axis in site.layer.channel_axis) == (a.x.dim() - 1,) for a in arrivals)
+    # Only where each sample or position is a row of channels, as it is for a linear, and where some can be held out.
+    rows = all(a.x.dim() > 1 and [axis % a.x.dim() for axis in site.layer.channel_axis] == [a.x.dim() - 1] for a in arrivals)
     rows = rows and any(bool(a.held_out.any()) for a in arrivals)
     if rows and around.producer is not None and all(a.h is not None and a.h.shape[:-1] == a.x.shape[:-1] for a in arrivals):
         producer: Any = modules[around.producer]
@@ -195,7 +195,8 @@ def _calibrate(site: Fitting, around: Around, arrivals: list[Arrival], modules: 
         if found is not None:
             _add(producer, found)
             for a in arrivals:  # what the producer put out already, and nobody has read yet
-                a.x.add_((cast(Tensor, a.h).float() @ found.matrix.float() + found.offset.float()).to(a.x.dtype))
+                dtype = torch.promote_types(a.x.dtype, torch.float32)
+                a.x.add_(cast(Tensor, a.h).to(dtype) @ found.matrix.to(dtype) + found.offset.to(dtype))
             site.repaired += (around.producer,)
     for a in arrivals:
         record(site, a.x, a.source_y, a.mask)

@@ -83,3 +83,9 @@ def test_an_unfinished_pass_is_ended_even_by_a_model_that_catches_exceptions() -
         a.resume()
     assert ended == ["left"]
     assert threading.active_count() == threads
+
+
+def test_a_default_device_of_the_caller_holds_in_the_pass() -> None:
+    with torch.device("meta"), Passes() as passes:
+        a = passes.add(lambda: a.stop(torch.zeros(2).device.type))
+        assert a.resume() == "meta"

@@ -173,6 +173,14 @@ def test_nothing_is_repaired_from_fewer_rows_than_a_linear_has_inputs() -> None:
         assert any(fit.repaired for fit in _converted(model, data).fits) == some, samples
 
 
+def test_samples_without_an_axis_of_their_own_are_fitted_alone() -> None:
+    model = randomise(nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)), 0).eval()
+    generator = torch.Generator().manual_seed(0)
+    conversion = _converted(model, [torch.randn(5, generator=generator) for _ in range(150)])
+    assert not conversion.fits[0].repaired
+    assert conversion.fits[0].samples == 150
+
+
 def test_what_a_model_raises_in_the_middle_is_told_and_no_thread_is_left() -> None:
     class Picky(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
