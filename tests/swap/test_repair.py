@@ -173,6 +173,16 @@ def test_nothing_is_repaired_from_fewer_rows_than_a_linear_has_inputs() -> None:
         assert any(fit.repaired for fit in _converted(model, data).fits) == some, samples
 
 
+def test_readers_alone_bring_their_outputs_closer() -> None:
+    """An activation stands before the norm, so that only what reads it can be repaired; one reader has no bias."""
+    model = randomise(nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3, bias=False)), 4).eval()
+    x = torch.randn(900, 5, generator=torch.Generator().manual_seed(0))
+    repaired, plain = _converted(model, [x[:600]]), _converted(model, [x[:600]], repair="none")
+    assert repaired.fits[0].repaired == ("3",)
+    assert torch.equal(repaired.model[0].weight, model[0].weight)
+    assert _distance(repaired.model, model, x[600:]) < 0.9 * _distance(plain.model, model, x[600:])
+
+
 def test_samples_without_an_axis_of_their_own_are_fitted_alone() -> None:
     model = randomise(nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3)), 0).eval()
     generator = torch.Generator().manual_seed(0)
