@@ -53,6 +53,13 @@ class Arrival(NamedTuple):
     mask: Tensor | None
     held_out: Tensor
 
+    def at(self, part: Any) -> Arrival:
+        """What belongs to the part of the layer's output that is read: see `Around.part`."""
+        if part is None:
+            return self
+        x, source_x, source_y = (t[part] for t in (self.x, self.source_x, self.source_y))
+        return self._replace(x=x, h=None if self.h is None else self.h[part], source_x=source_x, source_y=source_y, mask=None)
+
     def rows(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(rows of t that are to be fitted, those held out), each (rows, channels)."""
         held_out = self.held_out.to(t.device).view(-1, *(1,) * (t.dim() - 2)).expand(t.shape[:-1])
@@ -189,21 +196,22 @@ def _calibrate(site: Fitting, around: Around, arrivals: list[Arrival], modules: 
     # Only where each sample or position is a row of channels, as it is for a linear, and where some can be held out.
     rows = all(a.x.dim() > 1 and [axis % a.x.dim() for axis in site.layer.channel_axis] == [a.x.dim() - 1] for a in arrivals)
     rows = rows and any(bool(a.held_out.any()) for a in arrivals)
+    read = [a.at(around.part) for a in arrivals]  # views: what is repaired in x is seen there
     if rows and around.producer is not None and all(a.h is not None and a.h.shape[:-1] == a.x.shape[:-1] for a in arrivals):
         producer: Any = modules[around.producer]
-        found = _of_layer(arrivals) if around.alone else _of_stream(arrivals, centred=producer.bias is not None)
+        found = _of_layer(read) if around.alone else _of_stream(arrivals, centred=producer.bias is not None)
         if found is not None:
             _add(producer, found)
             for a in arrivals:  # what the producer put out already, and nobody has read yet
                 dtype = torch.promote_types(a.x.dtype, torch.float32)
                 a.x.add_(cast(Tensor, a.h).to(dtype) @ found.matrix.to(dtype) + found.offset.to(dtype))
             site.repaired += (around.producer,)
-    for a in arrivals:
+    for a in read:
         record(site, a.x, a.source_y, a.mask)
     store(site)
     readers: list[Any] = [modules[name] for name in around.readers]
     if rows and readers:
-        found = _of_output(site, arrivals, centred=all(reader.bias is not None for reader in readers))
+        found = _of_output(site, read, centred=all(reader.bias is not None for reader in readers))
         if found is not None:
             for reader in readers:
                 weight = weight_of(reader).double()

@@ -20,12 +20,21 @@ class Around(NamedTuple):
 
     producer   whose output is the layer's input x or one of the two parts of a sum that is; None if there is none
     alone      whether nothing but the layer reads x
-    readers    those that read the layer's output; empty if anything else reads it, too
+    part       what is read of the layer's output, as in `y[:, 0]` for the first token, if nothing else is; None for all of it
+    readers    those that read the layer's output, or that part of it; empty if anything else reads it, too
     """
 
     producer: str | None
     alone: bool
     readers: tuple[str, ...]
+    part: tuple[Any, ...] | None = None
+
+
+class _Pick(NamedTuple):
+    """A reader that takes a part of a tensor: which, and what it becomes."""
+
+    part: tuple[Any, ...]
+    result: Any
 
 
 class Wiring(TorchFunctionMode):
@@ -49,7 +58,7 @@ class Wiring(TorchFunctionMode):
         self._made: dict[Any, str] = {}  # tensor -> the linear that made it
         self._uses = dict.fromkeys(self._linears, 0)
         self._sums: dict[Any, list[Any]] = {}
-        self._readers: dict[Any, list[str | None]] = {}
+        self._readers: dict[Any, list[str | _Pick | None]] = {}
         self._at: dict[str, tuple[Any, Any]] = {}  # name -> (x, y)
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Around]:
@@ -70,9 +79,11 @@ class Wiring(TorchFunctionMode):
     def _around(self, x: Any, y: Any) -> Around:
         made = [self._made[part] for part in (x, *self._sums.get(x, ())) if part in self._made and part[1] == x[1]]
         made = [name for name in made if self._uses[name] == 1]
-        readers = self._readers.get(y, [])
-        linears = tuple(name for name in readers if name is not None and self._uses[name] == 1)
-        return Around(made[-1] if made else None, not self._readers.get(x), linears if len(linears) == len(readers) else ())
+        readers, part = self._readers.get(y, []), None
+        if len(readers) == 1 and isinstance(readers[0], _Pick):
+            part, readers = readers[0].part, self._readers.get(readers[0].result, [])
+        linears = tuple(name for name in readers if isinstance(name, str) and self._uses[name] == 1)
+        return Around(made[-1] if made else None, not self._readers.get(x), linears if len(linears) == len(readers) else (), part)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside += 1
@@ -114,8 +125,10 @@ class Wiring(TorchFunctionMode):
         if not written and (not made or (len(made) == 1 and _key(made[0]) in keys)):
             return result  # it asks for a size or the like, or does nothing
         self._alive += made
+        picks = getattr(func, "__name__", "") == "__getitem__" and len(read) == len(made) == 1 and _keeps_samples(args[1])
+        reader = _Pick(args[1], _key(made[0])) if picks else None
         for key, t in zip(keys, read, strict=True):
-            self._readers.setdefault(key, []).append(None)
+            self._readers.setdefault(key, []).append(reader)
             if id(t) in self._owners:  # a weight that is used without its module
                 self._uses[self._owners[id(t)]] += 2
         for key in written:
@@ -143,6 +156,11 @@ def _counts(module: nn.Module, shared: Mapping[int, Any]) -> bool:
 def _is_transposed(module: nn.Module) -> bool:
     """Whether a module is the linear of transformers that GPT-2 is made of, whose weight is (inputs, outputs)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.partition(".")[0] == "transformers"
+
+
+def _keeps_samples(index: Any) -> bool:
+    """Whether an index takes all samples, and the same part of each."""
+    return isinstance(index, tuple) and len(index) > 1 and index[0] == slice(None) and all(isinstance(i, (int, slice)) for i in index)
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:

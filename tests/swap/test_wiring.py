@@ -59,6 +59,13 @@ CASES: dict[str, tuple[Any, Around]] = {
     "a stream": (_stream, Around("a", False, ("b",))),
     "read by two": (lambda m, x: m.b(y := m.norm(x * 2)) + m.c(y), Around(None, True, ("b", "c"))),
     "read by another, too": (lambda m, x: m.b(y := m.norm(x * 2)) + y, Around(None, True, ())),
+    "of which a part is read": (lambda m, x: m.b(m.norm(x * 2)[:, 0]), Around(None, True, ("b",), (slice(None), 0))),
+    "of which two parts are read": (lambda m, x: m.b((y := m.norm(x * 2))[:, 0]) + y[:, 1], Around(None, True, ())),
+    "of which some samples are read": (lambda m, x: m.b(m.norm(x * 2)[1:]), Around(None, True, ())),
+    "of which a part that the data decide is read": (
+        lambda m, x: m.b(m.norm(x * 2)[:, x[0, :, 0].argsort()]),
+        Around(None, True, ()),
+    ),
     "read by the caller": (lambda m, x: (m.b(y := m.norm(x * 2)), y), Around(None, True, ())),
     "an input that is an output": (lambda m, x: (y := x + m.a(x), m.norm(y)), Around("a", False, ())),
     "its size is asked": (lambda m, x: m.norm(y := m.a(x)).view(y.shape), Around("a", True, ())),
