@@ -39,6 +39,7 @@ from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
+from normswap.swap.rmsnorm import plan_rmsnorm, with_rmsnorms
 from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
 from normswap.swap.weight_norm import plan_weight_norm, weight_normed
 from normswap.training.couple import Coupling, Pair, set_modes
@@ -253,11 +254,18 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
 
 def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: Resolve) -> Conversion[M]:
     """The conversion to another target than BatchlessNorm, where every swap is exact and a norm that has none stays."""
-    planned = _plan(module, resolve, _from_batchless(request), approximate=False, advice="leave it")
-    inputs = _needed(resolve())
-    planned = plan_weight_norm(module, planned, facts(module, planned, _forward(resolve)))
+    make: Callable[[nn.Module], nn.Module]
+    if request.to == "rmsnorm":
+        inputs = _needed(resolve())
+        rms = plan_rmsnorm(module, _plan(module, resolve, request, approximate=True), inputs.args, inputs.kwargs)
+        planned, make = rms.plan, functools.partial(with_rmsnorms, planned=rms)
+    else:
+        planned = _plan(module, resolve, _from_batchless(request), approximate=False, advice="leave it")
+        inputs = _needed(resolve())
+        planned = plan_weight_norm(module, planned, facts(module, planned, _forward(resolve)))
+        make = functools.partial(weight_normed, planned=planned)
     judgement = judge(module, inputs.args, inputs.kwargs, sites=[s.name for s in planned.swaps if s.site.call is None])
-    converted = weight_normed(module, planned)
+    converted = make(module)
     parity = compare(judgement, converted, original=module)
     return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement)
 
