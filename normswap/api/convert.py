@@ -39,8 +39,8 @@ from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.rmsnorm import plan_rmsnorm, with_rmsnorms
 from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
+from normswap.swap.rmsnorm import plan_rmsnorm, with_rmsnorms
 from normswap.swap.weight_norm import plan_weight_norm, weight_normed
 from normswap.training.couple import Coupling, Pair, set_modes
 from normswap.training.couple import couple as couple_to_producers
@@ -257,14 +257,15 @@ def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: R
     make: Callable[[nn.Module], nn.Module]
     if request.to == "rmsnorm":
         inputs = _needed(resolve())
-        rms = plan_rmsnorm(module, _plan(module, resolve, request, approximate=True), inputs.args, inputs.kwargs)
-        planned, make = rms.plan, functools.partial(with_rmsnorms, planned=rms)
+        rms = plan_rmsnorm(module, _plan(module, resolve, _all_exact(request), approximate=False), inputs.args, inputs.kwargs)
+        planned, sites, make = rms.plan, rms.comparable, functools.partial(with_rmsnorms, planned=rms)
     else:
         planned = _plan(module, resolve, _from_batchless(request), approximate=False, advice="leave it")
         inputs = _needed(resolve())
         planned = plan_weight_norm(module, planned, facts(module, planned, _forward(resolve)))
+        sites = [s.name for s in planned.swaps if s.site.call is None]
         make = functools.partial(weight_normed, planned=planned)
-    judgement = judge(module, inputs.args, inputs.kwargs, sites=[s.name for s in planned.swaps if s.site.call is None])
+    judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)
     converted = make(module)
     parity = compare(judgement, converted, original=module)
     return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement)
@@ -273,6 +274,12 @@ def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: R
 def _from_batchless(selection: Selection) -> Selection:
     """The selection, with a BatchlessNorm among the norms that are found."""
     return Selection(include=selection.include, exclude=selection.exclude, rules=(*selection.rules, batchless.RULE))
+
+
+def _all_exact(selection: Selection) -> Selection:
+    """The selection, with rules that promise an exact swap of every norm that they know: what is promised will be decided later."""
+    rules = all_checked(selection.rules, DEFAULT_RULES)
+    return Selection(include=selection.include, exclude=selection.exclude, rules=[dataclasses.replace(r, inexact=None) for r in rules])
 
 
 def _coupled(

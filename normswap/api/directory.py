@@ -21,6 +21,7 @@ from normswap.files.converted import WEIGHTS, difference, load_weights, same_bit
 from normswap.files.converted import save as save_directory
 from normswap.files.load import load as load_source
 from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
+from normswap.layer.rms_norm import RMSNorm
 from normswap.models import own_code
 from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs
@@ -31,6 +32,7 @@ from normswap.models.watching import forward
 from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
+from normswap.swap.rmsnorm import to_rmsnorm
 from normswap.swap.weight_norm import removing
 
 
@@ -152,9 +154,12 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
     modules = dict(model.named_modules())
     swaps: list[Swap] = []
     others: list[str] = []
-    replaced = {entry["name"] for entry in recipe.replaced}
+    removed = {entry["name"] for entry in recipe.replaced if entry["class"] != RMSNorm.__name__}
     for entry in (*recipe.sites, *recipe.replaced):
         site = Site(entry["name"], tuple(entry.get("aliases", ())), modules.get(entry["name"]), entry.get("calls"))
+        if entry["class"] == RMSNorm.__name__ and site.module is not None:
+            swaps.append(Swap(site, to_rmsnorm("layer_norm", entry["eps"], entry["axis"])))
+            continue
         rule = next((rule for rule in checked if site.module is not None and rule.recognises(site)), None)
         # The values of its weights do not matter, as the saved ones will be loaded.
         if rule is not None and rule.build is not None and rule.check(site) is None:
@@ -164,7 +169,7 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
     if others:
         planned = plan(model, recipe.example_inputs(), approximate=True, rules=rules)  # inputs: some norms only get a size from them
         swaps += [swap for swap in planned.swaps if swap.name in others]
-    swaps = [Swap(s.site, removing(s.rule)) if s.name in replaced else s for s in swaps]
+    swaps = [Swap(s.site, removing(s.rule)) if s.name in removed else s for s in swaps]
     return Plan(tuple(swaps), (), "names")
 
 

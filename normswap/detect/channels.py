@@ -210,7 +210,7 @@ def _multiplied(op: Op, index: int, axis: int) -> list[Pair] | None:
     if axis < rank - 2:
         return None
     pairs = [(right, axis) if axis == rank - 1 else (left, axis)]
-    if summed:
+    if isinstance(bias, Value):
         found = _aligned(bias, result, axis)
         if found is None or op.kwargs.get("beta", 1) == 0:
             return None

@@ -7,8 +7,8 @@ A value is centred if it is replaced by C v = v - mean of v over its channels. I
     written  everything that it is made of is centred (`channels.needed`): at last parameters, which are centred once and for all.
              A gain (LayerScale) goes into the weight before it first. Or it is cut: a hook of the module that makes or takes it centres it
 
-`streams` finds the largest set of values for which all of this holds, starting from all that are connected with the input of a LayerNorm, and
-taking away. A connected part of the set stays if it takes the centring out of more LayerNorms than it puts cuts in.
+`streams` finds the largest set of values for which all of this holds: it starts from all that are connected with the input of a LayerNorm,
+and takes away. A connected part of the set stays if it takes the centring out of more LayerNorms than it puts cuts in.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class _Search:
 
     def _results(self, pair: Pair) -> list[Pair] | None:
         """The values that have to be centred if a pair is; None, with the reason in `why`, if something sees its mean."""
-        value, axis = pair
+        value = pair[0]
         if value.spoiled:
             self.why[pair] = "its stream is written into in place, through a view"
         elif value.is_output:
@@ -153,7 +153,9 @@ class _Search:
             found = self._through(op, pair)
             if found is None:
                 where = op.stack[-1].name if op.stack else ""
-                self.why[pair] = f"its stream is also read by {where or 'the model itself'} ({op.name}), where the mean of its channels counts"
+                self.why[pair] = (
+                    f"its stream is also read by {where or 'the model itself'} ({op.name}), where the mean of its channels counts"
+                )
                 return None
             results += found
         return list(dict.fromkeys(results))
@@ -258,7 +260,9 @@ class _Search:
         op, value = pair[0].op, pair[0]
         if op is None:
             own = value.tensor is not None
-            return "its stream starts from a tensor that modules share, or that is no parameter" if own else "its stream starts from an input"
+            return (
+                "its stream starts from a tensor that modules share, or that is no parameter" if own else "its stream starts from an input"
+            )
         where = op.stack[-1].name if op.stack else ""
         return f"its stream is written by {where or 'the model itself'} ({op.name}), which has no weight to take the mean out of"
 

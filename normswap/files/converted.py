@@ -22,6 +22,7 @@ from normswap.files.recipe import MODES, RECIPE, Recipe, replaced_of, sites_of, 
 from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.producer import PRODUCERS, inputs_of
+from normswap.layer.rms_norm import centre
 from normswap.models.copying import copy_with, on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
@@ -116,6 +117,7 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
         raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
     _set_modes(model, recipe)
     _set_weight_norms(model, directory, recipe)
+    _set_centrings(model, directory, recipe)
     _check_sites(model, directory, recipe)
     _set_training(model, directory, recipe)
     saved = _read_weights(directory)
@@ -162,6 +164,18 @@ def _set_weight_norms(model: nn.Module, directory: Path, recipe: Recipe) -> None
                 hint="the factory must build the model that was converted",
             )
         weight_norm.prepare(layer, bias=entry["bias"])
+
+
+def _set_centrings(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Let hooks centre what modules of a model take and return, as the recipe says, unless they do."""
+    modules = dict(model.named_modules())
+    for entry in recipe.centred:
+        if entry["name"] not in modules:
+            raise LoadError(
+                f"the given architecture has no {entry['name']}, of which {directory} centres what it takes or returns",
+                hint="the factory must build the model that was converted",
+            )
+        centre(modules[entry["name"]], entry["place"], entry["axis"])
 
 
 def _check_sites(model: nn.Module, directory: Path, recipe: Recipe) -> None:

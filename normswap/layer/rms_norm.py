@@ -39,7 +39,9 @@ class RMSNorm(nn.RMSNorm):
         return y if self.axis == -1 else y.movedim(-1, self.axis)
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape[0]}, eps={self.eps}, axis={self.axis}, weight={self.weight is not None}, bias={self.bias is not None}"
+        return (
+            f"{self.normalized_shape[0]}, eps={self.eps}, axis={self.axis}, weight={self.weight is not None}, bias={self.bias is not None}"
+        )
 
 
 def centred(x: Tensor, axis: int) -> Tensor:
@@ -70,8 +72,16 @@ class CentreInput:
         return (*args[:place], centred(args[place], self.axis), *args[place + 1 :]), dict(kwargs)
 
 
+def centrings(module: nn.Module) -> list[tuple[int | str | None, int]]:
+    """(place, axis) of each hook of a module that centres."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [(getattr(hook, "place", None), hook.axis) for hook in hooks if isinstance(hook, CentreInput | CentreOutput)]
+
+
 def centre(module: nn.Module, place: int | str | None, axis: int) -> None:
-    """Register the hook that centres the output of a module (place None), or one of its arguments."""
+    """Register the hook that centres the output of a module (place None), or one of its arguments, unless it is there."""
+    if (place, axis) in centrings(module):
+        return
     if place is None:
         module.register_forward_hook(CentreOutput(axis))
     else:

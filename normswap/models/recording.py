@@ -1,12 +1,11 @@
 """Records every operator that one forward pass executes, and how values pass between operators and modules.
 
-An operator is one of aten's, as torch dispatches it: `linear` is a transposition and a product, whatever the model's Python looks like. A value
-is one state of one tensor: after an operator has written into a tensor, the tensor is another value.
+An operator is one of aten's, as torch dispatches it: `linear` is a transposition and a product, whatever the model's Python looks like. A
+value is one state of one tensor: after an operator has written into a tensor, the tensor is another value.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,11 +73,11 @@ class Record:
     failed: Exception | None = None
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records one forward pass of a model that nobody else uses."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.own = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -107,7 +106,7 @@ class Recorder(TorchDispatchMode):
         return self.record
 
     def _of(self, tensor: Tensor) -> Value:
-        known = self.values.get(tensor)
+        known = self.values.get(tensor)  # type: ignore[no-untyped-call]
         if known is None:
             known = self._new(tensor, Value(tuple(tensor.shape), tensor.is_floating_point(), tensor=self.own.get(id(tensor))))
         return known  # type: ignore[no-any-return]
@@ -125,7 +124,8 @@ class Recorder(TorchDispatchMode):
         call = ModuleCall(module, self.names[id(module)])
         self.record.calls.append(call)
         self.stack.append(call)
-        for place, given in itertools.chain(enumerate(args), kwargs.items()):
+        places: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, given in places:
             if isinstance(given, Tensor):
                 self._of(given).taken.append((call, place))
 

@@ -32,6 +32,12 @@ class RMSPlan:
     plan: Plan
     streams: Streams
 
+    @property
+    def comparable(self) -> list[str]:
+        """The names of the swapped layers whose outputs stay: all but those that a hook centres."""
+        centred = {cut.name for cut in self.streams.cuts if cut.place is None}
+        return [s.name for s in self.plan.swaps if s.name not in centred]
+
 
 def plan_rmsnorm(model: nn.Module, planned: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RMSPlan:
     """Decide which of the norms of `planned` become RMSNorm. planned: with the approximate swaps, among which LayerNorm is."""
@@ -48,7 +54,7 @@ def plan_rmsnorm(model: nn.Module, planned: Plan, args: tuple[Any, ...], kwargs:
         if record.failed is not None:
             reason = f"is in a model whose forward pass failed: {described(record.failed)}; give inputs that it takes"
         if reason is None and isinstance(each, _LayerNorm):
-            swaps.append(Swap(s.site, _rule(s.rule, each.eps, each.axis)))
+            swaps.append(Swap(s.site, to_rmsnorm(s.kind, each.eps, each.axis)))
         else:
             skips.append(Skip(s.site, s.kind, f"{reason}; leave it" if isinstance(each, _LayerNorm) and not record.failed else str(reason)))
     return RMSPlan(dataclasses.replace(planned, swaps=tuple(swaps), skips=tuple(skips)), result)
@@ -121,7 +127,13 @@ def _axis(op: Op, call: ModuleCall) -> int | None:
             return None
         (before,) = found
     while call not in after[0].returned:
-        following = [(each, axis) for use, _ in after[0].uses for each in use.outputs for axis in range(len(each.shape)) if needed(use, each.index, axis) == [after]]
+        following = [
+            (each, axis)
+            for use, _ in after[0].uses
+            for each in use.outputs
+            for axis in range(len(each.shape))
+            if needed(use, each.index, axis) == [after]
+        ]
         if len(following) != 1:
             return None
         (after,) = following
@@ -129,8 +141,8 @@ def _axis(op: Op, call: ModuleCall) -> int | None:
     return mine if mine == result and any(c is call for c, _ in before[0].taken) else None
 
 
-def _rule(rule: Rule, eps: float, axis: int) -> Rule:
-    """The rule whose `build` makes an RMSNorm with the weight and the bias of the layer. It is exact."""
+def to_rmsnorm(kind: str, eps: float, axis: int) -> Rule:
+    """The rule that makes an RMSNorm with the weight and the bias of a layer that was found to compute LayerNorm over that axis."""
 
     def build(site: Site, std: str) -> nn.Module:
         module = cast(Any, site.module)
@@ -140,4 +152,4 @@ def _rule(rule: Rule, eps: float, axis: int) -> Rule:
         copy_hooks(module, layer)
         return layer
 
-    return dataclasses.replace(rule, build=build, inexact=None)
+    return Rule(kind, lambda site: site.module is not None, lambda site: None, build)
