@@ -115,7 +115,22 @@ def inspect(
     rules = all_checked(rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
     exact, all_swaps = (match(found, rules, include=include, exclude=exclude, approximate=a) for a in (False, True))
-    return exact, facts(module, all_swaps, _forward(resolve))
+    known = facts(module, all_swaps, _forward(resolve))
+    return exact, _with_rmsnorm(module, known, match(found, _all_exact(rules), include=include, exclude=exclude), resolve)
+
+
+def _with_rmsnorm(module: nn.Module, known: tuple[Facts, ...], planned: Plan, resolve: Resolve) -> tuple[Facts, ...]:
+    """The facts, and for each LayerNorm whether it could be an RMSNorm."""
+    inputs = resolve()
+    if inputs is None or not any(s.preserves == "exact" and s.kind in ("layer_norm", "flavour") for s in planned.swaps):
+        return known
+    rms = plan_rmsnorm(module, planned, inputs.args, inputs.kwargs)
+    answers: dict[str, tuple[bool, str | None]] = {s.name: (True, None) for s in rms.plan.swaps}
+    answers.update({s.name: (False, s.reason) for s in rms.plan.skips if s.name in rms.layer_norms})
+    return tuple(
+        dataclasses.replace(each, to_rmsnorm=answers[each.name][0], why_not_rmsnorm=answers[each.name][1]) if each.name in answers else each
+        for each in known
+    )
 
 
 def convert(
@@ -140,7 +155,8 @@ def convert(
     example_inputs: as for `plan`; None: the first calibration batch, or a shape that is inferred from the first layer.
     to: what the norms become. "batchless": BatchlessNorm layers. "weight-norm": each BatchNorm or BatchlessNorm with a producer goes into
         torch's weight norm of that producer, exactly, and an identity stands in its place; only the options on inputs, include, exclude
-        and rules apply.
+        and rules apply. "rmsnorm": each LayerNorm whose input can lose its mean, as all that writes it and reads it allows that, becomes an
+        RMSNorm, exactly; the same options apply. `plan` of the result has the reasons for those that stay.
     calibration: an iterable of batches, each a tensor, a tuple of arguments, or a dict of keyword arguments.
     approximate: also swap norms that take their statistics from each sample (LayerNorm, GroupNorm ...), which gives a model that is not the
         same function. Their statistics, weight and bias come from `calibration`; `drift` says how far the model is from the original.
@@ -257,10 +273,13 @@ def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: R
     make: Callable[[nn.Module], nn.Module]
     if request.to == "rmsnorm":
         inputs = _needed(resolve())
-        rms = plan_rmsnorm(module, _plan(module, resolve, _all_exact(request), approximate=False), inputs.args, inputs.kwargs)
+        rms = plan_rmsnorm(
+            module, _plan(module, resolve, _with(request, _all_exact(request.rules)), approximate=False), inputs.args, inputs.kwargs
+        )
         planned, sites, make = rms.plan, rms.comparable, functools.partial(with_rmsnorms, planned=rms)
     else:
-        planned = _plan(module, resolve, _from_batchless(request), approximate=False, advice="leave it")
+        selection = _with(request, (*request.rules, batchless.RULE))  # a BatchlessNorm is among the norms that are found
+        planned = _plan(module, resolve, selection, approximate=False, advice="leave it")
         inputs = _needed(resolve())
         planned = plan_weight_norm(module, planned, facts(module, planned, _forward(resolve)))
         sites = [s.name for s in planned.swaps if s.site.call is None]
@@ -271,15 +290,13 @@ def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: R
     return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement)
 
 
-def _from_batchless(selection: Selection) -> Selection:
-    """The selection, with a BatchlessNorm among the norms that are found."""
-    return Selection(include=selection.include, exclude=selection.exclude, rules=(*selection.rules, batchless.RULE))
+def _with(selection: Selection, rules: Sequence[Rule]) -> Selection:
+    return Selection(include=selection.include, exclude=selection.exclude, rules=rules)
 
 
-def _all_exact(selection: Selection) -> Selection:
-    """The selection, with rules that promise an exact swap of every norm that they know: what is promised will be decided later."""
-    rules = all_checked(selection.rules, DEFAULT_RULES)
-    return Selection(include=selection.include, exclude=selection.exclude, rules=[dataclasses.replace(r, inexact=None) for r in rules])
+def _all_exact(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules, each of which promises an exact swap of every norm that it can swap. `plan_rmsnorm` decides what is exact."""
+    return [dataclasses.replace(rule, inexact=None) for rule in all_checked(rules, DEFAULT_RULES)]
 
 
 def _coupled(

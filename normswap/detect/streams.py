@@ -24,6 +24,15 @@ from normswap.models.copying import shared_parameters
 from normswap.models.recording import Op, Record, Value
 from normswap.models.torch_private import HOOKS
 
+# What the operators do that read or write streams most often, in words.
+_WORDS = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), "a matrix product"),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "cat"), "which joins or splits its channels"),
+    "convolution": "a convolution",
+    "native_layer_norm": "a LayerNorm, whose gains give each position another mean",
+    **dict.fromkeys(("mul", "mul_"), "a product"),
+}
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -153,9 +162,7 @@ class _Search:
             found = self._through(op, pair)
             if found is None:
                 where = op.stack[-1].name if op.stack else ""
-                self.why[pair] = (
-                    f"its stream is also read by {where or 'the model itself'} ({op.name}), where the mean of its channels counts"
-                )
+                self.why[pair] = f"its stream is also read by {where or 'the model itself'} ({_words(op)}), where its mean counts"
                 return None
             results += found
         return list(dict.fromkeys(results))
@@ -264,7 +271,7 @@ class _Search:
                 "its stream starts from a tensor that modules share, or that is no parameter" if own else "its stream starts from an input"
             )
         where = op.stack[-1].name if op.stack else ""
-        return f"its stream is written by {where or 'the model itself'} ({op.name}), which has no weight to take the mean out of"
+        return f"its stream is written by {where or 'the model itself'} ({_words(op)}), which has no weight to take the mean out of"
 
     def _too_many(self, needs: Sequence[Pair], on: Mapping[Pair, None], readers: int) -> str:
         why = next((self._why_not_written(pair, on) for pair in needs), "")
@@ -283,6 +290,10 @@ class _Search:
 
     def _name(self, value: Value) -> str:
         return self.names[id(value.tensor)]
+
+
+def _words(op: Op) -> str:
+    return _WORDS.get(op.name, op.name.strip("_"))
 
 
 def _size(value: Value) -> int:

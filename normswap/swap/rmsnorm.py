@@ -27,10 +27,11 @@ _MOVES = ("permute", "transpose", "clone", "alias", "detach")
 
 @dataclass(frozen=True)
 class RMSPlan:
-    """The plan, whose swaps become RMSNorm, and what has to change for that."""
+    """The plan, whose swaps become RMSNorm, and what has to change for that. layer_norms: names of all that compute LayerNorm."""
 
     plan: Plan
     streams: Streams
+    layer_norms: frozenset[str]
 
     @property
     def comparable(self) -> list[str]:
@@ -57,7 +58,7 @@ def plan_rmsnorm(model: nn.Module, planned: Plan, args: tuple[Any, ...], kwargs:
             swaps.append(Swap(s.site, to_rmsnorm(s.kind, each.eps, each.axis)))
         else:
             skips.append(Skip(s.site, s.kind, f"{reason}; leave it" if isinstance(each, _LayerNorm) and not record.failed else str(reason)))
-    return RMSPlan(dataclasses.replace(planned, swaps=tuple(swaps), skips=tuple(skips)), result)
+    return RMSPlan(dataclasses.replace(planned, swaps=tuple(swaps), skips=tuple(skips)), result, frozenset(layers))
 
 
 def with_rmsnorms(model: nn.Module, planned: RMSPlan) -> nn.Module:
