@@ -25,7 +25,7 @@ from normswap.detect.facts import Facts, facts
 from normswap.detect.match import APPROXIMATE, FORGOTTEN, match
 from normswap.detect.sites import Forward, Plan, Rule, Site, Swap, Trace
 from normswap.detect.trace import trace
-from normswap.errors import UsageError
+from normswap.errors import SwapError, UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import Stats, StdForm
 from normswap.models.copying import copy_for_running, on_meta
@@ -124,7 +124,10 @@ def _with_rmsnorm(module: nn.Module, known: tuple[Facts, ...], planned: Plan, re
     inputs = resolve()
     if inputs is None or not any(s.preserves == "exact" and s.kind in ("layer_norm", "flavour") for s in planned.swaps):
         return known
-    rms = plan_rmsnorm(module, planned, inputs.args, inputs.kwargs)
+    try:
+        rms = plan_rmsnorm(module, planned, inputs.args, inputs.kwargs)
+    except SwapError:  # the model cannot be copied, which the facts say
+        return known
     answers: dict[str, tuple[bool, str | None]] = {s.name: (True, None) for s in rms.plan.swaps}
     answers.update({s.name: (False, s.reason) for s in rms.plan.skips if s.name in rms.layer_norms})
     return tuple(

@@ -29,7 +29,10 @@ def needed(op: Op, index: int, axis: int) -> list[Pair] | None:
     elif op.name in ZEROS:
         pairs = []
     else:
-        pairs = _RULES[op.name](op, index, axis) if op.name in _RULES else None
+        try:
+            pairs = _RULES[op.name](op, index, axis) if op.name in _RULES else None
+        except (IndexError, TypeError, ValueError):  # the operator has arguments of another form than its usual overload
+            pairs = None
     size = op.outputs[index].shape[axis]
     if pairs is None or not all(v.floating and -1 < a < len(v.shape) and v.shape[a] == size for v, a in pairs):
         return None
