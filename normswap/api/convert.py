@@ -25,7 +25,7 @@ from normswap.detect.facts import Facts, facts
 from normswap.detect.match import APPROXIMATE, FORGOTTEN, match
 from normswap.detect.sites import Forward, Plan, Rule, Site, Swap, Trace
 from normswap.detect.trace import trace
-from normswap.errors import SwapError, UsageError
+from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import Stats, StdForm
 from normswap.models.copying import copy_for_running, on_meta
@@ -40,7 +40,7 @@ from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.calibrate import Fit, Reestimate, arguments_of, calibrate
-from normswap.swap.rmsnorm import plan_rmsnorm, with_rmsnorms
+from normswap.swap.rmsnorm import facts_of_rmsnorm, plan_rmsnorm, with_rmsnorms
 from normswap.swap.weight_norm import plan_weight_norm, weight_normed
 from normswap.training.couple import Coupling, Pair, set_modes
 from normswap.training.couple import couple as couple_to_producers
@@ -115,25 +115,11 @@ def inspect(
     rules = all_checked(rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
     exact, all_swaps = (match(found, rules, include=include, exclude=exclude, approximate=a) for a in (False, True))
-    known = facts(module, all_swaps, _forward(resolve))
-    return exact, _with_rmsnorm(module, known, match(found, _all_exact(rules), include=include, exclude=exclude), resolve)
-
-
-def _with_rmsnorm(module: nn.Module, known: tuple[Facts, ...], planned: Plan, resolve: Resolve) -> tuple[Facts, ...]:
-    """The facts, and for each LayerNorm whether it could be an RMSNorm."""
-    inputs = resolve()
-    if inputs is None or not any(s.preserves == "exact" and s.kind in ("layer_norm", "flavour") for s in planned.swaps):
-        return known
-    try:
-        rms = plan_rmsnorm(module, planned, inputs.args, inputs.kwargs)
-    except SwapError:  # the model cannot be copied, which the facts say
-        return known
-    answers: dict[str, tuple[bool, str | None]] = {s.name: (True, None) for s in rms.plan.swaps}
-    answers.update({s.name: (False, s.reason) for s in rms.plan.skips if s.name in rms.layer_norms})
-    return tuple(
-        dataclasses.replace(each, to_rmsnorm=answers[each.name][0], why_not_rmsnorm=answers[each.name][1]) if each.name in answers else each
-        for each in known
-    )
+    known, inputs = facts(module, all_swaps, _forward(resolve)), resolve()
+    if inputs is not None:
+        planned = match(found, _all_exact(rules), include=include, exclude=exclude)
+        known = facts_of_rmsnorm(module, planned, known, inputs.args, inputs.kwargs)
+    return exact, known
 
 
 def convert(

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from normswap.detect.channels import needed
+from normswap.detect.facts import Facts
 from normswap.detect.sites import Plan, Rule, Site, Skip, Swap
 from normswap.detect.streams import Streams, streams
-from normswap.errors import described
+from normswap.errors import SwapError, described
 from normswap.layer.rms_norm import RMSNorm, centre
 from normswap.models.copying import copy_for_running, copy_hooks
 from normswap.models.recording import ModuleCall, Op, Record, Recorder
 from normswap.swap.apply import swap
 
+KINDS = ("layer_norm", "flavour")  # of the norms that may compute LayerNorm
 _MOVES = ("permute", "transpose", "clone", "alias", "detach")
 
 
@@ -59,6 +61,26 @@ def plan_rmsnorm(model: nn.Module, planned: Plan, args: tuple[Any, ...], kwargs:
         else:
             skips.append(Skip(s.site, s.kind, f"{reason}; leave it" if isinstance(each, _LayerNorm) and not record.failed else str(reason)))
     return RMSPlan(dataclasses.replace(planned, swaps=tuple(swaps), skips=tuple(skips)), result, frozenset(layers))
+
+
+def facts_of_rmsnorm(
+    model: nn.Module, planned: Plan, known: tuple[Facts, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Facts, ...]:
+    """The facts, and for each LayerNorm among the swaps of `planned` whether it could be an RMSNorm, and why not."""
+    if not any(s.site.module is not None and s.kind in KINDS for s in planned.swaps):
+        return known
+    try:
+        rms = plan_rmsnorm(model, planned, args, kwargs)
+    except SwapError:  # the model cannot be copied, which the facts say
+        return known
+    reasons: dict[str, str | None] = {s.name: s.reason for s in rms.plan.skips}
+    reasons.update(dict.fromkeys(s.name for s in rms.plan.swaps))
+    return tuple(
+        dataclasses.replace(each, to_rmsnorm=reasons[each.name] is None, why_not_rmsnorm=reasons[each.name])
+        if each.name in rms.layer_norms
+        else each
+        for each in known
+    )
 
 
 def with_rmsnorms(model: nn.Module, planned: RMSPlan) -> nn.Module:
