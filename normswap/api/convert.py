@@ -20,9 +20,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from normswap.api.request import Request, Selection
+from normswap.api.request import Request, Selection, To
 from normswap.detect.facts import Facts, facts
-from normswap.detect.match import match
+from normswap.detect.match import APPROXIMATE, FORGOTTEN, match
 from normswap.detect.sites import Forward, Plan, Rule, Site, Swap, Trace
 from normswap.detect.trace import trace
 from normswap.errors import UsageError
@@ -36,12 +36,14 @@ from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.reference import Judgement
 from normswap.parity.result import Parity, raise_for
-from normswap.rules import DEFAULT_RULES
+from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
 from normswap.swap.batches import arguments_of
 from normswap.swap.calibrate import Reestimate, Repair, calibrate
 from normswap.swap.fit import Fit
+from normswap.swap.rmsnorm import facts_of_rmsnorm, plan_rmsnorm, with_rmsnorms
+from normswap.swap.weight_norm import plan_weight_norm, weight_normed
 from normswap.training.couple import Coupling, Pair, set_modes
 from normswap.training.couple import couple as couple_to_producers
 
@@ -115,13 +117,18 @@ def inspect(
     rules = all_checked(rules, DEFAULT_RULES)
     found = _trace(module, resolve, rules)
     exact, all_swaps = (match(found, rules, include=include, exclude=exclude, approximate=a) for a in (False, True))
-    return exact, facts(module, all_swaps, _forward(resolve))
+    known, inputs = facts(module, all_swaps, _forward(resolve)), resolve()
+    if inputs is not None:
+        planned = match(found, _all_exact(rules), include=include, exclude=exclude)
+        known = facts_of_rmsnorm(module, planned, known, inputs.args, inputs.kwargs)
+    return exact, known
 
 
 def convert(
     model: M,
     example_inputs: Any = None,
     *,
+    to: To = Request.to,
     calibration: Iterable[Any] | None = Request.calibration,
     approximate: bool = Request.approximate,
     max_drift: float | None = Request.max_drift,
@@ -138,6 +145,10 @@ def convert(
     """A copy of `model` whose norms are BatchlessNorm layers, verified to be the same function in eval mode. `model` is not touched.
 
     example_inputs: as for `plan`; None: the first calibration batch, or a shape that is inferred from the first layer.
+    to: what the norms become. "batchless": BatchlessNorm layers. "weight-norm": each BatchNorm or BatchlessNorm with a producer goes into
+        torch's weight norm of that producer, exactly, and an identity stands in its place; only the options on inputs, include, exclude
+        and rules apply. "rmsnorm": each LayerNorm whose input can lose its mean, as all that writes it and reads it allows that, becomes an
+        RMSNorm, exactly; the same options apply. `plan` of the result has the reasons for those that stay.
     calibration: an iterable of batches, each a tensor, a tuple of arguments, or a dict of keyword arguments.
     approximate: also swap norms that take their statistics from each sample (LayerNorm, GroupNorm ...), which gives a model that is not the
         same function. Their statistics, weight and bias come from `calibration`; `drift` says how far the model is from the original.
@@ -160,6 +171,7 @@ def convert(
     """
     request = Request(
         example_inputs=example_inputs,
+        to=to,
         calibration=calibration,
         approximate=approximate,
         max_drift=max_drift,
@@ -218,7 +230,10 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
         if request.example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
     _check_values(module)
-    planned = _plan(module, resolve, request, approximate=request.may_differ, calibrated=request.calibration is not None)
+    if request.to != "batchless":
+        return _converted_exactly(model, module, request, resolve)
+    advice = APPROXIMATE if request.calibration is None else FORGOTTEN
+    planned = _plan(module, resolve, request, approximate=request.may_differ, advice=advice)
     inputs = _needed(resolve())
     sites = [s.name for s in planned.swaps if s.site.call is None]  # those that are modules in both models
     exact = dataclasses.replace(planned, swaps=tuple(s for s in planned.swaps if s.preserves == "exact"))
@@ -254,6 +269,37 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
     set_modes(converted, module, planned.swaps, aux=request.aux, stats=request.stats)
     pairs = _coupled(model, request, converted, planned, inputs, batches)
     return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, drift, fits, pairs)
+
+
+def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: Resolve) -> Conversion[M]:
+    """The conversion to another target than BatchlessNorm, where every swap is exact and a norm that has none stays."""
+    make: Callable[[nn.Module], nn.Module]
+    if request.to == "rmsnorm":
+        inputs = _needed(resolve())
+        rms = plan_rmsnorm(
+            module, _plan(module, resolve, _with(request, _all_exact(request.rules)), approximate=False), inputs.args, inputs.kwargs
+        )
+        planned, sites, make = rms.plan, rms.comparable, functools.partial(with_rmsnorms, planned=rms)
+    else:
+        selection = _with(request, (*request.rules, batchless.RULE))  # a BatchlessNorm is among the norms that are found
+        planned = _plan(module, resolve, selection, approximate=False, advice="leave it")
+        inputs = _needed(resolve())
+        planned = plan_weight_norm(module, planned, facts(module, planned, _forward(resolve)))
+        sites = [s.name for s in planned.swaps if s.site.call is None]
+        make = functools.partial(weight_normed, planned=planned)
+    judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)
+    converted = make(module)
+    parity = compare(judgement, converted, original=module)
+    return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement)
+
+
+def _with(selection: Selection, rules: Sequence[Rule]) -> Selection:
+    return Selection(include=selection.include, exclude=selection.exclude, rules=rules)
+
+
+def _all_exact(rules: Sequence[Rule]) -> list[Rule]:
+    """The rules, each of which promises an exact swap of every norm that it can swap. `plan_rmsnorm` decides what is exact."""
+    return [dataclasses.replace(rule, inexact=None) for rule in all_checked(rules, DEFAULT_RULES)]
 
 
 def _coupled(
@@ -324,11 +370,11 @@ def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iter
     return compare(reference, candidate, tolerance=limit, original=module)
 
 
-def _plan(module: nn.Module, resolve: Resolve, selection: Selection, *, approximate: bool, calibrated: bool = False) -> Plan:
-    """Trace and match. calibrated: whether calibration data were given, so that no reason asks for them."""
-    rules = all_checked(selection.rules, DEFAULT_RULES)
+def _plan(module: nn.Module, resolve: Resolve, selection: Selection, *, approximate: bool, advice: str = APPROXIMATE) -> Plan:
+    """Trace and match. advice: as for `match`."""
+    rules = all_checked(selection.rules, (*DEFAULT_RULES, batchless.RULE))
     found = _trace(module, resolve, rules)
-    return match(found, rules, include=selection.include, exclude=selection.exclude, approximate=approximate, calibrated=calibrated)
+    return match(found, rules, include=selection.include, exclude=selection.exclude, approximate=approximate, advice=advice)
 
 
 def _trace(module: nn.Module, resolve: Resolve, rules: Sequence[Rule]) -> Trace:

@@ -21,6 +21,7 @@ from normswap.files.converted import WEIGHTS, difference, load_weights, same_bit
 from normswap.files.converted import save as save_directory
 from normswap.files.load import load as load_source
 from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
+from normswap.layer.rms_norm import RMSNorm
 from normswap.models import own_code
 from normswap.models.copying import copy_for_running, copy_with, on_meta
 from normswap.models.inputs import Inputs
@@ -28,9 +29,11 @@ from normswap.models.programs import as_module
 from normswap.models.spec import is_within
 from normswap.models.torch_private import tree_leaves
 from normswap.models.watching import forward
-from normswap.rules import DEFAULT_RULES
+from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked, named
 from normswap.swap.apply import swap
+from normswap.swap.rmsnorm import to_rmsnorm
+from normswap.swap.weight_norm import removing
 
 
 def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
@@ -104,7 +107,10 @@ def opened(
 ) -> nn.Module | ExportedProgram:
     """`load`, without the check of the files' SHA-256."""
     if factory is None and recipe.module is not None:
-        return _pickled(directory, recipe.module, trust_packages, trust)
+        whole = _pickled(directory, recipe.module, trust_packages, trust)
+        if recipe.weight_norms and isinstance(whole, nn.Module):  # torch pickles no parametrizations, so they are in the weights there
+            load_weights(whole, directory, recipe)
+        return whole
     if factory is None and recipe.factory is None:
         raise LoadError(
             f"{directory} holds weights but no architecture", hint="pass what builds the original model: factory=..., or --arch SPEC"
@@ -120,9 +126,9 @@ def opened(
             f"the given architecture is on the meta device, which has no memory that the weights in {directory} could go to",
             hint="build it on the CPU, without torch.device('meta') around it",
         )
-    if recipe.sites:
+    if recipe.sites or recipe.replaced:
         known = _rules_of(recipe, directory, trust, tuple(trust_packages)) if rules is None else rules
-        model = swap(model, _decided(model, recipe, known), std={site["name"]: site["std"] for site in recipe.sites})
+        model = swap(model, _decided(model, recipe, known), std={s["name"]: s.get("std", "log") for s in (*recipe.sites, *recipe.replaced)})
     load_weights(model, directory, recipe)
     return model
 
@@ -143,12 +149,17 @@ def _pickled(directory: Path, name: str, trust_packages: Sequence[str], trust: b
 
 def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
     """The plan of the recipe's sites. Norms that are modules are found by their names; for norms in code, the model is traced."""
-    checked = all_checked(rules, DEFAULT_RULES)
+    known = (*DEFAULT_RULES, batchless.RULE)
+    checked = all_checked((*rules, batchless.RULE) if recipe.replaced else rules, known)
     modules = dict(model.named_modules())
     swaps: list[Swap] = []
     others: list[str] = []
-    for entry in recipe.sites:
+    removed = {entry["name"] for entry in recipe.replaced if entry["class"] != RMSNorm.__name__}
+    for entry in (*recipe.sites, *recipe.replaced):
         site = Site(entry["name"], tuple(entry.get("aliases", ())), modules.get(entry["name"]), entry.get("calls"))
+        if entry["class"] == RMSNorm.__name__ and site.module is not None:
+            swaps.append(Swap(site, to_rmsnorm("layer_norm", entry["eps"], entry["axis"])))
+            continue
         rule = next((rule for rule in checked if site.module is not None and rule.recognises(site)), None)
         # The values of its weights do not matter, as the saved ones will be loaded.
         if rule is not None and rule.build is not None and rule.check(site) is None:
@@ -158,6 +169,7 @@ def _decided(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> Plan:
     if others:
         planned = plan(model, recipe.example_inputs(), approximate=True, rules=rules)  # inputs: some norms only get a size from them
         swaps += [swap for swap in planned.swaps if swap.name in others]
+    swaps = [Swap(s.site, removing(s.rule)) if s.name in removed else s for s in swaps]
     return Plan(tuple(swaps), (), "names")
 
 

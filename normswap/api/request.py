@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from normswap.errors import UsageError, one_of
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from normswap.layer.formulas import Stats, StdForm
     from normswap.swap.calibrate import Reestimate, Repair
     from normswap.training.couple import Coupling
+
+
+To = Literal["batchless", "weight-norm", "rmsnorm"]
 
 
 def _default_rules() -> Sequence[Rule]:
@@ -39,6 +42,7 @@ class Request(Selection):
     """Every option of `normswap.convert`, whose docstring explains them. Raises UsageError for an invalid value or combination."""
 
     example_inputs: Any = None
+    to: To = "batchless"
     calibration: Iterable[Any] | None = None
     approximate: bool = False
     max_drift: float | None = None
@@ -56,8 +60,11 @@ class Request(Selection):
         from normswap.training.couple import COUPLINGS
 
         words = {"std": STD_FORMS, "aux": AUXES, "stats": STATS, "coupling": COUPLINGS, "repair": REPAIRS}
+        one_of("to", self.to, get_args(To))
         for name, known in words.items():
             one_of(name, getattr(self, name), known)
+        if self.to != "batchless":
+            self._check_of_batchless()
         if self.reestimate is not None:
             one_of("reestimate", self.reestimate, REESTIMATE)
         if self.max_drift is not None and not self.max_drift >= 0:
@@ -70,6 +77,15 @@ class Request(Selection):
                 "layers that adapt to the data compute something else than the original",
                 hint="ask for it with --approximate or --max-drift, approximate=True or max_drift=...; or 'exact' keeps the function",
             )
+
+    def _check_of_batchless(self) -> None:
+        """Raise UsageError if an option is set that only a conversion to BatchlessNorm has."""
+        for name in ("approximate", "max_drift", "std", "reestimate", "repair", "aux", "stats", "coupling"):
+            if getattr(self, name) != getattr(Request, name):
+                raise UsageError(
+                    f"to={self.to!r} is exact and makes no BatchlessNorm, so it has no {name}",
+                    hint=f"leave {name} (--{name.replace('_', '-')}) out",
+                )
 
     @property
     def may_differ(self) -> bool:

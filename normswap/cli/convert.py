@@ -89,6 +89,7 @@ def convert_to_directory(
     request = Request(
         example_inputs=given,
         calibration=None if options.data is None else batches_of(options.data, original.model),
+        to=options.to,
         approximate=options.approximate,
         max_drift=options.max_drift,
         include=options.include,
@@ -98,7 +99,7 @@ def convert_to_directory(
         reestimate=options.reestimate,
         repair=options.repair,
         # A program must also load without normswap, and has no modes by which the term could be left out in eval mode.
-        aux="none" if isinstance(original.model, ExportedProgram) else Request.aux,
+        aux="none" if isinstance(original.model, ExportedProgram) and options.to == Request.to else Request.aux,
         coupling=options.coupling,
     )
     output = output or Path(f"{original.stem}.normswap")
@@ -181,7 +182,7 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
     from torch.export import ExportedProgram
 
     from normswap.api.directory import check_same, opened
-    from normswap.files.converted import save
+    from normswap.files.converted import picklable, save
     from normswap.files.recipe import read_recipe
     from normswap.models.programs import as_module
 
@@ -193,7 +194,7 @@ def _save(conversion: Conversion[Any], directory: Path, form: str, **origin: str
     elif form == "module":
         name = "model.pt"
         with atomic.writing(name):
-            torch.save(model, directory / name)
+            torch.save(picklable(model), directory / name)
     module = as_module(model)
     save(module, directory, module=name, inputs=conversion.inputs, **origin)
     # The file is trusted, as this process has just written it.

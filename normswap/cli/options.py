@@ -83,6 +83,10 @@ class Selecting:
 class Converting:
     """The options for the new layers and their calibration."""
 
+    to: Annotated[
+        Literal["batchless", "weight-norm", "rmsnorm"],
+        typer.Option(help="What the norms become: batchless; or, exactly, weight-norm (of BatchNorm), rmsnorm (of LayerNorm)."),
+    ] = Request.to
     std: Annotated[Literal["log", "abs", "inv"], typer.Option(help="How the new layers store their standard deviation.")] = Request.std
     data: Annotated[
         str | None,

@@ -43,6 +43,7 @@ class Facts:
     folds_into      the conv or linear that feeds it alone, if a swap of it could be folded in there; else None, and `why_not_folded`
     couples_to      the producer that a swap of it would be coupled to; else None, and `why_not_coupled`
     approximate     kept by an exact conversion, but swapped by an approximate one
+    to_rmsnorm      whether `to="rmsnorm"` makes an RMSNorm of it, exactly; `why_not_rmsnorm` if not. None: it is no LayerNorm
     written_by      what overwrites its output in place: qualified names of modules, or functions
     unseen          why the watched forward pass shows no call of it, though the plan has calls; else None
     warnings        its hazards
@@ -64,6 +65,8 @@ class Facts:
     couples_to: str | None = None
     why_not_coupled: str | None = None
     approximate: bool = False
+    to_rmsnorm: bool | None = None
+    why_not_rmsnorm: str | None = None
     written_by: tuple[str, ...] = ()
     unseen: str | None = None
     warnings: tuple[Hazard, ...] = ()

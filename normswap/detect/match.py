@@ -9,8 +9,8 @@ from normswap.detect.sites import Plan, Rule, Site, Skip, Swap, Trace
 from normswap.errors import UsageError, listed
 from normswap.models.copying import on_meta
 
-_APPROXIMATE = "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
-_FORGOTTEN = "ask for an approximate one, from the calibration data that you gave, with approximate=True (--approximate)"
+APPROXIMATE = "ask for an approximate one with approximate=True and calibration=... (--approximate, --data)"
+FORGOTTEN = "ask for an approximate one, from the calibration data that you gave, with approximate=True (--approximate)"
 
 
 def match(
@@ -20,15 +20,15 @@ def match(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     approximate: bool = False,
-    calibrated: bool = False,
+    advice: str = APPROXIMATE,
 ) -> Plan:
     """Every site as a Swap or a Skip.
 
-    `include` and `exclude` are globs on a site's names and its kind; exclude wins. calibrated: whether calibration data were given, so
-    that no reason asks for them. Raises UsageError for a pattern that matches no site, as it is likely a typing error.
+    `include` and `exclude` are globs on a site's names and its kind; exclude wins. advice: what to do about a norm that only an
+    approximate swap could replace. Raises UsageError for a pattern that matches no site, as it is likely a typing error.
     """
     include, exclude = ((p,) if isinstance(p, str) else p for p in (include, exclude))  # a string is a sequence of strings, too
-    decided = [_decide(site, rules, include, exclude, approximate, calibrated) for site in trace.sites]
+    decided = [_decide(site, rules, include, exclude, approximate, advice) for site in trace.sites]
     for pattern in (*include, *exclude):
         if trace.sites and not any(_answers(d.site, d.kind, [pattern]) for d in decided):
             raise UsageError(
@@ -44,7 +44,7 @@ def match(
 
 
 def _decide(
-    site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str], approximate: bool, calibrated: bool
+    site: Site, rules: Sequence[Rule], include: Sequence[str], exclude: Sequence[str], approximate: bool, advice: str
 ) -> Swap | Skip:
     rule = next((rule for rule in rules if rule.recognises(site)), None)
     if rule is None:
@@ -61,7 +61,7 @@ def _decide(
     if reason is None and site.module is not None and (valueless := on_meta(site.module)):
         reason = f"is on the meta device, so its {valueless[0]} has no values yet; load the weights first"
     if reason is None and rule.inexact is not None and not approximate:
-        reason = f"{rule.inexact(site)}; {_FORGOTTEN if calibrated else _APPROXIMATE}"
+        reason = f"{rule.inexact(site)}; {advice}"
     if reason is None and rule.inexact is not None and site.calls == 0:
         reason = "is never called, so no data can reach it; leave it, or give calibration data that do"
     if reason is None and rule.inexact is not None and site.tied:

@@ -37,6 +37,7 @@ from normswap.export.marks import Site, copied, mark
 from normswap.export.norms import alike, fold_norms, operators, shorten
 from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, attends, with_attention
 from normswap.export.simplify import norms_stay, simplify
+from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import Comparisons, Parity
 from normswap.versions import version_of
@@ -166,6 +167,7 @@ class Program:
             )
         if isinstance(model, nn.Module):
             model = copied(model)
+            weight_norm.put_away(model)
             if settings.half:
                 precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
         attention = settings.opset is None and attends(model, args, kwargs)

@@ -18,10 +18,12 @@ from torch import nn
 
 from normswap.errors import LoadError, SwapError
 from normswap.files.atomic import writing
-from normswap.files.recipe import MODES, RECIPE, Recipe, sites_of, write_recipe
+from normswap.files.recipe import MODES, RECIPE, Recipe, replaced_of, sites_of, weight_norms_of, write_recipe
+from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.producer import PRODUCERS, inputs_of
-from normswap.models.copying import on_meta, unclear_names
+from normswap.layer.rms_norm import centre
+from normswap.models.copying import copy_with, on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
 WEIGHTS = "model.safetensors"
@@ -74,6 +76,15 @@ def save(
         save_file(saved, directory / WEIGHTS, metadata={"format": "pt", **aliases})
 
 
+def picklable(model: nn.Module) -> nn.Module:
+    """The model, or a copy with its weight norms put into the weights, as torch pickles no parametrization. `load_weights` undoes it."""
+    if not weight_norms_of(model):
+        return model
+    whole = copy_with(model, {})
+    weight_norm.put_away(whole)
+    return whole
+
+
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
 
@@ -105,6 +116,8 @@ def load_weights(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     if not (directory / WEIGHTS).is_file():  # reading a pipe would block
         raise LoadError(f"there is no file {directory / WEIGHTS}", hint="was the directory copied whole?")
     _set_modes(model, recipe)
+    _set_weight_norms(model, directory, recipe)
+    _set_centrings(model, directory, recipe)
     _check_sites(model, directory, recipe)
     _set_training(model, directory, recipe)
     saved = _read_weights(directory)
@@ -140,14 +153,40 @@ def _set_modes(model: nn.Module, recipe: Recipe) -> None:
                 setattr(layers[site["name"]], name, site.get(name, getattr(BatchlessNorm, name)))
 
 
+def _set_weight_norms(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Give the layers of a model that the recipe names torch's weight norm, unless they have it."""
+    modules = dict(model.named_modules())
+    for entry in recipe.weight_norms:
+        layer = modules.get(entry["name"])
+        if not isinstance(layer, PRODUCERS):
+            raise LoadError(
+                f"{entry['name'] or 'the model'} of the given architecture is no conv or linear layer, but {directory} was saved with one",
+                hint="the factory must build the model that was converted",
+            )
+        weight_norm.prepare(layer, bias=entry["bias"])
+
+
+def _set_centrings(model: nn.Module, directory: Path, recipe: Recipe) -> None:
+    """Let hooks centre what modules of a model take and return, as the recipe says, unless they do."""
+    modules = dict(model.named_modules())
+    for entry in recipe.centred:
+        if entry["name"] not in modules:
+            raise LoadError(
+                f"the given architecture has no {entry['name']}, of which {directory} centres what it takes or returns",
+                hint="the factory must build the model that was converted",
+            )
+        centre(modules[entry["name"]], entry["place"], entry["axis"])
+
+
 def _check_sites(model: nn.Module, directory: Path, recipe: Recipe) -> None:
     """Raise LoadError for the first site that the model lacks, or that differs from the recipe."""
-    found = {site["name"]: site for site in sites_of(model)}
-    for site in recipe.sites:
+    found = {site["name"]: site for site in (*sites_of(model), *replaced_of(model))}
+    for site in (*recipe.sites, *recipe.replaced):
         mine = found.get(site["name"])
         different = sorted(key for key in site if mine is not None and mine.get(key) != site[key])
         if mine is None or different:
-            what = "no BatchlessNorm" if mine is None else f"{different[0]} {mine[different[0]]!r}"
+            lacks = "no BatchlessNorm" if "std" in site else "another layer"
+            what = lacks if mine is None else f"{different[0]} {mine[different[0]]!r}"
             expected = f"a {site['class']}" if mine is None else f"{site[different[0]]!r}"
             raise LoadError(
                 f"{site['name'] or 'the model'} of the given architecture has {what}, but {directory} was saved with {expected}",

@@ -24,6 +24,8 @@ from normswap.files.atomic import recover
 from normswap.files.json_file import read_json
 from normswap.layer.batchless_norm import AUXES, BatchlessNorm
 from normswap.layer.formulas import STATS, STD_FORMS
+from normswap.layer.rms_norm import RMSNorm, centrings
+from normswap.layer.weight_norm import Removed, is_over_outputs
 from normswap.models.inputs import HIGH, Inputs, make
 from normswap.versions import version_of
 
@@ -110,6 +112,19 @@ SITE: Mapping[str, Field[BatchlessNorm]] = {
     "calls": Field(_positive, lambda layer: layer.calls, optional=True, mode=True),
     "eps": Field(_or_none(_number), lambda layer: None if layer.source is None else layer.source.eps, optional=True),
 }
+REPLACED: Mapping[str, Field[Any]] = {
+    "name": Field(_text),
+    "aliases": Field(_list_of(_text)),
+    "class": Field(_text, lambda layer: type(layer).__name__),
+    "eps": Field(_or_none(_number), lambda layer: layer.eps if isinstance(layer, RMSNorm) else None),
+    "axis": Field(_or_none(_whole), lambda layer: layer.axis if isinstance(layer, RMSNorm) else None),
+}
+CENTRED: Mapping[str, Field[Any]] = {
+    "name": Field(_text),
+    "place": Field(lambda value: value is None or isinstance(value, str) or (_whole(value) and value >= 0)),
+    "axis": Field(_whole),
+}
+WEIGHT_NORM: Mapping[str, Field[Any]] = {"name": Field(_text), "bias": Field(_flag, lambda producer: producer.bias is not None)}
 INPUT: Mapping[str, Field[Tensor]] = {
     "name": Field(_or_none(_text)),
     "shape": Field(_shape, lambda tensor: list(tensor.shape)),
@@ -144,6 +159,9 @@ class Recipe:
     module   the file with the whole model ("model.pt", "model.pt2"), if the source was a whole model
     inputs   shape and dtype of each example input
     sites    one object per BatchlessNorm: its names and its form
+    replaced      one object per layer that stands where a norm was and is no BatchlessNorm
+    weight_norms  one object per conv or linear that has torch's weight norm
+    centred       one object per input or output of a module that a hook centres
     rules    one object per rule of the user's: its kind, where it can be imported (null: nowhere), and the layers that it built
     training one object per layer that is coupled, or has a gradient trend, a sample limit or a pace: how it trains
     frozen   the names of the parameters with requires_grad=False
@@ -155,6 +173,9 @@ class Recipe:
     module: str | None = _entry(_or_none(_word(*MODULES)))
     inputs: Sequence[Mapping[str, Any]] = _entry(_list, INPUT)
     sites: Sequence[Mapping[str, Any]] = _entry(_list, SITE)
+    replaced: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), REPLACED, default=())
+    weight_norms: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), WEIGHT_NORM, default=())
+    centred: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), CENTRED, default=())
     rules: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), RULE, default=())
     training: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), TRAINING, default=())
     frozen: Sequence[str] | None = _entry(_or_none(_list_of(_text)), default=None)
@@ -185,6 +206,9 @@ def write_recipe(
         module=module,
         inputs=[] if inputs is None else _recorded(inputs),
         sites=sites_of(model),
+        replaced=replaced_of(model),
+        weight_norms=weight_norms_of(model),
+        centred=centred_of(model),
         rules=rules_of(model),
         training=training_of(model),
         frozen=frozen_of(model),
@@ -195,11 +219,31 @@ def write_recipe(
 
 def sites_of(model: nn.Module) -> list[dict[str, Any]]:
     """The entry `sites`: every BatchlessNorm of a model with its names and fields, in `named_modules` order."""
-    names: dict[BatchlessNorm, list[str]] = {}
+    return _layers_of(model, BatchlessNorm, SITE)
+
+
+def replaced_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The entry `replaced`: every other layer of normswap that stands where a norm was."""
+    return _layers_of(model, (Removed, RMSNorm), REPLACED)
+
+
+def weight_norms_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The entry `weight_norms`: every conv or linear with torch's weight norm over its output channels."""
+    return [{"name": name, **_values(WEIGHT_NORM, module)} for name, module in model.named_modules() if is_over_outputs(module)]
+
+
+def centred_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The entry `centred`: every hook that centres what a module takes or returns."""
+    return [{"name": name, "place": place, "axis": axis} for name, m in model.named_modules() for place, axis in centrings(m)]
+
+
+def _layers_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...], fields: Mapping[str, Field[Any]]) -> list[Any]:
+    """The layers of a kind, with their names and fields, in `named_modules` order."""
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BatchlessNorm):
+        if isinstance(module, kind):
             names.setdefault(module, []).append(name)
-    return [{"name": first, "aliases": aliases, **_values(SITE, layer)} for layer, (first, *aliases) in names.items()]
+    return [{"name": first, "aliases": aliases, **_values(fields, layer)} for layer, (first, *aliases) in names.items()]
 
 
 def rules_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -245,11 +289,13 @@ def _values(fields: Mapping[str, Field[T]], described: T) -> dict[str, Any]:
 
 
 def recipe_hash(model: nn.Module) -> str:
-    """The SHA-256 of the `sites` and `rules` of a recipe, as JSON with sorted keys and no spaces.
+    """The SHA-256 of the `sites`, `rules`, `replaced`, `weight_norms` and `centred` of a recipe, as JSON with sorted keys and no spaces.
 
     A directory and an ONNX file of the same conversion have the same hash, whatever the name of the source was.
     """
     content = {"rules": rules_of(model), "sites": sites_of(model)}
+    more = {"replaced": replaced_of(model), "weight_norms": weight_norms_of(model), "centred": centred_of(model)}
+    content.update({name: entries for name, entries in more.items() if entries})  # the hash of a BatchlessNorm model stays as it was
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

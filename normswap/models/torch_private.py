@@ -29,6 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm as AnyInstanceNorm
 from torch.package.importer import sys_importer
 
+# Sees every operator that torch dispatches.
+from torch.utils._python_dispatch import TorchDispatchMode
+
 # Walks through nested containers, to find the tensors in the inputs and outputs of a model: torch has no public function for it.
 from torch.utils._pytree import (
     MappingKey,
@@ -55,6 +58,7 @@ __all__ = [
     "OpOverload",
     "PyTorchFileReader",
     "StorageWeakRef",
+    "TorchDispatchMode",
     "base_of_view",
     "format_import_block",
     "forward_from_source",
@@ -71,6 +75,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "writes_into",
     "written",
 ]
 
@@ -114,6 +119,12 @@ def name_in_aten(operator: OpOverload) -> str:
 def returned_by(operator: OpOverload) -> int:
     """How many values an aten operator returns."""
     return len(operator._schema.returns)
+
+
+def writes_into(operator: OpOverload, args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+    """The arguments of a call that the operator writes into."""
+    written = [(number, a.name) for number, a in enumerate(parameters_of(operator)) if a.alias_info is not None and a.alias_info.is_write]
+    return [args[number] if number < len(args) else kwargs.get(name) for number, name in written]
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:

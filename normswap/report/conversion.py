@@ -111,6 +111,7 @@ class Report:
         lines = [self.verdict, *comparisons_summary(self.parities, self.not_run)]
         lines += [f"  {topic}: {line}" for topic, line in self.onnx_lines]
         lines += self._pair_lines()
+        lines += self._rmsnorm_lines()
         approximate = sum(known.approximate for known in self.facts)
         if approximate:
             lines.append(f"  with --approximate --data DATA: would swap {approximate} more, approximately")
@@ -138,6 +139,16 @@ class Report:
         why_not = [(known.why_not_coupled, known.name) for known in self.facts if known.name in swapped and known.why_not_coupled]
         alone = [f"  not paired: {names.removesuffix(': each')}: {text}" for text, names in by_text(why_not)]
         return [f"  paired: {pairs['paired']} of {pairs['swaps']} with the conv or linear layer before them, to train with it", *alone]
+
+    def _rmsnorm_lines(self) -> list[str]:
+        """How many LayerNorms an inspection found that could be an RMSNorm, exactly, and why the others could not."""
+        layer_norms = [known for known in self.facts if known.to_rmsnorm is not None]
+        if not layer_norms:
+            return []
+        count = sum(known.to_rmsnorm is True for known in layer_norms)
+        why_not = [(known.why_not_rmsnorm, known.name) for known in layer_norms if known.why_not_rmsnorm]
+        stay = [f"  no RMSNorm: {names.removesuffix(': each')}: {text}" for text, names in by_text(why_not)]
+        return [f"  with --to rmsnorm: {count} of {len(layer_norms)} LayerNorms would be an RMSNorm, exactly", *stay]
 
 
 class Row(NamedTuple):

@@ -29,6 +29,8 @@ NAMES: dict[str, dict[str, str]] = {
     "torch.multiprocessing.reductions": {"StorageWeakRef": "inspect cannot tell what overwrites the output of a norm"},
     "torch.nn.modules.batchnorm": {"_BatchNorm": "BatchNorm is not known"},
     "torch.nn.modules.instancenorm": {"_InstanceNorm": "InstanceNorm is not known"},
+    "torch.nn.utils.parametrizations": {"_WeightNorm": "no norm can go into the weight norm of its producer"},
+    "torch.utils._python_dispatch": {"TorchDispatchMode": "the streams of a model are not known, so no LayerNorm can become an RMSNorm"},
     "torch.package.importer": {"sys_importer": "code in which a norm was replaced cannot be compiled"},
     "torch.utils._pytree": dict.fromkeys(
         ("MappingKey", "keystr", "tree_flatten", "tree_flatten_with_path", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"),
@@ -85,6 +87,35 @@ def test_an_operator_says_what_it_takes_and_returns() -> None:
     assert [p.name for p in torch_private.parameters_of(operator)] == ["input", "normalized_shape", "weight", "bias", "eps"], message
     assert torch_private.returned_by(operator) == 3, message
     assert torch_private.name_in_aten(operator) == "native_layer_norm", message
+
+
+def test_an_operator_says_what_it_writes_into() -> None:
+    x, y, out = torch.ones(2), torch.ones(2), torch.ones(2)
+    message = f"the schema of an operator of torch {torch.__version__} does not tell what it writes into: streams may be followed wrongly"
+    aten = torch.ops.aten
+    cases = ((aten.add_.Tensor, (x, y), {}, [x]), (aten.add.Tensor, (x, y), {}, []), (aten.add.out, (x, y), {"out": out}, [out]))
+    for operator, args, kwargs, written in cases:
+        found = torch_private.writes_into(operator, args, kwargs)
+        assert [id(t) for t in found] == [id(t) for t in written], message
+
+
+def test_a_dispatch_mode_sees_the_operators_behind_a_linear() -> None:
+    seen: list[str] = []
+
+    class Mode(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(torch_private.name_in_aten(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Mode():  # type: ignore[no-untyped-call]
+        nn.Linear(3, 2)(torch.ones(4, 5, 3))
+    assert {"t", "addmm"} <= set(seen), f"a linear of torch {torch.__version__} is made of {seen}: streams are not followed through it"
+
+
+def test_a_weight_norm_says_its_axis() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3), dim=1)
+    (weight_norm,) = layer.parametrizations["weight"]  # type: ignore[index]
+    assert weight_norm.dim == 1, f"torch {torch.__version__} keeps the axis of its weight norm elsewhere"
 
 
 def test_a_tensor_of_a_vmap_is_known() -> None:

@@ -66,10 +66,16 @@ OBJECTS = frozenset(
         "normswap.layer.batchless_norm.Source",
         "normswap.layer.hooks.Before",
         "normswap.layer.hooks.After",
+        "normswap.layer.rms_norm.CentreInput",
+        "normswap.layer.rms_norm.CentreOutput",
     }
 )
-# The only hooks that a file may contain, by the attribute that holds them: those of a conv or linear that a BatchlessNorm is coupled to.
-HOOKS = {"_forward_pre_hooks": "normswap.layer.hooks.Before", "_forward_hooks": "normswap.layer.hooks.After"}
+# The only hooks that a file may contain, by the attribute that holds them: those of a conv or linear that a BatchlessNorm is coupled to,
+# and those that centre what a module takes or returns.
+HOOKS = {
+    "_forward_pre_hooks": frozenset({"normswap.layer.hooks.Before", "normswap.layer.rms_norm.CentreInput"}),
+    "_forward_hooks": frozenset({"normswap.layer.hooks.After", "normswap.layer.rms_norm.CentreOutput"}),
+}
 FLAGS_OF_HOOKS = frozenset({"_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"})
 
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))

@@ -247,7 +247,7 @@ def _may_set(cls: type, key: str, value: Any) -> bool:
     if not issubclass(cls, nn.Module):
         return True
     if key in HOOKS and isinstance(value, Dict):
-        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path == HOOKS[key] for _, hook in value.pairs)
+        return all(isinstance(hook, Object) and isinstance(hook.cls, Global) and hook.cls.path in HOOKS[key] for _, hook in value.pairs)
     if key in FLAGS_OF_HOOKS and isinstance(value, Dict):
         return all(item is True for _, item in value.pairs)
     if "hook" in key or key == "_compiled_call_impl":
