@@ -36,7 +36,7 @@ from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
 from normswap.models.copying import set_eval, shared_parameters
 from normswap.models.torch_private import is_functorch_wrapped
 from normswap.models.watching import forward
-from normswap.swap.moments import Moments
+from normswap.swap.moments import Moments, histogram, sample
 from normswap.swap.strata import StratumLabels
 
 MASK = "attention_mask"
@@ -63,6 +63,7 @@ class Fit:
     how             "fit" (a layer without statistics), "exact" or "adapt" (re-estimated)
     channels        how many the layer has     kept_channels   how many kept the statistics they had
     remarks         the numbers that are bad, in words; empty if none is
+    histogram       counts of (x - mean) / std of part of the data, see `moments.histogram`; empty if there are none
     """
 
     name: str
@@ -76,6 +77,7 @@ class Fit:
     channels: int = 0
     kept_channels: int = 0
     remarks: tuple[str, ...] = ()
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass
@@ -91,6 +93,7 @@ class _Site:
     kept: int = 0
     inside: bool = False  # whether the source is running, as a part of the original model
     before_act: Tensor | None = None  # the input of the source's own activation (or dropout) in the original model
+    sampled: list[Tensor] = field(default_factory=list)  # rows of its input, for the histogram
     first: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum of squares and count at position 0
     total: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -344,6 +347,7 @@ def _record(site: _Site, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         site.total[0] += rows_x.double().square().sum().item()
         site.total[1] += rows_x.numel()
     site.moments.add(rows_x, rows_y)
+    sample(rows_x, site.sampled)
 
 
 def _after(site: _Site) -> nn.Module | None:
@@ -418,6 +422,7 @@ def _fit(site: _Site) -> Fit:
         how=site.how,
         channels=len(flat),
         kept_channels=site.kept,
+        histogram=histogram(site.sampled, *(t.expand(site.layer.sizes).reshape(-1).cpu() for t in site.layer.statistics()), flat),
     )
     return replace(fit, remarks=tuple(_remarks(fit)))
 
