@@ -70,7 +70,11 @@ def _cause(parity: Parity) -> str:
         return f"{where}: {bad.non_finite} values are infinite or not a number in only one of the two models"
     ran = "run in float64, where rounding is no excuse, " if bad.float64 else ""
     noise = "" if bad.float64 or not math.isfinite(bad.noise) else f"; the original's own rounding is {figure(bad.noise)}"
-    return f"{where}: {ran}the error is {figure(bad.max_rel)} of the largest value, where {figure(bad.tolerance)} is allowed{noise}"
+    after = sum(not d.passed for d in parity.sites) - 1 if what == "layer" else 0
+    also = (
+        f"; {after} {'layer' if after == 1 else 'layers'} after it differ{'s' * (after == 1)} too, perhaps because of it" if after else ""
+    )
+    return f"{where}: {ran}the error is {figure(bad.max_rel)} of the largest value, where {figure(bad.tolerance)} is allowed{noise}{also}"
 
 
 def _first_bad(parity: Parity) -> Difference | None:

@@ -87,19 +87,22 @@ def errors(bars: Sequence[Bar], axis: Axis) -> Markup:
         f"{figure(10.0**axis.high)}. The largest is {figure(worst.error)}, at {worst.name}."
     )
     parts = [f'<line class="grid" x1="0" x2="100%" y1="{100 - y:g}%" y2="{100 - y:g}%"/>' for y, _ in axis.ticks]
+    thin = len(bars) > _LABELLED
     for i, bar in enumerate(bars):
         x, error, noise = f"{(i + 0.5) * slot:.2f}", 100 - axis.at(bar.error), 100 - axis.at(bar.noise)
         title = ""
-        if len(bars) <= _LABELLED:
+        if not thin:
             title = Markup("<title>{}: error {}, rounding of the original {}</title>").format(
                 shown(bar.name, line=True), figure(bar.error), figure(bar.noise)
             )
         parts.append(f"<g>{title}")
-        parts.append(f'<line class="noise" x1="{x}%" x2="{x}%" y1="100%" y2="{noise:g}%" style="{_wide(slot, 0.8, 40)}"/>')
-        parts.append(f'<line class="{bar.fate}" x1="{x}%" x2="{x}%" y1="100%" y2="{error:g}%" style="{_wide(slot, 0.4, 20)}"/>')
+        ends = f'x1="{i * slot:.2f}%" x2="{(i + 1) * slot:.2f}%"'
+        behind = f'<line class="noise" x1="{x}%" x2="{x}%" y1="100%" y2="{noise:g}%" style="{_wide(slot, 0.8, 40)}"/>'
+        before = f'<line class="noise" {ends} y1="{noise:g}%" y2="{noise:g}%"/>'  # where a bar is too thin to stand before another
+        solid = f'<line class="{bar.fate}" x1="{x}%" x2="{x}%" y1="100%" y2="{error:g}%" style="{_wide(slot, 1.6 if thin else 0.4, 20)}"/>'
+        parts += [solid, before] if thin else [behind, solid]
         if math.isfinite(bar.allowed):
             limit = 100 - axis.at(bar.allowed)
-            ends = f'x1="{i * slot:.2f}%" x2="{(i + 1) * slot:.2f}%"'
             parts.append(f'<line class="limit" {ends} y1="{limit:g}%" y2="{limit:g}%"/>')
         parts.append("</g>")
     return Markup('<svg class="bars" height="220" role="img" aria-label="{}">{}</svg>').format(

@@ -125,6 +125,10 @@ def _layer(
     fits: Mapping[str, Fit],
 ) -> Layer:
     fit = fits.get(row.name)
+    approximate = isinstance(decision, Swap) and decision.preserves == "approximate"
+    judged = [m for m in measured if (m.comparison == "drift") == approximate]
+    if approximate:  # the other comparisons leave it out, or compare it with itself
+        measured = tuple(judged)
     return Layer(
         number,
         row,
@@ -135,7 +139,7 @@ def _layer(
         statistics=report.statistics.get(row.name, ()),
         folded=tuple(folded.get(row.name, ())),
         measured=measured,
-        worst=_deciding(decision, measured),
+        worst=_deciding(judged),
         fit=fit,
     )
 
@@ -168,10 +172,9 @@ def _formula(decision: Swap | Skip, fit: Fit | None) -> str:
     return f"{FORMULA}; mean, std: of the calibration data; {fitted}"
 
 
-def _deciding(decision: Swap | Skip, measured: Iterable[Measured]) -> Difference | None:
-    """The difference that a layer is judged by: an approximate one by its drift, any other by the comparison closest to its limit."""
-    approximate = isinstance(decision, Swap) and decision.preserves == "approximate"
-    own = [m.difference for m in measured if (m.comparison == "drift") == approximate]
+def _deciding(measured: Iterable[Measured]) -> Difference | None:
+    """The difference that a layer is judged by: the one that is closest to its limit, or beyond it."""
+    own = (m.difference for m in measured)
     return max(own, key=lambda d: (not d.passed, d.max_rel / d.tolerance if d.tolerance else 0.0), default=None)
 
 
