@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def chromium() -> str | None:
 def _off_by_a_thousandth(site: Site, std: str) -> nn.Module:
     layer = batch_norm.RULE.build(site, std)  # type: ignore[misc]
     with torch.no_grad():
-        layer.bias.add_(1e-3)  # type: ignore[union-attr, operator]
+        layer.bias.add_(1e-3)  # type: ignore[operator]
     return layer
 
 
@@ -83,6 +83,17 @@ def sentences() -> list[dict[str, Any]]:
     return [dict(tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=48, return_tensors="pt")) for i in range(0, 64, 16)]
 
 
+@contextmanager
+def working_in(folder: str) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 has not."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def convert() -> None:
     """Write the reports of the four models to PAGES."""
     sys.path.insert(0, str(ROOT / "tests/support"))
@@ -97,7 +108,7 @@ def convert() -> None:
         "thousand": ("thousand.pt", {"inputs": ["2x6"], "onnx": False}),
     }
     PAGES.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, working_in(folder):
         model, _, _ = real_files.efficientnet_lite0()
         torch.save(model, "efficientnet_lite0.pt")
         torch.save(thousand(), "thousand.pt")
@@ -134,8 +145,8 @@ def opened(running: Any, page: Path, width: int, scheme: str, height: int = 900)
     context = running.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()
     wrong: list[str] = []
-    tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(f"asks for {request.url}"))
-    tab.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    tab.on("request", lambda request: wrong.extend([] if request.url.startswith(("file:", "data:")) else [f"asks for {request.url}"]))
+    tab.on("console", lambda message: wrong.extend([message.text] if message.type == "error" else []))
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.goto(page.as_uri())
     yield tab

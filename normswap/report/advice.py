@@ -31,9 +31,7 @@ def basis(report: Report) -> str:
     if drift is not None:
         moved = f"Approximate: on the calibration data, outputs moved by up to {share(drift.max_rel)} of the largest output."
         if drift.max_rel > FAR:
-            return (
-                f"{moved} That is too far to use it as it is: train it on, or exclude the layers that cost most (`normswap sensitivity`)."
-            )
+            return f"{moved} That is too far to use it as it is: train it on, or exclude layers (normswap sensitivity finds which)."
         return f"{moved} It is another function than the original: judge it by what your model is for."
     worst = worst_of(d for parity in report.parities.values() for d in parity.outputs)
     if worst is None or not worst.tolerance:
@@ -95,7 +93,7 @@ def _remedies(name: str, parity: Parity) -> Iterator[str]:
         yield "Give inputs like those that the model was trained on: --input FILE, or example_inputs=... in Python."
         return
     if name == DRIFT:
-        yield "Keep the layers that cost most: `normswap sensitivity` measures each, and --exclude leaves them out."
+        yield "Keep the layers that cost most: normswap sensitivity measures each, and --exclude leaves them out."
         yield "Calibrate on more data, or raise --max-drift if this distance is good enough for what the model is for."
         return
     if layer is not None:

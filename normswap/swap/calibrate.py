@@ -411,6 +411,7 @@ def _fit(site: _Site) -> Fit:
     rest = site.total[1] - site.first[1]
     elsewhere = ((site.total[0] - site.first[0]) / rest) ** 0.5 if rest > 0 else 0.0
     scale, shift = (t.reshape(-1).cpu() for t in _map(site.layer))
+    mean, std = (t.expand(site.layer.sizes).reshape(-1).cpu() for t in site.layer.statistics())
     fit = Fit(
         name=site.name,
         stratum=site.stratum,
@@ -422,7 +423,7 @@ def _fit(site: _Site) -> Fit:
         how=site.how,
         channels=len(flat),
         kept_channels=site.kept,
-        histogram=histogram(site.sampled, *(t.expand(site.layer.sizes).reshape(-1).cpu() for t in site.layer.statistics()), flat),
+        histogram=histogram(site.sampled, mean, std, flat),
     )
     return replace(fit, remarks=tuple(_remarks(fit)))
 

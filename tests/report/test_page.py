@@ -173,7 +173,7 @@ def test_the_statistics_are_those_of_the_converted_layer() -> None:
         (Report("model.pt", PLAN, {"torch": parity(failure="the candidate raised")}), "torch: the candidate raised", ()),
         (Report("model.pt", PLAN, {"torch": Parity(())}), "torch: nothing was compared", ()),
         (Report("model.pt", PLAN, {"torch": parity(difference(non_finite=3))}), "3 values are infinite or not a number", ()),
-        (rough(0.84, limit=0.1), "drift: first at the layer a.norm", ("`normswap sensitivity` measures each", "raise --max-drift")),
+        (rough(0.84, limit=0.1), "drift: first at the layer a.norm", ("normswap sensitivity measures each", "raise --max-drift")),
     ],
 )
 def test_a_failure_says_why_and_what_to_do(report: Report, why: str, what: tuple[str, ...]) -> None:
