@@ -62,8 +62,17 @@ def sections(text: str) -> tuple[str, list[tuple[str, str, str, str]]]:
         title = re.sub(r"\s*\(`python.*\)$", "", heading)
         measured = heading.removeprefix(title).strip().removeprefix("(").removesuffix(")")
         body = f"Measured by {measured}.\n\n{body}" if measured else body
-        found.append((command[1], title, _anchor(heading), f"{body}\n"))
+        found.append((command[1], title, _anchor(heading), f"{_plots_first(body)}\n"))
     return text[: starts[0].start()].strip(), found
+
+
+def _plots_first(body: str) -> str:
+    """The section with its plots before its first table."""
+    paragraphs = body.split("\n\n")
+    plots = [paragraph for paragraph in paragraphs if paragraph.startswith("![")]
+    rest = [paragraph for paragraph in paragraphs if paragraph not in plots]
+    table = next((i for i, paragraph in enumerate(rest) if paragraph.startswith("|")), len(rest))
+    return "\n\n".join([*rest[:table], *plots, *rest[table:]])
 
 
 def who(name: str) -> str:
