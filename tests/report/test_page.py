@@ -74,6 +74,7 @@ def test_page_is_valid_stands_alone_and_has_labels(report: Report) -> None:
         assert not [name for name in element.attrib if str(name).startswith("on")]
         label = element.get("aria-label", "").strip() or "".join(element.itertext()).strip() or element.get("aria-labelledby")
         assert element.tag not in {"a", "button", "summary", "svg", "h1", "h2", "h3"} or label, element.attrib
+        assert not str(element.tag).endswith("}svg") or element.get("aria-label", "").strip()
         assert element.tag != "a" or element.get("href", "")[1:] in ids
     headings = [int(element.tag[1]) for element in elements if re.fullmatch("h[1-6]", str(element.tag))]
     assert headings[0] == 1
