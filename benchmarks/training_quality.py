@@ -507,7 +507,7 @@ def page(entries: list[dict[str, Any]]) -> str:
 
 HEAD = """# The study of training, in detail
 
-What the tables of [benchmarks.md](benchmarks.md) leave out, of the same runs:
+For those who read [benchmarks.md](benchmarks.md) and want what its tables leave out. Of the same runs:
 
 - *learning rates*: those of the runs that come within 5 points of the best on the validation sets, in the mean over the seeds;
 - *steps to the target*: until the smoothed training loss is .5, at the learning rate of the table, in the mean over the seeds;

@@ -79,6 +79,7 @@ def convert_to_directory(
     from normswap.parity.result import Comparisons, ParityError, raise_for
     from normswap.report import page
     from normswap.report.conversion import Report
+    from normswap.report.layers import statistics_of
 
     if output is not None:
         atomic.check_output_dir(output)
@@ -140,6 +141,8 @@ def convert_to_directory(
             seconds=clock.seconds,
             files=sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE}),
             fits=conversion.fits,
+            statistics=statistics_of(conversion.module, conversion.plan),
+            directory=str(output),
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(page.html(result), encoding="utf-8")

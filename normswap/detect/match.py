@@ -40,6 +40,7 @@ def match(
         skips=tuple(d for d in decided if isinstance(d, Skip)),
         backend=trace.backend,
         notes=trace.notes,
+        order=tuple(d.name for d in decided),
     )
 
 

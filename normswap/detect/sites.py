@@ -161,12 +161,22 @@ class Skip(Decision):
 
 @dataclass(frozen=True)
 class Plan:
-    """Every normalization of one model, each swapped or skipped, in the order of the Trace; `backend` and `notes` are the Trace's."""
+    """Every normalization of one model, each swapped or skipped, in the order of the Trace; `backend` and `notes` are the Trace's.
+
+    order: the names of all of them in the order of the Trace.
+    """
 
     swaps: tuple[Swap, ...]
     skips: tuple[Skip, ...]
     backend: str
     notes: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+
+    @property
+    def decisions(self) -> tuple[Swap | Skip, ...]:
+        """The swaps and skips together, in `order`; what is not in it comes last."""
+        place = {name: i for i, name in enumerate(self.order)}
+        return tuple(sorted((*self.swaps, *self.skips), key=lambda decision: place.get(decision.name, len(place))))
 
     @property
     def paired(self) -> int:

@@ -83,6 +83,9 @@ def _unjudged(rows: Sequence[Difference], undecidable: Collection[str]) -> tuple
 
 
 def _worst(rows: Sequence[Difference]) -> Difference:
-    """The first row that failed, else the row closest to its limit; rows in float64 count only if there are no others."""
+    """The first row that failed, else the row closest to its limit, or of rows without a limit the one with the largest error.
+
+    Rows in float64 count only if there are no others.
+    """
     failed = next((row for row in rows if not row.passed), None)
-    return failed or max([row for row in rows if not row.float64] or rows, key=lambda row: ratio(row.max_rel, row.tolerance))
+    return failed or max([row for row in rows if not row.float64] or rows, key=lambda row: (ratio(row.max_rel, row.tolerance), row.max_rel))

@@ -39,6 +39,8 @@ class Report:
     files     the names of the written files, relative to the output directory
     fits      the quality of the fit of each layer that was calibrated or re-estimated
     facts     the facts about each norm from an inspection, which the table then shows
+    statistics  by the name of a swapped layer, (name, range) of its tensors; the page shows them
+    directory   where it is written, as the user named it
     """
 
     source: str
@@ -50,6 +52,8 @@ class Report:
     files: Sequence[str] = ()
     fits: Sequence[Fit] = ()
     facts: Sequence[Facts] = ()
+    statistics: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    directory: str = ""
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property

@@ -85,9 +85,10 @@ def parity_table(parity: Parity) -> Table:
 def worst_of(differences: Iterable[Difference]) -> Difference | None:
     """The difference with the largest ratio of error to tolerance. One that cannot be compared is worst of all."""
 
-    def badness(d: Difference) -> tuple[bool, bool, float]:
+    def badness(d: Difference) -> tuple[bool, bool, float, float]:
         share = d.max_rel / d.tolerance if d.tolerance else d.max_rel
-        return d.problem is not None, d.non_finite > 0 or math.isnan(share), 0.0 if math.isnan(share) else share
+        # of two that may be any distance away, the one that is further
+        return d.problem is not None, d.non_finite > 0 or math.isnan(share), 0.0 if math.isnan(share) else share, d.max_rel
 
     return max(differences, key=badness, default=None)
 

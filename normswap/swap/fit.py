@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.swap.moments import Moments
+from normswap.swap.moments import Moments, histogram, sample
 
 FLAT = 1e-6  # a channel is constant if its std is at most this share of the layer's largest std, or of its own mean
 
@@ -40,6 +40,7 @@ class Fit:
     how             "fit" (a layer without statistics), "exact" or "adapt" (re-estimated)
     channels        how many the layer has     kept_channels   how many kept the statistics they had
     remarks         the numbers that are bad, in words; empty if none is
+    histogram       counts of (x - mean) / std of part of the data, see `moments.histogram`; empty if there are none
     """
 
     name: str
@@ -54,6 +55,7 @@ class Fit:
     kept_channels: int = 0
     remarks: tuple[str, ...] = ()
     repaired: tuple[str, ...] = ()
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Fitting:
     repaired: tuple[str, ...] = ()
     inside: bool = False  # whether the source is running, as a part of the original model
     before_act: Tensor | None = None  # the input of the source's own activation (or dropout) in the original model
+    sampled: list[Tensor] = field(default_factory=list)  # rows of its input, for the histogram
     first: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum of squares and count at position 0
     total: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -90,6 +93,7 @@ def record(site: Fitting, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         site.total[0] += rows_x.double().square().sum().item()
         site.total[1] += rows_x.numel()
     site.moments.add(rows_x, rows_y)
+    sample(rows_x, site.sampled)
 
 
 def part_after(site: Fitting) -> nn.Module | None:
@@ -153,6 +157,7 @@ def fit_of(site: Fitting) -> Fit:
     rest = site.total[1] - site.first[1]
     elsewhere = ((site.total[0] - site.first[0]) / rest) ** 0.5 if rest > 0 else 0.0
     scale, shift = (t.reshape(-1).cpu() for t in _map(site.layer))
+    mean, std = (t.expand(site.layer.sizes).reshape(-1).cpu() for t in site.layer.statistics())
     fit = Fit(
         name=site.name,
         stratum=site.stratum,
@@ -165,6 +170,7 @@ def fit_of(site: Fitting) -> Fit:
         channels=len(flat),
         kept_channels=site.kept,
         repaired=site.repaired,
+        histogram=histogram(site.sampled, mean, std, flat),
     )
     return replace(fit, remarks=tuple(_remarks(fit)))
 

@@ -15,12 +15,15 @@ Everything is float64. Sources: Chan, Golub & LeVeque 1983; Pebay, SAND2008-6212
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 22  # elements converted to float64 at a time
+BINS, SPAN = 32, 4.0  # of a histogram
+ROWS, ELEMENTS = 32, 1 << 17  # that are kept for a histogram: rows of one call, elements of all
 
 
 @dataclass
@@ -101,3 +104,20 @@ def _of(x: Tensor, y: Tensor) -> Moments:
     d, e = x - mean, y - mean_y
     square = d * d
     return Moments(len(x), mean, mean_y, square.sum(0), (square * d).sum(0), (square * square).sum(0), (e * e).sum(0), (d * e).sum(0))
+
+
+def sample(x: Tensor, kept: list[Tensor]) -> None:
+    """Add about ROWS evenly spaced rows of x, (rows, channels), to `kept`, until that has ELEMENTS elements. They are copies."""
+    if sum(rows.numel() for rows in kept) < ELEMENTS:
+        kept.append(x[:: len(x) // ROWS + 1].to("cpu", torch.float32, copy=True))
+
+
+def histogram(kept: Sequence[Tensor], mean: Tensor, std: Tensor, flat: Tensor) -> tuple[int, ...]:
+    """Counts of (x - mean) / std over the channels that are not `flat`, in BINS bins from -SPAN to SPAN.
+
+    What is beyond is in the bins at the ends. mean, std, flat: (channels,). Empty if every channel is flat.
+    """
+    if not kept or flat.all():
+        return ()
+    z = (torch.cat(tuple(kept))[:, ~flat] - mean[~flat].float()) / std[~flat].float()
+    return tuple(int(count) for count in torch.histc(z.nan_to_num(SPAN).clamp(-SPAN, SPAN), BINS, -SPAN, SPAN))

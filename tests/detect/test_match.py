@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ def test_every_site_is_decided_in_order() -> None:
     decided = match(TRACE, DEFAULT_RULES)
     assert names(decided) == (["stem.norm", "layer1.0.norm"], ["layer1.1.norm", "head.batch_norm"])
     assert (decided.backend, decided.notes) == ("fx", ("a note",))
+    assert decided.order == tuple(site.name for site in SITES)
+    mixed = match(TRACE, DEFAULT_RULES, exclude=["stem.*"])
+    assert [decision.name for decision in mixed.decisions] == [site.name for site in SITES]
+    assert [decision.name for decision in dataclasses.replace(mixed, order=()).decisions] == [*names(mixed)[0], *names(mixed)[1]]
     swap = decided.swaps[1]
     assert (swap.kind, swap.preserves, swap.calls, swap.aliases, swap.producer) == ("batch_norm", "exact", 2, ("again.0.norm",), None)
 

@@ -15,10 +15,12 @@ import pytest
 import typer
 from doc_blocks import blocks
 
+import normswap
 from normswap.cli.app import app
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+SITE = REPOSITORY / "mkdocs.yml"
 COMMANDS = typer.main.get_command(app)
 
 
@@ -105,11 +107,58 @@ def test_links_lead_somewhere(page: Path) -> None:
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), link
+        if target.suffix != ".md":
+            assert not anchor, link
+            continue
         headings = {
             re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
             for heading in re.findall(r"^#+ (.*)$", target.read_text(), re.M)
         }
         assert not anchor or anchor in headings, link
+
+
+def test_every_public_name_is_in_the_reference_by_its_task() -> None:
+    source = (REPOSITORY / "normswap/__init__.py").read_text()
+    table = source[source.index("_HOMES = {") : source.rindex("__all__ = ")]
+    tasks = {task: re.findall(r'^    "(\w+)"', names, re.M) for task, names in re.findall(r"    # (\w+)\n((?: {4}\".*\n)+)", table)}
+    assert sum(map(len, tasks.values())) == len(normswap.__all__) - 1  # all but __version__
+    for task, names in tasks.items():
+        page = (REPOSITORY / f"docs/api/{task}.md").read_text()
+        assert re.findall(r"^::: normswap\.(\w+)$", page, re.M) == names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in {"README.md", "index.md"}], ids=lambda page: page.name)
+def test_a_page_says_first_whom_it_is_for(page: Path) -> None:
+    title, first = page.read_text().split("\n\n")[:2]
+    assert title.startswith("# ")
+    assert first.startswith("For "), first
+
+
+def test_every_page_is_on_the_site_and_nothing_else() -> None:
+    made = {"benchmarks/measure.md", "contributing.md", "security.md"}
+    named = re.findall(r"[\w/]+\.md", SITE.read_text().partition("\nnav:")[2])
+    assert len(named) == len(set(named))
+    of_benchmarks = {name for name in named if name.startswith("benchmarks/")} | made
+    assert set(named) - of_benchmarks == {page.relative_to(REPOSITORY / "docs").as_posix() for page in PAGES[1:]}
+
+
+def test_the_site_builds_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    """What `mkdocs build --strict` says; about ten seconds. It needs the extra `docs`."""
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]' to build the site")
+    # not --quiet: what is not logged is not counted
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "site/index.html").exists()
+    for page in (tmp_path / "site/api").glob("*.html"):
+        assert "normswap." in page.read_text()
+    loaded = [
+        url
+        for page in (tmp_path / "site").rglob("*.html")
+        for url in re.findall(r'(?:src|<link[^>]*href)="(https?:[^"]*)', page.read_text())
+    ]
+    assert loaded == []  # no page asks another host for anything
 
 
 def test_the_readme_commands_use_the_tested_versions() -> None:

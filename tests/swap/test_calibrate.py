@@ -73,6 +73,8 @@ def test_all_are_swapped_when_asked_and_the_distance_is_told() -> None:
         ("10", "approximate"),
     ]
     assert [(fit.name, fit.stratum) for fit in conversion.fits] == [("1", 1), ("7", 2), ("10", 3)]
+    for fit in conversion.fits:
+        assert sum(fit.histogram[8:24]) > 0.8 * sum(fit.histogram) > 0  # most within 2 standard deviations
     assert all(0 < fit.error < 0.5 for fit in conversion.fits)
     assert conversion.parity
     assert conversion.drift is not None

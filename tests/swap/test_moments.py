@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normswap.swap.moments import Moments
+from normswap.swap.moments import BINS, ELEMENTS, SPAN, Moments, histogram, sample
 
 CHANNELS = 3
 
@@ -90,3 +90,35 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chunked = _of(x.float(), y.float(), [64])
     assert torch.allclose(chunked.m2, whole.m2, rtol=1e-4)
     assert chunked.count == 64
+
+
+def test_the_histogram_counts_what_the_layer_normalizes() -> None:
+    x, _ = _data(4000, 5)
+    kept: list[Tensor] = []
+    for part in x.split(50):
+        sample(part, kept)
+    flat = torch.tensor([False, False, True])
+    counts = histogram(kept, x.mean(0), x.std(0), flat)
+    rows = torch.cat(kept)
+    z = ((rows - x.mean(0)) / x.std(0))[:, :2]
+    edges = np.linspace(-SPAN, SPAN, BINS + 1)
+    assert len(counts) == BINS
+    assert sum(counts) == 2 * len(rows)  # nothing is lost, and the flat channel is left out
+    assert np.abs(np.array(counts) - np.histogram(z.clamp(-SPAN, SPAN), edges)[0]).max() <= 2  # float32 may round over an edge
+    shifted = histogram(kept, x.mean(0) + 100 * x.std(0), x.std(0), flat)
+    assert shifted[0] == sum(shifted)  # beyond the span: all in the bin at the end
+    assert histogram(kept, x.mean(0), x.std(0), torch.tensor([True, True, True])) == ()
+    assert histogram([], x.mean(0), x.std(0), flat) == ()
+
+
+def test_the_sample_is_spread_over_a_call_bounded_and_a_copy() -> None:
+    kept: list[Tensor] = []
+    x = torch.arange(3000.0)[:, None].repeat(1, 64)
+    sample(x, kept)
+    assert kept[0][0, 0] == 0
+    assert kept[0][-1, 0] > 2900
+    x.zero_()
+    assert kept[0][-1, 0] > 2900
+    for _ in range(200):
+        sample(torch.ones(3000, 64), kept)
+    assert ELEMENTS <= sum(rows.numel() for rows in kept) < 1.1 * ELEMENTS
