@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from normswap.cli.convert import convert
+from normswap.cli.demo import demo
 from normswap.cli.export import export
 from normswap.cli.fold import fold
 from normswap.cli.inspect import inspect
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would double the time of --help
     pretty_exceptions_enable=False,
 )
-for command in (convert, inspect, verify, export, fold, revert, sensitivity, landscape):
+for command in (demo, convert, inspect, verify, export, fold, revert, sensitivity, landscape):
     app.command()(spread(command))
 
 

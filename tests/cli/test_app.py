@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fixtures import hostile
 from normswap.cli.app import app
+from normswap.demo import WEIGHTS
 from normswap.errors import LoadError, UnsafePickleError, UsageError, shown
 from normswap.parity.result import Difference, Parity, ParityError
 
@@ -99,8 +100,7 @@ def test_inspect_says_why_not() -> None:
 
 
 def test_arch_with_safetensors(tmp_path: Path) -> None:
-    weights = DIGITS.replace(".pt", ".safetensors")
-    result = run("convert", weights, "--arch", "fixtures.train_digits_cnn:build", "-o", tmp_path / "out", "--no-onnx", "--std", "abs")
+    result = run("convert", WEIGHTS, "--arch", "normswap.demo:build", "-o", tmp_path / "out", "--no-onnx", "--std", "abs")
     assert result.exit_code == 0, result.stderr
     assert names(tmp_path / "out") == ["model.safetensors", "recipe.json", "report.html", "report.json"]
 
