@@ -97,7 +97,7 @@ def _text(report: Report, directory: Path, answers: dict[str, list[int]], second
         (PAGE, "what was done, layer by layer: open it in a browser"),
         (REPORT, "the same for programs"),
         (ONNX, "the network without normalization"),
-        ("recipe.json", 'to load it: normswap.load(DIR, normswap.demo.build)'),
+        ("recipe.json", "to load it: normswap.load(DIR, normswap.demo.build)"),
     ]
     own = [
         ("normswap inspect MODEL.pt", "what is in it, what would be swapped"),

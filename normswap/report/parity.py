@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from rich.table import Table
@@ -69,6 +70,66 @@ def parity_summary(parity: Parity) -> str:
     if parity.dropped:
         parts.append(f"not compared: {', '.join(parity.dropped)}")
     return shown("; ".join(parts), line=True)
+
+
+def properties(parity: Parity) -> dict[str, str]:
+    """The figures of a comparison, by name, for a test report."""
+    facts = {
+        "passed": str(parity.passed).lower(),
+        "candidate": parity.candidate,
+        "max_rel": figure(parity.max_rel),
+        "noise": figure(parity.noise),
+        "first_bad": parity.first_bad,
+        "inputs": str(len(parity.probes)),
+    }
+    return {name: shown(value, line=True) for name, value in facts.items() if value}
+
+
+def failure_text(reference: object, candidate: object, parity: Parity) -> str:
+    """A comparison that failed, for a reviewer, in at most ten lines: where, at which input, by how much, and why."""
+    rows = [d for d in (*parity.sites, *parity.outputs) if not d.passed]
+    first = next(iter(rows), None)
+    what = "layer" if first is not None and first in parity.sites else "output"
+    lines = [("not the same function", f"{_named(candidate)} and {_named(reference)}")]
+    if first is None or parity.failure is not None:
+        lines.append(("cause", parity.failure or "nothing was compared"))
+    else:
+        lines.append((what, first.name or ROOT))
+        lines.append(("probe", first.probe))
+        if first.problem is None:
+            lines.append(("figure", _figure_of(first)))
+        lines.append(("cause", _cause(first)))
+        if parity.located is not None and parity.located.reference != first.name:
+            lines.append(("starts at", _place(parity)))
+        wrong = [sum(not d.passed for d in rows) for rows in (parity.sites, parity.outputs)]
+        total = len(parity.sites), len(parity.outputs)
+        lines.append(
+            ("in all", f"{wrong[0]} of {total[0]} layers and {wrong[1]} of {total[1]} outputs differ, over {len(parity.probes)} inputs")
+        )
+    lines.append(("compared", parity.candidate))
+    (head, subjects), *rest = lines
+    return "\n".join(shown(line, line=True) for line in (f"{head}: {subjects}", *(f"  {name:<9} {text}" for name, text in rest)))
+
+
+def _named(side: object) -> str:
+    return str(side) if isinstance(side, (str, PurePath)) else f"the given {type(side).__name__}"
+
+
+def _figure_of(d: Difference) -> str:
+    wrong = f"{d.non_finite} values that are NaN or infinite in one alone; " if d.non_finite else ""
+    rounds = "" if d.float64 or not math.isfinite(d.noise) else f"; the reference itself rounds by {figure(d.noise)}"
+    return f"{wrong}error {figure(d.max_rel)} of the largest value, {figure(d.tolerance)} is allowed{rounds}"
+
+
+def _cause(d: Difference) -> str:
+    """Why a row failed, in words."""
+    if d.problem is not None:
+        return d.problem
+    if d.non_finite:
+        return "NaN or infinity where the other has a number"
+    if d.float64:
+        return "it differs in float64, where rounding is no excuse: other weights, or another computation"
+    return "more than rounding explains: other weights, another computation, or one of less precision"
 
 
 def parity_table(parity: Parity) -> Table:
