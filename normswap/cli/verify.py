@@ -61,13 +61,13 @@ def verify(
         if as_json:
             print_json(check_json(made))
         else:
-            print_tables(check_table(made), text=check_summary(made))
+            print_tables(check_table(made), text=check_summary(made), passed=passed)
     elif (parity := made[0].parity) is not None:
         if as_json:
             print_json(parity_json(parity))
         else:
             why = "" if parity.passed else f"\n{failure_text(reference, candidate, parity)}"
-            print_tables(parity_table(parity), text=parity_summary(parity) + why)
+            print_tables(parity_table(parity), text=parity_summary(parity) + why, passed=passed)
     if not passed:
         raise typer.Exit(PARITY_FAILED)
 

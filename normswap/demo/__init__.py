@@ -5,8 +5,8 @@
     images()    the 450 test images and their labels, which it has not seen in training
 
 Data: the optical recognition of handwritten digits by Alpaydin and Kaynak, UCI Machine Learning Repository, CC BY 4.0, here as in
-scikit-learn: grey images of 8 x 8 pixels. `fixtures/train_digits_cnn.py` of the repository trains the network and writes both files. May
-import torch, and nothing of ours.
+scikit-learn: grey images of 8 x 8 pixels. `fixtures/train_digits_cnn.py` of the repository trains the network and writes both files.
+May import torch, and nothing of ours.
 """
 
 from __future__ import annotations

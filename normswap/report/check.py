@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
 from normswap.report.junit import Compared
 from normswap.report.parity import failure_text, parity_json
-from normswap.report.tables import Alarm, table
+from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import figure, text_of
 
 CHECK_VERSION = 1
@@ -30,13 +28,13 @@ def check_json(made: Sequence[Compared]) -> dict[str, Any]:
     return {"version": CHECK_VERSION, "passed": not any(_is_wrong(each) for each in made), "comparisons": comparisons}
 
 
-def check_table(made: Sequence[Compared]) -> Table:
+def check_table(made: Sequence[Compared]) -> Listing:
     """A table with one row for each comparison."""
     rows = []
     for each in made:
         error = "" if each.parity is None else figure(each.parity.max_rel)
         status = _status(each)
-        rows.append((each.candidate, each.reference, error, Alarm(status) if _is_wrong(each) else status))
+        rows.append((each.candidate, each.reference, error, Alarm(status) if _is_wrong(each) else Good(status) if each.parity else status))
     return table(("candidate", "reference", "max error", "verdict"), rows, numbers=("max error",))
 
 

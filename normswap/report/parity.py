@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from rich.table import Table
-
 from normswap.errors import shown
 from normswap.parity.result import Difference, Parity
-from normswap.report.tables import Alarm, table
+from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, attributes, figure, strict
+
+USABLE = 0.1  # an approximate model whose outputs move by more of the largest one is called not usable as it is
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def comparisons_json(parities: Mapping[str, Parity], not_run: Mapping[str, str])
 
 def comparisons_summary(parities: Mapping[str, Parity], not_run: Mapping[str, str]) -> list[str]:
     """One line for each comparison, measured or not."""
-    measured = [f"  {name}: {parity_summary(parity)}" for name, parity in parities.items()]
+    measured = [f"  {name}: {parity_summary(parity, approximate=name == 'drift')}" for name, parity in parities.items()]
     return [*measured, *(f"  {name}: not run: {why}" for name, why in not_run.items())]
 
 
-def parity_summary(parity: Parity) -> str:
-    """One comparison in one line."""
+def parity_summary(parity: Parity, *, approximate: bool = False) -> str:
+    """One comparison in one line. approximate: it is of an approximate model, and says how far that is from the original."""
     worst = worst_of(parity.outputs)
     parts = []
     if parity.failure is not None:
@@ -54,6 +54,8 @@ def parity_summary(parity: Parity) -> str:
         parts.append("nothing was compared")
     elif worst.problem is not None:
         parts.append(f"output {worst.name!r}: {worst.problem}")
+    elif approximate or math.isinf(worst.tolerance):
+        parts.append(f"approximate: {_moved(worst)}")
     else:
         numbers = f"max error {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}, rounding of the original {figure(worst.noise)}"
         if worst.float64:
@@ -62,14 +64,24 @@ def parity_summary(parity: Parity) -> str:
     if not parity.passed:
         parts.insert(0, "FAILED")
         if parity.first_bad is not None:
-            parts.append(f"first to differ: {_place(parity)}")
-        if parity.outputs and math.isfinite(parity.smallest_tolerance):
+            parts.append(f"first {'beyond that' if approximate else 'to differ'}: {_place(parity)}")
+        if not approximate and parity.outputs and math.isfinite(parity.smallest_tolerance):
             parts.append(f"the outputs would pass at tolerance {figure(parity.smallest_tolerance)}")
     if parity.unjudged:
         parts.append(f"cannot be judged: {', '.join(parity.unjudged)}")
     if parity.dropped:
         parts.append(f"not compared: {', '.join(parity.dropped)}")
     return shown("; ".join(parts), line=True)
+
+
+def _moved(worst: Difference) -> str:
+    """How far the outputs of an approximate model are from those of the original, in words."""
+    if worst.non_finite or not math.isfinite(worst.max_rel):
+        return "outputs became NaN or infinite, not usable"
+    moved = f"outputs moved by {100 * worst.max_rel:.2g} %"
+    if math.isfinite(worst.tolerance):
+        moved += f", {100 * worst.tolerance:.2g} % is allowed"
+    return f"{moved}, not usable without healing" if worst.max_rel > USABLE else moved
 
 
 def properties(parity: Parity) -> dict[str, str]:
@@ -132,7 +144,7 @@ def _cause(d: Difference) -> str:
     return "more than rounding explains: other weights, another computation, or one of less precision"
 
 
-def parity_table(parity: Parity) -> Table:
+def parity_table(parity: Parity) -> Listing:
     """One row for each output, then one for each swapped layer."""
     rows = []
     for kind, differences in (("output", parity.outputs), ("layer", parity.sites)):
@@ -165,7 +177,7 @@ def _place(parity: Parity) -> str:
 
 def _verdict(d: Difference) -> str:
     if d.passed:
-        return "same"
+        return Good("same")
     if d.problem is not None:
         return Alarm(d.problem)
     return Alarm(f"{d.non_finite} not finite, at {d.probe}" if d.non_finite else f"differs, at {d.probe}")
