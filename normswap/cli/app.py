@@ -20,6 +20,7 @@ from normswap.cli.options import spread
 from normswap.cli.revert import revert
 from normswap.cli.sensitivity import sensitivity
 from normswap.cli.verify import verify
+from normswap.cli.watch import watch
 from normswap.versions import version_of
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (demo, convert, inspect, verify, export, fold, revert, sensitivity, landscape):
+for command in (demo, convert, inspect, verify, export, fold, revert, sensitivity, landscape, watch):
     app.command(cls=Command)(spread(command))
 
 

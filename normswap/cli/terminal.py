@@ -66,7 +66,7 @@ def _progress(console: Console | None = None) -> Iterator[Progress]:
     """Yields a function that shows the current stage on a terminal, with a spinner, a bar and the time left; elsewhere it does nothing."""
     from rich import progress
 
-    console = console or _console(err=True)
+    console = console or console_of(err=True)
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
@@ -95,7 +95,7 @@ def print_json(result: dict[str, Any]) -> None:
 
 def print_tables(*tables: Listing, text: str, passed: bool | None = None) -> None:
     """Print the tables that have rows, then the text. passed: the colour of its first line, the verdict."""
-    console = _console()
+    console = console_of()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # rich assumes 80 columns for a pipe, and would move reasons
     for table in tables:
@@ -106,7 +106,7 @@ def print_tables(*tables: Listing, text: str, passed: bool | None = None) -> Non
 
 def say(text: str, *, err: bool = False, style: str = "") -> None:
     """Print text with control sequences escaped; on a terminal broken between words, and with colours. style: of the first line."""
-    console = _console(err=err)
+    console = console_of(err=err)
     if not console.is_terminal:
         typer.echo(shown(text), err=err)
         return
@@ -120,8 +120,8 @@ def say(text: str, *, err: bool = False, style: str = "") -> None:
             console.print(Text(piece, style=of_line), soft_wrap=True)
 
 
-def _console(*, err: bool = False) -> Console:
-    """With NO_COLOR, no bold letters either."""
+def console_of(*, err: bool = False) -> Console:
+    """The terminal or pipe behind stdout, or stderr. With NO_COLOR, no bold letters either."""
     from rich.console import Console
 
     return Console(stderr=err, highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
