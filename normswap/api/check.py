@@ -41,6 +41,8 @@ class Check:
 
 def converted_below(path: Path) -> list[Path]:
     """The converted directories at and below `path`, sorted. Raises UsageError if there is none: nothing would be checked."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file, and is compared with nothing", hint="normswap verify REFERENCE CANDIDATE compares two")
     found = sorted(recipe.parent for recipe in path.rglob(RECIPE)) if path.is_dir() else []
     if not found:
         what = f"no converted directory is at or below {path}" if path.is_dir() else f"there is no directory {path}"

@@ -119,6 +119,24 @@ def test_verify_the_same_function(converted: Path, candidate: str) -> None:
     assert json.loads(result.stdout)["passed"] is True
 
 
+def test_verify_a_directory(converted: Path) -> None:
+    result = run("verify", converted, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    assert (told["version"], told["passed"]) == (1, True)
+    assert [(c["reference"], c["candidate"], c["status"]) for c in told["comparisons"]] == [
+        (DIGITS, str(converted), "same"),
+        (str(converted), str(converted / "model.onnx"), "same"),
+    ]
+
+
+def test_verify_alone_is_for_directories(tmp_path: Path) -> None:
+    for alone, told in ((DIGITS, "is a file, and is compared with nothing"), (str(tmp_path), "no converted directory is at or below")):
+        result = run("verify", alone)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert told in result.stderr
+
+
 def test_verify_another_function(converted: Path, tmp_path: Path) -> None:
     model = torch.load(DIGITS, weights_only=False)
     model[4].bias.data[3] += 0.01
@@ -255,7 +273,7 @@ def test_an_error_is_two_lines_and_a_code(
         ["convert"],
         ["convert", DIGITS, "--std", "square"],
         ["convert", DIGITS, "--opset", "x"],
-        ["verify", DIGITS],
+        ["verify"],
         ["export", DIGITS],
     ],
 )
