@@ -1,6 +1,7 @@
-"""What reading `normswap.drift` costs in a step of ResNet-18: `python -m benchmarks.drift_cost`. Processor time, one thread, batch 8 of 224 x 224.
+"""What reading `normswap.drift` costs in a step of ResNet-18: `python -m benchmarks.drift_cost`.
 
-The step is forward, loss, backward and SGD; drift is read between backward and step, and its figures are copied to the host.
+The step is forward, loss, backward and SGD, at batch 8 of 224 x 224, in processor time of one thread; drift is read between backward and step,
+and its figures are copied to the host.
 """
 
 from __future__ import annotations
