@@ -1,7 +1,7 @@
 """What reading `normswap.drift` costs in a step of ResNet-18: `python -m benchmarks.drift_cost`.
 
-The step is forward, loss, backward and SGD, at batch 8 of 224 x 224, in processor time of one thread; drift is read between backward and step,
-and its figures are copied to the host.
+The step is forward, loss, backward and SGD, at batch 8 of 224 x 224, in processor time of one thread; drift is read between backward and
+step, and its figures are copied to the host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     for _ in range(STEPS + 1):
         started = time.process_time()
         optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
+        torch.autograd.backward(F.cross_entropy(network(images), labels))
         passed = time.process_time()
         normswap.drift(network).to_dict()
         read = time.process_time()
