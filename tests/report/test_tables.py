@@ -105,3 +105,12 @@ def test_colours_say_what_is_wrong_and_what_is_right() -> None:
 )
 def test_lines_break_between_words(line: str, width: int, lines: list[str]) -> None:
     assert wrapped(line, width) == lines
+
+
+def test_a_column_gives_way_down_to_its_longest_word() -> None:
+    """The widest column is one word; the other has many, and is the one that can be broken."""
+    listing = table(("site", "what"), [(LONG, "swapped, exact, one of the few that share a weight")])
+    lines = at(listing, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(LONG in line for line in lines) == 1
+    assert words("swapped, exact, one of the few that share a weight") <= words("\n".join(lines))
