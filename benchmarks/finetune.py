@@ -31,7 +31,9 @@ from torch.nn import functional as F
 
 import normswap
 from fixtures import train_digits_cnn
-from fixtures.train_digits_cnn import Images, accuracy
+from fixtures.train_digits_cnn import accuracy
+from normswap import demo
+from normswap.demo import Images
 from normswap.layer.batchless_norm import BatchlessNorm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,11 +64,7 @@ def new_domain() -> Domain:
 
 
 def pretrained() -> nn.Module:
-    from safetensors.torch import load_file
-
-    model = train_digits_cnn.build().eval()
-    model.load_state_dict(load_file(Path(train_digits_cnn.__file__).with_name("digits_cnn.safetensors")))
-    return model
+    return demo.digits()
 
 
 @torch.no_grad()

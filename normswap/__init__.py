@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from normswap.rules.user_rules import batchless_from_data as batchless_from_data
     from normswap.rules.user_rules import batchless_from_statistics as batchless_from_statistics
     from normswap.swap.revert import revert as revert
+    from normswap.training.drift import Drift as Drift
     from normswap.training.drift import drift as drift
     from normswap.training.groups import norm_keys as norm_keys
     from normswap.training.groups import param_groups as param_groups
@@ -84,6 +85,7 @@ _HOMES = {
     "backward_in_micro_batches": "training.micro",
     "for_opacus": "training.opacus",
     "drift": "training.drift",
+    "Drift": "training.drift",
     # judge
     "verify": "api.verify",
     "Parity": "parity.result",

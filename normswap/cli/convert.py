@@ -51,8 +51,9 @@ def convert(
     if as_json:
         print_json(report.json())
     else:
+        exact = report.status == "converted" and "drift" not in report.parities
         written = f"\n  written to {directory}{os.sep}"
-        print_tables(report_table(report), calibration_table(report), text=report.summary() + written)
+        print_tables(report_table(report), calibration_table(report), text=report.summary() + written, passed=exact or None)
 
 
 def convert_to_directory(

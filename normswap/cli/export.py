@@ -36,4 +36,4 @@ def export(
     if as_json:
         print_json(export_json(result))
     else:
-        say(export_summary(result))
+        say(export_summary(result), style="bold green")

@@ -31,4 +31,4 @@ def fold(
     if as_json:
         print_json(fold_json(source, result))
     else:
-        print_tables(fold_table(result), operators_table(result), text=fold_summary(result))
+        print_tables(fold_table(result), operators_table(result), text=fold_summary(result), passed=result.changed or None)

@@ -6,13 +6,14 @@ class. torch is not imported here, so that `normswap COMMAND --help` answers at 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import typer
 
@@ -38,6 +39,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 class Loading:
     """The options for reading a model."""
 
+    panel: ClassVar[str] = "Reading the model"
+
     arch: Annotated[
         str | None,
         typer.Option("--arch", metavar="SPEC", help="What a bare state dict belongs to: torchvision:NAME, package.module:factory ..."),
@@ -60,12 +63,16 @@ class Loading:
 class Running(Loading):
     """The options for reading a model and running it on example inputs."""
 
+    panel: ClassVar[str] = "Reading the model"
+
     inputs: Annotated[list[str], INPUT] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting:
     """The options that choose which norms are swapped, and by which rules."""
+
+    panel: ClassVar[str] = "Which layers"
 
     include: Annotated[
         list[str], typer.Option("--include", metavar="GLOB", help="Swap only layers whose name or kind matches. Repeatable.")
@@ -82,6 +89,8 @@ class Selecting:
 @dataclass(frozen=True, kw_only=True)
 class Converting:
     """The options for the new layers and their calibration."""
+
+    panel: ClassVar[str] = "The new layers, and calibration"
 
     to: Annotated[
         Literal["batchless", "weight-norm", "rmsnorm"],
@@ -123,6 +132,8 @@ class Converting:
 class Exporting:
     """The options for an ONNX file."""
 
+    panel: ClassVar[str] = "The ONNX file"
+
     target: Annotated[
         Literal["portable", "cuda"],
         typer.Option(
@@ -162,7 +173,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             types = get_type_hints(groups[parameter.name], include_extras=True)
             for option in dataclasses.fields(groups[parameter.name]):
                 default = [] if option.default is dataclasses.MISSING else option.default
-                parameters.append(inspect.Parameter(option.name, parameter.KEYWORD_ONLY, default=default, annotation=types[option.name]))
+                annotation = _in_panel(types[option.name], _panel(groups[parameter.name], option.name))
+                parameters.append(inspect.Parameter(option.name, parameter.KEYWORD_ONLY, default=default, annotation=annotation))
         else:
             parameters.append(parameter.replace(annotation=hints[parameter.name]))
 
@@ -175,3 +187,17 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _panel(group: type, name: str) -> str | None:
+    """The heading of an option in the help: that of the class that declares it."""
+    owner = next(cls for cls in group.__mro__ if name in vars(cls).get("__annotations__", {}))
+    return vars(owner).get("panel")
+
+
+def _in_panel(annotation: Any, panel: str | None) -> Any:
+    """The annotation of an option, Annotated[type, typer.Option(...)], with its heading."""
+    kind, information = get_args(annotation)
+    information = copy.copy(information)
+    information.rich_help_panel = panel
+    return Annotated[kind, information]

@@ -20,10 +20,12 @@ from normswap.files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from normswap.report.tables import Listing
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PARITY_FAILED = 3
+STYLES = {"error:": "bold red", "FAILED": "bold red", "not the same function": "bold red", "hint:": "bold", "warning:": "yellow"}
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -63,9 +65,8 @@ def _fail(*lines: str, code: int, debug: bool) -> None:
 def _progress(console: Console | None = None) -> Iterator[Progress]:
     """Yields a function that shows the current stage on a terminal, with a spinner, a bar and the time left; elsewhere it does nothing."""
     from rich import progress
-    from rich.console import Console
 
-    console = console or Console(stderr=True)
+    console = console or console_of(err=True)
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
@@ -92,19 +93,35 @@ def print_json(result: dict[str, Any]) -> None:
     typer.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def print_tables(*tables: Table, text: str) -> None:
-    """Print the tables that have rows, then the text."""
-    from rich.console import Console
-
-    console = Console()
+def print_tables(*tables: Listing, text: str, passed: bool | None = None) -> None:
+    """Print the tables that have rows, then the text. passed: the colour of its first line, the verdict."""
+    console = console_of()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160  # rich assumes 80 columns for a pipe, and would break names
+        console.width = 160  # rich assumes 80 columns for a pipe, and would move reasons
     for table in tables:
         if table.row_count:
             console.print(table)
-    say(text)
+    say(text, style="" if passed is None else "bold green" if passed else "bold red")
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print text with control sequences escaped."""
-    typer.echo(shown(text), err=err)
+def say(text: str, *, err: bool = False, style: str = "") -> None:
+    """Print text with control sequences escaped; on a terminal broken between words, and with colours. style: of the first line."""
+    console = console_of(err=err)
+    if not console.is_terminal:
+        typer.echo(shown(text), err=err)
+        return
+    from rich.text import Text
+
+    from normswap.report.tables import wrapped
+
+    for number, line in enumerate(shown(text).split("\n")):
+        of_line = style if number == 0 and style else next((each for word, each in STYLES.items() if line.lstrip().startswith(word)), "")
+        for piece in wrapped(line, console.width):
+            console.print(Text(piece, style=of_line), soft_wrap=True)
+
+
+def console_of(*, err: bool = False) -> Console:
+    """The terminal or pipe behind stdout, or stderr. With NO_COLOR, no bold letters either."""
+    from rich.console import Console
+
+    return Console(stderr=err, highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")

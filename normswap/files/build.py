@@ -129,6 +129,19 @@ def _unknown(package: str, name: str, names: Sequence[str]) -> LoadError:
     )
 
 
+def near(name: str, limit: int = 3) -> list[str]:
+    """Specs of torchvision and timm whose name is `name`, or near it: the nearest first. Empty where neither can be imported."""
+    found: dict[str, float] = {}
+    for package in ("torchvision", "timm"):
+        try:
+            module = importlib.import_module("torchvision.models" if package == "torchvision" else package)
+        except Exception:  # it is not installed, or does not fit the installed torch: then it has nothing to propose
+            continue
+        for close in difflib.get_close_matches(name, module.list_models(), limit, cutoff=0.75):
+            found[f"{package}:{close}"] = difflib.SequenceMatcher(None, name, close).ratio()
+    return sorted(found, key=lambda spec: -found[spec])[:limit]
+
+
 # --- transformers -------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from normswap.errors import LoadError, UsageError, first_line
-from normswap.files.build import SPECS, build, is_spec, stem_of
+from normswap.files.build import SPECS, build, is_spec, near, stem_of
 from normswap.files.pickles.read import open_archive, read, read_trusted
 from normswap.files.state_dict import fill, model_or_state_dict
 from normswap.layer.batchless_norm import AUXES, PARAMETER_OF_FORM, BatchlessNorm, Source
@@ -90,7 +90,11 @@ def _existing_file(source: str) -> Path:
         hint = f"hf:{source} loads it" if (path / "config.json").is_file() else "give a file in it"
         raise UsageError(f"{source} is a directory", hint=hint)
     if not path.is_file():
-        raise UsageError(f"there is no file {source}", hint=f"a source is a .pt, .pth, .pt2 or .safetensors file, or {SPECS}")
+        models = near(source) if re.fullmatch(r"\w+", source) else []
+        asked = f"did you mean {' or '.join(models)}?"
+        raise UsageError(
+            f"there is no file {source}", hint=asked if models else f"a source is a .pt, .pth, .pt2 or .safetensors file, or {SPECS}"
+        )
     return path
 
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from rich.table import Table
-
 from normswap.detect.facts import Facts
 from normswap.detect.sites import Plan, Skip, Swap
 from normswap.parity.result import Parity
 from normswap.report.onnx import cuda_lines, export_facts, residue_lines
 from normswap.report.parity import comparisons_json, comparisons_summary, parity_json, worst_of
-from normswap.report.tables import Alarm, table
+from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
 from normswap.swap.fit import Fit
 from normswap.versions import versions
@@ -182,18 +180,25 @@ def rows_of(report: Report) -> Iterator[Row]:
         yield Row(skip.name, _site(skip), skip.kind, "kept", skip.reason, "", True)
 
 
-def report_table(report: Report) -> Table:
+def report_table(report: Report) -> Listing:
     """A table with one row for each norm of the model; for an inspection, with the facts about each."""
     if report.facts:
         return _facts_table(report)
-    rows = ((row.site, row.kind, row.what, row.why_not, row.error if row.passed else Alarm(row.error)) for row in rows_of(report))
-    return table(("site", "kind", "what", "why not", "max error"), rows, numbers=("max error",))
+    rows = ((row.site, row.kind, row.what, row.why_not, _coloured(row)) for row in rows_of(report))
+    return table(("site", "kind", "what", "why not", "max error"), rows, numbers=("max error",), below=("why not",))
 
 
-def calibration_table(report: Report) -> Table:
+def _coloured(row: Row) -> str:
+    """The error of a row; that of an approximate swap is neither right nor wrong, unless it is above a limit."""
+    if not row.passed:
+        return Alarm(row.error)
+    return row.error if "approximate" in row.what else Good(row.error)
+
+
+def calibration_table(report: Report) -> Listing:
     """A table with one row for each layer that was calibrated or re-estimated; the last column names bad numbers."""
     rows = ((*cells, Alarm(remarks)) for *cells, remarks in map(calibration_row, report.fits))
-    return table(CALIBRATION, rows, numbers=CALIBRATION[2:-1])
+    return table(CALIBRATION, rows, numbers=CALIBRATION[2:-1], below=CALIBRATION[-1:])
 
 
 def calibration_row(fit: Fit) -> tuple[str, ...]:
@@ -216,18 +221,17 @@ def _repaired(fit: Fit) -> str:
     return f", {count} linear{'' if count == 1 else 's'} repaired" if count else ""
 
 
-def _facts_table(report: Report) -> Table:
-    """The table of an inspection. Empty columns are left out, and a reason is not repeated in the next row."""
-    known, above = {facts.name: facts for facts in report.facts}, ""
+def _facts_table(report: Report) -> Listing:
+    """The table of an inspection. Empty columns are left out."""
+    known = {facts.name: facts for facts in report.facts}
     headers = ("site", "kind", "input", "batches", "momentum", "eps", "constant", "folds into", "what", "why not")
     rows = []
     for row in rows_of(report):
         facts = known[row.name]
         what = f"{row.what}, or approximate" if facts.approximate and row.what == "kept" else row.what
-        why_not, above = ("as above" if row.why_not and row.why_not == above else row.why_not), row.why_not
-        rows.append((row.site, row.kind, *_known(facts), facts.folds_into or "none", what, why_not))
+        rows.append((row.site, row.kind, *_known(facts), facts.folds_into or "none", what, row.why_not))
     filled = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    return table([headers[index] for index in filled], ([row[index] for index in filled] for row in rows))
+    return table([headers[index] for index in filled], ([row[index] for index in filled] for row in rows), below=("why not",))
 
 
 def _known(facts: Facts) -> tuple[str, str, str, str, str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from normswap.errors import listed
 from normswap.report.parity import comparisons_json, comparisons_summary, parity_json
-from normswap.report.tables import table
+from normswap.report.tables import Listing, table
 from normswap.report.words import attributes, by_text, text_of
 from normswap.versions import versions
 
@@ -94,22 +92,22 @@ def fold_summary(result: Folded) -> str:
     return text_of([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])
 
 
-def fold_table(result: Folded) -> Table:
+def fold_table(result: Folded) -> Listing:
     """A table with one row for each norm, and for each chain of products and sums with constants."""
     rows = ((site.name, WAYS[site.how], ", ".join(site.left), site.reason) for site in result.sites)
-    return table(("site", "what", "left", "why"), rows)
+    return table(("site", "what", "left", "why"), rows, below=("why",))
 
 
-def operators_table(result: Folded) -> Table:
+def operators_table(result: Folded) -> Listing:
     """A table of how often each operator occurs before and after, like onnxslim's, even if nothing was changed."""
     both = (result.before, result.nodes)
     names = dict.fromkeys((*result.before, *result.nodes))
     rows = ((name, *(str(nodes.get(name, 0)) for nodes in both)) for name in names)
-    found = table(("operator", "before", "after"), rows, numbers=("before", "after"))
-    found.add_section()
-    found.add_row("all operators", *(str(sum(nodes.values())) for nodes in both))
-    found.add_row("file", *(f"{size / 1000:,.1f} kB" for size in (result.bytes_before, result.bytes)))
-    return found
+    totals = [
+        ("all operators", *(str(sum(nodes.values())) for nodes in both)),
+        ("file", *(f"{size / 1000:,.1f} kB" for size in (result.bytes_before, result.bytes))),
+    ]
+    return table(("operator", "before", "after"), rows, numbers=("before", "after"), totals=totals)
 
 
 # -- both --------------------------------------------------------------------------------------------------------------------

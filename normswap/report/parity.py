@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
-
-from rich.table import Table
 
 from normswap.errors import shown
 from normswap.parity.result import Difference, Parity
-from normswap.report.tables import Alarm, table
+from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, attributes, figure, strict
+
+USABLE = 0.1  # an approximate model whose outputs move by more of the largest one is called not usable as it is
 
 
 def parity_json(parity: Parity) -> dict[str, Any]:
@@ -39,12 +40,12 @@ def comparisons_json(parities: Mapping[str, Parity], not_run: Mapping[str, str])
 
 def comparisons_summary(parities: Mapping[str, Parity], not_run: Mapping[str, str]) -> list[str]:
     """One line for each comparison, measured or not."""
-    measured = [f"  {name}: {parity_summary(parity)}" for name, parity in parities.items()]
+    measured = [f"  {name}: {parity_summary(parity, approximate=name == 'drift')}" for name, parity in parities.items()]
     return [*measured, *(f"  {name}: not run: {why}" for name, why in not_run.items())]
 
 
-def parity_summary(parity: Parity) -> str:
-    """One comparison in one line."""
+def parity_summary(parity: Parity, *, approximate: bool = False) -> str:
+    """One comparison in one line. approximate: it is of an approximate model, and says how far that is from the original."""
     worst = worst_of(parity.outputs)
     parts = []
     if parity.failure is not None:
@@ -53,6 +54,8 @@ def parity_summary(parity: Parity) -> str:
         parts.append("nothing was compared")
     elif worst.problem is not None:
         parts.append(f"output {worst.name!r}: {worst.problem}")
+    elif approximate or math.isinf(worst.tolerance):
+        parts.append(f"approximate: {_moved(worst)}")
     else:
         numbers = f"max error {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}, rounding of the original {figure(worst.noise)}"
         if worst.float64:
@@ -61,8 +64,8 @@ def parity_summary(parity: Parity) -> str:
     if not parity.passed:
         parts.insert(0, "FAILED")
         if parity.first_bad is not None:
-            parts.append(f"first to differ: {_place(parity)}")
-        if parity.outputs and math.isfinite(parity.smallest_tolerance):
+            parts.append(f"first {'beyond that' if approximate else 'to differ'}: {_place(parity)}")
+        if not approximate and parity.outputs and math.isfinite(parity.smallest_tolerance):
             parts.append(f"the outputs would pass at tolerance {figure(parity.smallest_tolerance)}")
     if parity.unjudged:
         parts.append(f"cannot be judged: {', '.join(parity.unjudged)}")
@@ -71,7 +74,77 @@ def parity_summary(parity: Parity) -> str:
     return shown("; ".join(parts), line=True)
 
 
-def parity_table(parity: Parity) -> Table:
+def _moved(worst: Difference) -> str:
+    """How far the outputs of an approximate model are from those of the original, in words."""
+    if worst.non_finite or not math.isfinite(worst.max_rel):
+        return "outputs became NaN or infinite, not usable"
+    moved = f"outputs moved by {100 * worst.max_rel:.2g} %"
+    if math.isfinite(worst.tolerance):
+        moved += f", {100 * worst.tolerance:.2g} % is allowed"
+    return f"{moved}, not usable without healing" if worst.max_rel > USABLE else moved
+
+
+def properties(parity: Parity) -> dict[str, str]:
+    """The figures of a comparison, by name, for a test report."""
+    facts = {
+        "passed": str(parity.passed).lower(),
+        "candidate": parity.candidate,
+        "max_rel": figure(parity.max_rel),
+        "noise": figure(parity.noise),
+        "first_bad": parity.first_bad,
+        "inputs": str(len(parity.probes)),
+    }
+    return {name: shown(value, line=True) for name, value in facts.items() if value}
+
+
+def failure_text(reference: object, candidate: object, parity: Parity) -> str:
+    """A comparison that failed, for a reviewer, in at most ten lines: where, at which input, by how much, and why."""
+    rows = [d for d in (*parity.sites, *parity.outputs) if not d.passed]
+    first = next(iter(rows), None)
+    what = "layer" if first is not None and first in parity.sites else "output"
+    lines = [("not the same function", f"{_named(candidate)} and {_named(reference)}")]
+    if first is None or parity.failure is not None:
+        lines.append(("cause", parity.failure or "nothing was compared"))
+    else:
+        lines.append((what, first.name or ROOT))
+        lines.append(("probe", first.probe))
+        if first.problem is None:
+            lines.append(("figure", _figure_of(first)))
+        lines.append(("cause", _cause(first)))
+        if parity.located is not None and parity.located.reference != first.name:
+            lines.append(("starts at", _place(parity)))
+        wrong = [sum(not d.passed for d in rows) for rows in (parity.sites, parity.outputs)]
+        total = len(parity.sites), len(parity.outputs)
+        lines.append(
+            ("in all", f"{wrong[0]} of {total[0]} layers and {wrong[1]} of {total[1]} outputs differ, over {len(parity.probes)} inputs")
+        )
+    lines.append(("compared", parity.candidate))
+    (head, subjects), *rest = lines
+    return "\n".join(shown(line, line=True) for line in (f"{head}: {subjects}", *(f"  {name:<9} {text}" for name, text in rest)))
+
+
+def _named(side: object) -> str:
+    return str(side) if isinstance(side, (str, PurePath)) else f"the given {type(side).__name__}"
+
+
+def _figure_of(d: Difference) -> str:
+    wrong = f"{d.non_finite} values that are NaN or infinite in one alone; " if d.non_finite else ""
+    rounds = "" if d.float64 or not math.isfinite(d.noise) else f"; the reference itself rounds by {figure(d.noise)}"
+    return f"{wrong}error {figure(d.max_rel)} of the largest value, {figure(d.tolerance)} is allowed{rounds}"
+
+
+def _cause(d: Difference) -> str:
+    """Why a row failed, in words."""
+    if d.problem is not None:
+        return d.problem
+    if d.non_finite:
+        return "NaN or infinity where the other has a number"
+    if d.float64:
+        return "it differs in float64, where rounding is no excuse: other weights, or another computation"
+    return "more than rounding explains: other weights, another computation, or one of less precision"
+
+
+def parity_table(parity: Parity) -> Listing:
     """One row for each output, then one for each swapped layer."""
     rows = []
     for kind, differences in (("output", parity.outputs), ("layer", parity.sites)):
@@ -105,7 +178,7 @@ def _place(parity: Parity) -> str:
 
 def _verdict(d: Difference) -> str:
     if d.passed:
-        return "same"
+        return Good("same")
     if d.problem is not None:
         return Alarm(d.problem)
     return Alarm(f"{d.non_finite} not finite, at {d.probe}" if d.non_finite else f"differs, at {d.probe}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from normswap.report.tables import table
+from normswap.report.tables import Listing, table
 from normswap.report.words import ROOT, attributes, figure, site_json, strict, text_of
 from normswap.versions import versions
 
@@ -45,7 +43,7 @@ def sensitivity_json(source: str, found: Sensitivity) -> dict[str, Any]:
     }
 
 
-def sensitivity_table(found: Sensitivity) -> Table:
+def sensitivity_table(found: Sensitivity) -> Listing:
     """A table with one row for each swap, the smallest error first, then one for each norm that stays."""
     metric = found.metric is not None
     numbers = ("rel L2", "max rel", *(("metric", "change") if metric else ()), "fit error")
@@ -120,7 +118,7 @@ def landscape_json(source: str, found: Landscape, loss: str | None = None) -> di
     }
 
 
-def landscape_table(found: Landscape) -> Table:
+def landscape_table(found: Landscape) -> Listing:
     """A table with one row for each model and batch."""
     numbers = ("batch", "loss", "gradient", "loss range", "change of the gradient", "smoothness")
     rows = []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normswap.detect.sites import Skip, Swap
 from normswap.errors import listed, shown
+
+if TYPE_CHECKING:
+    from normswap.detect.sites import Skip, Swap
 
 ROOT = "(the model)"
 

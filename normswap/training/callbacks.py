@@ -13,10 +13,8 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from normswap.errors import UsageError, listed
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.optimizer_step import MARK, STATISTICS
-from normswap.training.drift import drift
+from normswap.training.drift import PREFIX, drift
 from normswap.training.loss import attach, layers_of
-
-PREFIX = "normswap/"
 
 
 class Advice(NamedTuple):
@@ -91,12 +89,7 @@ def before_step(
     layers = layers_of(model)
     if share != 1:
         _multiply_gradients([layer for layer in layers.values() if layer.aux == "auto"], 1 / share)
-    values = {
-        f"{PREFIX}{name}/{what}": value
-        for name, d in drift(model).items()
-        for what, value in (("mean_z", d.mean_z), ("mean_z2-1", d.mean_z2), ("held", d.held))
-        if value is not None
-    }
+    values = drift(model).scalars()
     if max_grad_norm is not None:
         own = {id(p) for layer in layers.values() for p in (*_statistics(layer), layer.input_mean, layer.trend)}
         others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]

@@ -25,8 +25,8 @@ class NormswapCallback(TrainerCallback):
 
     * Calls `normswap.attach` with gradient_accumulation_steps and the GradScaler of fp16. The last step of an epoch may have fewer
       batches; it counts as a whole one, as in the loss.
-    * Adds the `drift` of each layer at the last step to what is logged: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and
-      normswap/LAYER/held.
+    * Adds the `drift` of each layer at the last step to what is logged: normswap/LAYER/mean_z, mean_z2, dead_channels
+      and limit_hits.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. The Trainer itself would clip all of
       them: turn that off with TrainingArguments(max_grad_norm=0.0). In the logs, `grad_norm` is over all parameters and
       normswap/grad_norm over those that are clipped.

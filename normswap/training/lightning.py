@@ -29,7 +29,7 @@ class NormswapCallback(Callback):
 
     * Calls `normswap.attach` with accumulate_grad_batches, also where that is scheduled, and the GradScaler of 16-mixed. The last step of
       an epoch may have fewer batches; it counts as less than a whole one, as in the loss.
-    * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z, normswap/LAYER/mean_z2-1 and normswap/LAYER/held.
+    * Logs the `drift` of each layer with `log_dict`: normswap/LAYER/mean_z, mean_z2, dead_channels and limit_hits.
     * Clips the gradients of all parameters but the statistics to max_grad_norm, if that is given. Lightning's own gradient_clip_val would
       clip all of them. normswap/grad_norm is the norm before clipping.
     * Warns when training begins if Lightning clips and the module has no configure_gradient_clipping of its own, if no optimizer holds the

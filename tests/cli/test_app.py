@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fixtures import hostile
 from normswap.cli.app import app
+from normswap.demo import WEIGHTS
 from normswap.errors import LoadError, UnsafePickleError, UsageError, shown
 from normswap.parity.result import Difference, Parity, ParityError
 
@@ -99,8 +100,7 @@ def test_inspect_says_why_not() -> None:
 
 
 def test_arch_with_safetensors(tmp_path: Path) -> None:
-    weights = DIGITS.replace(".pt", ".safetensors")
-    result = run("convert", weights, "--arch", "fixtures.train_digits_cnn:build", "-o", tmp_path / "out", "--no-onnx", "--std", "abs")
+    result = run("convert", WEIGHTS, "--arch", "normswap.demo:build", "-o", tmp_path / "out", "--no-onnx", "--std", "abs")
     assert result.exit_code == 0, result.stderr
     assert names(tmp_path / "out") == ["model.safetensors", "recipe.json", "report.html", "report.json"]
 
@@ -117,6 +117,24 @@ def test_verify_the_same_function(converted: Path, candidate: str) -> None:
     result = run("verify", DIGITS, converted / candidate, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert json.loads(result.stdout)["passed"] is True
+
+
+def test_verify_a_directory(converted: Path) -> None:
+    result = run("verify", converted, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    assert (told["version"], told["passed"]) == (1, True)
+    assert [(c["reference"], c["candidate"], c["status"]) for c in told["comparisons"]] == [
+        (DIGITS, str(converted), "same"),
+        (str(converted), str(converted / "model.onnx"), "same"),
+    ]
+
+
+def test_verify_alone_is_for_directories(tmp_path: Path) -> None:
+    for alone, told in ((DIGITS, "is a file, and is compared with nothing"), (str(tmp_path), "no converted directory is at or below")):
+        result = run("verify", alone)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert told in result.stderr
 
 
 def test_verify_another_function(converted: Path, tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_an_error_is_two_lines_and_a_code(
         ["convert"],
         ["convert", DIGITS, "--std", "square"],
         ["convert", DIGITS, "--opset", "x"],
-        ["verify", DIGITS],
+        ["verify"],
         ["export", DIGITS],
     ],
 )

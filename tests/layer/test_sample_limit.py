@@ -276,13 +276,13 @@ def test_a_layer_that_limits_samples_cannot_be_traced_in_train_mode() -> None:
 def test_the_drift_says_how_many_were_limited() -> None:
     model = net()
     model(X).sum().backward()
-    assert all(found.held is None for found in drift(model).values())
+    assert all(found.limit_hits is None for found in drift(model).values())
     model = net()
     step(model)
     model(X).sum().backward()
     for name, layer in model.named_modules():
         if isinstance(layer, BatchlessNorm):
-            share = drift(model)[name].held
+            share = drift(model)[name].limit_hits
             assert share is not None
             assert 0 < float(share) <= 1
 
@@ -292,14 +292,14 @@ def test_the_drift_after_per_sample_gradients_knows_of_no_sample_that_was_limite
     model = net()
     step(model)
     model(X).sum().backward()
-    assert all(found.held is not None for found in drift(model).values())
+    assert all(found.limit_hits is not None for found in drift(model).values())
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(model, (parameters, buffers), (x[None],)).square().mean()  # type: ignore[no-any-return]
 
     torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
-    assert all(found.held is None for found in drift(model).values())
+    assert all(found.limit_hits is None for found in drift(model).values())
 
 
 def test_a_layer_whose_limit_was_turned_off_limited_nothing() -> None:
@@ -309,14 +309,14 @@ def test_a_layer_whose_limit_was_turned_off_limited_nothing() -> None:
     limiting = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchlessNorm)}
     first, *others = limiting
     limiting[first].limits_samples = False
-    assert drift(model)[first].held is None
-    assert all(drift(model)[name].held is not None for name in others)
+    assert drift(model)[first].limit_hits is None
+    assert all(drift(model)[name].limit_hits is not None for name in others)
     model.zero_grad()
     model(X).sum().backward()
-    assert drift(model)[first].held is None
+    assert drift(model)[first].limit_hits is None
     limiting[first].limits_samples = True
     model(X).sum().backward()
-    assert drift(model)[first].held is not None
+    assert drift(model)[first].limit_hits is not None
 
 
 def test_what_layers_are_late_by_does_not_multiply() -> None:

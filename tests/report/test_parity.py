@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from reports import BAD, GOOD, NAN, SITES, difference, parity, rendered
+from torch import nn
 
-from normswap.parity.result import Located, Parity
-from normswap.report.parity import parity_summary, parity_table
+from normswap.parity.result import Difference, Located, Parity
+from normswap.report.parity import failure_text, parity_summary, parity_table
 
 
 @pytest.mark.parametrize(
@@ -61,4 +63,38 @@ def test_table_of_one_parity() -> None:
         ["output mask", "6.0e-07", "2.0e-07", "1.0e-07", "1.0e-06", "7 not finite, at batch of 3"],
         ["output box", "nan", "nan", "nan", "1.0e-06", "is missing"],
         ["layer stem.norm", "3.0e-07", "1.0e-07", "5.0e-08", "1.0e-06", "same"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (difference("out", 0.84, tolerance=math.inf), "approximate: outputs moved by 84 %, not usable without healing"),
+        (difference("out", 0.0231, tolerance=math.inf), "approximate: outputs moved by 2.3 %"),
+        (difference("out", 0.04, tolerance=0.05), "approximate: outputs moved by 4 %, 5 % is allowed"),
+        (
+            difference("out", math.nan, tolerance=math.inf),
+            "FAILED; approximate: outputs became NaN or infinite, not usable; first beyond that: out",
+        ),
+    ],
+)
+def test_an_approximate_model_says_how_far_it_moved(row: Difference, line: str) -> None:
+    """What the limit is without --max-drift, infinity, is nobody's concern."""
+    assert parity_summary(parity(row), approximate=True) == line
+    assert "inf," not in parity_summary(parity(row))
+
+
+def test_a_failure_is_told_in_ten_lines() -> None:
+    text = failure_text(
+        "a.pt", Path("b.onnx"), parity(difference("logits", 0.5), sites=(difference("stem", 1e-9), difference("head", 0.25)))
+    )
+    lines = text.splitlines()
+    assert lines[0] == "not the same function: b.onnx and a.pt"
+    assert lines[1].split() == ["layer", "head"]
+    assert "error 2.5e-01 of the largest value, 1.0e-06 is allowed" in lines[3]
+    assert len(lines) <= 10
+    assert failure_text(nn.Identity(), "b", Parity(())).splitlines() == [
+        "not the same function: b and the given Identity",
+        "  cause     nothing was compared",
+        "  compared  ",
     ]
