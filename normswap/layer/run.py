@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from normswap.errors import UsageError
-from normswap.layer.coupling import Snapshot
 from normswap.layer.formulas import StdForm
 from normswap.layer.fsdp import is_part
 
@@ -95,6 +94,7 @@ class Run(Forward):
     passes    the backward passes, counted for aux="auto"
     pending   whether there was a forward pass, since the last step, from which the statistics should learn
     number    counts the runs, in the order in which they were made
+    anchor    of a coupled layer, see `following.Anchor`
     others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
 
@@ -110,7 +110,7 @@ class Run(Forward):
     number: int = field(default_factory=itertools.count().__next__)
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
-    products: tuple[Any, Tensor, Tensor] | None = None
+    anchor: Any = None
 
     @property
     def here(self) -> Forward:
@@ -335,7 +335,6 @@ class Layer(Protocol):
     def _eps(self) -> float: ...  # what is added to the variance
     @property
     def producer_in_training(self) -> nn.Module | None: ...  # the producer, if the statistics move with its weight now
-    def snapshot(self) -> Snapshot: ...  # of that producer
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------------------------
