@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normswap.layer import coupling, formulas, sample_limit
+from normswap.layer import coupling, formulas, producer, sample_limit
 from normswap.layer.formulas import StdForm
 from normswap.layer.train_pass import signed
 
@@ -209,27 +209,41 @@ def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -
     call, std, k, x = s.call, kept.std, kept.k, i.x
     gamma = torch.ones_like(std) if i.gamma is None else i.gamma
     left = _left(g, gamma, i, kept, s)
-    w = i.weight.to(std.dtype)
     if s.heavy:
         h = _sums(left.r, call, std.dtype)
         gx, G, _ = _by_convolution((left.r * _per_channel(k, call)).to(g.dtype), x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
         along = _sums(left.r * kept.z, call, std.dtype)
-        P = torch.addcmul(kept.mean * h, along, std)
+        by_w, _ = _by_weight(G, k * h, None, i, kept, s)
     else:
-        weight = (i.weight * _per_filter(k, w, call)).to(x.dtype)
+        weight = (i.weight * _per_filter(k, i.weight, call)).to(x.dtype)
         gx, G, h = _by_convolution(left.r, x, weight, call, need_x=need_x, need_h=True)
         h = h.to(std.dtype)
-        P = _over_filters(G * w, call)
-        along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
-    kP, kh = k * P, k * h
-    radial = coupling.over_square(kh * i.response - kP, std, i.weight_norm, s.eps)
-    centre = _per_filter(-kh, w, call) * _per_input(i.input_mean, w, call)
-    by_w = G.to(std.dtype).add_(centre) if s.heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
-    by_w = by_w.addcmul_(_per_filter(radial, w, call), w).to(i.weight.dtype)
+        by_w, P = _by_weight(G, h, k, i, kept, s)
+        along = torch.addcmul(P, i.response - kept.mean, h) / std  # the sum of r z
     by_trend = None if i.trend is None else left.of_limit - torch.stack([along, h]) * gamma
     by_bias = None if i.producer_bias is None else torch.zeros_like(i.producer_bias)
     by_gamma = None if i.gamma is None else along + left.by_gamma
     return gx, by_w, by_bias, by_gamma, None if i.beta is None else left.total, by_trend
+
+
+def _by_weight(G: Tensor, h: Tensor, k: Tensor | None, i: Inputs, kept: Kept, s: Settings) -> tuple[Tensor, Tensor]:
+    """(k (G' - <G', W> / |W|^2 W), <G', W>), with G' = G - h a, which takes the memory of G. k: None for 1."""
+    call, w = s.call, i.weight.to(kept.std.dtype)
+    G = G.to(w.dtype)
+    if call.groups == 1 and not call.transposed and G.is_contiguous():
+        G.flatten(1).addr_(h, producer.spread(i.input_mean, w[0].numel(), 1)[0], alpha=-1)
+    else:
+        G.addcmul_(_per_filter(-h, w, call), _per_input(i.input_mean, w, call))
+    alive = coupling.alive(kept.std, i.weight_norm, s.eps)
+    if not call.transposed and w.is_contiguous() and G.is_contiguous() and w.device.type in ("cpu", "cuda"):
+        # Weight normalization's own, with |W| so large that it takes nothing out where a filter is dead.
+        n = torch.where(alive, i.weight_norm, 1e10)
+        norm, scale = (_per_filter(t, w, call) for t in (n, n if k is None else n * k))
+        by_w, along = torch.ops.aten._weight_norm_interface_backward(G, w, scale, norm, 0)
+        return by_w.to(i.weight.dtype), along.view(n.shape) * n
+    P = _over_filters(G * w, call)
+    by_w = G.addcmul_(_per_filter(-P * coupling.over_square(alive, i.weight_norm), w, call), w)
+    return (by_w if k is None else by_w * _per_filter(k, w, call)).to(i.weight.dtype), P
 
 
 def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, ...]:
