@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, following, formulas, gradient_trend, hooks, optimizer_step, pair, sample_limit, train_pass
+from normswap.layer import coupling, following, formulas, gradient_trend, hooks, optimizer_step, pair, sample_limit, train_pass, vectors
 from normswap.layer.coupling import Coupled, Snapshot
 from normswap.layer.export_operator import in_graph
 from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Misfit, Reduction, Stats, StdForm
@@ -22,6 +22,7 @@ from normswap.layer.producer import inputs_of, outputs_of
 from normswap.layer.run import Run, Term, check_precision, records_term, refuse_replicas, watch_passes
 from normswap.layer.sample_limit import Limit
 from normswap.layer.train_pass import Given
+from normswap.layer.vectors import Options
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
@@ -372,10 +373,10 @@ class BatchlessNorm(nn.Module):
         check_precision(self.mean)
         own = self.weight, self.bias, self.mean, self.std_parameter, self.input_mean
         trend = self.trend if torch.is_grad_enabled() else None
-        anchor = following.anchor_of(self)
-        inputs = pair.Inputs(x, weight, bias, *own, trend, anchor.response, anchor.weight_norm, seen, self.run.scale)
         heavy, apart = pair.is_heavy(x, weight, call), functools.partial(self._apart, learns=False)
-        settings = pair.Settings(call, heavy, self.std, self._eps, self._settings().share, self._limits, apart)
+        prepared = vectors.of(self, Options(x.dtype, heavy))
+        inputs = pair.Inputs(x, weight, bias, *own, trend, seen, self.run.scale, prepared.forward, prepared.backward)
+        settings = pair.Settings(call, heavy, self._settings().share, self._limits, apart)
         y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
         self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
         self.run.mark_pending()

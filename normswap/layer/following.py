@@ -71,9 +71,12 @@ def take(layers: Iterable[Layer]) -> None:
 
 def anchor_of(layer: Layer) -> Anchor:
     """The anchor, for a pass in train mode: mean and std have followed, and it is that of the weight and input mean of now."""
-    follow([layer], within_pass=True)
     found = _marks(layer)
     known: Anchor | None = layer.run.anchor
+    if known is not None and (known.producer, known.input_mean, known.own) == found:
+        return known
+    follow([layer], within_pass=True)
+    found, known = _marks(layer), layer.run.anchor
     if known is not None and (known.producer, known.input_mean) == found[:2]:
         return known
     anchor = _anchor(layer)
@@ -148,11 +151,11 @@ def _tensors(layer: Layer) -> tuple[Tensor, Tensor | None]:
 def _marks(layer: Layer) -> tuple[tuple[Mark, ...], tuple[Mark, ...], tuple[Mark, ...]]:
     """The marks of W and b, of a, and of mean and the std's parameter."""
     weight, bias = _tensors(layer)
-    producer = (_mark(weight),) if bias is None else (_mark(weight), _mark(bias))
-    return producer, (_mark(cast(Tensor, layer.input_mean)),), (_mark(layer.mean), _mark(layer.std_parameter))
+    producer = (mark(weight),) if bias is None else (mark(weight), mark(bias))
+    return producer, (mark(cast(Tensor, layer.input_mean)),), (mark(layer.mean), mark(layer.std_parameter))
 
 
-def _mark(t: Tensor) -> Mark:
+def mark(t: Tensor) -> Mark:
     return id(t), t._version, place_of(t)
 
 

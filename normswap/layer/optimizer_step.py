@@ -32,7 +32,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, following, foreach, formulas, gradient_trend, run
+from normswap.layer import coupling, following, foreach, formulas, gradient_trend, run, vectors
 from normswap.layer.following import Anchor, kind_of
 from normswap.layer.fsdp import is_part
 from normswap.layer.run import Layer, Run, warn, watch_passes
@@ -340,6 +340,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if step is None:
         return
     step.follow()
+    vectors.prepare(layer for layer in (each() for each in step.coupled) if layer is not None)
     for parameter, grad in step.hidden.values():
         if parameter.grad is None:
             parameter.grad = grad

@@ -94,7 +94,7 @@ class Run(Forward):
     passes    the backward passes, counted for aux="auto"
     pending   whether there was a forward pass, since the last step, from which the statistics should learn
     number    counts the runs, in the order in which they were made
-    anchor    of a coupled layer, see `following.Anchor`
+    anchor    of a coupled layer, see `following.Anchor`; prepared: what its passes read, see `vectors`
     others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
 
@@ -111,6 +111,7 @@ class Run(Forward):
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
     anchor: Any = None
+    prepared: Any = None
 
     @property
     def here(self) -> Forward:
