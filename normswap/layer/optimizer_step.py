@@ -23,18 +23,15 @@ import functools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, following, foreach, formulas, gradient_trend, run, vectors
+from normswap.layer import coupling, following, foreach, formulas, gradient_scale, gradient_trend, run, vectors
 from normswap.layer.following import Anchor, kind_of
-from normswap.layer.fsdp import is_part
 from normswap.layer.run import Layer, Run, warn, watch_passes
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
@@ -50,10 +47,12 @@ class Step:
 
     coupled   the coupled layers whose producers the optimizer holds, referred to weakly
     hidden    (parameter, its gradient), by the id of the parameter
+    checks    see `gradient_scale`
     """
 
     coupled: list[Any] = field(default_factory=list)
     hidden: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    checks: gradient_scale.Checks = field(default_factory=gradient_scale.Checks)
 
     def follow(self) -> None:
         following.follow([layer for layer in (each() for each in self.coupled) if layer is not None], stepped=True)
@@ -168,7 +167,7 @@ class StepInputs(NamedTuple):
 @torch.no_grad()
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer], step: Step) -> None:
     """Step the statistics of these layers by their gradients, and warn where the loss is not scaled as `attach` says."""
-    scaler = cast("GradScaler | None", run.caller(_is_scaler))
+    unscaled_by = gradient_scale.corrections(optimizer, layers, step.checks)
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     inputs: list[StepInputs] = []
     raw_gradients: list[tuple[Tensor, float]] = []
@@ -181,7 +180,7 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             continue
         layer.run.pending, layer.stepped = False, True
         layer.run.pace = groups[id(given[0])].get(PACE, layer.run.pace)
-        passes, unscaled = _weight(optimizer, layer, scaler)
+        passes, unscaled = _accumulated(layer), unscaled_by.get(layer, 1.0)
         ours = (layer.mean, layer.std_parameter, layer.input_mean, layer.trend)
         natural = [p if any(p is g for g in given) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]
         std_gradient = layer.std_parameter.grad
@@ -203,48 +202,13 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             grad.mul_(factor)
 
 
-def _is_scaler(frame: FrameType) -> GradScaler | None:
-    found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-    return found if isinstance(found, GradScaler) and found.is_enabled() else None
-
-
-def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tuple[float, float]:
-    """The factors that give the gradients weight 1, for the number of backward passes and a GradScaler's scale; warns if one is not 1."""
-    known, factor, unscaled = layer.run, 1.0, 1.0
-    if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
-        return factor, unscaled  # Opacus replaced the gradient whose backward passes are counted
-    passes = known.passes
-    if passes is not None and passes.count:
-        parameter = passes.parameter()
-        grad = None if parameter is None else parameter.grad
-        unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
-        # DistributedDataParallel makes gradients views of one bucket: a write to one counts for all, so which one changed cannot be seen.
-        if layer.stats == "natural" and not unchanged and not is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
-            warn(run.CHANGED)
-        if layer.aux == "auto" and passes.count > known.accumulate:
-            factor *= known.accumulate / passes.count
-            warn(run.ACCUMULATED)
-    if layer.aux == "auto" and scaler is not None and scaler is not known.scaler:
-        unscaled = scaler.get_scale() / (1 if known.scale is None else known.scale.item())
-        warn(run.SCALED)
-    if layer.aux == "auto" and scaler is None and known.scaler is not None and known.scale is not None and _scaled(known.scaler, optimizer):
-        unscaled /= known.scale.item()
-        warn(run.UNSCALED)
-    return factor, unscaled
-
-
-@functools.cache
-def _unscaling(device: torch.device) -> int:
-    """By how much GradScaler.unscale_ raises the version of a gradient: by 0 in torch 2.13, although it writes to it."""
-    grad, found, inverse = torch.ones(1, device=device), torch.zeros((), device=device), torch.ones((), device=device)
-    torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inverse)
-    return grad._version
-
-
-def _scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the gradients of an optimizer still have the scale in them: nobody called `unscale_`."""
-    state = scaler._per_optimizer_states.get(id(optimizer))
-    return state is None or state["stage"] is OptState.READY
+def _accumulated(layer: Layer) -> float:
+    """The factor that gives the gradients weight 1 for the number of backward passes; warns if it is not 1."""
+    known = layer.run
+    if layer.aux != "auto" or known.passes is None or known.passes.count <= known.accumulate or gradient_scale.is_replaced(layer):
+        return 1.0
+    warn(run.ACCUMULATED)
+    return known.accumulate / known.passes.count
 
 
 def _hide(optimizer: Optimizer, step: Step, parameter: nn.Parameter) -> Tensor:

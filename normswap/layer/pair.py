@@ -152,13 +152,12 @@ def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tu
     factor = d_factor = of_samples = None
     if s.limits:
         factor, d_factor, of_samples = _limit(first, second, size, rows)
-    if of_samples is None:
-        of_all = _sums_of_z(first.sum(0), second.sum(0), number, rows)
+    if factor is None or of_samples is None:
+        first, second = _sums_of_z(first.sum(0), second.sum(0), number, rows)
     else:
-        of_all = of_samples.sum(0).view(2, channels).unbind(0)
+        first, second = of_samples.sum(0).view(2, channels).unbind(0)
         centre = first.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
         y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
-    first, second = of_all
     share, number = s.share * min(number, 1), max(number, 1)
     by_mean = torch.addcmul(rows.zero, first, rows.minus_std, value=share / number)
     by_parameter = formulas.times(torch.addcmul(rows.fit, second, rows.slope, value=1 / number), share)
