@@ -17,6 +17,7 @@ from torch import Tensor
 
 from normswap.layer import coupling, following, foreach, formulas
 from normswap.layer.following import Anchor, Mark, mark
+from normswap.layer.fsdp import is_part
 
 STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
 ENDLESS = 1e10  # stands for |W| of a dead filter, as nothing along W is taken out of its gradient
@@ -104,8 +105,12 @@ def of(layer: Any, options: Options) -> Prepared:
 
 
 def prepare(layers: Iterable[Any]) -> None:
-    """Compute the rows of these layers, as far as they had rows: after a step, for the passes until the next one."""
-    ready = [layer for layer in layers if layer.run.prepared is not None and layer.run.anchor is not None]
+    """Compute the rows of these layers, as far as they had rows: after a step, for the passes until the next one.
+
+    A layer of which there is a part here gets its rows in its passes, which have the whole.
+    """
+    had = [layer for layer in layers if layer.run.prepared is not None]
+    ready = [layer for layer in had if layer.run.anchor is not None and not is_part(layer.mean)]
     for alike in foreach.group_by(ready, _kind):
         anchors = [layer.run.anchor for layer in alike]
         for layer, found in zip(alike, _computed(alike, anchors, alike[0].run.prepared.options), strict=True):
