@@ -175,7 +175,7 @@ def _limit(first: Tensor, second: Tensor, size: int, rows: Forward) -> tuple[Ten
     first, second: the sums of x and x^2, (samples, channels).
     """
     inverse = 1 / max(size * first.shape[1], 1)
-    square = torch.addmv(rows.level.sum()[None], second, rows.square, beta=size * inverse, alpha=inverse)
+    square = torch.addmv(rows.level.sum().expand(len(first)), second, rows.square, beta=size * inverse, alpha=inverse)
     square = square.addmv_(first, rows.cross, alpha=inverse).clamp_(min=sample_limit.LIMIT**2)
     factor = sample_limit.factor_of(square)
     limited = factor < 1
