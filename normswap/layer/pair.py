@@ -125,8 +125,9 @@ class Pair(torch.autograd.Function):
         else:
             x = y = _convolution(i.x, (i.weight * _per_filter(rows.k, i.weight, call)).to(dtype), rows.shift.to(dtype), call)
         y, kept = _measured(y, x, rows, i, s)
-        ctx.settings = s
-        ctx.save_for_backward(*i._replace(forward=None), *kept)
+        # The rows are there between the passes, too, for the next ones: a pass keeps nothing by referring to them.
+        ctx.settings, ctx.rows = s, i.backward
+        ctx.save_for_backward(*i._replace(forward=None, backward=None), *kept)
         if kept.factor is not None:
             ctx.mark_non_differentiable(kept.factor)
         return y, kept.factor
@@ -134,7 +135,7 @@ class Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
-        i, kept, s = Inputs(*saved[:INPUTS]), Kept(*saved[INPUTS:]), ctx.settings
+        i, kept, s = Inputs(*saved[:INPUTS])._replace(backward=ctx.rows), Kept(*saved[INPUTS:]), ctx.settings
         given = (kept.by_mean, kept.by_parameter, kept.by_input_mean)
         given = given if i.scale is None else tuple(each * i.scale for each in given)
         by = _by_inputs_twice(g, i, s) if torch.is_grad_enabled() else _by_inputs(g, i, kept, s, need_x=ctx.needs_input_grad[0])
