@@ -37,7 +37,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import NormswapError, SwapError, UsageError, described, one_of
 from normswap.files import atomic
-from normswap.layer import optimizer_step
+from normswap.layer import following
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.models.copying import copy_with, uncompiled
 from normswap.parity.probes import Probe
@@ -280,10 +280,11 @@ class _Measure:
     @torch.no_grad()
     def _move(self, step: float, gradient: Sequence[Tensor]) -> None:
         """Move the copy to x - step g; coupled statistics follow the weight of their producer, as in an optimizer step."""
-        snapshots = [(norm, norm.snapshot()) for norm in self.norms if norm.producer_in_training is not None]
+        coupled = [norm for norm in self.norms if norm.producer_in_training is not None]
+        following.take(coupled)
         for parameter, g in zip(self.task, gradient, strict=True):
             parameter.sub_(g, alpha=step)
-        optimizer_step.follow_weights(snapshots)
+        following.follow(coupled)
 
     @torch.no_grad()
     def _back(self) -> None:

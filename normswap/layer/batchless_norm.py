@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, formulas, gradient_trend, hooks, optimizer_step, pair, sample_limit, train_pass
+from normswap.layer import coupling, following, formulas, gradient_trend, hooks, optimizer_step, pair, sample_limit, train_pass, vectors
 from normswap.layer.coupling import Coupled, Snapshot
 from normswap.layer.export_operator import in_graph
 from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS, Misfit, Reduction, Stats, StdForm
 from normswap.layer.fsdp import is_part
 from normswap.layer.gradient_trend import TrendTerm
-from normswap.layer.producer import filters, groups_of, inputs_of, outputs_of, response
-from normswap.layer.run import Run, Term, check_precision, place_of, records_term, refuse_replicas, watch_passes
+from normswap.layer.producer import inputs_of, outputs_of
+from normswap.layer.run import Run, Term, check_precision, records_term, refuse_replicas, watch_passes
 from normswap.layer.sample_limit import Limit
 from normswap.layer.train_pass import Given
+from normswap.layer.vectors import Options
 
 Aux = Literal["auto", "explicit", "none"]
 AUXES: tuple[Aux, ...] = ("auto", "explicit", "none")
@@ -287,6 +288,7 @@ class BatchlessNorm(nn.Module):
         optimizer_step.watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._follow()
         own = {name: value for name, value in self.__dict__.items() if name != "run"}
         return own if self.run.pace == 1 else {**own, "pace": self.run.pace}
 
@@ -371,9 +373,10 @@ class BatchlessNorm(nn.Module):
         check_precision(self.mean)
         own = self.weight, self.bias, self.mean, self.std_parameter, self.input_mean
         trend = self.trend if torch.is_grad_enabled() else None
-        inputs = pair.Inputs(x, weight, bias, *own, trend, *self.products(), seen, self.run.scale)
         heavy, apart = pair.is_heavy(x, weight, call), functools.partial(self._apart, learns=False)
-        settings = pair.Settings(call, heavy, self.std, self._eps, self._settings().share, self._limits, apart)
+        prepared = vectors.of(self, Options(x.dtype, heavy))
+        inputs = pair.Inputs(x, weight, bias, *own, trend, seen, self.run.scale, prepared.forward, prepared.backward)
+        settings = pair.Settings(call, heavy, self._settings().share, self._limits, apart)
         y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
         self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
         self.run.mark_pending()
@@ -432,9 +435,10 @@ class BatchlessNorm(nn.Module):
 
     def decouple(self) -> None:
         """End the coupling: the same function and the same statistics, without the gradient through the producer."""
+        self._follow()
         for producer in self._producer:
             hooks.release(producer, self)
-        self._producer = ()
+        self._producer, self.run.anchor = (), None
         self.input_mean = None
         self.steps = self.steps if self.limits_samples else None
 
@@ -474,26 +478,18 @@ class BatchlessNorm(nn.Module):
             )
         return coupling.coupled_to(producer, cast(Tensor, self.input_mean), self.mean.dtype, eps=self._eps)
 
-    @torch.no_grad()
-    def products(self) -> tuple[Tensor, Tensor]:
-        """(<W, a>, |W|) per filter of the producer, computed again only if W or a has changed."""
-        producer, input_mean = self._producer[0], cast(Tensor, self.input_mean)
-        weight = cast(Tensor, producer.weight)
-        of_weight, of_mean = (weight._version, place_of(weight)), (input_mean._version, place_of(input_mean))
-        known = self.run.products
-        if known is None or known[0] != (of_weight, of_mean) or is_part(weight):
-            rows = filters(producer, input_mean.dtype)
-            same = known is not None and known[0][0] == of_weight and not is_part(weight)
-            weight_norm = known[2] if known is not None and same else torch.linalg.vector_norm(rows, dim=1)
-            known = (of_weight, of_mean), response(rows, input_mean, groups_of(producer)), weight_norm
-            self.run.products = known
-        return known[1:]
-
     def snapshot(self) -> Snapshot:
-        """What `optimizer_step.follow_weights` has to know of the producer before its weight is moved."""
-        output_mean, weight_norm = self.products()
-        bias = cast("Tensor | None", self._producer[0].bias)
-        return Snapshot(output_mean if bias is None else output_mean + bias.detach(), weight_norm)
+        """What mean and std depend on of the producer as it is now."""
+        return following.anchor_of(self).snapshot
+
+    def _follow(self, *, within_pass: bool = False) -> None:
+        if self.run.anchor is not None:
+            following.follow([self], within_pass=within_pass)
+
+    def train(self, mode: bool = True) -> BatchlessNorm:
+        self._follow()
+        super().train(mode)
+        return self
 
     @property
     def _eps(self) -> float:
@@ -539,6 +535,8 @@ class BatchlessNorm(nn.Module):
 
     def _apart(self, input: Tensor, *, learns: bool = True) -> Tensor:
         """The output in train mode, where it is not computed together with the producer. learns: whether the statistics get gradients."""
+        if not torch.compiler.is_compiling() and not pair.is_transformed():
+            self._follow(within_pass=True)
         mean, std = (t.detach() for t in self.statistics())
         limits = self._limits
         settings = self._settings()
@@ -626,6 +624,10 @@ class BatchlessNorm(nn.Module):
         self.mean.copy_(mean)
         self.std_parameter.copy_(formulas.parameter_of(std.double(), self.std))
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._follow()
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Outputs do not depend on these three, so the state of a coupled layer can be loaded into a plain one, and the other way round.
         for name, own in (("input_mean", self.input_mean), ("trend", self.trend), ("steps", self.steps)):
@@ -633,6 +635,7 @@ class BatchlessNorm(nn.Module):
             if own is not None:
                 state_dict[f"{prefix}{name}"] = own.detach() if given is None else given
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.run.anchor = None
         if self.steps is not None and not self.steps.is_meta:
             self.stepped = bool(self.steps % KNOWN)
 
@@ -653,6 +656,7 @@ class BatchlessNorm(nn.Module):
         for child in self.children() if recurse else ():
             child._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        self.run.anchor = None
         return self
 
 

@@ -21,6 +21,7 @@ Source: the input mean moves as in CBN, Yao et al. arXiv:2002.05712; std and c i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,14 +72,15 @@ def gradients(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, couple
     by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
     by_rows = (by_mean.view(groups, -1, 1) * spread(input_mean, rows.shape[1], groups)[:, None]).view(rows.shape)
     output_mean, weight_norm = snapshot(rows, bias, input_mean, groups)
-    radial = over_square(torch.addcmul(by_std * std, by_mean, mean - output_mean), std, weight_norm, eps)
+    along = torch.addcmul(by_std * std, by_mean, mean - output_mean)
+    radial = along * over_square(alive(std, weight_norm, eps), weight_norm)
     by_rows = torch.addcmul(by_rows, radial[:, None], rows)
     return by_rows, None if bias is None else by_mean.to(bias.dtype)
 
 
-def over_square(t: Tensor, std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
-    """t / |W|^2 where a filter is alive, else 0; one number per filter. The factor of W in the gradient by W is such a quotient."""
-    return t * _alive(std, weight_norm, eps) / _divisor(weight_norm).square()
+def over_square(alive: Tensor, weight_norm: Tensor) -> Tensor:
+    """1 / |W|^2 where a filter is alive, else 0; one number per filter. The factor of W in the gradient by W has it."""
+    return alive / _divisor(weight_norm).square()
 
 
 def written_out(mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,8 @@ def _divisor(weight_norm: Tensor) -> Tensor:
     return weight_norm.clamp(min=1e-15)
 
 
-def _alive(std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
+def alive(std: Tensor, weight_norm: Tensor, eps: float) -> Tensor:
+    """Which filters are not dead."""
     return (std.square() >= 2 * eps) & _exists(weight_norm)
 
 
@@ -121,8 +124,8 @@ def moved(
     mean: Tensor, parameter: Tensor, std: Tensor, before: Snapshot, after: Snapshot, form: StdForm, *, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(mean, p) with the same a, c and s after W and b have changed from one snapshot to another. p: the stored parameter of std."""
-    alive = _alive(std, before.weight_norm, eps) & _exists(after.weight_norm)
-    ratio = torch.where(alive, after.weight_norm / _divisor(before.weight_norm), 1.0)
+    lives = alive(std, before.weight_norm, eps) & _exists(after.weight_norm)
+    ratio = torch.where(lives, after.weight_norm / _divisor(before.weight_norm), 1.0)
     parameter = parameter + ratio.log() if form == "log" else parameter * ratio if form == "abs" else parameter / ratio
     return mean + (after.output_mean - before.output_mean) + (mean - before.output_mean) * (ratio - 1), parameter
 
@@ -140,7 +143,13 @@ def clip(producers: Sequence[Any], weight_norms: Sequence[Tensor], reach: float 
     rows = (filters(producer, norm.dtype, producer.weight.grad) for producer, norm in zip(producers, weight_norms, strict=True))
     lengths = foreach.stack([torch.linalg.vector_norm(each, dim=1) for each in rows])
     factors = (TURN * foreach.stack(weight_norms).clamp(min=FLOOR) / (lengths * reach)).clamp(max=1)
+    known = factors.device.type == "cpu" and type(factors) is Tensor  # a GPU is not asked, as the CPU would have to wait for it
+    shorter = (factors < 1).nonzero().flatten().tolist() if known else None
+    end = 0
     for producer, factor in zip(producers, foreach.unstack(factors, weight_norms), strict=True):
+        start, end = end, end + len(factor)
+        if shorter is not None and bisect_left(shorter, start) == bisect_left(shorter, end):
+            continue
         if isinstance(producer, TRANSPOSED):  # (I, O/g, *k)
             factor = factor.view(producer.groups, -1).repeat_interleave(producer.in_channels // producer.groups, 0)
         gradient = producer.weight.grad

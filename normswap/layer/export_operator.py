@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.layer import optimizer_step
-from normswap.layer.coupling import Snapshot
 from normswap.layer.formulas import StdForm
 from normswap.layer.run import Run
 
@@ -92,9 +91,6 @@ class InGraph:
     @property
     def std_parameter(self) -> nn.Parameter:
         return cast(nn.Parameter, self._parameters[1]())
-
-    def snapshot(self) -> Snapshot:
-        raise NotImplementedError("an exported program has no producers")
 
 
 _adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mean -> its InGraph, which lives as long as mean does

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.layer import pair
-from normswap.layer.producer import channel_mean
+from normswap.layer.producer import channel_mean, without_autocast
 
 
 class _Hook:
@@ -119,7 +119,7 @@ class Interception(TorchFunctionMode):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         single = call.dims > 0 and x.dim() == call.dims + 1  # one sample, without an axis for samples
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             seen = channel_mean(self.producer, self.x)
             y: Tensor = self.norm.paired(x[None] if single else x, weight, bias, call, seen)
         y = y[0] if single else y

@@ -2,13 +2,13 @@
 
     before    1  `_advance`: the gradients of the statistics get weight 1 (`_weight`), are hidden from the optimizer (`_hide`), and the
                  statistics step by them (`_step`): mean, std, and of some layers `input_mean` and `trend`
-              2  `_take_snapshots`: where the weights of the producers are now, see `coupling`
-              3  `_clip`: under SGD, the gradient of a producer's weight is shortened to what the statistics can follow
+              2  `_clip`: under SGD, the gradient of a producer's weight is shortened to what the statistics can follow
     step      the optimizer of torch moves weights and biases, and statistics with stats="raw"
-    after     4  `follow_weights`: mean and std of coupled layers move along with the weight
-              5  the hidden gradients come back
+    after     3  mean and std of coupled layers follow the weights of their producers, see `following`
+              4  the hidden gradients come back
 
-If `step` gets a closure, which computes the gradients, 1 to 3 run after the closure.
+If `step` gets a closure, which computes the gradients, 1 and 2 run after the closure. Steps may be one inside the
+other, as where an optimizer wraps another one: what a step has done, the others find done.
 
     stats="natural"   the statistics step here, by `formulas.natural_step` at the layer's momentum. No learning rate, momentum, weight
                       decay, second moment or schedule of the optimizer applies, as none applies to BatchNorm's running statistics
@@ -22,18 +22,16 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable, Sequence
-from types import FrameType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from normswap.errors import UsageError
-from normswap.layer import coupling, foreach, formulas, gradient_trend, run
-from normswap.layer.coupling import Snapshot
-from normswap.layer.fsdp import is_part
+from normswap.layer import coupling, following, foreach, formulas, gradient_scale, gradient_trend, run, vectors
+from normswap.layer.following import Anchor, kind_of
 from normswap.layer.run import Layer, Run, warn, watch_passes
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
@@ -41,10 +39,26 @@ STATISTICS = "statistics"
 PACE = "normswap_pace"  # the key of such a group for the pace of its layers: a copy of an optimizer, and its state dict, have it too
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-# The entries of these three last while an optimizer steps. Several steps may be in progress, one inside the other; `_depth` counts them.
-_in_progress: weakref.WeakKeyDictionary[Optimizer, list[tuple[int, list[Layer]]]] = weakref.WeakKeyDictionary()  # (depth, coupled layers)
-_snapshots: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()  # layer -> (depth of the outermost, snapshot)
-_hidden: weakref.WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()  # (parameter, its gradient)
+
+
+@dataclass
+class Step:
+    """What the hook before a step leaves for the one after it.
+
+    coupled   the coupled layers whose producers the optimizer holds, referred to weakly
+    hidden    (parameter, its gradient), by the id of the parameter
+    checks    see `gradient_scale`
+    """
+
+    coupled: list[Any] = field(default_factory=list)
+    hidden: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    checks: gradient_scale.Checks = field(default_factory=gradient_scale.Checks)
+
+    def follow(self) -> None:
+        following.follow([layer for layer in (each() for each in self.coupled) if layer is not None], stepped=True)
+
+
+_steps: weakref.WeakKeyDictionary[Optimizer, Step] = weakref.WeakKeyDictionary()
 
 
 def watch(layer: Layer) -> None:
@@ -67,11 +81,13 @@ def _install() -> None:
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The hook before `step(self, closure=None)`: does 1 to 3 at once, or after the closure, which computes the gradients."""
+    """The hook before `step(self, closure=None)`: does 1 and 2 at once, or after the closure, which computes the gradients."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     layers = _in_order(groups, ((layer, _statistics(layer)) for layer in _live if layer.aux != "none"))
     producers = ((layer, layer.producer_in_training) for layer in _live)
     coupled = _in_order(groups, ((layer, [*producer.parameters(False)]) for layer, producer in producers if producer is not None))
+    step = _steps.setdefault(optimizer, Step())
+    step.coupled = [weakref.ref(layer) for layer in coupled]
     if not layers and not coupled:
         return None
     for layer in layers if run.recomputes() else ():
@@ -81,24 +97,23 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
                 hint="give optimizers that step inside backward only the groups of normswap.param_groups(model, lr=...) without the key "
                 '"normswap", and step the groups with it after backward',
             )
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    depth = _depth()
-    _in_progress[optimizer] = [step for step in _in_progress.get(optimizer, []) if step[0] < depth] + [(depth, coupled)]
-    _catch_up(coupled, depth)
-    if closure is None:
-        _advance(optimizer, groups, layers)
-        _take_snapshots(coupled, depth)
-        _clip(optimizer, groups, coupled)
-        return None
+    following.follow(coupled)
 
-    _take_snapshots(coupled, depth)
+    def begin() -> None:
+        _advance(optimizer, groups, layers, step)
+        following.take(coupled)
+        _clip(optimizer, groups, coupled)
+
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        begin()
+        return None
+    following.take(coupled)
 
     def computed() -> Any:
-        _catch_up(coupled)  # an optimizer that calls the closure several times has moved the weights in between
+        step.follow()  # an optimizer that calls the closure several times has moved the weights in between
         loss = closure()
-        _advance(optimizer, groups, layers)
-        _take_snapshots(coupled, depth)
-        _clip(optimizer, groups, coupled)
+        begin()
         return loss
 
     return (args, {**kwargs, "closure": computed}) if "closure" in kwargs else ((args[0], computed, *args[2:]), kwargs)
@@ -118,14 +133,6 @@ def _in_order(groups: dict[int, Any], layers: Iterable[tuple[Layer, list[nn.Para
     found = [(min((place[id(p)] for p in parameters if id(p) in place), default=None), layer) for layer, parameters in layers]
     order = [((not layer.run.pending, not layer.training, at, layer.run.number), layer) for at, layer in found if at is not None]
     return [layer for _, layer in sorted(order, key=lambda one: one[0])]
-
-
-def _depth() -> int:
-    """How many optimizer steps are in progress, one inside the other: a subclass calls its parent's, or an optimizer wraps another."""
-    return sum(frame.f_code is _STEP for frame in run.frames())
-
-
-_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 # --- before, 1: the statistics step -----------------------------------------------------------------------------------------------------
@@ -154,13 +161,13 @@ class StepInputs(NamedTuple):
         layer = self.layer
         raw = id(layer) if layer.stats == "raw" else None  # a raw gradient depends on the number of channels, so each is its own kind
         each = layer.std, layer._eps, layer.momentum, layer.run.pace, layer.steps is None, raw, self.factor, self.scaled
-        return *each, *(t is None for t in self[3:]), _kind(layer.mean)
+        return *each, *(t is None for t in self[3:]), kind_of(layer.mean)
 
 
 @torch.no_grad()
-def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer]) -> None:
+def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer], step: Step) -> None:
     """Step the statistics of these layers by their gradients, and warn where the loss is not scaled as `attach` says."""
-    scaler = cast("GradScaler | None", run.caller(_is_scaler))
+    unscaled_by = gradient_scale.corrections(optimizer, layers, step.checks)
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     inputs: list[StepInputs] = []
     raw_gradients: list[tuple[Tensor, float]] = []
@@ -173,12 +180,12 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             continue
         layer.run.pending, layer.stepped = False, True
         layer.run.pace = groups[id(given[0])].get(PACE, layer.run.pace)
-        passes, unscaled = _weight(optimizer, layer, scaler)
+        passes, unscaled = _accumulated(layer), unscaled_by.get(layer, 1.0)
         ours = (layer.mean, layer.std_parameter, layer.input_mean, layer.trend)
         natural = [p if any(p is g for g in given) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]
         std_gradient = layer.std_parameter.grad
         # Hidden now and not later, as a copy that shares parameters must not step them again.
-        by: list[Any] = [None if p is None else _hide(optimizer, p) for p in natural]
+        by: list[Any] = [None if p is None else _hide(optimizer, step, p) for p in natural]
         inputs.append(StepInputs(layer, passes * unscaled, unscaled != 1, std_gradient, *by))
         given = [p for p in given if p.grad is not None]
         if layer.stats == "raw":
@@ -195,54 +202,19 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
             grad.mul_(factor)
 
 
-def _is_scaler(frame: FrameType) -> GradScaler | None:
-    found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-    return found if isinstance(found, GradScaler) and found.is_enabled() else None
+def _accumulated(layer: Layer) -> float:
+    """The factor that gives the gradients weight 1 for the number of backward passes; warns if it is not 1."""
+    known = layer.run
+    if layer.aux != "auto" or known.passes is None or known.passes.count <= known.accumulate or gradient_scale.is_replaced(layer):
+        return 1.0
+    warn(run.ACCUMULATED)
+    return known.accumulate / known.passes.count
 
 
-def _weight(optimizer: Optimizer, layer: Layer, scaler: GradScaler | None) -> tuple[float, float]:
-    """The factors that give the gradients weight 1, for the number of backward passes and a GradScaler's scale; warns if one is not 1."""
-    known, factor, unscaled = layer.run, 1.0, 1.0
-    if any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter)):
-        return factor, unscaled  # Opacus replaced the gradient whose backward passes are counted
-    passes = known.passes
-    if passes is not None and passes.count:
-        parameter = passes.parameter()
-        grad = None if parameter is None else parameter.grad
-        unchanged = grad is None or not passes.changed(grad, 0 if scaler is None else _unscaling(grad.device))
-        # DistributedDataParallel makes gradients views of one bucket: a write to one counts for all, so which one changed cannot be seen.
-        if layer.stats == "natural" and not unchanged and not is_part(grad) and not grad._is_view():  # type: ignore[union-attr]
-            warn(run.CHANGED)
-        if layer.aux == "auto" and passes.count > known.accumulate:
-            factor *= known.accumulate / passes.count
-            warn(run.ACCUMULATED)
-    if layer.aux == "auto" and scaler is not None and scaler is not known.scaler:
-        unscaled = scaler.get_scale() / (1 if known.scale is None else known.scale.item())
-        warn(run.SCALED)
-    if layer.aux == "auto" and scaler is None and known.scaler is not None and known.scale is not None and _scaled(known.scaler, optimizer):
-        unscaled /= known.scale.item()
-        warn(run.UNSCALED)
-    return factor, unscaled
-
-
-@functools.cache
-def _unscaling(device: torch.device) -> int:
-    """By how much GradScaler.unscale_ raises the version of a gradient: by 0 in torch 2.13, although it writes to it."""
-    grad, found, inverse = torch.ones(1, device=device), torch.zeros((), device=device), torch.ones((), device=device)
-    torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inverse)
-    return grad._version
-
-
-def _scaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the gradients of an optimizer still have the scale in them: nobody called `unscale_`."""
-    state = scaler._per_optimizer_states.get(id(optimizer))
-    return state is None or state["stage"] is OptState.READY
-
-
-def _hide(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor:
+def _hide(optimizer: Optimizer, step: Step, parameter: nn.Parameter) -> Tensor:
     """Take a gradient away from the optimizer until its step is over."""
     grad = cast(Tensor, parameter.grad)
-    _hidden.setdefault(optimizer, []).append((parameter, grad))
+    step.hidden[id(parameter)] = parameter, grad
     parameter.grad = None
     # It needs no state, but torch.distributed.checkpoint expects an entry for every parameter that is trained.
     optimizer.state.setdefault(parameter, {})
@@ -267,7 +239,7 @@ def _step(optimizer: Optimizer, inputs: list[StepInputs]) -> None:
     def becomes(old: Sequence[Tensor], value: Tensor, axis: int = 0) -> None:
         if bad is not None:
             value = torch.where(bad.to(value.device) == 0, value, foreach.stack(old, axis))
-        _copy(old, foreach.unstack(value, old, axis))
+        following.copy(old, foreach.unstack(value, old, axis))
 
     mean, parameter = foreach.stack(means), foreach.stack(parameters)
     by_trend = by((one.by_trend for one in inputs), 1, 1.0)
@@ -300,15 +272,7 @@ def _square(layer: Layer, parameter: Tensor, by_parameter: Tensor) -> Tensor:
     return 1 + (r / layer.calls if layer.stats == "raw" else r)  # the natural gradient is the mean over the calls already
 
 
-# --- before, 2 and 3: the producers -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _take_snapshots(coupled: list[Layer], depth: int) -> None:
-    """Note where the producers' weights are before the optimizer moves them."""
-    for layer in coupled:
-        outermost, _ = _snapshots.get(layer, (depth, None))
-        _snapshots[layer] = outermost, layer.snapshot()
+# --- before, 2: the producers -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -323,81 +287,25 @@ def _clip(optimizer: Optimizer, groups: dict[int, dict[str, Any]], coupled: list
         if producer is not None and weight is not None and weight.grad is not None and id(weight) in groups:
             found.setdefault(id(weight), (layer, producer, groups[id(weight)]))
     scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
-    for alike in foreach.group_by(found.values(), lambda one: (id(one[2]), _kind(one[0].mean))):
+    for alike in foreach.group_by(found.values(), lambda one: (id(one[2]), kind_of(one[0].mean))):
         layer, _, group = alike[0]
         reach = group["lr"] / (1 - min(group["momentum"], 0.99))
         reach = reach if scale is None else reach / scale.to(layer.mean.device)
-        coupling.clip([producer for _, producer, _ in alike], [_snapshots[layer][1].weight_norm for layer, _, _ in alike], reach)
+        coupling.clip([producer for _, producer, _ in alike], [cast(Anchor, layer.run.anchor).weight_norm for layer, _, _ in alike], reach)
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    """Tensors of one kind can be stacked."""
-    return t.device, t.dtype, id(t) if is_part(t) else None
-
-
-# --- after, 4 and 5 ---------------------------------------------------------------------------------------------------------------------
+# --- after, 3 and 4 ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """After `step`: the statistics of coupled layers follow the weights, and the hidden gradients come back."""
-    _follow(optimizer)
-    for parameter, grad in _hidden.pop(optimizer, []):
+    step = _steps.get(optimizer)
+    if step is None:
+        return
+    step.follow()
+    vectors.prepare(layer for layer in (each() for each in step.coupled) if layer is not None)
+    for parameter, grad in step.hidden.values():
         if parameter.grad is None:
             parameter.grad = grad
-
-
-@torch.no_grad()
-def _follow(optimizer: Optimizer) -> None:
-    """Move statistics along at the end of a step. If it was inside another step, take the snapshot from which that one goes on."""
-    steps = _in_progress.get(optimizer)
-    if not steps:
-        return
-    depth, coupled = steps.pop()
-    _catch_up(coupled)
-    for layer in coupled:
-        outermost, _ = _snapshots.pop(layer, (depth, None))
-        if outermost < depth:
-            _snapshots[layer] = outermost, layer.snapshot()
-
-
-@torch.no_grad()
-def _catch_up(coupled: list[Layer], depth: int | None = None) -> None:
-    """Move statistics along with the weights that a step in progress has moved until now. depth: that of a step that begins now.
-
-    A snapshot of that depth or deeper was left behind by a step that failed, and is dropped.
-    """
-    late = []
-    for layer in coupled:
-        outermost, snapshot = _snapshots.get(layer, (None, None))
-        if outermost is not None and depth is not None and outermost >= depth:
-            del _snapshots[layer]
-        elif outermost is not None:
-            late.append((layer, cast(Snapshot, snapshot)))
-    follow_weights(late)
-
-
-@torch.no_grad()
-def follow_weights(snapshots: Iterable[tuple[Layer, Snapshot]]) -> None:
-    """Move the mean and std of each layer along with the weight of its producer, which has moved since the snapshot."""
-    for alike in foreach.group_by(snapshots, lambda one: (one[0].std, one[0]._eps, _kind(one[0].mean))):
-        layers = [layer for layer, _ in alike]
-        first, means, parameters = layers[0], [layer.mean for layer in layers], [layer.std_parameter for layer in layers]
-        before, after = _stacked(snapshot for _, snapshot in alike), _stacked(layer.snapshot() for layer in layers)
-        parameter = foreach.stack(parameters)
-        std = formulas.std_of(parameter, first.std)
-        moved = coupling.moved(foreach.stack(means), parameter, std, before, after, first.std, eps=first._eps)
-        _copy(means, foreach.unstack(moved[0], means))
-        _copy(parameters, foreach.unstack(moved[1], parameters))
-
-
-def _stacked(snapshots: Iterable[Snapshot]) -> Snapshot:
-    output_means, weight_norms = zip(*snapshots, strict=True)
-    return Snapshot(foreach.stack(output_means), foreach.stack(weight_norms))
-
-
-def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if len(parameters) == 1:  # it may be a DTensor, for which _foreach_copy_ is not implemented
-        parameters[0].copy_(values[0])
-    else:
-        torch._foreach_copy_(list(parameters), list(values))
+    step.hidden.clear()

@@ -32,11 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normswap.layer import coupling, formulas, sample_limit
-from normswap.layer.formulas import StdForm
+from normswap.layer import formulas, producer, sample_limit, vectors
 from normswap.layer.train_pass import signed
-
-STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
+from normswap.layer.vectors import Backward, Forward, Options
 
 
 class Call(NamedTuple):
@@ -61,8 +59,6 @@ class Settings(NamedTuple):
 
     call: Call
     heavy: bool
-    form: StdForm
-    eps: float
     share: float
     limits: bool
     apart: Callable[[Tensor], Tensor]
@@ -72,9 +68,8 @@ class Inputs(NamedTuple):
     """The tensors of a pass, in the order in which autograd gets them. None for each that does not apply.
 
     weight, producer_bias   of the producer            gamma, beta             of the norm
-    mean, parameter         of the norm's statistics   response, weight_norm   <W, a> and |W| per filter
-    seen                    the mean of the producer's input in this pass
-    scale                   of the loss; None for 1
+    mean, parameter         of the norm's statistics   seen                    the mean of the producer's input in this pass
+    scale                   of the loss; None for 1    forward, backward       `vectors.Forward` and `vectors.Backward`, stacked
     """
 
     x: Any
@@ -86,26 +81,22 @@ class Inputs(NamedTuple):
     parameter: Any
     input_mean: Any
     trend: Tensor | None
-    response: Any
-    weight_norm: Any
     seen: Any
     scale: Tensor | None
+    forward: Any
+    backward: Any
 
 
 class Kept(NamedTuple):
     """What forward keeps for backward besides its inputs.
 
-    k, mean            the scale per filter, and mean - b
     z                  the normalized input, in 8 bits; None if nothing needs it
     first, second      the sums of z and of z^2 per channel
     by_...             the gradients of the statistics, for a loss scale of 1
     factor, d_factor   of each sample, see `sample_limit`; None without a limit
-    of_samples         (the sums of z, those of z^2), each (samples, channels); None where no sample is limited
+    of_samples         the sums of z, then those of z^2, (samples, 2 * channels); None where no sample is limited
     """
 
-    std: Any
-    k: Any
-    mean: Any
     z: Any
     first: Any
     second: Any
@@ -127,20 +118,16 @@ class Pair(torch.autograd.Function):
     @signed
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         i, s = Inputs(*inputs[:INPUTS]), inputs[INPUTS]
-        dtype = i.x.dtype
-        std = formulas.std_of(i.parameter, s.form)
-        mean = i.mean if i.producer_bias is None else i.mean - i.producer_bias
-        k, shift = formulas.affine_of(mean, std, i.gamma, i.beta)
+        rows, dtype, call = Forward(*i.forward.unbind(0)), i.x.dtype, s.call
         if s.heavy:
-            x = _convolution(i.x, i.weight.to(dtype), None, s.call)
-            y = torch.addcmul(_per_channel(shift, s.call), x, _per_channel(k, s.call)).to(dtype)
-            of_x = formulas.affine_of(mean, std, None, None)
+            x = _convolution(i.x, i.weight.to(dtype), None, call)
+            y = torch.addcmul(_per_channel(rows.shift, call), x, _per_channel(rows.k, call)).to(dtype)
         else:
-            x = y = _convolution(i.x, (i.weight * _per_filter(k, i.weight, s.call)).to(dtype), shift.to(dtype), s.call)
-            of_x = _inverse(std, i.gamma, i.beta, dtype)
-        y, kept = _measured(y, x, of_x, (std, k, mean), i, s)
-        ctx.settings = s
-        ctx.save_for_backward(*i, *kept)
+            x = y = _convolution(i.x, (i.weight * _per_filter(rows.k, i.weight, call)).to(dtype), rows.shift.to(dtype), call)
+        y, kept = _measured(y, x, rows, i, s)
+        # The rows are there between the passes, too, for the next ones: a pass keeps nothing by referring to them.
+        ctx.settings, ctx.rows = s, i.backward
+        ctx.save_for_backward(*i._replace(forward=None, backward=None), *kept)
         if kept.factor is not None:
             ctx.mark_non_differentiable(kept.factor)
         return y, kept.factor
@@ -148,88 +135,105 @@ class Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
-        i, kept, s = Inputs(*saved[:INPUTS]), Kept(*saved[INPUTS:]), ctx.settings
+        i, kept, s = Inputs(*saved[:INPUTS])._replace(backward=ctx.rows), Kept(*saved[INPUTS:]), ctx.settings
         given = (kept.by_mean, kept.by_parameter, kept.by_input_mean)
         given = given if i.scale is None else tuple(each * i.scale for each in given)
         by = _by_inputs_twice(g, i, s) if torch.is_grad_enabled() else _by_inputs(g, i, kept, s, need_x=ctx.needs_input_grad[0])
         return *by[:5], *given, by[5], *(None,) * 5
 
 
-def _measured(
-    y: Tensor, x: Tensor, of_x: tuple[Tensor, Tensor], known: tuple[Tensor, Tensor, Tensor], i: Inputs, s: Settings
-) -> tuple[Tensor, Kept]:
-    """(y with its samples limited, what backward needs).
-
-    x: an output of the convolution, with z = alpha x + delta; of_x: (alpha, delta), 0 for a channel of which x does not tell z.
-    known: (std, k, mean - b)
-    """
-    (alpha, delta), call = of_x, s.call
-    std, dtype = known[0], known[0].dtype
+def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tuple[Tensor, Kept]:
+    """(y with its samples limited, what backward needs). x: an output of the convolution, from which `rows` tell z."""
+    call, dtype = s.call, rows.k.dtype
     flat = _flat(x, call)
-    samples, size = len(flat), flat.shape[2]
+    samples, channels, size = flat.shape
     number = samples * size
     # per sample and channel; a sum over the last axis and a norm over it are the fastest reductions on a CPU
-    sums = flat.sum(2, dtype=dtype), torch.linalg.vector_norm(flat, dim=2, dtype=dtype).square()
+    first, second = flat.sum(2, dtype=dtype), torch.linalg.vector_norm(flat, dim=2, dtype=dtype).square()
     factor = d_factor = of_samples = None
     if s.limits:
-        of_z = _sums_of_z(*sums, size, alpha, delta)
-        square = of_z[1].sum(1) / max(size * len(std), 1)
-        factor = sample_limit.factor_of(square)
-        # A GPU is not asked, as the CPU would have to wait for it; nor a tensor without content, as FakeTensor is.
-        if factor.device.type != "cpu" or type(factor) is not Tensor or bool((factor < 1).any()):
-            of_samples, d_factor = torch.stack(of_z), sample_limit.d_factor_of(square, factor, size * len(std))
-            centre = std.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
-            y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
-        first, second = of_z[0].sum(0), of_z[1].sum(0)
+        factor, d_factor, of_samples = _limit(first, second, size, rows)
+    if factor is None or of_samples is None:
+        first, second = _sums_of_z(first.sum(0), second.sum(0), number, rows)
     else:
-        first, second = _sums_of_z(sums[0].sum(0), sums[1].sum(0), number, alpha, delta)
-    inverse = 1 / max(number, 1)
-    seen = (alpha != 0) * min(number, 1)
-    f = (s.eps / std.square() - 1) * seen
-    by_parameter = formulas.times(torch.add(f, second, alpha=inverse) * (-s.share / 2), formulas.slope_of_log(i.parameter, s.form))
-    by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), s.share * min(number, 1))
+        first, second = of_samples.sum(0).view(2, channels).unbind(0)
+        centre = first.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
+        y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
+    share, number = s.share * min(number, 1), max(number, 1)
+    by_mean = torch.addcmul(rows.zero, first, rows.minus_std, value=share / number)
+    by_parameter = formulas.times(torch.addcmul(rows.fit, second, rows.slope, value=1 / number), share)
+    by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), share)
     z = None
     if i.trend is not None or of_samples is not None or s.heavy:
-        if dtype == torch.float64 or s.heavy:
-            z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha, call))
-        else:  # a conversion to an integer rounds down
-            delta = delta * STEPS + (ZERO + 0.5)
-            z = torch.addcmul(_per_channel(delta, call), x, _per_channel(alpha * STEPS, call)).clamp_(0, 255).to(torch.uint8)
-    return y, Kept(*known, z, first, second, first * std * (-s.share * inverse), by_parameter, by_input_mean, factor, d_factor, of_samples)
+        z = torch.addcmul(_per_channel(rows.kept_level, call), x, _per_channel(rows.to_kept, call))
+        z = z.clamp_(0, 255).to(torch.uint8) if vectors.bits(Options(x.dtype, s.heavy), dtype) else z
+    return y, Kept(z, first, second, by_mean, by_parameter, by_input_mean, factor, d_factor, of_samples)
 
 
-def _sums_of_z(first: Tensor, second: Tensor, number: int, alpha: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of z, sum of z^2) for z = alpha x + delta, from the sums of x and of x^2 over this number of elements."""
-    of_z = torch.addcmul(delta * number, first, alpha)
-    return of_z, torch.addcmul(delta * of_z, torch.addcmul(delta * first, second, alpha), alpha)
+def _limit(first: Tensor, second: Tensor, size: int, rows: Forward) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(f, its derivative by z over z, the sums of z and then of z^2) of each sample, see `sample_limit`; no sums if no sample is limited.
+
+    first, second: the sums of x and x^2, (samples, channels).
+    """
+    inverse = 1 / max(size * first.shape[1], 1)
+    square = torch.addmv(rows.level.sum().expand(len(first)), second, rows.square, beta=size * inverse, alpha=inverse)
+    square = square.addmv_(first, rows.cross, alpha=inverse).clamp_(min=sample_limit.LIMIT**2)
+    factor = sample_limit.factor_of(square)
+    limited = factor < 1
+    # A GPU is not asked, as the CPU would have to wait for it; nor a tensor without content, as FakeTensor is.
+    if factor.device.type == "cpu" and type(factor) is Tensor and not bool(limited.any()):
+        return factor, None, None
+    d_factor = (factor / square).mul_(limited).mul_(-inverse)
+    return factor, d_factor, torch.cat(_sums_of_z(first, second, size, rows), 1)
+
+
+def _sums_of_z(first: Tensor, second: Tensor, number: int, rows: Forward) -> tuple[Tensor, Tensor]:
+    """(sum of z, sum of z^2), from the sums of x and of x^2 over this number of elements."""
+    of_square = torch.addcmul(torch.addcmul(rows.level * number, first, rows.cross), second, rows.square)
+    return torch.addcmul(rows.delta * number, first, rows.alpha), of_square
 
 
 def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -> tuple[Tensor | None, ...]:
     """The gradients by x, W, b, weight, bias and trend, for the gradient g by y."""
-    call, std, k, x = s.call, kept.std, kept.k, i.x
-    gamma = torch.ones_like(std) if i.gamma is None else i.gamma
-    left = _left(g, gamma, i, kept, s)
-    w = i.weight.to(std.dtype)
+    call, rows, x = s.call, Backward(*i.backward.unbind(0)), i.x
+    dtype = rows.k.dtype
+    left = _left(g, rows, i, kept, s)
     if s.heavy:
-        h = _sums(left.r, call, std.dtype)
-        gx, G, _ = _by_convolution((left.r * _per_channel(k, call)).to(g.dtype), x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
-        along = _sums(left.r * kept.z, call, std.dtype)
-        P = torch.addcmul(kept.mean * h, along, std)
+        h = _sums(left.r, call, dtype)
+        scaled = (left.r * _per_channel(rows.k, call)).to(g.dtype)
+        gx, G, _ = _by_convolution(scaled, x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
+        along = _sums(left.r * kept.z, call, dtype)  # of r z
+        by_w, _ = _by_weight(G, rows.k * h, None, rows, i, s)  # with k in G and h
     else:
-        weight = (i.weight * _per_filter(k, w, call)).to(x.dtype)
+        weight = (i.weight * _per_filter(rows.k, i.weight, call)).to(x.dtype)
         gx, G, h = _by_convolution(left.r, x, weight, call, need_x=need_x, need_h=True)
-        h = h.to(std.dtype)
-        P = _over_filters(G * w, call)
-        along = torch.addcmul(P, kept.mean, h, value=-1) / std  # the sum of r z
-    kP, kh = k * P, k * h
-    radial = coupling.over_square(kh * i.response - kP, std, i.weight_norm, s.eps)
-    centre = _per_filter(-kh, w, call) * _per_input(i.input_mean, w, call)
-    by_w = G.to(std.dtype).add_(centre) if s.heavy else torch.addcmul(centre, G.to(std.dtype), _per_filter(k, w, call))
-    by_w = by_w.addcmul_(_per_filter(radial, w, call), w).to(i.weight.dtype)
-    by_trend = None if i.trend is None else left.of_limit - torch.stack([along, h]) * gamma
+        h = h.to(dtype)
+        by_w, P = _by_weight(G, h, rows.k, rows, i, s)
+        along = torch.addcmul(rows.lag * h, P, rows.inverse_std)
+    by_trend = None
+    if i.trend is not None:
+        by_trend = torch.stack([along, h]).mul_(rows.minus_gamma)
+        by_trend = by_trend if left.of_limit is None else by_trend + left.of_limit
     by_bias = None if i.producer_bias is None else torch.zeros_like(i.producer_bias)
-    by_gamma = None if i.gamma is None else along + left.by_gamma
+    by_gamma = None if i.gamma is None else along if left.of_trend is None else along - left.of_trend
     return gx, by_w, by_bias, by_gamma, None if i.beta is None else left.total, by_trend
+
+
+def _by_weight(G: Tensor, h: Tensor, k: Tensor | None, rows: Backward, i: Inputs, s: Settings) -> tuple[Tensor, Tensor]:
+    """(k (G' - <G', W> / |W|^2 W), <G', W>), with G' = G - h a, which takes the memory of G. k: None for 1."""
+    call, w = s.call, i.weight.to(h.dtype)
+    G = G.to(w.dtype)
+    if call.groups == 1 and not call.transposed and G.is_contiguous():
+        G.flatten(1).addr_(h, producer.spread(i.input_mean, w[0].numel(), 1)[0], alpha=-1)
+    else:
+        G.addcmul_(_per_filter(-h, w, call), _per_input(i.input_mean, w, call))
+    if not call.transposed and w.is_contiguous() and G.is_contiguous() and w.device.type in ("cpu", "cuda"):
+        norm, k_norm = (_per_filter(t, w, call) for t in (rows.norm, rows.k_norm))
+        by_w, along = torch.ops.aten._weight_norm_interface_backward(G, w, k_norm, norm, 0)
+        return by_w.to(i.weight.dtype), along.flatten() * rows.norm
+    P = _over_filters(G * w, call)
+    by_w = G.addcmul_(_per_filter(-P / rows.norm.square(), w, call), w)
+    return (by_w if k is None else by_w * _per_filter(k, w, call)).to(i.weight.dtype), P
 
 
 def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, ...]:
@@ -246,55 +250,40 @@ class Left(NamedTuple):
 
     r           in the shape of g
     total       the sum of g, per channel
-    by_gamma    what the gradient by weight has beyond the sum of r z
+    of_trend    what the sum of r z has beyond the gradient by weight
     of_limit    (the sum of weight r z, that of weight r), each per channel, as far as they come through the factors of the samples
+    of_trend and of_limit are None where there is neither trend nor limited sample.
     """
 
     r: Tensor
     total: Tensor
-    by_gamma: Any
-    of_limit: Any
+    of_trend: Tensor | None
+    of_limit: Tensor | None
 
 
-def _left(g: Tensor, gamma: Tensor, i: Inputs, kept: Kept, s: Settings) -> Left:
+def _left(g: Tensor, rows: Backward, i: Inputs, kept: Kept, s: Settings) -> Left:
     """What is left of g when the trend is taken out, and with what comes through the factors of the samples."""
-    call, dtype = s.call, kept.std.dtype
+    call, dtype = s.call, rows.k.dtype
     if i.trend is None and kept.of_samples is None:
-        return Left(g, _sums(g, call, dtype), 0.0, 0.0)
-    unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / STEPS, ZERO)
-    inverse = torch.where(gamma == 0, 0, 1 / gamma)
+        return Left(g, _sums(g, call, dtype), None, None)
     u = kept.z.to(g.dtype)  # z = (u - zero) unit
-    number = g.numel() // len(gamma)
-    trend = torch.zeros_like(kept.std).expand(2, -1) if i.trend is None else i.trend.view(2, -1)
-    part = s.share / max(number, 1)
-    slope, level = trend * part if i.scale is None else trend * part * i.scale
-    by_gamma = torch.addcmul(level * kept.first, slope, kept.second) * inverse
-    slope, level = slope * -inverse, level * -inverse
+    part = 0.0 if i.trend is None else s.share / max(g.numel() // len(rows.k), 1)
+    trend = i.backward[Backward._fields.index("slope") :] * part
+    slope, level, kept_slope, kept_level = (trend if i.scale is None else trend * i.scale).unbind(0)
+    of_trend = (level * kept.first).addcmul_(slope, kept.second)
     if kept.of_samples is None:
-        slope, level = slope * unit, torch.sub(level, slope, alpha=zero * unit)
-        line = torch.addcmul(_per_channel(level, call), u, _per_channel(slope, call))
-        return Left(line.add_(g).to(g.dtype), _sums(g, call, dtype), by_gamma, 0.0)
+        line = torch.addcmul(_per_channel(kept_level, call), u, _per_channel(kept_slope, call))
+        return Left(line.add_(g).to(g.dtype), _sums(g, call, dtype), of_trend, None)
+    unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / vectors.STEPS, vectors.ZERO)
     total = _flat(g, call).sum(2, dtype=dtype)
-    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), total, alpha=zero) * unit  # the sums of g z
-    d = (along @ gamma) * kept.d_factor
-    of_limit = torch.stack([d @ kept.of_samples[1], d @ kept.of_samples[0]])
-    by_gamma = by_gamma - of_limit[0] * inverse
-    slope = torch.addr(slope.expand(len(d), -1), d, inverse)
-    level = torch.sub(level, slope, alpha=zero * unit)
-    line = torch.addcmul(_per_both(level, g, call), u, _per_both(slope * unit, g, call))
-    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), total.sum(0), by_gamma, of_limit)
-
-
-def _inverse(std: Tensor, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(alpha, delta) with z = alpha y + delta; 0 for a channel whose weight is so small beside its bias that y does not tell z.
-
-    dtype: of y. Its rounding is at most half a unit of z, and that of the sums of y^2 less than <z^2>.
-    """
-    least = max(2 * torch.finfo(dtype).eps, torch.finfo(std.dtype).eps ** 0.5)
-    ones = torch.ones_like(std)
-    gamma, beta = ones if gamma is None else gamma, torch.zeros_like(std) if beta is None else beta
-    alpha = torch.where(gamma.abs() > least * beta.abs(), ones / gamma, 0)
-    return alpha, -alpha * beta
+    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), total, alpha=zero)  # the sums of g z / unit
+    d = torch.mv(along, rows.gamma).mul_(kept.d_factor)
+    of_limit = torch.mv(kept.of_samples.t(), d * unit).view(2, -1).flip(0)
+    of_trend = torch.addcmul(of_trend, of_limit[0], rows.inverse)
+    by_sample = torch.outer(d * unit**2, rows.inverse)
+    kept_slope, kept_level = by_sample + kept_slope, torch.sub(kept_level, by_sample, alpha=zero)
+    line = torch.addcmul(_per_both(kept_level, g, call), u, _per_both(kept_slope, g, call))
+    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), total.sum(0), of_trend, of_limit)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------------------------

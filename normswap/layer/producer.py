@@ -10,6 +10,7 @@ Shapes: W as `filters` (outputs, inputs per group * kernel positions), one row p
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,10 +57,15 @@ def response(rows: Tensor, input_mean: Tensor, groups: int) -> Tensor:
     input_mean = spread(input_mean, rows.shape[1], groups)
     if groups == 1 and not is_part(rows):
         # The fastest, as it writes nothing of the size of W. Autocast would round the result on a GPU, and the mean moves by this result.
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device.type):
             return torch.mv(rows, input_mean.flatten())
     rows, input_mean = whole(rows) if groups > 1 else rows, whole(input_mean)
     return (rows.view(groups, -1, rows.shape[1]) * input_mean.view(groups, 1, -1)).sum(2).flatten()
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast. To enter torch's takes as long as ten operators, so it is entered only where autocast is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def spread(input_mean: Tensor, size: int, groups: int) -> Tensor:

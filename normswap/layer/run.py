@@ -7,8 +7,8 @@ A `Run` belongs to a run of training and not to the layer: it is not in the stat
     step         `optimizer_step` reads all of this
 
 With aux="auto" backward adds the gradient of the term with weight 1, as it cannot see what the loss was multiplied by. The step can: it
-knows the number of backward passes since the last step, and whether a GradScaler calls it. If `attach` was not called for these, the step
-corrects the gradients, and warns with a message below.
+knows the number of backward passes since the last step, and what was done to the gradients after the last one (`gradient_scale`). If
+`attach` was not called for these, the step corrects the gradients, and warns with a message below.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ import itertools
 import os
 import sys
 import threading
+import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from normswap.errors import UsageError
-from normswap.layer.coupling import Snapshot
 from normswap.layer.formulas import StdForm
 from normswap.layer.fsdp import is_part
 
@@ -95,6 +92,7 @@ class Run(Forward):
     passes    the backward passes, counted for aux="auto"
     pending   whether there was a forward pass, since the last step, from which the statistics should learn
     number    counts the runs, in the order in which they were made
+    anchor    of a coupled layer, see `following.Anchor`; prepared: what its passes read, see `vectors`
     others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
 
@@ -110,7 +108,8 @@ class Run(Forward):
     number: int = field(default_factory=itertools.count().__next__)
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
-    products: tuple[Any, Tensor, Tensor] | None = None
+    anchor: Any = None
+    prepared: Any = None
 
     @property
     def here(self) -> Forward:
@@ -208,7 +207,15 @@ def records_term(x: Tensor) -> bool:
         )
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return not recomputes() and (torch.is_grad_enabled() or caller(_is_checkpoint) is not None)
+    return not recomputes() and (torch.is_grad_enabled() or _within_function())
+
+
+def _within_function() -> bool:
+    """Whether this is the forward pass of an autograd.Function, as a reentrant checkpoint is one: backward repeats it with gradients.
+
+    It has no gradients of either mode, where `torch.no_grad` leaves those in forward mode, and differs from inference mode.
+    """
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def recomputes() -> bool:
@@ -245,6 +252,7 @@ class Passes:
         self.inner = inner
         self.count = 0
         self.version = 0
+        self.kept: Tensor | None = None  # a copy of the gradient, as the last pass left it
         self.grad: Tensor | None = None
         self.added = False
         parameter.register_hook(self._arrives)  # type: ignore[no-untyped-call]
@@ -276,6 +284,7 @@ class Passes:
 
     def _remember(self, grad: Tensor | None) -> None:
         self.grad, self.version = grad, 0 if grad is None else grad._version
+        self.kept = None if grad is None else grad.detach().clone()
 
     def changed(self, grad: Tensor, by: int = 0) -> bool:
         """Whether `grad`, the parameter's gradient, was replaced or written to more than `by` times since the last pass."""
@@ -287,7 +296,8 @@ def watch_passes(layer: Layer) -> None:
     if torch.compiler.is_compiling():
         return
     # While torch.func calls the model, or a tracer looks at it, something else stands in the place of its parameters.
-    trained = [p for p in (layer.mean, layer.std_parameter) if isinstance(p, nn.Parameter) and p.requires_grad]
+    # The std's comes first, as its gradient is 0 nowhere, see `gradient_scale`.
+    trained = [p for p in (layer.std_parameter, layer.mean) if isinstance(p, nn.Parameter) and p.requires_grad]
     if not trained:
         return
     parameter, passes = trained[0], layer.run.passes
@@ -335,7 +345,6 @@ class Layer(Protocol):
     def _eps(self) -> float: ...  # what is added to the variance
     @property
     def producer_in_training(self) -> nn.Module | None: ...  # the producer, if the statistics move with its weight now
-    def snapshot(self) -> Snapshot: ...  # of that producer
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------------------------
@@ -383,23 +392,9 @@ ROUNDED = (
 
 def warn(message: str) -> None:
     """Warn at the user's line that called torch or normswap, such as `optimizer.step()`."""
-    ours = list(itertools.takewhile(lambda frame: frame.f_code.co_filename.startswith(OURS), frames()))
-    warnings.warn(message, UserWarning, stacklevel=1 + len(ours))
-
-
-def frames() -> Iterator[FrameType]:
-    """The frames of the callers, the nearest first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def caller(wanted: Callable[[FrameType], Any]) -> Any:
-    """The first result of `wanted` that is not None, over the callers' frames from the nearest on; else None."""
-    return next((found for found in map(wanted, frames()) if found is not None), None)
-
-
-def _is_checkpoint(frame: FrameType) -> bool | None:
-    """True in the forward pass of a reentrant checkpoint, which runs without gradients: backward repeats it with gradients."""
-    return True if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__ else None
+    if sys.version_info >= (3, 12):
+        warnings.warn(message, UserWarning, skip_file_prefixes=OURS)
+    else:
+        files = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(inspect.currentframe()))
+        level = sum(1 for _ in itertools.takewhile(lambda file: file.startswith(OURS), files))
+        warnings.warn(message, UserWarning, stacklevel=1 + level)

@@ -97,24 +97,15 @@ def before_step(
     return values
 
 
-def accept_gradients(model: nn.Module) -> None:
-    """Do not warn of writes to the gradients of the statistics until now: they left the values as they were."""
-    for layer in layers_of(model).values():
-        passes = layer.run.passes
-        if passes is not None and passes.grad is not None:
-            passes.version = passes.grad._version
-
-
 @torch.no_grad()
 def _multiply_gradients(layers: Iterable[BatchlessNorm], factor: float) -> None:
     for layer in layers:
         passes = layer.run.passes
-        version = None if passes is None or passes.grad is None else passes.grad._version
         for parameter in (*_statistics(layer), layer.input_mean):  # not the trend, whose gradient comes from the loss
             if parameter is not None and parameter.grad is not None:
                 parameter.grad.mul_(factor)
-        if passes is not None and passes.grad is not None and version is not None:
-            passes.version += passes.grad._version - version  # do not warn of this change, but of any other
+        if passes is not None and passes.kept is not None:
+            passes.kept.mul_(factor)  # do not warn of this change, but of any other
 
 
 def _statistics(layer: BatchlessNorm) -> tuple[nn.Parameter, nn.Parameter]:

@@ -60,8 +60,6 @@ class NormswapCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if not args.max_grad_norm:
-            callbacks.accept_gradients(model)  # the Trainer measures the norm by clipping to infinity
         scaler = getattr(optimizer, "scaler", None)
         share = (self._batches + 1) / args.gradient_accumulation_steps
         self._batches = 0

@@ -711,8 +711,8 @@ def test_the_documented_steps_are_the_default(repository: Path) -> None:
 def test_the_table_has_a_row_for_every_line() -> None:
     found = normswap.landscape({"a": conv_net(), "b": plain(conv_net())}, images(4, 6), steps=[0.01, 0.3], layer="one")
     table = landscape_table(found)
-    assert [str(cell) for cell in table.columns[0].cells] == ["a", "a", "b", "b"]
-    assert str(next(iter(table.columns[-1].cells))) == f"{found.lines[0].smoothness:.3g}"
+    assert [row[0] for row in table.rows] == ["a", "a", "b", "b"]
+    assert table.rows[0][-1] == f"{found.lines[0].smoothness:.3g}"
     assert landscape_summary(found) == "along the gradient by the parameters of one, in train mode, at steps of 0.01, 0.3"
 
 

@@ -543,7 +543,7 @@ def test_layers_step_in_the_order_of_the_optimizer(monkeypatch: pytest.MonkeyPat
     """And not as they come out of a set of weak references: with FSDP, a step may ask the other processes."""
     layers = [BatchlessNorm(2, aux="auto") for _ in range(30)]
     order: list[Any] = []
-    monkeypatch.setattr(optimizer_step, "_weight", lambda optimizer, layer, scaler: order.append(layer) or (1.0, 1.0))
+    monkeypatch.setattr(optimizer_step, "_accumulated", lambda layer: order.append(layer) or 1.0)
     for wanted in (layers, layers[::-1]):
         order.clear()
         step = SGD([p for layer in wanted for p in layer.parameters()], lr=0.1)

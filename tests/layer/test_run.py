@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import normswap
 from fixtures.nets import randomise
 from normswap.errors import UsageError
+from normswap.layer import gradient_scale
 from normswap.layer.batchless_norm import BatchlessNorm
 
 F64 = torch.float64
@@ -137,6 +138,66 @@ def test_another_scaler_than_the_one_it_was_attached_to() -> None:
     with pytest.warns(UserWarning, match=SCALED):
         one_step(net, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [65536.0, 1000.0])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_scaler_whose_step_is_not_called(clip: bool, scale: float) -> None:
+    """Only its unscale_, as where somebody steps by himself; and the clipping that is the reason to call it. Values tell, not callers."""
+    plain, net = Net(), Net()
+    one_step(plain)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=scale), SGD(net.parameters(), lr=0.0)
+    scaler.scale(net.loss(next(batches(3.0, 2.0, 1)))).backward()
+    scaler.unscale_(optimizer)
+    if clip:
+        nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    with pytest.warns(UserWarning, match=CHANGED if clip else SCALED):
+        optimizer.step()
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaler_where_the_means_are_right() -> None:
+    """Their gradients are 0, whatever they are divided by."""
+    plain, net = Net(), Net()
+    x = torch.randn(4, 3, 8)
+    x = 2 * torch.cat([x, -x])
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), SGD(net.parameters(), lr=0.0)
+    plain.loss(x).backward()
+    SGD(plain.parameters(), lr=0.0).step()
+    scaler.scale(net.loss(x)).backward()
+    with pytest.warns(UserWarning, match=SCALED):
+        scaler.step(optimizer)
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_that_is_not_waited_for_is_asked_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In between the statistics do not move."""
+    monkeypatch.setattr(gradient_scale, "AT_ONCE", ())
+    plain, net, calm = Net(), Net(), Net()
+    before = statistics(net)
+    optimizers = [SGD(each.parameters(), lr=0.0) for each in (plain, net, calm)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    one_step(net, scaler=scaler, optimizer=optimizers[1])
+    torch.testing.assert_close(statistics(net), before, rtol=1e-3, atol=1e-3)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=SCALED):
+            one_step(net, scaler=scaler, optimizer=optimizers[1])
+        one_step(plain, optimizer=optimizers[0])
+        one_step(calm, optimizer=optimizers[2])
+    torch.testing.assert_close(statistics(net), statistics(plain), rtol=1e-3, atol=1e-3)
+    assert torch.equal(statistics(calm)[0], statistics(plain)[0])
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_writes_that_leave_the_values_are_not_warned_of(twice: bool) -> None:
+    """As that of a Trainer, which measures the norm of all gradients by clipping it to infinity."""
+    net = Net()
+    net.loss(torch.randn(4, 3, 8) + 1).backward()
+    if twice:
+        for p in net.parameters():
+            p.grad = p.grad.clone()  # type: ignore[union-attr]
+    nn.utils.clip_grad_norm_(net.parameters(), float("inf"))
+    SGD(net.parameters(), lr=0.1).step()
 
 
 @pytest.mark.parametrize(("cls", "options", "unscale"), SCALERS)
@@ -274,6 +335,36 @@ def test_an_explicit_term_that_is_read_and_not_added() -> None:
     with pytest.warns(UserWarning, match=LOST):
         optimizer.step()
     one_step(net)
+
+
+class Reversible(torch.autograd.Function):
+    """Code of somebody's own that runs a part of a model without gradients, and again in backward, as a reentrant checkpoint does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: Net) -> Tensor:
+        ctx.net, ctx.x = net, x.detach()
+        return net(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            ctx.net(x).backward(gradient)
+        return x.grad, None
+
+
+def test_an_explicit_term_in_a_function_of_autograd() -> None:
+    """It counts once, and not where there are no gradients at all."""
+    plain, net, x = Net(aux="explicit"), Net(aux="explicit"), torch.randn(4, 3, 8)
+    net.load_state_dict(plain.state_dict())
+    plain.loss(x).backward()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            net(3 * x)
+    loss = Reversible.apply(x.clone().requires_grad_(), net).square().mean()  # type: ignore[no-untyped-call]
+    (loss + normswap.aux_loss(net)).backward()
+    for p, expected in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad)
 
 
 def without_gradients(net: Net, x: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""What a pass of a pair reads per channel, computed for all layers together: between two optimizer steps it stays the same.
+
+    z = alpha x + delta        x: an output of the convolution, see `pair`; alpha and delta are 0 where x does not tell z
+
+Most operators of a layer work on one number per channel, where an operator takes the same time however many there are. So `prepare`
+computes the rows of all layers at once, after a step. `of` gives them to a pass, and computes them for a layer whose tensors have changed
+since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.layer import coupling, following, foreach, formulas
+from normswap.layer.following import Anchor, Mark, mark
+from normswap.layer.fsdp import is_part
+
+STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
+ENDLESS = 1e10  # stands for |W| of a dead filter, as nothing along W is taken out of its gradient
+
+
+class Forward(NamedTuple):
+    """The rows for the forward pass.
+
+    k, shift            of the convolution
+    alpha, delta        as above; square, cross, level: alpha^2, 2 alpha delta and delta^2, so that z^2 = square x^2 + cross x + level
+    to_kept             z as it is kept for backward is to_kept x + kept_level
+    minus_std           by_mean of the statistics is minus_std <z>; by_parameter is fit + slope <z^2>
+    """
+
+    k: Tensor
+    shift: Tensor
+    alpha: Tensor
+    delta: Tensor
+    square: Tensor
+    cross: Tensor
+    level: Tensor
+    to_kept: Tensor
+    kept_level: Tensor
+    minus_std: Tensor
+    fit: Tensor
+    slope: Tensor
+    zero: Tensor
+
+
+class Backward(NamedTuple):
+    """The rows for the backward pass.
+
+    k                   of the convolution
+    norm, k_norm        |W| of a filter that is alive, else ENDLESS; times k if the weight is scaled
+    inverse_std, lag    1 / std and (<W, a> + b - mean) / std
+    gamma, inverse      the norm's weight, and 1 over it, 0 where it is 0
+    slope, level        the trend over -gamma, for z; kept_slope, kept_level: for z as it is kept
+    """
+
+    k: Tensor
+    norm: Tensor
+    k_norm: Tensor
+    inverse_std: Tensor
+    lag: Tensor
+    gamma: Tensor
+    minus_gamma: Tensor
+    inverse: Tensor
+    slope: Tensor
+    level: Tensor
+    kept_slope: Tensor
+    kept_level: Tensor
+
+
+class Options(NamedTuple):
+    """What the rows depend on besides tensors: the dtype of y, and whether its output is scaled and not its weight, see `pair.is_heavy`."""
+
+    dtype: torch.dtype
+    heavy: bool
+
+
+class Prepared(NamedTuple):
+    """The rows of a layer, stacked, and what they were computed from."""
+
+    anchor: Anchor
+    marks: tuple[Mark, ...]
+    options: Options
+    forward: Tensor
+    backward: Tensor
+
+
+def bits(options: Options, dtype: torch.dtype) -> bool:
+    """Whether z is kept in 8 bits. dtype: of the statistics."""
+    return not options.heavy and dtype != torch.float64
+
+
+def of(layer: Any, options: Options) -> Prepared:
+    """The rows of a layer, for a pass in train mode."""
+    anchor = following.anchor_of(layer)
+    known: Prepared | None = layer.run.prepared
+    if known is not None and known.anchor is anchor and known.options == options and known.marks == _marks(layer):
+        return known
+    (found,) = _computed([layer], [anchor], options)
+    layer.run.prepared = found
+    return found
+
+
+def prepare(layers: Iterable[Any]) -> None:
+    """Compute the rows of these layers, as far as they had rows: after a step, for the passes until the next one.
+
+    A layer of which there is a part here gets its rows in its passes, which have the whole.
+    """
+    had = [layer for layer in layers if layer.run.prepared is not None]
+    ready = [layer for layer in had if layer.run.anchor is not None and not is_part(layer.mean)]
+    for alike in foreach.group_by(ready, _kind):
+        anchors = [layer.run.anchor for layer in alike]
+        for layer, found in zip(alike, _computed(alike, anchors, alike[0].run.prepared.options), strict=True):
+            layer.run.prepared = found
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    options, bias = layer.run.prepared.options, layer.producer_in_training.bias
+    return layer.std, layer._eps, layer.weight is None, layer.trend is None, bias is None, options, following.kind_of(layer.mean)
+
+
+def _marks(layer: Any) -> tuple[Mark, ...]:
+    """Of weight, bias and trend; the anchor has those of the others."""
+    return tuple(mark(t) for t in (layer.weight, layer.bias, layer.trend) if t is not None)
+
+
+@torch.no_grad()
+def _computed(layers: list[Any], anchors: list[Anchor], options: Options) -> list[Prepared]:
+    """The rows of layers of one kind."""
+    first, means = layers[0], [layer.mean for layer in layers]
+    mean, parameter = foreach.stack(means), foreach.stack([layer.std_parameter for layer in layers])
+    std = formulas.std_of(parameter, first.std)
+    inverse_std, dtype = 1 / std, std.dtype
+    gamma = torch.ones_like(std) if first.weight is None else foreach.stack([layer.weight for layer in layers])
+    zero = torch.zeros_like(std)
+    beta = zero if first.bias is None else foreach.stack([layer.bias for layer in layers])
+    output_mean, weight_norm = (foreach.stack([getattr(each, name) for each in anchors]) for name in ("output_mean", "weight_norm"))
+    producers = [layer.producer_in_training for layer in layers]
+    without_bias = mean if producers[0].bias is None else mean - foreach.stack([producer.bias for producer in producers]).to(dtype)
+    k, shift = formulas.affine_of(without_bias, std, gamma, beta)
+    if options.heavy:
+        alpha, delta = formulas.affine_of(without_bias, std, None, None)
+    else:
+        alpha, delta = _inverse(gamma, beta, options.dtype)
+    to_kept, kept_level, unit, offset = alpha, delta, 1.0, 0
+    if bits(options, dtype):  # a conversion to an integer rounds down
+        to_kept, kept_level, unit, offset = alpha * STEPS, delta * STEPS + (ZERO + 0.5), 1 / STEPS, ZERO
+    half = torch.ones_like(std) * formulas.slope_of_log(parameter, first.std) * -0.5
+    fit = (first._eps * inverse_std.square() - 1) * (alpha != 0) * half
+    forward = Forward(k, shift, alpha, delta, alpha.square(), 2 * alpha * delta, delta.square(), to_kept, kept_level, -std, fit, half, zero)
+    norm = torch.where(coupling.alive(std, weight_norm, first._eps), weight_norm, ENDLESS)
+    inverse = torch.where(gamma == 0, 0, 1 / gamma)
+    slope = level = zero
+    if first.trend is not None:
+        slope, level = (foreach.stack([layer.trend for layer in layers], 1) * -inverse).unbind(0)
+    lag, kept = (output_mean - mean) * inverse_std, slope * unit
+    k_norm = norm if options.heavy else norm * k
+    backward = Backward(k, norm, k_norm, inverse_std, lag, gamma, -gamma, inverse, slope, level, kept, level - kept * offset)
+    sizes = [len(each) for each in means]
+    parts = (torch.split(torch.stack(rows), sizes, 1) for rows in (forward, backward))
+    return [Prepared(each, _marks(layer), options, *rows) for layer, each, *rows in zip(layers, anchors, *parts, strict=True)]
+
+
+def _inverse(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(alpha, delta) with z = alpha y + delta; 0 for a channel whose weight is so small beside its bias that y does not tell z.
+
+    dtype: of y. Its rounding is at most half a unit of z, and that of the sums of y^2 less than <z^2>.
+    """
+    least = max(2 * torch.finfo(dtype).eps, torch.finfo(gamma.dtype).eps ** 0.5)
+    alpha = torch.where(gamma.abs() > least * beta.abs(), 1 / gamma, 0)
+    return alpha, -alpha * beta
