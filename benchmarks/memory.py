@@ -63,7 +63,7 @@ def unet(dims: int, channels: int, features: tuple[int, ...]) -> nn.Module:
     """MONAI's BasicUNet with BatchNorm: two classes for each pixel."""
     from monai.networks.nets import BasicUNet
 
-    return BasicUNet(dims, channels, 2, features, norm="batch")  # type: ignore[no-any-return]
+    return BasicUNet(dims, channels, 2, features, norm="batch")
 
 
 NETS = {
@@ -148,7 +148,7 @@ class Step:
             self.run()
             live.peak = 0
             self.run()
-        return live.peak
+        return int(live.peak)
 
 
 @functools.cache
@@ -171,7 +171,8 @@ def largest(peak_of: Callable[[int], int], first: int, power: int = 1, limit: in
     Looked for from `first` on, where the line through the last two peaks over n ** power says; each end of the range is counted.
     """
     points: list[tuple[int, int]] = []
-    low, high, n = 0, None, first
+    low, n = 0, first
+    high: int | None = None
     while high is None or high - low > 1:
         points = [*points[-1:], (n**power, peak_of(n))]
         low, high = (n, high) if points[-1][1] <= limit else (low, n)
