@@ -83,7 +83,7 @@ def digits(strided: tuple[int, ...] = (2, 4)) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
-def _torchvision(name: str) -> nn.Module:
+def torchvision_net(name: str) -> nn.Module:
     sys.path.insert(0, str(ROOT / "tests/support"))
     importlib.import_module("torchvision_shim")  # before torchvision, which does not import without it on a CPU build of torch
     import torchvision
@@ -94,15 +94,15 @@ def _torchvision(name: str) -> nn.Module:
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "six convs, 8 x 8": (digits, (1, 8, 8)),
     "six convs without strides, 8 x 8": (lambda: digits(()), (1, 8, 8)),
-    "ResNet-18, 32 x 32": (lambda: _torchvision("resnet18"), (3, 32, 32)),
-    "ResNet-18, 224 x 224": (lambda: _torchvision("resnet18"), (3, 224, 224)),
-    "ResNet-50, 32 x 32": (lambda: _torchvision("resnet50"), (3, 32, 32)),
-    "ResNet-50, 224 x 224": (lambda: _torchvision("resnet50"), (3, 224, 224)),
+    "ResNet-18, 32 x 32": (lambda: torchvision_net("resnet18"), (3, 32, 32)),
+    "ResNet-18, 224 x 224": (lambda: torchvision_net("resnet18"), (3, 224, 224)),
+    "ResNet-50, 32 x 32": (lambda: torchvision_net("resnet50"), (3, 32, 32)),
+    "ResNet-50, 224 x 224": (lambda: torchvision_net("resnet50"), (3, 224, 224)),
 }
 
 
 def made(net: str, row: str) -> nn.Module:
-    """The model of a row in train mode, its tensors without content. (A parameter that two modules share would be two.)"""
+    """The model of a row in train mode, its tensors without content."""
     build, shape = NETS[net]
     torch.manual_seed(0)
     model = build().eval()
@@ -114,13 +114,18 @@ def made(net: str, row: str) -> nn.Module:
             if isinstance(layer, BatchlessNorm):
                 layer.enable_trend() if row in ("coupled+feedback", "default") else layer.disable_trend()
                 layer.limits_samples = row == "default"
+    return without_content(model).train()
+
+
+def without_content(model: nn.Module) -> nn.Module:
+    """The model with tensors of `FAKE` in the place of its own. (A parameter that two modules share would be two.)"""
     for module in model.modules():
         own = [(name, tensor, True) for name, tensor in module._parameters.items()]
         for name, tensor, trained in [*own, *((name, tensor, False) for name, tensor in module._buffers.items())]:
             if tensor is not None:
                 fake = FAKE.from_tensor(tensor.detach())
                 setattr(module, name, nn.Parameter(fake) if trained else fake)
-    return model.train()
+    return model
 
 
 def operations(model: nn.Module, shape: tuple[int, ...]) -> Operations | None:

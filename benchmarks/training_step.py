@@ -162,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(KEPT.read_text(encoding="utf-8"))["nets"] if KEPT.exists() else {}
-    micro = {str(pixels): micro_batches(pixels) for pixels in (32, 64)}
+    micro = {str(pixels): micro_batches(pixels) for pixels in (32, 64, 224)}
     for net in options.net:
         found[net] = measured(net, options.steps)
         print("\n".join(table({net: found[net]})), file=sys.stderr, flush=True)

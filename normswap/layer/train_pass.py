@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 
 from normswap.layer import coupling, formulas, sample_limit
 from normswap.layer.coupling import Constants, Coupled
+from normswap.layer.fsdp import is_part
 from normswap.layer.sample_limit import Limit
 
 Given = Sequence[tuple[Tensor, Tensor]]  # parameters, and the gradients that they get
@@ -100,9 +101,14 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @signed
     def forward(*inputs: Any) -> Tensor:
-        t, shape = Tensors(*inputs[:TENSORS]), Options(*inputs[TENSORS:][:OPTIONS]).shape
-        weight, bias = (None if each is None else each.view(shape) for each in (t.weight, t.bias))
-        return formulas.applied(t.x, *formulas.affine_of(t.mean, t.std, weight, bias), t.factor, bias)
+        t, options = Tensors(*inputs[:TENSORS]), Options(*inputs[TENSORS:][:OPTIONS])
+        weight, bias = (None if each is None else each.view(options.shape) for each in (t.weight, t.bias))
+        scale, shift = formulas.affine_of(t.mean, t.std, weight, bias)
+        if not _is_compiled(t.x, options):
+            return formulas.applied(t.x, scale, shift, t.factor, bias)
+        if t.factor is not None:
+            scale, shift = scale * t.factor, torch.lerp(torch.zeros_like(shift) if bias is None else bias, shift, t.factor)
+        return formulas.applied(t.x, *_stored(scale, shift))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -166,9 +172,12 @@ def _backward(t: Tensors, options: Options, by_y: Tensor, *, by_x: bool) -> dict
             left = left * inverse
             by_std = left[0] if by_std is None else left[0] + by_std
             by_mean = left[1] if by_mean is None else left[1] + by_mean
-            by["rows"], by["producer_bias"] = coupling.gradients(by_mean, by_std, mean, std, _coupled(t, options.coupled))
+            by["rows"], by["producer_bias"] = _by_producer(by_mean, by_std, mean, std, _coupled(t, options.coupled))
     if by_x:
-        by["x"] = _by_x(g, gain, t, mean, limit_slope, trend_by_x)
+        line = _line(mean, limit_slope, trend_by_x)
+        if line is not None and _is_compiled(g, options):
+            gain, *line = _stored(gain, *line)
+        by["x"] = _by_x(g, gain, t, line)
     return by
 
 
@@ -193,17 +202,52 @@ def _like(parameter: Tensor, t: Tensor) -> Tensor:
     return t.view(parameter.shape).to(parameter.dtype)
 
 
-def _by_x(g: Tensor, gain: Tensor, t: Tensors, mean: Tensor, limit_slope: Tensor | None, trend: Tensor | None) -> Tensor:
-    """The gradient by x: g gain, and where the mask is (limit_slope + trend[0]) (x - mean) + trend[1]."""
-    if limit_slope is None and trend is None:
-        return (g * gain).to(t.x.dtype)
+def _line(mean: Tensor, limit_slope: Tensor | None, trend: Tensor | None) -> Sequence[Tensor] | None:
+    """(slope, level) of what the gradient by x has besides g gain:  slope x + level = (limit_slope + trend[0]) (x - mean) + trend[1]."""
     if trend is not None:
         slope = trend[0] if limit_slope is None else trend[0] + limit_slope
-        level = torch.addcmul(trend[1], mean, slope, value=-1)
-    elif limit_slope is not None:
-        slope, level = limit_slope, -mean * limit_slope
-    line = torch.addcmul(level, t.x, slope)
-    return torch.addcmul(line if t.mask is None else torch.where(t.mask, line, 0), g, gain).to(t.x.dtype)
+        return slope, torch.addcmul(trend[1], mean, slope, value=-1)
+    return None if limit_slope is None else (limit_slope, -mean * limit_slope)
+
+
+def _by_x(g: Tensor, gain: Tensor, t: Tensors, line: Sequence[Tensor] | None) -> Tensor:
+    """The gradient by x: g gain, and where the mask is slope x + level."""
+    if line is None:
+        return (g * gain).to(t.x.dtype)
+    slope, level = line
+    value = torch.addcmul(level, t.x, slope)
+    return torch.addcmul(value if t.mask is None else torch.where(t.mask, value, 0), g, gain).to(t.x.dtype)
+
+
+# --- in compiled graphs -----------------------------------------------------------------------------------------------------------------
+
+
+def _is_compiled(x: Tensor, options: Options) -> bool:
+    """Whether a compiler looks, and there are several places for each number per sample and channel."""
+    return torch.compiler.is_compiling() and x.dim() > len({*options.axes, *options.samples})
+
+
+def _stored(*numbers: Tensor) -> tuple[Tensor, ...]:
+    """The same, computed once: inductor would compute a quotient again for each element that it is multiplied with.
+
+    It stores the result of a cumulative sum, here of one summand.
+    """
+    return torch.stack(torch.broadcast_tensors(*numbers))[None].cumsum(0)[0].unbind()  # type: ignore[no-untyped-call]
+
+
+def _by_producer(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, coupled: Coupled) -> tuple[Tensor, Tensor | None]:
+    """`coupling.gradients`. In a compiled graph in one more dimension, so that its loops go along W as it lies in memory."""
+    rows, bias, input_mean, (groups, eps) = coupled
+    if not torch.compiler.is_compiling() or is_part(rows):
+        return coupling.gradients(by_mean, by_std, mean, std, coupled)
+    by_mean, by_std, mean, std = (t.flatten() for t in (by_mean, by_std, mean, std))
+    a = input_mean.view(groups, 1, -1, 1)
+    weight = rows.view(groups, -1, a.shape[2], rows.shape[1] // a.shape[2])  # (groups, outputs, inputs, positions of the kernel)
+    output_mean, weight_norm = (weight * a).sum((2, 3)).flatten(), weight.square().sum((2, 3)).sqrt().flatten()
+    output_mean = output_mean if bias is None else output_mean + bias.to(output_mean.dtype)
+    radial = coupling.over_square(torch.addcmul(by_std * std, by_mean, mean - output_mean), std, weight_norm, eps)
+    level, slope = (t.view(groups, -1, 1, 1) for t in _stored(by_mean, radial))
+    return torch.addcmul(level * a, slope, weight).view(rows.shape), None if bias is None else by_mean.to(bias.dtype)
 
 
 class _PassForward(_Pass):

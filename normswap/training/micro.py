@@ -47,12 +47,14 @@ def backward_in_micro_batches(
     loss: takes the same rows of each tensor of `batch`, and is a mean over samples (with aux="explicit", plus `aux_loss(model)`). A
     micro-batch counts as its share of the samples, so the sizes need not divide the batch. Give size, the samples of a micro-batch, or
     max_bytes, the most that autograd may keep for one backward pass: then the first micro-batch is one sample, and the others are as large
-    as that lets them be. scaler: the GradScaler that was given to `attach`.
+    as that lets them be, by the line through what the first and the last kept. What each one keeps is counted before its backward pass,
+    and a forward pass that keeps more is thrown away and run again with fewer samples. scaler: the GradScaler that was given to `attach`.
 
     The result is the gradient of the whole batch up to rounding, as no layer mixes samples; a BatchNorm in train mode does, and a warning
     says so. A DistributedDataParallel model is synchronised once, in the last micro-batch.
 
-    Raises UsageError unless there is one of size and max_bytes and a batch, and if one sample needs more than max_bytes.
+    Raises UsageError unless there is one of size and max_bytes and a batch, and if one sample keeps more than max_bytes (what came before
+    it has then been added to the gradients).
     """
     if not batch or any(not isinstance(t, Tensor) or t.dim() == 0 or len(t) != len(batch[0]) for t in batch) or not len(batch[0]):
         raise UsageError("a batch is one or more tensors with the same number of samples, at least one, in dimension 0")
@@ -66,9 +68,10 @@ def backward_in_micro_batches(
     total, done, most = len(batch[0]), 0, 0
     losses: list[Tensor] = []
     sizes: list[int] = []
+    fit = None if max_bytes is None else _Fit(max_bytes)
     try:
         while done < total:
-            rows = slice(done, done + (size or 1))
+            rows = slice(done, done + (fit.size if fit is not None else size or 1))
             part = [t[rows] for t in batch]
             share = len(part[0]) / total
             for run, (whole, _) in zip(runs, before, strict=True):
@@ -77,21 +80,49 @@ def backward_in_micro_batches(
             with contextlib.nullcontext() if last else getattr(model, "no_sync", contextlib.nullcontext)():
                 with kept_for_backward((*model.parameters(), *model.buffers(), *batch)) as kept:
                     value = loss(*part) * share
-                most = max(most, sum(kept.values()))
-                if max_bytes is not None and most > max_bytes and not sizes:
-                    raise UsageError(f"one sample keeps {most} bytes for backward, more than max_bytes = {max_bytes}")
+                keeps = sum(kept.values())
+                if fit is not None and not fit.takes(len(part[0]), keeps):
+                    if len(part[0]) == 1:
+                        raise UsageError(
+                            f"sample {done} of the batch alone keeps {keeps} bytes for backward, more than max_bytes = {max_bytes}"
+                        )
+                    del value  # and what it keeps, before the forward pass runs again
+                    continue
+                most = max(most, keeps)
                 (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
-            if size is None and max_bytes is not None:
-                size = max_bytes // max(most, 1) or 1
             losses.append(value.detach())
             sizes.append(len(part[0]))
             done += len(part[0])
+            del value  # the next forward pass would run beside it
     finally:
         for run, (share, passes) in zip(runs, before, strict=True):
             run.share = share
             if run.passes is not None:  # all micro-batches count as one backward pass
                 run.passes.count = min(run.passes.count, passes + 1)
     return MicroBatches(torch.stack(losses).sum(), tuple(sizes), most)
+
+
+class _Fit:
+    """How many samples are tried next, so that they keep no more than max_bytes.
+
+    What a model keeps grows by so much for each sample, on top of what does not depend on them: a line. Two measurements give it, that of
+    one sample and the last one.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.size, self.one, self.grows = max_bytes, 1, 0, True
+
+    def takes(self, samples: int, keeps: int) -> bool:
+        """Whether this many bytes are not too many. Chooses the next size: fewer samples if they are."""
+        fits = keeps <= self.max_bytes
+        if samples == 1:
+            self.one = self.one or keeps
+            guess = self.max_bytes // max(keeps, 1)
+        else:
+            guess = 1 + (self.max_bytes - self.one) * (samples - 1) // max(keeps - self.one, 1)
+        self.grows = self.grows and fits  # where it is no line, what has just been too large is not tried again
+        self.size = max(1, guess if self.grows else min(guess, self.size, samples if fits else samples - 1))
+        return fits
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from producers import KINDS, PRODUCERS
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -316,3 +317,58 @@ def test_the_sums_of_samples_are_saved_for_a_producer_alone() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
         layer(x).sum().backward()
     assert sum(size == x.numel() for size in saved) == 1
+
+
+# --- in compiled graphs -----------------------------------------------------------------------------------------------------------------
+
+
+def _coupled_net(kind: str) -> tuple[nn.Module, torch.Tensor]:
+    """A producer and its layer, where samples are limited and the trend takes something out."""
+    torch.manual_seed(0)
+    make, shape = PRODUCERS[kind]
+    producer, x = make().double(), 30 * torch.randn(shape, dtype=F64)
+    layer = limiting(producer(x).shape[1])
+    layer.couple(producer, torch.randn(shape[1], dtype=F64))
+    layer.enable_trend()
+    with torch.no_grad():
+        layer.trend.normal_()  # type: ignore[union-attr]
+    return nn.Sequential(producer, layer).train(), x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_pass_has_the_gradients_of_one_that_is_not(kind: str) -> None:
+    torch._dynamo.reset()
+    model, x = _coupled_net(kind)
+    other = copy.deepcopy(model)
+    found = []
+    for run, own in ((model, model), (torch.compile(other, fullgraph=True, backend="aot_eager"), other)):
+        given = x.clone().requires_grad_()
+        y = run(given)
+        (y * torch.linspace(-1, 2, y.numel(), dtype=F64).view(y.shape)).sum().backward()
+        found.append([y.detach(), given.grad, *(p.grad for p in own.parameters())])
+    assert bool((model[1].run.factor < 1).any())
+    assert len(found[0]) == len([*model.parameters()]) + 2
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("kind", "stored"), [("grouped", (1, 2)), ("linear", (0, 1))])
+def test_a_compiled_graph_computes_numbers_per_channel_once(kind: str, stored: tuple[int, int]) -> None:
+    """Those of the layer in forward and backward, and those of the producer's weight. (A linear has one place for each of the layer's.)"""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def kept(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model, x = _coupled_net(kind)
+    torch.compile(model, backend=aot_autograd(fw_compiler=kept, bw_compiler=kept))(x).square().sum().backward()
+    assert tuple(sum("cumsum" in target for target in targets) for targets in graphs) == stored
+    torch._dynamo.reset()

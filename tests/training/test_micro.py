@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import normswap
 from normswap.errors import UsageError
 from normswap.training.loss import layers_of
+from normswap.training.micro import MicroBatches
 
 X = torch.randn(64, 2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(2))
@@ -87,12 +91,111 @@ def test_accumulation_beyond_it_is_still_noticed() -> None:
 
 
 def test_they_are_as_large_as_the_memory_lets_them() -> None:
+    """One sample keeps the weights that are computed, too, so eleven fit into 10.5 times its bytes."""
     model = model_of()
     one = normswap.backward_in_micro_batches(model, loss_of(model), X[:1], Y[:1], size=1).activation_bytes
     limit = 10 * one + one // 2
     result = normswap.backward_in_micro_batches(model, loss_of(model), X, Y, max_bytes=limit)
-    assert result.sizes == (1, 10, 10, 10, 10, 10, 10, 3)
-    assert 8 * one < result.activation_bytes <= limit
+    assert result.sizes == (1, 10, 11, 11, 11, 11, 9)
+    assert limit - one < result.activation_bytes <= limit
+
+
+class Keeps(nn.Module):
+    """A mean over samples, and beside it `numbers(samples)` numbers that backward needs."""
+
+    def __init__(self, numbers: Callable[[int], int]) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.norm = normswap.BatchlessNorm(3).double().eval().requires_grad_(False)
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.passes: list[int] = []  # the samples of each forward pass, thrown away or not
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.append(len(x))
+        beside: Tensor = self.weight.sum().expand(self.numbers(len(x))).exp()
+        return self.norm(x + self.weight).sum(1).mean() + beside.mean()  # type: ignore[no-any-return]
+
+
+def _filled(total: int, numbers: Callable[[int], int], **options: Any) -> tuple[list[int], MicroBatches]:
+    """The samples of each forward pass, and the result, whose gradient is that of the whole batch."""
+    model = Keeps(numbers)
+    x = torch.randn(total, 3, dtype=torch.float64)
+    result = normswap.backward_in_micro_batches(model, model, x, **options)
+    expected = torch.full((3,), 2.0, dtype=torch.float64)
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-4, atol=0)  # eps of the norm
+    assert sum(result.sizes) == total
+    return model.passes, result
+
+
+def test_what_does_not_depend_on_the_samples_is_not_counted_for_each() -> None:
+    """1000 numbers and one per sample: by the first sample two fit into 2100, by the first two more than a thousand."""
+    passes, result = _filled(3000, lambda n: 1000 + n, max_bytes=8 * 2100)
+    assert result.sizes[:2] == (1, 2)
+    assert 1000 < result.sizes[2] < 1100
+    assert passes == [*result.sizes]
+
+
+@given(total=st.integers(1, 90), fixed=st.integers(0, 60), each=st.integers(1, 9), room=st.integers(0, 900))
+@settings(max_examples=60, deadline=None)
+def test_where_the_bytes_are_a_line_each_is_as_large_as_can_be(total: int, fixed: int, each: int, room: int) -> None:
+    """From the third on, and no forward pass is thrown away. (With room for less than two, one at a time.)"""
+
+    def numbers(n: int) -> int:
+        return fixed + each * n
+
+    one, two = (_filled(n, numbers, size=n)[1].activation_bytes for n in (1, 2))
+    limit = one + 8 * room
+    passes, result = _filled(total, numbers, max_bytes=limit)
+    assert passes == [*result.sizes]
+    assert result.activation_bytes <= limit
+    if limit >= 2 * one:
+        largest = 1 + (limit - one) // (two - one)
+        assert all(size == largest for size in result.sizes[2:-1])
+    else:
+        assert result.sizes == (1,) * total
+
+
+@given(total=st.integers(1, 90), fixed=st.integers(0, 60), square=st.integers(1, 3), room=st.integers(0, 900))
+@settings(max_examples=60, deadline=None)
+def test_nothing_too_large_goes_through_backward(total: int, fixed: int, square: int, room: int) -> None:
+    """Where the bytes are no line. What keeps too much runs again with fewer samples, and as many are not tried again."""
+
+    def numbers(n: int) -> int:
+        return fixed + square * n * n
+
+    limit = _filled(1, numbers, size=1)[1].activation_bytes + 8 * room
+    passes, result = _filled(total, numbers, max_bytes=limit)
+    assert result.activation_bytes <= limit
+    assert len(passes) - len(result.sizes) <= 2
+
+
+def test_a_sample_that_is_too_large_by_itself_is_named() -> None:
+    """The third of four keeps more than the others. The share of the layers is what it was."""
+    model = model_of()
+
+    def loss(x: Tensor, n: Tensor) -> Tensor:
+        return model(x).sum() + model[0].weight.sum().expand(int(n.max())).exp().sum()  # type: ignore[index, no-any-return]
+
+    with pytest.raises(UsageError, match=r"^sample 2 of the batch alone keeps \d+ bytes for backward, more than max_bytes = 30000"):
+        normswap.backward_in_micro_batches(model, loss, X[:4], torch.tensor([1, 1, 9000, 1]), max_bytes=30000)
+    assert all(layer.run.share == 1 for layer in layers_of(model).values())
+
+
+@pytest.mark.parametrize("aux", ["auto", "explicit"])
+def test_a_forward_pass_that_is_thrown_away_leaves_nothing(aux: str) -> None:
+    """The terms of the statistics and the gradients are those of the passes that count."""
+    whole, model = model_of(aux), model_of(aux)
+    loss_of(whole)(X, Y).backward()
+    tried: list[int] = []
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        tried.append(len(x))
+        return loss_of(model)(x, y) + 0 * model[0].weight.sum().expand(50 * len(x) ** 2).exp().mean()  # type: ignore[index, no-any-return]
+
+    result = normswap.backward_in_micro_batches(model, loss, X, Y, max_bytes=150_000)
+    assert len(tried) > len(result.sizes)
+    for found, wanted in zip(grads(model), grads(whole), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_counted_is_what_autograd_keeps() -> None:
@@ -130,7 +233,7 @@ def test_a_scaler() -> None:
         ((X, Y[:3]), {"size": 1}, "one or more tensors with the same number of samples"),
         ((X[:0], Y[:0]), {"size": 1}, "at least one, in dimension 0"),
         ((), {"size": 1}, "a batch is one or more tensors"),
-        ((X, Y), {"max_bytes": 8}, r"one sample keeps \d+ bytes for backward, more than max_bytes = 8"),
+        ((X, Y), {"max_bytes": 8}, r"sample 0 of the batch alone keeps \d+ bytes for backward, more than max_bytes = 8"),
     ],
 )
 def test_refusals(batch: tuple[Tensor, ...], options: dict[str, Any], message: str) -> None:
