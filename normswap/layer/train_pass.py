@@ -245,7 +245,8 @@ def _by_producer(by_mean: Tensor, by_std: Tensor, mean: Tensor, std: Tensor, cou
     weight = rows.view(groups, -1, a.shape[2], rows.shape[1] // a.shape[2])  # (groups, outputs, inputs, positions of the kernel)
     output_mean, weight_norm = (weight * a).sum((2, 3)).flatten(), weight.square().sum((2, 3)).sqrt().flatten()
     output_mean = output_mean if bias is None else output_mean + bias.to(output_mean.dtype)
-    radial = coupling.over_square(torch.addcmul(by_std * std, by_mean, mean - output_mean), std, weight_norm, eps)
+    along = torch.addcmul(by_std * std, by_mean, mean - output_mean)
+    radial = along * coupling.over_square(coupling.alive(std, weight_norm, eps), weight_norm)
     level, slope = (t.view(groups, -1, 1, 1) for t in _stored(by_mean, radial))
     return torch.addcmul(level * a, slope, weight).view(rows.shape), None if bias is None else by_mean.to(bias.dtype)
 
