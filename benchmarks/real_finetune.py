@@ -12,9 +12,9 @@ place, light or dark, on a random crop of one of its two photographs, 64 x 64. E
 for training, 297 for validation, 500 for the test. Each seed has its own split, images, last layer and order.
 
 Every row starts from the ImageNet weights, a new last layer for ten classes, and BatchNorm statistics of the same first 256 training
-images. BatchNorm moves them by a momentum of .1, as the file's own of .01 forgets in a hundred steps, and there are 62 at batch 32; normswap
-by the file's own, which `convert` takes over (docs/training.md, "Which momentum"). Every row sees the training images twice, in the same
-order, by SGD with momentum .9 on a cosine schedule, no weight decay, without dropout and stochastic depth.
+images. BatchNorm moves them by a momentum of .1, as the file's own of .01 forgets in a hundred steps, and there are 62 at batch 32;
+normswap by the file's own, which `convert` takes over (docs/training.md, "Which momentum"). Every row sees the training images twice, in
+the same order, by SGD with momentum .9 on a cosine schedule, no weight decay, without dropout and stochastic depth.
 
 The learning rate is the one with the best validation accuracy with seed 0, of five in steps of 2, and of more as long as the best of
 them is the first or the last; of equal ones the one with the lower training loss. Reported is the test accuracy of three seeds at that
