@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from normswap.layer import foreach, run
@@ -87,7 +88,7 @@ def _correction(optimizer: Optimizer, witnesses: list[Witness], checks: Checks) 
     if grad.device.type not in AT_ONCE and not checks.wait:
         checks.open.append(off)
         return 1.0
-    if not bool(off):
+    if isinstance(off, FakeTensor) or not bool(off):
         return 1.0
     r = float((grad * kept).sum() / kept.square().sum())
     uniform = r != 0 and bool((grad - r * kept).abs().max() <= CLOSE * grad.abs().max())

@@ -31,7 +31,7 @@ from normswap.swap.batches import arguments_of, mask_of, told
 from normswap.swap.fit import Fitting, part_after, record, store
 from normswap.swap.least_squares import HELD_OUT, Joint, Map, Sums, best, best_jointly
 from normswap.swap.lockstep import Pass, Passes
-from normswap.swap.wiring import Around, Wiring, weight_of
+from normswap.swap.wiring import Around, Wiring, input_of, weight_of
 
 
 class OutOfOrder(Exception):
@@ -123,7 +123,9 @@ class _Stops:
             self.handles.append(site.source.register_forward_hook(functools.partial(self._has_passed, site.name), with_kwargs=True))
             producer = self.around[site.name].producer
             if producer is not None:
-                self.handles.append(modules[producer].register_forward_pre_hook(functools.partial(self._reads, site.name)))
+                self.handles.append(
+                    modules[producer].register_forward_pre_hook(functools.partial(self._reads, site.name), with_kwargs=True)
+                )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -177,12 +179,12 @@ class _Stops:
         if self.passes.current is not None:
             self.passes.current.stop((name, _input(args, kwargs), output))
 
-    def _reads(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.read[self.passes.current, name] = args[0]
+    def _reads(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.read[self.passes.current, name] = input_of(args, kwargs)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    x = input_of(args, kwargs)
     if is_functorch_wrapped(x) or x.is_nested or not x.dim():
         raise OutOfOrder("a layer gets a tensor that cannot be read")
     return x

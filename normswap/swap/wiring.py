@@ -65,9 +65,12 @@ class Wiring(TorchFunctionMode):
         """What is around each module, by name."""
         handles: list[Any] = []
         for name, module in self.modules.items():
-            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(name))]
+            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(name), with_kwargs=True)]
         for name, module in self._linears.items():
-            handles += [module.register_forward_pre_hook(self._reads(name)), module.register_forward_hook(self._makes(name))]
+            handles += [
+                module.register_forward_pre_hook(self._reads(name), with_kwargs=True),
+                module.register_forward_hook(self._makes(name)),
+            ]
         try:
             for t in tensors_in(forward(model, args, kwargs, within=self)):
                 self._readers.setdefault(_key(t), []).append(None)
@@ -89,20 +92,20 @@ class Wiring(TorchFunctionMode):
         self._inside += 1
 
     def _leave(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             self._inside -= 1
             self.order.append(name)
-            self._alive += (args[0], output)
-            self._at[name] = _key(args[0]), _key(output)
+            x = input_of(args, kwargs)
+            self._alive += (x, output)
+            self._at[name] = _key(x), _key(output)
 
         return hook
 
     def _reads(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inside += 1
             self._uses[name] += 1
-            for t in tensors_in(args):
-                self._readers.setdefault(_key(t), []).append(name)
+            self._readers.setdefault(_key(input_of(args, kwargs)), []).append(name)
 
         return hook
 
@@ -137,6 +140,11 @@ class Wiring(TorchFunctionMode):
         if getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
             self._sums[_key(made[0])] = keys
         return result
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called on, also if by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
 
 
 def weight_of(linear: nn.Module) -> Tensor:
