@@ -1,7 +1,7 @@
 """Makes the pages of the site that are not files of docs/: mkdocs calls it, see mkdocs.yml.
 
 benchmarks/NAME.md   each section of benchmarks.md, on a page of its own; benchmarks.md becomes their list
-contributing.md, security.md, benchmarks/measure.md   those of the repository
+contributing.md, security.md, benchmarks/measure.md, how/ci_example.md   those of the repository
 raw/...              the files of the repository that a page links to, such as the raw results, so that the site needs no other host
 """
 
@@ -15,7 +15,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-OF_REPOSITORY = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "benchmarks/README.md": "benchmarks/measure.md"}
+OF_REPOSITORY = {
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "benchmarks/README.md": "benchmarks/measure.md",
+    "examples/ci/README.md": "how/ci_example.md",
+}
 LINK = re.compile(r"(\]\()([^)\s#]+)?(#[^)\s]+)?(\))")
 SECTION = re.compile(r"^## (.*)$", re.MULTILINE)
 
@@ -88,6 +93,8 @@ def _anchor(heading: str) -> str:
 def _relinked(match: re.Match[str], at: str, uri: str, anchors: dict[str, str], linked: set[str]) -> str:
     """A link of a page that lies in the folder `at` of docs/, as a link of the page `uri`."""
     target, anchor = match[2] or "", match[3] or ""
+    if not target and uri.startswith("benchmarks/") and anchor[1:] in anchors:
+        target = "benchmarks.md"  # another section of it, which is a page of its own here
     if not target or re.match(r"[a-z]+:", target):
         return match[0]
     path = posixpath.normpath(posixpath.join("docs", at, target))

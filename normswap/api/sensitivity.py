@@ -10,7 +10,7 @@ strata as in `convert`, and measured; the set that is returned was measured insi
 For outputs o, on all the data, y of the original and z of the swapped model, both in the model's own dtype:
 
     rel_l2 = sqrt(sum (z - y)^2 / sum y^2)         max_rel = max|z - y| / max|y|         of the worst floating output
-    change = |metric(swapped) - metric(original)|
+    change = |metric(swapped) - metric(original)|       metric="neighbours": the share of samples that keep their nearest neighbour
 
 Exact swaps keep the function. They are verified as in `convert`, measured together once, and are in every set.
 """
@@ -22,13 +22,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from normswap.api.convert import convert, plan
 from normswap.api.measurements import Measurement, Measurements
+from normswap.api.neighbours import Neighbours
 from normswap.api.request import Selection
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
@@ -44,6 +45,7 @@ from normswap.swap.calibrate import calibrate
 
 By = Literal["rel_l2", "max_rel", "change"]
 Metric = Callable[[nn.Module], Any]
+NEIGHBOURS: Final = "neighbours"  # the metric that is built in, see `normswap.api.neighbours`
 Progress = Callable[[str, int, int], None]
 CACHE = 1 << 30  # bytes of the original's outputs that are kept; the rest is computed again for each layer
 ALONE, TOGETHER = "one layer at a time", "layers together"
@@ -100,7 +102,7 @@ def sensitivity(
     data: Iterable[Any] | None,
     example_inputs: Any = None,
     *,
-    metric: Metric | None = None,
+    metric: Metric | Literal["neighbours"] | None = None,
     by: By = "rel_l2",
     budget: float | None = None,
     include: Sequence[str] = Selection.include,
@@ -114,7 +116,8 @@ def sensitivity(
     data: an iterable of batches as for `convert`'s calibration; layers are calibrated, and errors measured, on all of it. A position where
         a batch's "attention_mask" is 0 does not count.
     example_inputs, include, exclude, rules: as for `convert`.
-    metric: takes a model in eval mode, returns a number.
+    metric: takes a model in eval mode, returns a number. Or "neighbours", for embeddings: the share of samples, of all the data, whose
+        nearest neighbour by cosine is the one that it is in the original; 1 of the original. See docs/sensitivity.md.
     by: the figure by which layers are ranked, and to which the budget applies: "rel_l2", "max_rel", or "change" of the metric.
     budget: the largest value of this figure for the chosen layers, swapped together.
     skip_done: a file to which each measurement is written; measurements that it already holds are not repeated. Its norms, number of
@@ -144,6 +147,8 @@ def sensitivity(
         """The model with all exact swaps made, which `convert` proves to be the same function."""
         return convert(module, example_inputs, include=include, exclude=exclude, rules=rules).module
 
+    if isinstance(metric, str):
+        metric = Neighbours(module, batches)
     decided = planned(include, exclude, True)
     kinds = {s.name: s.kind for s in decided.swaps} | {s.name: s.kind for s in decided.skips}
     with Measurements(skip_done, kinds, len(batches), None if metric is None else _name_of(metric)) as done:
@@ -163,7 +168,7 @@ def value(measured: Measurement, by: By) -> float:
     return math.inf if found is None or math.isnan(found) else found
 
 
-def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> None:
+def _check(data: Any, metric: Metric | str | None, by: str, budget: float | None) -> None:
     if data is None:
         raise UsageError(
             "sensitivity is measured on data, and none were given",
@@ -172,6 +177,8 @@ def _check(data: Any, metric: Metric | None, by: str, budget: float | None) -> N
     if isinstance(data, (Tensor, Mapping)):
         raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
     one_of("by", by, get_args(By))
+    if isinstance(metric, str):
+        one_of("metric", metric, (NEIGHBOURS,))
     if by == "change" and metric is None:
         raise UsageError("layers are to be ranked by the change of a metric, and none was given", hint="give metric=..., or --metric")
     if budget is not None and not budget >= 0:
@@ -371,7 +378,7 @@ class _Sums:
 
 
 def _name_of(metric: Metric) -> str:
-    return getattr(metric, "__qualname__", type(metric).__qualname__)
+    return NEIGHBOURS if isinstance(metric, Neighbours) else getattr(metric, "__qualname__", type(metric).__qualname__)
 
 
 def _number(metric: Metric, model: nn.Module) -> float:
@@ -380,6 +387,8 @@ def _number(metric: Metric, model: nn.Module) -> float:
         torch.manual_seed(0)
         try:
             found = metric(model)
+        except UsageError:
+            raise  # of the metric that is built in
         except Exception as error:  # it is the user's code
             raise UsageError(f"the metric {name} raised {described(error)}", hint="it is called with the model") from error
     try:

@@ -19,7 +19,12 @@ def sensitivity(
         typer.Option(metavar="DATA", help="What to measure on: a .pt or .npz file, a directory of them or package.module:factory."),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="package.module:callable, which takes the model and returns a number.")
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="package.module:callable, which takes the model and returns a number; or neighbours, for embeddings: the share of samples "
+            "that keep their nearest neighbour.",
+        ),
     ] = None,
     by: Annotated[
         Literal["rel_l2", "max_rel", "change"],
@@ -43,17 +48,21 @@ def sensitivity(
     swapped together. Writes nothing but the file of --skip-done.
     """
     with work(debug) as progress:
-        from normswap.api.sensitivity import sensitivity
+        from normswap.api.sensitivity import NEIGHBOURS, Metric, sensitivity
         from normswap.cli.data import batches_of, function_of, loaded, parsed, rules_of
         from normswap.report.studies import sensitivity_json, sensitivity_summary, sensitivity_table
 
         given = parsed(running.inputs)
         model = loaded(source, running).model
+        meant = "a function that takes the model and returns a number"
+        measure: Metric | Literal["neighbours"] | None = None
+        if metric is not None:
+            measure = NEIGHBOURS if metric == NEIGHBOURS else function_of(metric, "--metric", meant)
         found = sensitivity(
             model,
             None if data is None else batches_of(data, model),
             given,
-            metric=None if metric is None else function_of(metric, "--metric", "a function that takes the model and returns a number"),
+            metric=measure,
             by=by,
             budget=budget,
             include=selecting.include,

@@ -147,6 +147,8 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def _set_modes(model: nn.Module, recipe: Recipe) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
+    for name, layer in layers.items():
+        layer.run.name = name
     for site in recipe.sites:
         if site["name"] in layers:
             for name in MODES:

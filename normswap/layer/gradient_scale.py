@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 
 from normswap.layer import foreach, run
 from normswap.layer.fsdp import is_part
-from normswap.layer.run import Layer, Passes, warn
+from normswap.layer.run import Layer, Passes, Warnings
 
 AT_ONCE = ("cpu",)  # the devices that have the answer at once
 CLOSE = 1e-3  # how far a gradient may be from what it should be, as a part of the largest
@@ -49,14 +49,14 @@ def is_replaced(layer: Layer) -> bool:
     return any(getattr(p, "summed_grad", None) is not None for p in (layer.mean, layer.std_parameter))
 
 
-def corrections(optimizer: Optimizer, layers: Iterable[Layer], checks: Checks) -> dict[Layer, float]:
-    """What to multiply the gradients of each layer's statistics by; 1 of a layer that is left out. Warns where it is not 1."""
+def corrections(optimizer: Optimizer, layers: Iterable[Layer], checks: Checks, warnings: Warnings) -> dict[Layer, float]:
+    """What to multiply the gradients of each layer's statistics by; 1 of a layer that is left out. Adds a warning where it is not 1."""
     found: dict[Layer, float] = {}
     checks.wait |= any(bool(each) for each in checks.open)
     checks.open.clear()
     witnesses = [witness for layer in layers if (witness := _witness(layer)) is not None]
     for alike in foreach.group_by(witnesses, lambda w: (id(w.layer.run.scale), w.layer.stats, w.grad.device, w.grad.dtype)):
-        factor = _correction(optimizer, alike, checks)
+        factor = _correction(optimizer, alike, checks, warnings)
         if factor != 1:
             found.update((witness.layer, factor) for witness in alike)
     return found
@@ -74,7 +74,7 @@ def _local(t: Any) -> Tensor:
     return cast(Tensor, t.to_local()) if is_part(t) else t
 
 
-def _correction(optimizer: Optimizer, witnesses: list[Witness], checks: Checks) -> float:
+def _correction(optimizer: Optimizer, witnesses: list[Witness], checks: Checks, warnings: Warnings) -> float:
     """The factor for layers that share a scale."""
     layer = witnesses[0].layer
     grad, kept = (foreach.stack([getattr(w, name).flatten() for w in witnesses]) for name in ("grad", "kept"))
@@ -96,9 +96,10 @@ def _correction(optimizer: Optimizer, witnesses: list[Witness], checks: Checks) 
     if changed or not uniform:  # by something else than a GradScaler, which leaves no trace but the values
         if layer.stats == "raw":
             return 1.0  # which the optimizer steps like weights, with their clipping
-        warn(run.CHANGED)
+        text = run.CHANGED
     else:
-        warn(run.UNSCALED if attached is not None and given is None and abs(r - 1) < CLOSE else run.SCALED)
+        text = run.UNSCALED if attached is not None and given is None and abs(r - 1) < CLOSE else run.SCALED
+    warnings.add(text, (w.layer for w in witnesses))
     return (1.0 if given is None else given.item()) / (r * (1.0 if attached is None else attached.item())) if uniform else 1.0
 
 

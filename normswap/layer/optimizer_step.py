@@ -32,7 +32,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from normswap.errors import UsageError
 from normswap.layer import coupling, following, foreach, formulas, gradient_scale, gradient_trend, run, vectors
 from normswap.layer.following import Anchor, kind_of
-from normswap.layer.run import Layer, Run, warn, watch_passes
+from normswap.layer.run import Layer, Run, Warnings, watch_passes
 
 MARK = "normswap"  # the key of a parameter group that `param_groups` made for statistics; its value is STATISTICS
 STATISTICS = "statistics"
@@ -167,7 +167,8 @@ class StepInputs(NamedTuple):
 @torch.no_grad()
 def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: list[Layer], step: Step) -> None:
     """Step the statistics of these layers by their gradients, and warn where the loss is not scaled as `attach` says."""
-    unscaled_by = gradient_scale.corrections(optimizer, layers, step.checks)
+    warnings = Warnings()
+    unscaled_by = gradient_scale.corrections(optimizer, layers, step.checks, warnings)
     trains = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     inputs: list[StepInputs] = []
     raw_gradients: list[tuple[Tensor, float]] = []
@@ -175,12 +176,14 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
         given = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not given:
             if layer.run.pending and trains:
-                warn(run.UNREACHED if layer.aux == "auto" else run.LOST if layer.run.read else run.FORGOTTEN)
+                warnings.add(run.UNREACHED if layer.aux == "auto" else run.LOST if layer.run.read else run.FORGOTTEN, [layer])
             layer.run.pending, layer.run.read = False, True
             continue
         layer.run.pending, layer.stepped = False, True
         layer.run.pace = groups[id(given[0])].get(PACE, layer.run.pace)
         passes, unscaled = _accumulated(layer), unscaled_by.get(layer, 1.0)
+        if passes != 1:
+            warnings.add(run.ACCUMULATED, [layer])
         ours = (layer.mean, layer.std_parameter, layer.input_mean, layer.trend)
         natural = [p if any(p is g for g in given) and (layer.stats == "natural" or n > 1) else None for n, p in enumerate(ours)]
         std_gradient = layer.std_parameter.grad
@@ -191,10 +194,11 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
         if layer.stats == "raw":
             raw_gradients += [(cast(Tensor, p.grad), passes * unscaled) for p in given]
             if any(groups[id(p)].get(MARK) != STATISTICS for p in given):
-                warn(run.UNGROUPED)
+                warnings.add(run.UNGROUPED, [layer])
         if layer.run.passes is not None:
             layer.run.passes.count = 0
             watch_passes(layer)
+    warnings.say()
     for alike in foreach.group_by(inputs, lambda one: one.kind):
         _step(optimizer, alike)
     for grad, factor in raw_gradients:
@@ -203,11 +207,10 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
 
 
 def _accumulated(layer: Layer) -> float:
-    """The factor that gives the gradients weight 1 for the number of backward passes; warns if it is not 1."""
+    """The factor that gives the gradients weight 1 for the number of backward passes."""
     known = layer.run
     if layer.aux != "auto" or known.passes is None or known.passes.count <= known.accumulate or gradient_scale.is_replaced(layer):
         return 1.0
-    warn(run.ACCUMULATED)
     return known.accumulate / known.passes.count
 
 

@@ -21,6 +21,7 @@ import threading
 import traceback
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -92,6 +93,7 @@ class Run(Forward):
     passes    the backward passes, counted for aux="auto"
     pending   whether there was a forward pass, since the last step, from which the statistics should learn
     number    counts the runs, in the order in which they were made
+    name      of the layer in the model that it was last seen in, for warnings; empty if no model was
     anchor    of a coupled layer, see `following.Anchor`; prepared: what its passes read, see `vectors`
     others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
@@ -106,6 +108,7 @@ class Run(Forward):
     passes: Passes | None = None
     pending: bool = False
     number: int = field(default_factory=itertools.count().__next__)
+    name: str = ""
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
     anchor: Any = None
@@ -349,38 +352,39 @@ class Layer(Protocol):
 
 # --- warnings ---------------------------------------------------------------------------------------------------------------------------
 
+# {layers}: what `Warnings.say` counts; {was} and {it} agree with the number.
 FORGOTTEN = (
     'an optimizer steps a model converted with aux="explicit", but aux_loss was not called since the last forward pass, so the statistics '
-    'stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
+    'of {layers} stay as they are. Add it to the loss: loss + normswap.aux_loss(model). Or convert with aux="auto"'
 )
 LOST = (
     'an optimizer steps a model converted with aux="explicit", and aux_loss was called, but backward did not go through it, so the '
-    "statistics stay as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
+    "statistics of {layers} stay as they are. Add it to the loss before backward: loss + normswap.aux_loss(model)"
 )
 UNREACHED = (
-    "an optimizer holds the statistics of a BatchlessNorm that was called in train mode since the last step, but no gradient came back to "
-    "it, as under torch.no_grad or where its output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
+    "an optimizer holds the statistics of {layers} that {was} called in train mode since the last step, but no gradient came back to "
+    "{it}, as under torch.no_grad or where an output is detached, so they stay as they are. Freeze them if that is meant: layer.eval(), or "
     "requires_grad_(False)"
 )
 UNGROUPED = (
-    'an optimizer steps the statistics of a model converted with stats="raw" like any weight, with its weight decay and momentum. '
-    'Give it normswap.param_groups(model, lr=...) instead of model.parameters(). Or convert with stats="natural"'
+    'an optimizer steps the statistics of a model converted with stats="raw" like any weight, with its weight decay and momentum: those '
+    'of {layers}. Give it normswap.param_groups(model, lr=...) instead of model.parameters(). Or convert with stats="natural"'
 )
 ACCUMULATED = (
-    "more backward passes have reached the statistics of a BatchlessNorm since the last step than normswap.attach was called for. Their "
+    "more backward passes have reached the statistics of {layers} since the last step than normswap.attach was called for. Their "
     "gradients were corrected now, at the step; until then they were too large. Say normswap.attach(model, accumulate=...)"
 )
 SCALED = (
-    "a GradScaler that normswap.attach was not given has divided the gradients of the statistics of a BatchlessNorm by its scale. They "
+    "a GradScaler that normswap.attach was not given has divided the gradients of the statistics of {layers} by its scale. They "
     "were multiplied by it now, at the step; until then they were too small. Say normswap.attach(model, scaler=...)"
 )
 UNSCALED = (
-    "an optimizer steps without the GradScaler that normswap.attach was given. The gradients of the statistics of a BatchlessNorm were "
+    "an optimizer steps without the GradScaler that normswap.attach was given. The gradients of the statistics of {layers} were "
     "divided by its scale now, at the step; until then they were too large. Say scaler.scale(loss).backward() and scaler.step(optimizer), "
     "or normswap.attach(model) where there is no scaler any more"
 )
 CHANGED = (
-    "the gradients of the statistics of a BatchlessNorm were changed between backward and step, as clip_grad_norm_ does. They have the "
+    "the gradients of the statistics of {layers} were changed between backward and step, as clip_grad_norm_ does. They have the "
     "units of the activations, and may be most of the norm that is clipped. Clip the other parameters only: those in the groups of "
     'normswap.param_groups(model, lr=...) without the key "normswap"'
 )
@@ -388,6 +392,25 @@ ROUNDED = (
     "the statistics of a BatchlessNorm are {dtype} in this forward pass, so they are rounded: the param_dtype of a MixedPrecisionPolicy "
     "does that. Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
 )
+
+
+class Warnings:
+    """The warnings of one step: each text once, with the layers that it is about."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Layer]] = {}
+
+    def add(self, text: str, layers: Iterable[Layer]) -> None:
+        self.found.setdefault(text, []).extend(layers)
+
+    def say(self) -> None:
+        for text, layers in self.found.items():
+            name = layers[0].run.name
+            if len(layers) == 1:
+                named, was, it = f"a BatchlessNorm{name and f' ({name})'}", "was", "it"
+            else:
+                named, was, it = f"{len(layers)} BatchlessNorm layers{name and f' (first: {name})'}", "were", "them"
+            warn(text.format(layers=named, was=was, it=it))
 
 
 def warn(message: str) -> None:

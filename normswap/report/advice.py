@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from normswap.parity.result import Difference, Parity
 from normswap.report.conversion import Report
-from normswap.report.parity import worst_of
+from normswap.report.parity import USABLE, worst_of
 from normswap.report.words import ROOT, figure
 
-FAR = 0.1  # a drift beyond which a model is not of use as it is
 DRIFT = "drift"  # the comparison of an approximate model with its original
 _BUILT_BY_NAME = ("torchvision:", "timm:", "hf:")
 
@@ -29,10 +28,10 @@ def basis(report: Report) -> str:
         return ""
     drift = report.parities.get(DRIFT)
     if drift is not None:
-        moved = f"Approximate: on the calibration data, outputs moved by up to {share(drift.max_rel)} of the largest output."
-        if drift.max_rel > FAR:
-            return f"{moved} That is too far to use it as it is: train it on, or exclude layers (normswap sensitivity finds which)."
-        return f"{moved} It is another function than the original: judge it by what your model is for."
+        measured = "Measured on the calibration data, relative to the largest output."
+        if drift.max_rel > USABLE:
+            return f"{measured} That is too far to use it as it is: train it on, or exclude layers (normswap sensitivity finds which)."
+        return f"{measured} It is another function than the original: judge it by what your model is for."
     worst = worst_of(d for parity in report.parities.values() for d in parity.outputs)
     if worst is None or not worst.tolerance:
         return ""

@@ -11,7 +11,7 @@ from normswap.detect.facts import Facts
 from normswap.detect.sites import Plan, Skip, Swap
 from normswap.parity.result import Parity
 from normswap.report.onnx import cuda_lines, export_facts, residue_lines
-from normswap.report.parity import comparisons_json, comparisons_summary, parity_json, worst_of
+from normswap.report.parity import comparisons_json, comparisons_summary, drift_summary, parity_json, worst_of
 from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
 from normswap.swap.fit import Fit
@@ -56,7 +56,7 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """The outcome of the conversion, in one of four phrases."""
+        """The outcome of the conversion, in one of four phrases. `json` has it, so a phrase never changes; `verdict` says more."""
         if not all(parity.passed for parity in self.parities.values()):
             return "parity failed"
         if not self.plan.swaps:
@@ -65,10 +65,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The status in one sentence."""
+        """The status in one sentence; of an approximate conversion also how far it is from the original, and if that is too far."""
         total = len(self.plan.swaps) + len(self.plan.skips)
         count = f"{len(self.plan.swaps)} of {total} normalization layer{'' if total == 1 else 's'}"
         nothing = f"{count} can be" if total else "the model has no normalization"
+        drift = self.parities.get("drift")
+        if drift is not None and all(parity.passed for parity in self.parities.values() if parity is not drift):
+            return f"{drift_summary(drift)}; {count} swapped"
         return {
             "converted": f"converted: {count} swapped",
             "planned": f"would swap {count}",

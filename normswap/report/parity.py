@@ -74,14 +74,27 @@ def parity_summary(parity: Parity, *, approximate: bool = False) -> str:
     return shown("; ".join(parts), line=True)
 
 
-def _moved(worst: Difference) -> str:
-    """How far the outputs of an approximate model are from those of the original, in words."""
+def drift_summary(drift: Parity) -> str:
+    """The verdict on an approximate model: how far its outputs moved, and whether they, or else a layer, moved too far."""
+    if drift.failure is not None:
+        return f"approximate, and not measured: {drift.failure}"
+    bad = worst_of(d for d in drift.outputs if not d.passed) or worst_of(d for d in drift.sites if not d.passed)
+    said = bad or worst_of(drift.outputs)
+    if said is None:
+        return "approximate, and not measured: nothing was compared"
+    what = "outputs" if said in drift.outputs else f"the layer {said.name or ROOT}"
+    found = _moved(said, what) if said.problem is None else f"{what}: {said.problem}"
+    return shown(f"approximate{', and too far from the original' if bad else ''}: {found}", line=True)
+
+
+def _moved(worst: Difference, what: str = "outputs") -> str:
+    """How far the outputs of an approximate model, or those of one layer, are from the original's, in words."""
     if worst.non_finite or not math.isfinite(worst.max_rel):
-        return "outputs became NaN or infinite, not usable"
-    moved = f"outputs moved by {100 * worst.max_rel:.2g} %"
+        return f"{what} became NaN or infinite, not usable"
+    moved = f"{what} moved by {100 * worst.max_rel:.2g} %"
     if math.isfinite(worst.tolerance):
         moved += f", {100 * worst.tolerance:.2g} % is allowed"
-    return f"{moved}, not usable without healing" if worst.max_rel > USABLE else moved
+    return f"{moved}, not usable without healing" if worst.max_rel > USABLE and what == "outputs" else moved
 
 
 def properties(parity: Parity) -> dict[str, str]:

@@ -73,6 +73,7 @@ def set_modes(model: nn.Module, original: nn.Module, swaps: Iterable[Swap], *, a
         layer.momentum = float(momentum) if isinstance(momentum, (int, float)) else MOMENTUM
         layer.calls = calls.get(name) or 1
         optimizer_step.watch(layer)
+        layer.run.name = name
 
 
 def couple(

@@ -16,7 +16,7 @@ from normswap.layer.train_pass import signed
 
 
 def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
-    """Every BatchlessNorm of a model under its first name. Raises UsageError if there is none."""
+    """Every BatchlessNorm of a model under its first name, which warnings then use. Raises UsageError if there is none."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"a {type(model).__name__} has no layers", hint="give the model: conversion.model, or program.module()")
     found = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
@@ -25,6 +25,8 @@ def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
             f"{type(model).__name__} has no BatchlessNorm layer",
             hint="normswap.convert(model).model has; in the module of an exported program the term is a part of the graph",
         )
+    for name, layer in found.items():
+        layer.run.name = name
     return found
 
 

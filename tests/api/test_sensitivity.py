@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import normswap
 from fixtures.nets import randomise
+from normswap.api.neighbours import nearest
 from normswap.api.sensitivity import By, Sensitivity, _globs, value
 from normswap.cli.app import app
 from normswap.detect.sites import Site
@@ -270,6 +271,83 @@ def test_a_metric_ranks_by_how_far_it_moves() -> None:
     assert changes == sorted(changes)
     by_l2 = normswap.sensitivity(model, images(20, 13), metric=second_output)
     assert [layer.name for layer in by_l2.layers] != [layer.name for layer in found.layers], "else `by` is not told apart"
+
+
+def neighbours_of(embedding: Tensor) -> list[int]:
+    """By the formula, one pair after the other."""
+    each = [(float("-inf"), 0)] * len(embedding)
+    for i, a in enumerate(embedding.double()):
+        for j, b in enumerate(embedding.double()):
+            if i != j:
+                each[i] = max(each[i], ((a @ b / (a.norm() * b.norm())).item(), -j))
+    return [-j for _, j in each]
+
+
+def pooled(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    """The embeddings of conv net and BERT: the outputs, or the mean of the hidden states that are no padding."""
+    with torch.no_grad():
+        if isinstance(batches[0], Tensor):
+            return torch.cat([model(b) for b in batches])
+        return torch.stack(
+            [hidden[mask.bool()].mean(0) for b in batches for hidden, mask in zip(model(**b)[0], b["attention_mask"], strict=True)]
+        )
+
+
+@pytest.mark.parametrize(("make", "data"), CASES)
+def test_the_share_of_samples_that_keep_their_neighbour(make: Make, data: Data) -> None:
+    model, batches = make(), data()
+    expected = neighbours_of(pooled(model, batches))
+    found = normswap.sensitivity(model, batches, metric="neighbours", by="change", budget=0.2)
+    assert found.metric == 1
+    shares = set()
+    for layer in found.layers:
+        if layer.preserves == "exact":
+            assert layer.measured.metric == 1
+            continue
+        one = normswap.convert(model, calibration=batches, approximate=True, repair="none", include=[layer.name]).model
+        same = [a == b for a, b in zip(neighbours_of(pooled(one, batches)), expected, strict=True)]
+        assert layer.measured.metric == pytest.approx(sum(same) / len(same))
+        assert layer.measured.change == pytest.approx(1 - sum(same) / len(same))
+        shares.add(layer.measured.metric)
+    assert len(shares) > 1
+    assert found.chosen is not None
+    assert found.chosen.measured.change is not None
+    assert found.chosen.measured.change <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (conv_net, lambda: images(2), "the metric neighbours compares samples, and the data hold 2"),
+        (
+            lambda: nn.Sequential(conv_net(), Summed()),
+            lambda: images(9),
+            "needs an output with one row for each sample, and the model has none",
+        ),
+    ],
+)
+def test_neighbours_of_nothing(model: Make, data: Data, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        normswap.sensitivity(model().eval(), data(), metric="neighbours")
+
+
+class Summed(nn.Module):
+    """One number for a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+def test_a_metric_that_is_not_built_in() -> None:
+    with pytest.raises(UsageError, match=r"^metric is 'neighbors'; expected one of 'neighbours'"):
+        normswap.sensitivity(conv_net(), images(9), metric="neighbors")  # type: ignore[arg-type]
+
+
+def test_neighbours_are_taken_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(23, 5, generator=torch.Generator().manual_seed(4))
+    for block in (1, 7, 23, 1024):
+        monkeypatch.setattr("normswap.api.neighbours.ROWS", block)
+        assert nearest(rows).tolist() == neighbours_of(rows)
 
 
 def test_without_a_metric_there_is_none() -> None:
@@ -715,6 +793,14 @@ def test_exit_codes(options: list[str], code: int, message: str, saved: Path) ->
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_metric_that_is_built_in_by_its_name(saved: Path) -> None:
+    result = run("sensitivity", saved / "net.pt", "--data", saved / "data", "--metric", "neighbours", "--by", "change", "--json")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert (content["metric"], content["by"]) == (1.0, "change")
+    assert all(0 <= layer["metric"] <= 1 for layer in content["layers"])
 
 
 def test_a_metric_by_its_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

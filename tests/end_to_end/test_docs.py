@@ -32,13 +32,17 @@ def command_lines(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_runs(page: Path, tmp_path: Path) -> None:
-    """All blocks of a page, as one script, where only the fixtures are at hand."""
+    """All blocks of a page, as one script, where only the fixtures are at hand.
+
+    NORMSWAP_PYTHON names the interpreter of an environment in which a wheel is installed, to run them with that and not with the checkout.
+    """
     (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    installed = os.environ.get("NORMSWAP_PYTHON")
+    environment = os.environ | {"PYTHONPATH": "" if installed else str(REPOSITORY)}
     script = "\n".join(blocks(page, "python"))
     if re.search("torchvision|lightning", script):  # on a CPU build of torch, torchvision does not import without it
         script = f"import sys\nsys.path.append({str(REPOSITORY / 'tests/support')!r})\nimport torchvision_shim\n{script}"
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = subprocess.run([installed or sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -135,7 +139,7 @@ def test_a_page_says_first_whom_it_is_for(page: Path) -> None:
 
 
 def test_every_page_is_on_the_site_and_nothing_else() -> None:
-    made = {"benchmarks/measure.md", "contributing.md", "security.md"}
+    made = {"benchmarks/measure.md", "contributing.md", "security.md", "how/ci_example.md"}
     named = re.findall(r"[\w/]+\.md", SITE.read_text().partition("\nnav:")[2])
     assert len(named) == len(set(named))
     of_benchmarks = {name for name in named if name.startswith("benchmarks/")} | made

@@ -560,3 +560,81 @@ def test_a_checkpoint_in_another_thread(reentrant: bool) -> None:
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad)
+
+
+# --- once for all layers of a step, by name ---------------------------------------------------------------------------------------------
+
+
+def deep(**options: Any) -> nn.Sequential:
+    """Three converted BatchNorms, the first two in a block of their own."""
+    block = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6))
+    model = randomise(nn.Sequential(block, nn.Conv1d(6, 5, 2), nn.BatchNorm1d(5)), 0).eval()
+    return normswap.convert(model, torch.randn(2, 3, 9), **options).model.train()
+
+
+def warned(model: nn.Module, losses: list[Callable[[Tensor], Tensor]], clip: float | None = None) -> list[str]:
+    """What a step of `model` warns of, each at the line of the step."""
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    for loss in losses:
+        loss(torch.randn(4, 3, 9)).square().mean().backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    with pytest.warns(UserWarning, match="BatchlessNorm") as caught:
+        optimizer.step()
+    assert {linecache.getline(each.filename, each.lineno).strip() for each in caught} == {"optimizer.step()"}
+    return sorted(str(each.message) for each in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "text"),
+    [
+        ({}, 2, "have reached the statistics of 3 BatchlessNorm layers (first: 0.1) since the last step than normswap.attach"),
+        ({"stats": "raw"}, 1, "weight decay and momentum: those of 3 BatchlessNorm layers (first: 0.1). Give it normswap.param_groups("),
+        ({"aux": "explicit"}, 1, "so the statistics of 3 BatchlessNorm layers (first: 0.1) stay as they are. Add it to the loss"),
+    ],
+)
+def test_one_warning_for_all_layers_of_a_step(options: dict[str, Any], passes: int, text: str) -> None:
+    model = deep(**options)
+    (message,) = warned(model, passes * [model])
+    assert text in message
+
+
+def test_no_gradient_came_back_to_them() -> None:
+    model = deep(coupling="none")
+    head = nn.Linear(2, 1)
+    model.add_module("head", head)
+    (message,) = warned(model, [lambda x: head(model[2](model[1](model[0](x))).detach().mean(1)[:, :2])])
+    assert message.startswith(
+        "an optimizer holds the statistics of 3 BatchlessNorm layers (first: 0.1) that were called in train mode since the last step, "
+        "but no gradient came back to them, as under torch.no_grad"
+    )
+
+
+def test_a_single_layer_is_named_and_two_kinds_of_trouble_are_two_warnings() -> None:
+    model = deep(coupling="none")
+    losses = [model[0], lambda x: model[0](x) + model[2](torch.randn(4, 5, 9)).detach().mean()]
+    assert [message[:77] for message in warned(model, losses)] == [
+        "an optimizer holds the statistics of a BatchlessNorm (2) that was called in t",
+        "more backward passes have reached the statistics of 2 BatchlessNorm layers (f",
+    ]
+
+
+def test_what_is_looked_at_apart_is_warned_of_once_and_a_copy_has_no_names_until_it_is_given_to_normswap() -> None:
+    """The scale of gradients in float32 and in float64 is looked at apart."""
+    model = copy.deepcopy(deep(coupling="none"))
+    model[2].double()
+    for layers in ("3 BatchlessNorm layers", "3 BatchlessNorm layers (first: 0.1)"):
+        model.zero_grad()
+        (message,) = warned(model, [lambda x: model[2](model[1](model[0](x)).double())], clip=1e-3)
+        assert message.startswith(f"the gradients of the statistics of {layers} were changed between backward and step")
+        normswap.attach(model)
+
+
+def test_a_loaded_model_has_names(tmp_path: Any) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.ReLU(), nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4)))
+
+    normswap.save(normswap.convert(randomise(build(), 0).eval(), torch.randn(2, 3, 9)), tmp_path / "out")
+    model = normswap.load(tmp_path / "out", build).train()
+    (message,) = warned(model, [model, model])
+    assert "the statistics of a BatchlessNorm (1.1) since the last step" in message

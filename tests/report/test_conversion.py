@@ -41,6 +41,41 @@ def test_status(plan: Plan, parities: dict[str, Parity], status: str, verdict: s
     assert result.summary().splitlines()[0] == verdict
 
 
+def moved(error: float, limit: float = math.inf, **layer: float) -> Parity:
+    """The drift of an approximate model whose outputs moved by `error`, and a layer by as much or as said."""
+    site = difference("a.norm", layer.get("layer", error), tolerance=limit)
+    return parity(difference("out", error, tolerance=limit), sites=(site,))
+
+
+SWAPPED = "; 3 of 4 normalization layers swapped"
+FAR = "approximate, and too far from the original: "
+
+
+@pytest.mark.parametrize(
+    ("drift", "status", "verdict"),
+    [
+        (moved(0.17), "converted", "approximate: outputs moved by 17 %, not usable without healing" + SWAPPED),
+        (moved(0.04), "converted", "approximate: outputs moved by 4 %" + SWAPPED),
+        (moved(0.04, 0.05), "converted", "approximate: outputs moved by 4 %, 5 % is allowed" + SWAPPED),
+        (moved(0.08, 0.05), "parity failed", FAR + "outputs moved by 8 %, 5 % is allowed" + SWAPPED),
+        (moved(0.04, 0.05, layer=0.3), "parity failed", FAR + "the layer a.norm moved by 30 %, 5 % is allowed" + SWAPPED),
+        (moved(math.nan), "parity failed", FAR + "outputs became NaN or infinite, not usable" + SWAPPED),
+        (parity(difference(problem="is missing")), "parity failed", FAR + "outputs: is missing" + SWAPPED),
+        (parity(failure="the candidate raised"), "parity failed", "approximate, and not measured: the candidate raised" + SWAPPED),
+        (Parity(()), "parity failed", "approximate, and not measured: nothing was compared" + SWAPPED),
+    ],
+)
+def test_an_approximate_conversion_says_how_far_it_is_and_never_only_that_it_is_converted(drift: Parity, status: str, verdict: str) -> None:
+    result = Report("model.pt", PLAN, {"torch": GOOD, "drift": drift})
+    assert (result.status, result.json()["status"], result.verdict) == (status, status, verdict)
+    assert "not the same function" not in result.summary()
+
+
+def test_where_the_exact_swaps_of_an_approximate_conversion_differ_that_is_what_failed() -> None:
+    for drift in (moved(0.04), moved(0.08, 0.05)):
+        assert Report("model.pt", PLAN, {"torch": BAD, "drift": drift}).verdict == FAILED.format("3 of 4")
+
+
 def test_table_has_every_norm_and_the_worst_error_of_each() -> None:
     rows = rendered(report_table(Report("model.pt", PLAN, {"torch": GOOD, "onnxruntime (all)": BAD})))
     assert rows == [

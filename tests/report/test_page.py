@@ -196,11 +196,17 @@ def test_a_success_says_what_it_rests_on_and_gives_no_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("drift", "says"), [(0.84, "84% of the largest output. That is too far"), (0.05, "5% of the largest output. It is")]
+    ("drift", "verdict", "says"),
+    [
+        (0.84, "approximate: outputs moved by 84 %, not usable without healing; ", "the largest output. That is too far"),
+        (0.05, "approximate: outputs moved by 5 %; ", "the largest output. It is another function"),
+    ],
 )
-def test_an_approximate_model_is_not_called_the_same(drift: float, says: str) -> None:
+def test_an_approximate_model_is_not_called_the_same(drift: float, verdict: str, says: str) -> None:
     page = texts(html_of(rough(drift)))
+    assert verdict in page
     assert says in page
+    assert "converted:" not in page
     assert "The same function" not in page
 
 

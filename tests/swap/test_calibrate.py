@@ -227,11 +227,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert [fit["name"] for fit in report.json()["calibration"]] == ["1", "7", "10"]
     assert list(report.parities)[:2] == ["torch", "drift"]
     assert math.isinf(report.parities["drift"].outputs[0].tolerance)
+    assert report.verdict.startswith("approximate: outputs moved by ")
     assert (directory / "model.onnx").exists()
     strict = ConvertOptions(data=str(tmp_path / "data"), max_drift=1e-6, onnx=False)
     with pytest.raises(ParityError):
         convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "strict", strict)
     assert sorted(p.name for p in (tmp_path / "strict").iterdir()) == ["report.html", "report.json"]
+    assert ">approximate, and too far from the original: outputs moved by " in (tmp_path / "strict/report.html").read_text()
     with pytest.raises(UsageError, match="is no file, no directory and no package"):
         convert_to_directory(str(tmp_path / "net.pt"), tmp_path / "out2", ConvertOptions(data="nowhere", approximate=True))
 
