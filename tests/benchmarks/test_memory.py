@@ -71,9 +71,8 @@ def test_tensors_without_content_give_the_peak_of_real_ones(row: str) -> None:
     model, one = model_of(row), row == "one at a time"
     fake = without_content(copy.deepcopy(model))
     counted = Step(model, torch.randn(6, 3, 20, 28), one_at_a_time=one).peak()
-    anchors = (
-        0 if row == "BatchNorm" else 3 * (11 + 13) * 4
-    )  # of coupled layers, three numbers per filter: they are seen on real tensors alone
+    # of coupled layers, three numbers per filter, which are seen on real tensors alone
+    anchors = 0 if row == "BatchNorm" else 3 * (11 + 13) * 4
     with FAKE:
         assert Step(fake, torch.empty(6, 3, 20, 28), one_at_a_time=one).peak() == counted - anchors
     assert counted > 3 * sum(p.nbytes for p in model.parameters() if p.dim() > 1)
