@@ -63,7 +63,8 @@ def unet(dims: int, channels: int, features: tuple[int, ...]) -> nn.Module:
     """MONAI's BasicUNet with BatchNorm: two classes for each pixel."""
     from monai.networks.nets.basic_unet import BasicUNet
 
-    return BasicUNet(dims, channels, 2, features, norm="batch")
+    model: nn.Module = BasicUNet(dims, channels, 2, features, norm="batch")
+    return model
 
 
 NETS = {
