@@ -86,7 +86,7 @@ class Wiring(TorchFunctionMode):
         if len(readers) == 1 and isinstance(readers[0], _Pick):
             part, readers = readers[0].part, self._readers.get(readers[0].result, [])
         linears = tuple(name for name in readers if isinstance(name, str) and self._uses[name] == 1)
-        return Around(made[-1] if made else None, not self._readers.get(x), linears if len(linears) == len(readers) else (), part)
+        return Around(made[-1] if made else None, len(self._readers.get(x, [])) <= 1, linears if len(linears) == len(readers) else (), part)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside += 1
@@ -98,6 +98,7 @@ class Wiring(TorchFunctionMode):
             x = input_of(args, kwargs)
             self._alive += (x, output)
             self._at[name] = _key(x), _key(output)
+            self._readers.setdefault(_key(x), []).append(None)
 
         return hook
 

@@ -89,6 +89,13 @@ def test_the_linears_around_a_layer(name: str) -> None:
     assert wiring.order == ["norm"]
 
 
+def test_an_input_that_two_layers_read_is_not_read_alone() -> None:
+    model = Net(lambda m, x: m.b(m.norm(y := m.a(x)) * m.other(y))).eval()
+    model.other = nn.LayerNorm(6)
+    found = Wiring(model, {"norm": model.norm, "other": model.other}).run(model, (torch.randn(3, 6),), {})
+    assert found == {"norm": Around("a", False, ()), "other": Around("a", False, ())}
+
+
 def test_a_linear_whose_weight_may_not_be_set_is_none() -> None:
     class Mine(nn.Linear):
         pass
