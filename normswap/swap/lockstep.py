@@ -26,34 +26,36 @@ class Pass:
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._value: Any = None
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._runs = False
         self._devices = torch.get_default_device(), torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(target=self._main, daemon=True)
 
     def resume(self) -> Any:
         """Go on until the next `stop`, and return what was given to it; None if the pass has ended. Raises what the model raised."""
-        self._value = None
+        self._value, self._runs = None, True
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._go.release()
         self._stopped.acquire()
+        self._runs = False
         if self._error is not None:
             raise self._error
         return self._value
 
     def stop(self, value: Any) -> None:
         """Called inside the pass: hand `value` to `resume`, and wait for the next one."""
-        self._value = value
-        self._stopped.release()
-        self._go.acquire()
+        if not self._closed:
+            self._value = value
+            self._stopped.release()
+            self._go.acquire()
         if self._closed:
             raise _Closed
 
     def close(self) -> None:
-        """End the pass where it stopped."""
+        """End the pass where it stopped. One that still runs, as Ctrl-C came meanwhile, is not waited for: it ends where it would stop."""
         self._closed = True
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._runs:
             self._go.release()
             self._thread.join()
 

@@ -76,8 +76,8 @@ def repair(
 ) -> None:
     """Calibrate the layers of `sites`, and repair the linears around them; changes nothing but `model`, which is in eval mode.
 
-    original: as for `calibrate`. progress(done, total) is called after each layer. Raises OutOfOrder, with the model as it was, if this
-    cannot be done here; UsageError if the model does not take a batch.
+    original: as for `calibrate`. progress(done, total) is called after each batch of each layer. Raises OutOfOrder, with the model as it
+    was, if this cannot be done here; UsageError if the model does not take a batch.
     """
     around, order = _around(original, sites, *arguments_of(next(iter(batches)), model))
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -85,13 +85,17 @@ def repair(
     with uncompiled(), torch.random.fork_rng(), torch.no_grad(), stops, stops.passes:
         try:
             stops.begin(batches)
-            for number, site in enumerate(sorted(sites, key=lambda site: order.index(site.name)), 1):
-                _calibrate(site, around[site.name], stops.arrivals(site), dict(model.named_modules()))
-                progress(number, len(sites))
+            for number, site in enumerate(sorted(sites, key=lambda site: order.index(site.name))):
+                arrivals = stops.arrivals(site, functools.partial(_tick, progress, number, len(sites)))
+                _calibrate(site, around[site.name], arrivals, dict(model.named_modules()))
             stops.finish()
         except OutOfOrder:
             model.load_state_dict(before)
             raise
+
+
+def _tick(progress: Callable[[int, int], None], layer: int, layers: int, done: int, batches: int) -> None:
+    progress(layer * batches + done, layers * batches)
 
 
 def _around(original: nn.Module, sites: Sequence[Fitting], args: tuple[Any, ...], kwargs: Any) -> tuple[dict[str, Around], list[str]]:
@@ -142,17 +146,17 @@ class _Stops:
                 passes.append(self.passes.add(functools.partial(model, *mine, **named)))
             self.running.append((*passes, mask_of(kwargs)))  # type: ignore[arg-type]
 
-    def arrivals(self, site: Fitting) -> list[Arrival]:
-        """Run all passes on to this layer."""
+    def arrivals(self, site: Fitting, tick: Callable[[int, int], None]) -> list[Arrival]:
+        """Run all passes on to this layer. tick(done, total) is called after each batch."""
         found, seen = [], 0
         for original, converted, mask in self.running:
             source_x, source_y = self._next(original, site)
             (x,) = self._next(converted, site)
             numbers = torch.arange(seen, seen + len(x))
             seen += len(x)
-            found.append(
-                Arrival(x, self.read.pop((converted, site.name), None), source_x, source_y, mask, numbers % HELD_OUT == HELD_OUT - 1)
-            )
+            h = self.read.pop((converted, site.name), None)
+            found.append(Arrival(x, h, source_x, source_y, mask, numbers % HELD_OUT == HELD_OUT - 1))
+            tick(len(found), len(self.running))
         return found
 
     def finish(self) -> None:

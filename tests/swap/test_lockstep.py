@@ -89,3 +89,22 @@ def test_a_default_device_of_the_caller_holds_in_the_pass() -> None:
     with torch.device("meta"), Passes() as passes:
         a = passes.add(lambda: a.stop(torch.zeros(2).device.type))
         assert a.resume() == "meta"
+
+
+def test_a_pass_that_still_runs_is_not_waited_for() -> None:
+    """Ctrl-C comes while the model runs: `resume` raises in the main thread, and the pass ends where it would stop."""
+    go, ended = threading.Event(), threading.Event()
+
+    def run(one: Pass) -> None:
+        go.wait()
+        try:
+            one.stop(1)
+        finally:
+            ended.set()
+
+    with Passes() as passes:
+        a = passes.add(lambda: run(a))
+        a._thread.start()
+        a._runs = True  # as in a `resume` that was interrupted
+    go.set()
+    assert ended.wait(60)
