@@ -37,6 +37,7 @@ from normswap.swap.fit import Fit, Fitting, fit_of, part_after, record, store
 from normswap.swap.moments import Moments
 from normswap.swap.repair import OutOfOrder, repair
 from normswap.swap.strata import StratumLabels
+from normswap.swap.wiring import input_of
 
 Reestimate = Literal["exact", "adapt"]
 REESTIMATE: tuple[Reestimate, ...] = ("exact", "adapt")
@@ -252,7 +253,7 @@ class _Calibration:
         """Hook on the layer: records its input, and returns the output of its source until the layer is calibrated."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             if site.done:
                 return None
             self.source_stands_in = True

@@ -22,7 +22,7 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 BLOCK = 1 << 22  # elements of u that are multiplied at a time
 HELD_OUT = 5  # every fifth sample is held out
-LEAST = 0.2  # see `Joint.scale`
+LEAST = 0.2  # see `Joint.solve`
 
 
 @dataclass

@@ -81,13 +81,13 @@ def repair(
     """
     around, order = _around(original, sites, *arguments_of(next(iter(batches)), model))
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    stops = _Stops(model, original, sites, around)
+    stops, modules = _Stops(model, original, sites, around), dict(model.named_modules())
     with uncompiled(), torch.random.fork_rng(), torch.no_grad(), stops, stops.passes:
         try:
             stops.begin(batches)
             for number, site in enumerate(sorted(sites, key=lambda site: order.index(site.name))):
                 arrivals = stops.arrivals(site, functools.partial(_tick, progress, number, len(sites)))
-                _calibrate(site, around[site.name], arrivals, dict(model.named_modules()))
+                _calibrate(site, around[site.name], arrivals, modules)
             stops.finish()
         except OutOfOrder:
             model.load_state_dict(before)
@@ -221,9 +221,7 @@ def _calibrate(site: Fitting, around: Around, arrivals: list[Arrival], modules: 
         if found is not None:
             for reader in readers:
                 weight = weight_of(reader).double()
-                weight_of(reader).add_(weight @ found.matrix.T)
-                if reader.bias is not None:
-                    reader.bias.add_(weight @ found.offset)
+                _add(reader, Map(found.matrix @ weight.T, weight @ found.offset))
             site.repaired += around.readers
 
 
@@ -235,17 +233,8 @@ def _add(linear: Any, change: Map) -> None:
 
 def _of_layer(arrivals: list[Arrival]) -> Map | None:
     """What is to be added to the producer of an input that only the layer reads. Its offset is 0, as the layer has a bias."""
-    parts: list[Joint] = []
-    for a in arrivals:
-        for n, (h, x, y) in enumerate(zip(a.rows(a.h), a.rows(a.x), a.rows(a.source_y), strict=True)):  # type: ignore[arg-type]
-            if not parts:
-                parts = [Joint.at(h, x, y)] * 2
-                parts[1] = parts[0].empty()
-            parts[n].add(h, x, y)
-    fit, held_out = parts
-    if fit.both.count <= fit.both.uu.shape[0] or not held_out.both.count:
-        return None
-    found = best_jointly(fit, held_out)
+    fit, held_out = _summed(Joint.at, ((a, cast(Tensor, a.h), a.x, a.source_y) for a in arrivals))
+    found = best_jointly(fit, held_out) if _are_enough(fit.both, held_out.both) else None
     return None if found is None else Map(found[0].matrix / found[1], torch.zeros_like(found[1]))
 
 
@@ -260,14 +249,23 @@ def _of_output(site: Fitting, arrivals: list[Arrival], *, centred: bool) -> Map 
 
 
 def _regression(pairs: Iterable[tuple[Arrival, Tensor, Tensor]], *, centred: bool) -> Map | None:
-    parts: list[Sums] = []
-    for a, u, v in pairs:
-        for n, rows in enumerate(zip(a.rows(u), a.rows(v), strict=True)):
+    fit, held_out = _summed(functools.partial(Sums.at, centred=centred), pairs)
+    return best(fit, held_out, Map.none(fit).left(held_out)) if _are_enough(fit, held_out) else None
+
+
+def _summed(at: Callable[..., Any], found: Iterable[tuple[Any, ...]]) -> tuple[Any, Any]:
+    """(the sums over the rows to be fitted, over those held out) of (arrival, tensors). at: makes sums, from the first rows."""
+    parts: list[Any] = []
+    for a, *tensors in found:
+        for n, rows in enumerate(zip(*map(a.rows, tensors), strict=True)):
             if not parts:
-                first = Sums.at(*rows, centred=centred)
+                first = at(*rows)
                 parts = [first, first.empty()]
             parts[n].add(*rows)
     fit, held_out = parts
-    if fit.count <= fit.uu.shape[0] or not held_out.count:
-        return None
-    return best(fit, held_out, Map.none(fit).left(held_out))
+    return fit, held_out
+
+
+def _are_enough(fit: Sums, held_out: Sums) -> bool:
+    """Whether there are more rows than a linear has inputs, and some to decide."""
+    return fit.count > fit.uu.shape[0] and held_out.count > 0
