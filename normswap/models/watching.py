@@ -63,6 +63,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from (part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor))
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer of one input is called on, also if by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
+
+
 class Watcher(TorchFunctionMode):
     """Watches one forward pass of a model that nobody else uses. A subclass overrides `entered`, `left` and `called`.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.models.copying import shared_parameters
-from normswap.models.watching import forward, tensors_in
+from normswap.models.watching import forward, input_of, tensors_in
 
 WIDEST = 8192  # inputs of a linear that may be found: what is summed of them has this number squared
 ADD = ("add", "__add__", "__radd__", "add_", "__iadd__")
@@ -141,11 +141,6 @@ class Wiring(TorchFunctionMode):
         if getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
             self._sums[_key(made[0])] = keys
         return result
-
-
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer is called on, also if by keyword."""
-    return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ from normswap.layer.batchless_norm import MOMENTUM, Aux, BatchlessNorm, Batchles
 from normswap.layer.formulas import Stats
 from normswap.layer.producer import channel_mean, inputs_of, outputs_of, rank
 from normswap.models.copying import copy_for_running
-from normswap.models.watching import forward
+from normswap.models.watching import forward, input_of
 
 Coupling = Literal["auto", "none"]
 COUPLINGS: tuple[Coupling, ...] = ("auto", "none")
@@ -237,7 +237,7 @@ class _InputMeans:
                 seen.closed_form = known.mean
 
     def _of_norm(self, seen: _Producer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         channels = cast(BatchlessNorm, module).channel_axis[0] % x.dim()
         seen.aligned &= channels == x.dim() - 1 - rank(seen.module)
 
