@@ -47,12 +47,12 @@ from fixtures.nets import randomise
 from normswap.api.convert import convert_unchecked, plan
 from normswap.api.request import Request
 from normswap.detect.sites import Plan, Skip, Swap
+from normswap.models.batches import arguments_of
 from normswap.models.copying import copy_for_running
 from normswap.parity.judge import compare, judge
 from normswap.parity.probes import Probe
 from normswap.parity.result import Difference, Parity
 from normswap.swap.apply import swap
-from normswap.swap.batches import arguments_of
 from normswap.swap.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent

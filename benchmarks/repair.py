@@ -68,13 +68,15 @@ def vit() -> tuple[nn.Module, Any, Callable[[nn.Module], float]]:
     return model, list(torch.split(x[train], 128)), accuracy
 
 
+def windows(parts: list[str]) -> Tensor:
+    """The bytes of all texts, one text a line, in rows of CONTEXT."""
+    found = torch.tensor(list("\n".join(parts).encode()))
+    return found[: len(found) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+
 def gpt() -> tuple[nn.Module, Any, Callable[[nn.Module], float]]:
     """(the trained network, calibration data, cross entropy in nats per byte)"""
     import transformers
-
-    def windows(parts: list[str]) -> Tensor:
-        found = torch.tensor(list("\n".join(parts).encode()))
-        return found[: len(found) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
     train, test = map(windows, texts())
     torch.manual_seed(0)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from normswap.api.directory import save as save
     from normswap.api.export import export_onnx as export_onnx
     from normswap.api.fold import fold_onnx as fold_onnx
+    from normswap.api.heal import DivergedError as DivergedError
+    from normswap.api.heal import Healing as Healing
+    from normswap.api.heal import heal as heal
     from normswap.api.landscape import Landscape as Landscape
     from normswap.api.landscape import landscape as landscape
     from normswap.api.sensitivity import Sensitivity as Sensitivity
@@ -69,10 +72,13 @@ _HOMES = {
     "Landscape": "api.landscape",
     # convert
     "convert": "api.convert",
+    "heal": "api.heal",
     "revert": "swap.revert",
     "save": "api.directory",
     "load": "api.directory",
     "Conversion": "api.convert",
+    "Healing": "api.heal",
+    "DivergedError": "api.heal",
     "NormswapError": "errors",
     # train
     "couple": "api.convert",

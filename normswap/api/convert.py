@@ -28,6 +28,7 @@ from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import Stats, StdForm
+from normswap.models.batches import arguments_of
 from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
@@ -39,7 +40,6 @@ from normswap.parity.result import Parity, raise_for
 from normswap.rules import DEFAULT_RULES, batchless
 from normswap.rules.user_rules import all_checked
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.batches import arguments_of
 from normswap.swap.calibrate import Reestimate, Repair, calibrate
 from normswap.swap.fit import Fit
 from normswap.swap.rmsnorm import facts_of_rmsnorm, plan_rmsnorm, with_rmsnorms
@@ -300,6 +300,13 @@ def _with(selection: Selection, rules: Sequence[Rule]) -> Selection:
 def _all_exact(rules: Sequence[Rule]) -> list[Rule]:
     """The rules, each of which promises an exact swap of every norm that it can swap. `plan_rmsnorm` decides what is exact."""
     return [dataclasses.replace(rule, inexact=None) for rule in all_checked(rules, DEFAULT_RULES)]
+
+
+def with_model(conversion: Conversion[M], model: Any, original: Model, batches: Iterable[Any]) -> Conversion[M]:
+    """The conversion with its approximate model replaced by another one of the same layers, whose drift is measured."""
+    module, changed = as_module(original), as_module(model)
+    drift = _drift(module, conversion.plan, changed, batches, math.inf)
+    return dataclasses.replace(conversion, model=model, module=changed, drift=drift)
 
 
 def _coupled(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
+from normswap.models.batches import MASK, arguments_of
 from normswap.models.copying import copy_for_running
 from normswap.parity.probes import Probe
 from normswap.parity.run_torch import module_runner
-from normswap.swap.batches import MASK, arguments_of
 
 ROWS = 1024  # of the matrix of cosines that are in memory at once
 

@@ -33,6 +33,7 @@ from normswap.api.neighbours import Neighbours
 from normswap.api.request import Selection
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
+from normswap.models.batches import MASK, arguments_of
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import Model, as_module
 from normswap.parity.measure import ratio
@@ -40,7 +41,6 @@ from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.run_torch import module_runner
 from normswap.rules import DEFAULT_RULES
 from normswap.swap.apply import swap, with_layers
-from normswap.swap.batches import MASK, arguments_of
 from normswap.swap.calibrate import calibrate
 
 By = Literal["rel_l2", "max_rel", "change"]
@@ -403,7 +403,7 @@ def _number(metric: Metric, model: nn.Module) -> float:
 # --- the globs for a choice -----------------------------------------------------------------------------------------------------------
 
 
-def _glob(name: str) -> str:
+def glob_of(name: str) -> str:
     """A glob that matches this name and no other."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
@@ -418,8 +418,8 @@ def _globs(
 
     They are tried out, as the name of a layer may also be a kind.
     """
-    ours = tuple(map(_glob, names))
-    rest = tuple(_glob(s.name) for s in plan((), (), approximate).swaps if s.name not in names)
+    ours = tuple(map(glob_of, names))
+    rest = tuple(glob_of(s.name) for s in plan((), (), approximate).swaps if s.name not in names)
     for include, exclude in sorted([((), rest), (ours, ()), (ours, rest)], key=lambda globs: len(globs[0]) + len(globs[1])):
         if {s.name for s in plan(include, exclude, approximate).swaps} == set(names):
             return include, exclude

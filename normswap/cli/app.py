@@ -13,6 +13,7 @@ from normswap.cli.convert import convert
 from normswap.cli.demo import demo
 from normswap.cli.export import export
 from normswap.cli.fold import fold
+from normswap.cli.heal import heal
 from normswap.cli.help import Command
 from normswap.cli.inspect import inspect
 from normswap.cli.landscape import landscape
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (demo, convert, inspect, verify, export, fold, revert, sensitivity, landscape, watch):
+for command in (demo, convert, inspect, verify, export, fold, heal, revert, sensitivity, landscape, watch):
     app.command(cls=Command)(spread(command))
 
 

@@ -18,8 +18,13 @@ from normswap.files import atomic
 
 if TYPE_CHECKING:
     from normswap.api.convert import Conversion
+    from normswap.api.heal import Healing
+    from normswap.api.request import Request
     from normswap.export.to_onnx import Export
+    from normswap.files.load import Loaded
     from normswap.report.conversion import Report
+
+    Heal = Callable[[Conversion[Any], Loaded], tuple[Conversion[Any], Healing[Any] | None]]
 
 REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 
@@ -61,8 +66,13 @@ def convert_to_directory(
     output: Path | None = None,
     options: ConvertOptions = ConvertOptions(),  # frozen
     progress: Progress = lambda stage, done, total: None,
+    *,
+    request_of: Callable[[Request, Loaded], Request] = lambda request, loaded: request,
+    heal: Heal | None = None,
 ) -> tuple[Report, Path]:
     """Convert SRC into a directory; returns what was done, and the directory. output: None for ./<stem of SRC>.normswap/.
+
+    request_of: changes the request that the options make. heal: what is done to the conversion before it is saved.
 
     Raises ParityError after writing a directory that holds the report alone.
     """
@@ -88,7 +98,7 @@ def convert_to_directory(
     clock = _Clock(progress)
     with clock("load"):
         original = loaded(source, options)
-    request = Request(
+    asked = Request(
         example_inputs=given,
         calibration=None if options.data is None else batches_of(options.data, original.model),
         to=options.to,
@@ -104,10 +114,14 @@ def convert_to_directory(
         aux="none" if isinstance(original.model, ExportedProgram) and options.to == Request.to else Request.aux,
         coupling=options.coupling,
     )
+    request = request_of(asked, original)
     output = output or Path(f"{original.stem}.normswap")
     with atomic.directory(output) as partial:
         with clock("convert and verify") as count:
-            conversion = convert_unchecked(original.model, request, count)
+            conversion, healing = convert_unchecked(original.model, request, count), None
+        if heal is not None:
+            with clock("heal"):
+                conversion, healing = heal(conversion, original)
         form, factory = original.form, original.factory
         del original  # to free memory for the exporter's copies
         gc.collect()
@@ -142,6 +156,7 @@ def convert_to_directory(
             seconds=clock.seconds,
             files=sorted({file.name for file in partial.iterdir()} | {REPORT, PAGE}),
             fits=conversion.fits,
+            healing=healing,
             statistics=statistics_of(conversion.module, conversion.plan),
             directory=str(output),
         )

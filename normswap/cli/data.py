@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from normswap.cli.options import Loading
 from normswap.detect.sites import Rule
 from normswap.errors import UsageError
 from normswap.files.load import Loaded, load
+from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
+from normswap.healing.distance import positions
 from normswap.models.inputs import Inputs, as_batches, parse
 from normswap.models.programs import Model, as_module
 from normswap.models.spec import SPEC, imported
@@ -46,6 +49,51 @@ def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
     return cast("Callable[..., Any]", found)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a model is healed on. held_out: batches that `batches` does not have; None if the first of those are to be held out."""
+
+    batches: Iterable[Any]
+    held_out: Sequence[Any] | None
+    model: nn.Module
+
+    def first(self, count: int) -> list[Any]:
+        """The first batches, of so many positions or a few more."""
+        found, seen = [], 0
+        for batch in self.batches:
+            found.append(batch)
+            seen += positions(batch, self.model)
+            if seen >= count:
+                break
+        return found
+
+
+def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
+    """The batches of --data for a long training: text as it is needed, a factory called again for each epoch, or those of `batches_of`.
+
+    tokenizer: the directory of one, for text. length: tokens of a text at most.
+    """
+    path, module = Path(spec), as_module(model)
+    if path.exists() and (files := text_files(path)):
+        known = tokenizer_of(tokenizer)
+        most = getattr(getattr(module, "config", None), "max_position_embeddings", None) or length
+        texts = Texts(paragraphs_of(files), known, length=min(length, most, known.model_max_length))
+        return Stream(texts, texts.held_out, module)
+    if not path.exists() and SPEC.fullmatch(spec) is not None:
+        return Stream(_Calls(imported(spec, "--data", "a function that returns batches")), None, module)
+    return Stream(batches_of(spec, model), None, module)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """What a factory of batches returns, called anew each time."""
+
+    factory: Callable[[], Iterable[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.factory())
 
 
 def batches_of(spec: str, model: Model) -> Sequence[Any]:

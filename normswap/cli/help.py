@@ -10,6 +10,7 @@ OPTIONS = "Options"
 EXAMPLES = {
     "demo": "normswap demo",
     "convert": "normswap convert model.pt -o converted",
+    "heal": "normswap heal hf:model --data texts --minutes 15 -o healed",
     "inspect": "normswap inspect torchvision:resnet18",
     "verify": "normswap verify model.pt converted",
     "export": "normswap export converted -o model.onnx",

@@ -6,6 +6,8 @@ still have some of their own, and so has `wellformed.py`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -60,6 +62,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "base_of_view",
+    "fast_matmul",
     "format_import_block",
     "forward_from_source",
     "is_functorch_wrapped",
@@ -145,3 +148,15 @@ def written(tensor: Tensor) -> int:
 def storage_key(tensor: Tensor) -> int:
     """A number that all tensors over one storage have in common, so that views of an output can be recognised."""
     return cast(int, tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Multiply float32 matrices in bfloat16, summed in float32, on a CPU that has units for it. On others nothing changes."""
+    before = torch.get_float32_matmul_precision()
+    if torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

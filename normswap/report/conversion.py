@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from normswap.detect.facts import Facts
 from normswap.detect.sites import Plan, Skip, Swap
 from normswap.parity.result import Parity
+from normswap.report.healing import healing_json, healing_lines
 from normswap.report.onnx import cuda_lines, export_facts, residue_lines
 from normswap.report.parity import comparisons_json, comparisons_summary, drift_summary, parity_json, worst_of
 from normswap.report.tables import Alarm, Good, Listing, table
@@ -18,6 +19,7 @@ from normswap.swap.fit import Fit
 from normswap.versions import versions
 
 if TYPE_CHECKING:
+    from normswap.api.heal import Healing
     from normswap.export.to_onnx import Export
 
 SCHEMA_VERSION = 1
@@ -36,6 +38,7 @@ class Report:
     seconds   the time of each stage, in order
     files     the names of the written files, relative to the output directory
     fits      the quality of the fit of each layer that was calibrated or re-estimated
+    healing   what training towards the original did; None if it was not trained
     facts     the facts about each norm from an inspection, which the table then shows
     statistics  by the name of a swapped layer, (name, range) of its tensors; the page shows them
     directory   where it is written, as the user named it
@@ -49,6 +52,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     files: Sequence[str] = ()
     fits: Sequence[Fit] = ()
+    healing: Healing[Any] | None = None
     facts: Sequence[Facts] = ()
     statistics: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     directory: str = ""
@@ -104,6 +108,7 @@ class Report:
             "parities": {name: parity_json(parity) for name, parity in self.parities.items()},
             "legs": comparisons_json(self.parities, self.not_run),
             "calibration": self.fits,
+            "healing": None if self.healing is None else healing_json(self.healing),
             "onnx": None if self.onnx is None else export_facts(self.onnx),
             "seconds": self.seconds,
             "versions": self.versions,
@@ -114,6 +119,8 @@ class Report:
     def summary(self) -> str:
         """The verdict, then one line for each comparison, warning and note. Plain text."""
         lines = [self.verdict, *comparisons_summary(self.parities, self.not_run)]
+        if self.healing is not None:
+            lines += [f"  healed: {line}" for line in healing_lines(self.healing)]
         lines += [f"  {topic}: {line}" for topic, line in self.onnx_lines]
         lines += self._pair_lines()
         lines += self._rmsnorm_lines()

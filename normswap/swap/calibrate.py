@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.batches import Unreadable, arguments_of, mask_of, told
 from normswap.models.copying import set_eval, shared_parameters
 from normswap.models.torch_private import is_functorch_wrapped
 from normswap.models.watching import forward, input_of
-from normswap.swap.batches import Unreadable, arguments_of, mask_of, told
 from normswap.swap.fit import Fit, Fitting, fit_of, part_after, record, store
 from normswap.swap.moments import Moments
 from normswap.swap.repair import OutOfOrder, repair

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from normswap.models.batches import arguments_of, mask_of, told
 from normswap.models.copying import uncompiled
 from normswap.models.torch_private import is_functorch_wrapped, tree_map_only
 from normswap.models.watching import input_of
-from normswap.swap.batches import arguments_of, mask_of, told
 from normswap.swap.fit import Fitting, part_after, record, store
 from normswap.swap.least_squares import HELD_OUT, Joint, Map, Sums, best, best_jointly
 from normswap.swap.lockstep import Pass, Passes

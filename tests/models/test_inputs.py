@@ -18,8 +18,8 @@ from normswap.api.convert import given_to
 from normswap.cli.data import batches_of
 from normswap.errors import UsageError
 from normswap.files.load import load
+from normswap.models.batches import arguments_of
 from normswap.models.inputs import Inputs, as_inputs, infer, parse
-from normswap.swap.batches import arguments_of
 
 # --- given --------------------------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def told(what: str = "calibration data") -> Iterator[None]:
     """Raise what the model raises on the data as a UsageError."""
     try:
         yield
@@ -33,7 +33,7 @@ def told() -> Iterator[None]:
         raise UsageError(str(error), hint="exclude it from the conversion") from error
     except Exception as error:  # the user's model may raise anything
         raise UsageError(
-            f"the model does not take the calibration data: {described(error)}",
+            f"the model does not take the {what}: {described(error)}",
             hint="a batch is a tensor, a tuple of arguments, or a dict of keyword arguments",
         ) from error
 

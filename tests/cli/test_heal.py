@@ -1,0 +1,172 @@
+"""`normswap heal`: what it writes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+from typer.testing import CliRunner
+
+import normswap
+from normswap.cli.app import app
+from normswap.healing import run
+
+FACTORY = """
+import torch
+from torch import nn
+from fixtures.nets import randomise
+
+
+def net():
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 3))
+    return randomise(nn.Sequential(*layers), 1).eval()
+
+
+def exact():
+    return randomise(nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24)), 1).eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(120):
+        yield torch.randn(32, 6, generator=generator)
+
+
+def score(model):
+    return 0.25
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "healed_nets.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _heal(*options: str, source: str = "healed_nets:net", data: tuple[str, ...] = ("--data", "healed_nets:batches")) -> Result:
+    return CliRunner().invoke(app, ["heal", source, *data, "--no-onnx", "-o", "out", *options])
+
+
+def test_it_writes_the_healed_model_and_says_what_it_took() -> None:
+    result = _heal("--tokens", "6400", "--lr", "1e-3", "--metric", "healed_nets:score", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    healing = report["healing"]
+    assert healing["after"] < 0.95 * healing["before"]
+    assert healing["metric"] == {"original": 0.25, "before": 0.25, "after": 0.25}
+    assert (healing["curve"][0]["loss"], healing["curve"][-1]["tokens"], healing["diverged"]) == ("nan", 6400, False)
+    assert report["parities"]["drift"]["passed"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["model.safetensors", "recipe.json", "report.html", "report.json"]
+    assert not Path("out.healing").exists()
+    model = normswap.load("out", trust=True)
+    assert isinstance(model, nn.Module)
+    worst = report["parities"]["drift"]["max_rel"]
+    plain = normswap.convert(_net(), calibration=_batches(), approximate=True)
+    assert plain.drift is not None
+    assert worst < plain.drift.max_rel
+
+
+def _net() -> nn.Module:
+    import healed_nets  # type: ignore[import-not-found]
+
+    return healed_nets.net()  # type: ignore[no-any-return]
+
+
+def _batches() -> list[torch.Tensor]:
+    import healed_nets
+
+    return list(healed_nets.batches())
+
+
+def test_in_words() -> None:
+    result = _heal("--tokens", "640", "--lr", "1e-3")
+    assert result.exit_code == 0, result.output
+    assert "healed: distance " in result.stdout
+    assert " in 20 steps, 640 tokens or samples, 0.0 minutes" in result.stdout
+    assert "written to out" in result.stdout
+
+
+def test_keep_keeps_the_norms_that_cost_most() -> None:
+    ranked = normswap.sensitivity(_net(), _batches()[:8]).layers
+    result = _heal("--tokens", "320", "--keep", "1", "--json")
+    plan = json.loads(result.stdout)["plan"]
+    assert [skip["name"] for skip in plan["skips"]] == [ranked[-1].name]
+    assert [swap["name"] for swap in plan["swaps"]] == [ranked[0].name]
+
+
+def test_a_run_that_diverges_ends_in_3_with_the_best_state_written() -> None:
+    result = _heal("--tokens", "3200", "--lr", "1e4")
+    assert result.exit_code == 3
+    assert "error: healing diverged: the distance to the original rose 4 times" in result.stderr
+    assert "hint: a smaller learning rate: --lr" in result.stderr
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["healing"]["diverged"]
+    assert report["healing"]["after"] == report["healing"]["before"]
+    assert Path("out/model.safetensors").exists()
+
+
+def test_an_interrupted_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = json.loads(_heal("--tokens", "1280", "--json").stdout)["healing"]["curve"]
+    show = run._Healing._show
+
+    def interrupted(self: Any) -> None:
+        show(self)
+        if self.state.step == 23:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._Healing, "_show", interrupted)
+    result = CliRunner().invoke(
+        app, ["heal", "healed_nets:net", "--data", "healed_nets:batches", "--no-onnx", "-o", "other", "--tokens", "1280"]
+    )
+    assert result.exit_code == 130
+    assert (Path("other.healing").exists(), Path("other").exists()) == (True, False)
+    monkeypatch.setattr(run._Healing, "_show", show)
+    monkeypatch.setattr(run._Healing, "_step", _counted(run._Healing._step, steps := []))
+    again = _heal("--tokens", "1280", "-o", "other", "--json")
+    curve = json.loads(again.stdout)["healing"]["curve"]
+    assert [(p["step"], p["distance"]) for p in curve] == [(p["step"], p["distance"]) for p in whole]
+    assert len(steps) == 40 - 22
+    assert not Path("other.healing").exists()
+
+
+def _counted(step: Any, steps: list[int]) -> Any:
+    def counted(self: Any, group: Any) -> bool:
+        steps.append(self.state.step)
+        return bool(step(self, group))
+
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"data": ()}, 2, "healing learns from data, and none were given"),
+        ({"source": "healed_nets:exact"}, 2, "every swap is exact, so there is nothing to heal"),
+        ({"options": ("--keep", "-1")}, 2, "--keep is -1; expected 0 or more"),
+        ({"data": ("--data", "missing.txt")}, 2, "--data missing.txt is no file"),
+        ({"options": ("--tokens", "0")}, 2, "the budget is None minutes and 0 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(options: dict[str, Any], code: int, message: str) -> None:
+    given = options.pop("options", ())
+    result = _heal(*given, **options)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert not Path("out").exists()
+
+
+def test_text_without_a_tokenizer_is_said(tmp_path: Path) -> None:
+    Path("texts").mkdir()
+    Path("texts/one.txt").write_text("some words\n\n" * 20)
+    result = _heal(data=("--data", "texts"))
+    assert result.exit_code == 2
+    assert "is not a directory with a tokenizer" in result.stderr
