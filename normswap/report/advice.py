@@ -29,8 +29,12 @@ def basis(report: Report) -> str:
     drift = report.parities.get(DRIFT)
     if drift is not None:
         measured = "Measured on the calibration data, relative to the largest output."
+        if report.healing is not None:
+            before, after = (figure(distance) for distance in (report.healing.before, report.healing.after))
+            healed = f"Healed: the distance to the original on held-out data went from {before} to {after} of what the outputs vary by."
+            return f"{measured} {healed}"
         if drift.max_rel > USABLE:
-            return f"{measured} That is too far to use it as it is: train it on, or exclude layers (normswap sensitivity finds which)."
+            return f"{measured} That is too far to use it as it is: normswap heal trains it, normswap sensitivity finds layers to exclude."
         return f"{measured} It is another function than the original: judge it by what your model is for."
     worst = worst_of(d for parity in report.parities.values() for d in parity.outputs)
     if worst is None or not worst.tolerance:

@@ -75,7 +75,7 @@ class Report:
         nothing = f"{count} can be" if total else "the model has no normalization"
         drift = self.parities.get("drift")
         if drift is not None and all(parity.passed for parity in self.parities.values() if parity is not drift):
-            return f"{drift_summary(drift)}; {count} swapped"
+            return f"{drift_summary(drift, healed=self.healing is not None)}; {count} swapped"
         return {
             "converted": f"converted: {count} swapped",
             "planned": f"would swap {count}",

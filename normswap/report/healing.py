@@ -40,4 +40,5 @@ def healing_lines(healing: Healing[Any]) -> Iterator[str]:
     elif healing.epochs:
         yield f"the data were used {healing.epochs + 1} times; fresh data are better, as what is repeated is learnt by heart"
     if healing.rolled_back:
-        yield f"the distance grew {healing.rolled_back} times, and it went back to the best weights with half the learning rate"
+        times = "1 time" if healing.rolled_back == 1 else f"{healing.rolled_back} times"
+        yield f"the distance grew {times}, and it went back to the best weights with half the learning rate"

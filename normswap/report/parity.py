@@ -74,8 +74,11 @@ def parity_summary(parity: Parity, *, approximate: bool = False) -> str:
     return shown("; ".join(parts), line=True)
 
 
-def drift_summary(drift: Parity) -> str:
-    """The verdict on an approximate model: how far its outputs moved, and whether they, or else a layer, moved too far."""
+def drift_summary(drift: Parity, *, healed: bool = False) -> str:
+    """The verdict on an approximate model: how far its outputs moved, and whether they, or else a layer, moved too far.
+
+    healed: whether it was trained towards the original already; then whoever healed it judges by the distance whether it is usable.
+    """
     if drift.failure is not None:
         return f"approximate, and not measured: {drift.failure}"
     bad = worst_of(d for d in drift.outputs if not d.passed) or worst_of(d for d in drift.sites if not d.passed)
@@ -84,6 +87,8 @@ def drift_summary(drift: Parity) -> str:
         return "approximate, and not measured: nothing was compared"
     what = "outputs" if said in drift.outputs else f"the layer {said.name or ROOT}"
     found = _moved(said, what) if said.problem is None else f"{what}: {said.problem}"
+    if said.problem is None and what == "outputs" and USABLE < said.max_rel < math.inf and not said.non_finite and not healed:
+        found += ", not usable without healing"
     return shown(f"approximate{', and too far from the original' if bad else ''}: {found}", line=True)
 
 
@@ -94,7 +99,7 @@ def _moved(worst: Difference, what: str = "outputs") -> str:
     moved = f"{what} moved by {100 * worst.max_rel:.2g} %"
     if math.isfinite(worst.tolerance):
         moved += f", {100 * worst.tolerance:.2g} % is allowed"
-    return f"{moved}, not usable without healing" if worst.max_rel > USABLE and what == "outputs" else moved
+    return moved
 
 
 def properties(parity: Parity) -> dict[str, str]:

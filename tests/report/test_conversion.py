@@ -8,12 +8,17 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reports import BAD, DEAD, FACTS, GOOD, HOSTILES, NAN, PLAN, RULE, difference, full, known, parity, rendered, swap
+from torch import nn
 
+from normswap.api.heal import Healing
 from normswap.detect.sites import Plan, Site, Skip, Swap
+from normswap.healing.state import Point
 from normswap.parity.result import Parity
+from normswap.report import advice
 from normswap.report.conversion import Report, calibration_table, report_table
 from normswap.report.page import html
 from normswap.report.parity import parity_json, parity_table
@@ -69,6 +74,26 @@ def test_an_approximate_conversion_says_how_far_it_is_and_never_only_that_it_is_
     result = Report("model.pt", PLAN, {"torch": GOOD, "drift": drift})
     assert (result.status, result.json()["status"], result.verdict) == (status, status, verdict)
     assert "not the same function" not in result.summary()
+
+
+def test_a_healed_conversion_is_judged_by_its_distance() -> None:
+    points = tuple(
+        Point(step, 640 * step, 30.0 * step, 0.5, distance, distance**2) for step, distance in ((0, 0.31), (7, 0.045), (9, 0.052))
+    )
+    healing: Healing[Any] = Healing(nn.Identity(), points, (0.9, 0.5, 0.8125), 2, 1, False, False)
+    result = Report("model.pt", PLAN, {"torch": GOOD, "drift": moved(0.17)}, healing=healing)
+    assert result.verdict == "approximate: outputs moved by 17 %" + SWAPPED
+    assert [line for line in result.summary().splitlines() if "healed" in line] == [
+        "  healed: distance 3.1e-01 -> 4.5e-02 in 9 steps, 5760 tokens or samples, 4.5 minutes",
+        "  healed: metric 0.5 -> 0.8125, of the original 0.9",
+        "  healed: the data were used 3 times; fresh data are better, as what is repeated is learnt by heart",
+        "  healed: the distance grew 1 time, and it went back to the best weights with half the learning rate",
+    ]
+    assert result.json()["healing"]["metric"] == {"original": 0.9, "before": 0.5, "after": 0.8125}
+    assert "went from 3.1e-01 to 4.5e-02 of what the outputs vary by" in advice.basis(result)
+    short = dataclasses.replace(healing, metric=None, epochs=0, rolled_back=0, ended=True)
+    lines = Report("model.pt", PLAN, {"torch": GOOD, "drift": moved(0.17)}, healing=short).summary().splitlines()
+    assert [line for line in lines if "healed" in line][1:] == ["  healed: the data ended before the budget"]
 
 
 def test_where_the_exact_swaps_of_an_approximate_conversion_differ_that_is_what_failed() -> None:
@@ -220,6 +245,7 @@ def test_json_holds_the_plan() -> None:
         "parities",
         "legs",
         "calibration",
+        "healing",
         "onnx",
         "seconds",
         "versions",
