@@ -4,9 +4,9 @@
     python -m benchmarks.heal gpt | vit                                              one row each; 1 thread
     python -m benchmarks.heal                                                        the table of docs/heal.md, from the rows
 
-A row is kept in benchmarks/results/heal.json under what was asked. MiniLM: texts are paragraphs of docstrings of the standard library and of
-the installed packages; 512 of held-out modules of the standard library are compared, as in benchmarks.minilm, and none of them is trained
-on. Minutes are those of `heal` alone; the conversion before it, on 40,000 tokens, is a row of its own. --plain: without repair.
+A row is kept in benchmarks/results/heal.json under what was asked. MiniLM: texts are paragraphs of docstrings of the standard library and
+of the installed packages; 512 of held-out modules of the standard library are compared, as in benchmarks.minilm, and none of them is
+trained on. Minutes are those of `heal` alone; the conversion before it, on 40,000 tokens, is a row of its own. --plain: no repair.
 """
 
 from __future__ import annotations
