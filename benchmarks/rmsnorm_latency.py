@@ -1,6 +1,6 @@
 """How fast is the ONNX file of a model with RMSNorm beside that of the same model with LayerNorm?
 
-    python -m benchmarks.rmsnorm_latency        only where nothing else runs; writes results/rmsnorm_latency.json and a table of docs/rmsnorm.md
+    python -m benchmarks.rmsnorm_latency      only where nothing else runs; writes results/rmsnorm_latency.json, a table of docs/rmsnorm.md
 
 The files are those of `export_onnx`: LayerNorm at the default opset; RMSNorm at the default opset, where it is several operators, and at
 opset 23, where it is RMSNormalization; and what `target="cuda"` writes, run on the CPU. One onnxruntime session each, one thread,
