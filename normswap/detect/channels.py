@@ -43,7 +43,9 @@ def is_blind(op: Op, value: Value, axis: int) -> bool:
     """Whether the results of an operator do not change when `value`, on every place where it is read, is centred."""
     if op.name == "native_layer_norm":
         x, shape = op.args[0], op.args[1]
-        return x is value and len(shape) == 1 and axis == len(value.shape) - 1 and all(w is not value for w in op.args[2:4])
+        of_mean = op.outputs[1]  # the second result is the mean that it takes out
+        seen = of_mean.uses or of_mean.is_output
+        return x is value and len(shape) == 1 and axis == len(value.shape) - 1 and not seen and all(w is not value for w in op.args[2:4])
     if op.name in ("_softmax", "_log_softmax"):
         return int(op.args[1]) % len(value.shape) == axis
     return op.name in ("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full")

@@ -136,6 +136,69 @@ class Places(nn.Module):
         return self.conv(self.norm(F.avg_pool2d(self.stem(x), 2)))  # type: ignore[no-any-return]
 
 
+class Squared(nn.Module):
+    """A product of the stream with itself: centred on one side it would be centred on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return self.head(self.norm(h @ h) + self.norm(h))  # type: ignore[no-any-return]
+
+
+class Again(nn.Module):
+    """One activation, called in the stem and before it: what it returns the second time is the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(4, C), nn.Linear(C, C), nn.Tanh()
+        self.blocks, self.norm, self.head = nn.Sequential(Block(), Block()), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.act(self.second(self.act(self.first(x)))))))  # type: ignore[no-any-return]
+
+
+class Both(nn.Module):
+    """Returns an activation, which is the stream, and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.linear(x)
+        return h.tanh(), h.sin()
+
+
+class AfterBoth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.norm, self.head = Both(), nn.Sequential(Block(), Block()), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, other = self.stem(x)
+        return self.head(self.norm(self.blocks(h)) * other)  # type: ignore[no-any-return]
+
+
+class Pair(Block):
+    """Takes the stream twice."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return y + self.down(self.up(self.norm(x)).relu())  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.block, self.norm, self.head = nn.Linear(4, C), Pair(), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).tanh()
+        return self.head(self.norm(self.block(h, h)))  # type: ignore[no-any-return]
+
+
 def tokens() -> Tensor:
     return torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -172,6 +235,8 @@ FIRES: dict[str, tuple[nn.Module, Callable[[], Tensor], list[str], list[str]]] =
     ),
     "a linear without a bias": (nn.Sequential(nn.Linear(4, C, bias=False), nn.LayerNorm(C, bias=False)), places(2, 4), ["1"], []),
     "no affine": (nn.Sequential(nn.Linear(4, C), nn.LayerNorm(C, elementwise_affine=False)), places(2, 4), ["1"], []),
+    "an activation that is called twice": (Again(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
+    "a module that returns two": (AfterBoth(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
     "blocks after one with the norm behind the sum": (after(Post(), Block()), places(2, 5, 4), ["2.norm", "3"], ["1.norm"]),
 }
 
@@ -278,11 +343,7 @@ KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
     ),
     "in code": (InCode(), places(2, 4), {"layer_norm": "is a call in the code of a module; make it a layer, nn.LayerNorm"}),
     "two axes": (nn.Sequential(nn.Linear(4, C), nn.LayerNorm((5, C))), places(2, 5, 4), {"1": "normalizes over several axes; leave it"}),
-    "a shared weight": (
-        shared(),
-        places(2, C),
-        {"1": "it would take a centring of its own to save that of one LayerNorm: its stream starts from a tensor"},
-    ),
+    "a product with itself": (Squared(), places(C, 4), {"norm": "its stream is also read by the model itself (a matrix product)"}),
     "group norm": (
         nn.Sequential(nn.Conv1d(4, C, 2), nn.GroupNorm(2, C)),
         places(2, 4, 5),
