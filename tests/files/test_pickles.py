@@ -314,6 +314,18 @@ def test_damaged_archives(tmp_path: Path, damage: str) -> None:
     assert not isinstance(caught.value, UnsafePickleError)
 
 
+def test_one_part_of_an_archive_of_several(tmp_path: Path) -> None:
+    """Of which zipfile raises an error where it is asked whether it is an archive at all."""
+    path = tmp_path / "part.pt"
+    torch.save(nn.BatchNorm2d(3), path)
+    data = bytearray(path.read_bytes())
+    locator = data.rindex(b"PK\x06\x07")
+    data[locator + 16 : locator + 20] = struct.pack("<I", 2)  # how many parts there are
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match=r"^part\.pt is damaged: "):
+        load(str(path))
+
+
 def test_endless_program(tmp_path: Path) -> None:
     path = tmp_path / "long.pt"
     with path.open("wb") as out:
