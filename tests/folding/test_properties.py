@@ -140,13 +140,14 @@ def test_graphs_of_older_opsets_keep_their_function(opset: int) -> None:
         assert ways[way] >= 2, ways
 
 
+FIRST = (723, 411, 76, 72, 37, 4)  # which are enough today
 MOVING = ("Neg", "Abs", "Tile", "CumSum", "DepthToSpace", "SpaceToDepth", "Einsum")
 
 
 def test_every_operator_that_moves_values_is_passed() -> None:
     """Each is a neighbour of an affine that is gone, in some graph."""
     passed: Counter[str] = Counter()
-    for number in range(800):
+    for number in (*FIRST, *range(800)):
         proto = random_onnx.generate(random.Random(number), moving=True)
         outcomes, _ = folded(proto)
         gone = {name for outcome in outcomes if not outcome.left for name in _around(proto, outcome.name)}
@@ -234,7 +235,7 @@ def refuse(affine: Affine, bases: Bases) -> Change:
     raise Conflict("not now")
 
 
-@settings(max_examples=8, **SEEDED)
+@settings(max_examples=5, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_random_networks_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(r, tmp_path_factory.mktemp("net"))
