@@ -693,11 +693,11 @@ def model(width, depth):
 
 path = Path(sys.argv[1])
 export(model(300, 2), (torch.randn(2, 300, 2, 2),), {}, path)  # what torch and onnx themselves need
-net = model(1024, 8)
+net = model(2048, 8)
 size = sum(p.nbytes for p in net.parameters())
 torch.randn(1)
 before = peak()
-export(net, (torch.randn(2, 1024, 2, 2),), {}, path)
+export(net, (torch.randn(2, 2048, 2, 2),), {}, path)
 print((peak() - before) / size)
 """
 
