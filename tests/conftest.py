@@ -1,4 +1,4 @@
-"""What every test runs under: torchvision that imports, fixed seeds, one thread (as a second process, `-n 2`, is worth more)."""
+"""What every test runs under: torchvision that imports, an exporter that starts fast, fixed seeds, one thread (as `-n 2` is worth more)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import one_registry  # noqa: F401  before the first export
 import pytest
 import torch
 import torchvision_shim  # noqa: F401  before anything imports torchvision

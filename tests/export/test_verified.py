@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.api.fold import fold_onnx
 from normswap.export.any_file import fold
-from normswap.export.to_onnx import export
+from normswap.export.to_onnx import Program, Settings
 from normswap.export.verified import MEASURED, Attempt, search
 from normswap.folding import write
 from normswap.parity.judge import compare, judge
@@ -222,12 +222,13 @@ def test_what_is_undone_stays_in_the_file(tmp_path: Path, target: Any, half: boo
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)).eval()
     nn.init.uniform_(model[1].bias)  # type: ignore[arg-type]
     module, x, path = normswap.convert(model, torch.randn(2, 3, 9, 8)).module, torch.randn(2, 3, 9, 8), tmp_path / "a.onnx"
-    result = export(module, (x,), {}, path, kept={"1": "rolled back"}, target=target, half=half)
+    program = Program(module, (x,), {}, Settings(target=target, half=half))  # two files of one graph, as `verified_export` makes them
+    result = program.write(path, {"1": "rolled back"})
     assert [(site.left, site.reason) for site in result.sites] == [(("BatchNormalization",), "rolled back"), ((), "")]
     assert [node.op_type for node in onnx.load(path).graph.node].count("BatchNormalization") == 1
     assert result.nodes["BatchNormalization"] == 1
     assert {entry.domain for entry in onnx.load(path).opset_import} == {""}
-    result = export(module, (x,), {}, path, target=target, half=half)
+    result = program.write(path)
     assert "BatchNormalization" not in result.nodes
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -45,10 +46,17 @@ def x() -> Tensor:
     return torch.randn(4, 3, 8, 8)
 
 
+@pytest.fixture(scope="module")
+def once_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    conversion = normswap.convert(_factory(1), torch.randn(4, 3, 8, 8))
+    return conversion.model, normswap.save(conversion, tmp_path_factory.mktemp("once") / "saved")
+
+
 @pytest.fixture
-def saved(tmp_path: Path, x: Tensor) -> tuple[nn.Module, Path]:
-    conversion = normswap.convert(_factory(1), x)
-    return conversion.model, normswap.save(conversion, tmp_path / "saved")
+def saved(once_saved: tuple[nn.Module, Path], tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model and its directory, both the test's own: it may change them."""
+    return copy.deepcopy(once_saved[0]), shutil.copytree(once_saved[1], tmp_path / "saved")
 
 
 def test_a_fresh_model_with_other_weights_becomes_the_saved_one(saved: tuple[nn.Module, Path], x: Tensor) -> None:
@@ -322,12 +330,23 @@ def net():
 """
 
 
+@pytest.fixture(scope="module")
+def once_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """net.pt, and what the command writes of it, with an ONNX file: that takes seconds, so once."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.save(_factory(1), "net.pt")
+        convert_to_directory("net.pt", folder / "out", ConvertOptions(inputs=["4x3x8x8"]))
+    return folder
+
+
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the command writes of a module; its inputs are those of `x`."""
+def written(once_written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what the command writes of a module, beside net.pt; its inputs are those of `x`."""
     monkeypatch.chdir(tmp_path)
-    torch.save(_factory(1), "net.pt")
-    return convert_to_directory("net.pt", tmp_path / "out", ConvertOptions(inputs=["4x3x8x8"]))[1]
+    shutil.copytree(once_written, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out"
 
 
 def recipe_of(directory: Path) -> dict[str, Any]:

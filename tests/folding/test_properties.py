@@ -6,6 +6,7 @@ import random
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from fixtures.random_graphs import generate
 from normswap.api.convert import convert_unchecked
 from normswap.api.request import Request
 from normswap.errors import ExportError
-from normswap.export.to_onnx import export
+from normswap.export.to_onnx import Program
 from normswap.folding import Affine, Constants, Outcome, fold
 from normswap.folding.basis import Bases, Change, Conflict
 from normswap.folding.find import affines
@@ -60,12 +61,7 @@ def number_of(proto: onnx.ModelProto) -> int:
     return len(proto.graph.node)
 
 
-@settings(
-    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
-@given(st.randoms(use_true_random=False))
-def test_random_graphs_keep_their_function(r: random.Random) -> None:
-    proto = random_onnx.generate(r)
+def graph_keeps_its_function(proto: onnx.ModelProto) -> None:
     outcomes, after = folded(proto)
     assert difference(proto, after) <= EXACT, onnx.printer.to_text(proto)
     assert number_of(after) <= number_of(proto)
@@ -74,17 +70,33 @@ def test_random_graphs_keep_their_function(r: random.Random) -> None:
         assert bool(outcome.left) == bool(outcome.reason), outcome
 
 
-@settings(
-    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+SEEDED: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.generate],
+}
+
+
+@settings(max_examples=100, **SEEDED)
+@given(st.randoms(use_true_random=False))
+def test_random_graphs_keep_their_function(r: random.Random) -> None:
+    graph_keeps_its_function(random_onnx.generate(r))
+
+
+@settings(max_examples=100, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_random_graphs_that_move_values_keep_their_function(r: random.Random) -> None:
-    proto = random_onnx.generate(r, moving=True)
-    outcomes, after = folded(proto)
-    assert difference(proto, after) <= EXACT, onnx.printer.to_text(proto)
-    assert number_of(after) <= number_of(proto)
-    for outcome in outcomes:
-        assert bool(outcome.left) == bool(outcome.reason), outcome
+    graph_keeps_its_function(random_onnx.generate(r, moving=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moving", [False, True])
+@settings(max_examples=600, **SEEDED)
+@given(r=st.randoms(use_true_random=False))
+def test_many_random_graphs_keep_their_function(r: random.Random, moving: bool) -> None:
+    graph_keeps_its_function(random_onnx.generate(r, moving=moving))
 
 
 def older(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto | None:
@@ -128,16 +140,21 @@ def test_graphs_of_older_opsets_keep_their_function(opset: int) -> None:
         assert ways[way] >= 2, ways
 
 
+FIRST = (723, 411, 76, 72, 37, 4)  # which are enough today
+MOVING = ("Neg", "Abs", "Tile", "CumSum", "DepthToSpace", "SpaceToDepth", "Einsum")
+
+
 def test_every_operator_that_moves_values_is_passed() -> None:
     """Each is a neighbour of an affine that is gone, in some graph."""
     passed: Counter[str] = Counter()
-    for number in range(800):
+    for number in (*FIRST, *range(800)):
         proto = random_onnx.generate(random.Random(number), moving=True)
         outcomes, _ = folded(proto)
         gone = {name for outcome in outcomes if not outcome.left for name in _around(proto, outcome.name)}
         passed.update(gone)
-    for operator in ("Neg", "Abs", "Tile", "CumSum", "DepthToSpace", "SpaceToDepth", "Einsum"):
-        assert passed[operator], passed
+        if all(passed[operator] for operator in MOVING):
+            return
+    pytest.fail(str(passed))
 
 
 def _around(proto: onnx.ModelProto, name: str) -> list[str]:
@@ -155,14 +172,18 @@ def test_a_shared_value_is_not_stored_with_a_shift_that_costs_its_digits() -> No
     assert difference(proto, folded(proto)[1]) <= 1e-12
 
 
+WAYS = ("into_producer", "into_consumers", "stream_shift", "threshold", "into_producers", "stays")
+
+
 def test_every_way_is_taken_and_refused() -> None:
     ways: Counter[str] = Counter()
     for number in range(250):
         ways.update(
             outcome.how or ("stays" if outcome.left else "nothing") for outcome in folded(random_onnx.generate(random.Random(number)))[0]
         )
-    for way in ("into_producer", "into_consumers", "stream_shift", "threshold", "into_producers", "stays"):
-        assert ways[way] >= 5, ways
+        if all(ways[way] >= 5 for way in WAYS):
+            return
+    pytest.fail(str(ways))
 
 
 @pytest.mark.parametrize("mistake", ["response", "along"])
@@ -179,7 +200,7 @@ def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def keeps_its_function(r: random.Random, directory: Path) -> None:
-    """A random network, converted in float64 and exported twice: the folded file computes what one does in which nothing was folded.
+    """A random network, converted in float64 and written twice: the folded file computes what one does in which nothing was folded.
 
     Not what torch computes: onnx's evaluator has a Gelu that is right to 3e-8 in float64.
     """
@@ -190,14 +211,15 @@ def keeps_its_function(r: random.Random, directory: Path) -> None:
         # `convert` refuses a network that rounds to near its limit, which is no matter here.
         model = convert_unchecked(graph.make(torch.float64), Request(example_inputs=inputs, coupling="none")).model
         try:
-            result = export(model, inputs, {}, directory / "folded.onnx")
+            program = Program(model, inputs, {})
+            result = program.write(directory / "folded.onnx")
         except ExportError:
             return  # it branches on its data, or has an operator that ONNX lacks
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("normswap.folding.decide.ATTEMPTS", ())
             patch.setattr("normswap.folding.ways.scale_alone", refuse)
             patch.setattr("normswap.folding.into_producer.fold", lambda affine, constants, adding=False: None)
-            plain = export(model, inputs, {}, directory / "plain.onnx")
+            plain = program.write(directory / "plain.onnx")
     assert plain.folded == ()
     if any(a.name == "group" and a.i > 1 for n in onnx.load(plain.path).graph.node if n.op_type == "ConvTranspose" for a in n.attribute):
         return  # onnx's evaluator cannot run one
@@ -213,16 +235,14 @@ def refuse(affine: Affine, bases: Bases) -> Change:
     raise Conflict("not now")
 
 
-@settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=5, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_random_networks_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(r, tmp_path_factory.mktemp("net"))
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+@settings(max_examples=200, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_many_random_networks_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(r, tmp_path_factory.mktemp("net"))

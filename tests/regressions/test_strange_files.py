@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections.abc import Callable
@@ -58,12 +59,15 @@ class Mlp(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
+@functools.cache
+def float_net() -> onnx.ModelProto:
+    return exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)), torch.randn(1, 3, 6, 6))
+
+
 def quantized(path: Path, how: str) -> onnx.ModelProto:
     from onnxruntime import quantization
 
-    onnx.save(
-        exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)), torch.randn(1, 3, 6, 6)), path / "q.onnx"
-    )
+    onnx.save(float_net(), path / "q.onnx")
     if how == "dynamic":
         quantization.quantize_dynamic(path / "q.onnx", path / "r.onnx")
     else:
@@ -228,9 +232,7 @@ def keeps_its_function(proto: onnx.ModelProto, directory: Path, *, scale: float 
     return made
 
 
-@settings(
-    max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+@settings(max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(st.randoms(use_true_random=False))
 def test_random_strange_graphs_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(strange_onnx.generate(r), tmp_path_factory.mktemp("strange"))

@@ -192,7 +192,7 @@ def open_archive(file: IO[bytes], name: str) -> Any:
         archive = PyTorchFileReader(file)
         held = sum(archive.get_record_size(record) for record in archive.get_all_records())
     except Exception as error:  # a RuntimeError of the reader, or an OSError of a seek to a wrong position
-        if zipfile.is_zipfile(file):
+        if _is_zip(file):
             raise LoadError(
                 f"{name} is a zip archive without a model in it", hint="give a file that torch.save or torch.export.save wrote"
             ) from None
@@ -200,6 +200,13 @@ def open_archive(file: IO[bytes], name: str) -> Any:
     if held > (size := _size(file)):  # torch.save does not compress
         raise _damaged(name, f"its parts unpack to {held} bytes, more than its own {size}")
     return archive
+
+
+def _is_zip(file: IO[bytes]) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # raised, not answered, of one part of an archive of several, which a damaged file may claim to be
+        return False
 
 
 def _size(file: IO[bytes]) -> int:
