@@ -6,8 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too: two threads each, on two cores in use, take ten times as long
+
 import pytest
 import torch
+import torchlib  # noqa: F401  whose operators are read once
 import torchvision_shim  # noqa: F401  before anything imports torchvision
 
 
