@@ -40,8 +40,8 @@ SELECTED: dict[tuple[str, str], tuple[int, int, int]] = {
     ("transformers", "Wav2Vec2"): (0, 7, 0),  # GroupNorm over time
 }
 
-# What others stand for: torchvision's resnet18 for BatchNorm2d, `gcresnext26ts` for BatchNormAct2d, `Bert` for LayerNorm, and the tests of the
-# rules for BatchNorm1d over tokens and for what stays.
+# What others stand for: torchvision's resnet18 for BatchNorm2d, `gcresnext26ts` for BatchNormAct2d, `Bert` for LayerNorm, and the tests of
+# the rules for BatchNorm1d over tokens and for what stays.
 SLOW = {"resnet/resnet10t", "levit/levit", "sknet/skresnet34", "vision_transformer/test", "convnext/convnextv2"}
 
 

@@ -1,6 +1,7 @@
 """Random networks: every norm is in the plan, with its calls, and every BatchNorm swap is exact. fixtures/random_graphs.py makes them.
 
-30 here, the same ones every time, and 100 with `-m slow`; 2,000 in `python -m benchmarks.random_graphs`, whose last result is results/random_graphs.json.
+30 here, the same ones every time, and 100 with `-m slow`; 2,000 in `python -m benchmarks.random_graphs`, whose last result is
+results/random_graphs.json.
 """
 
 from __future__ import annotations
