@@ -15,7 +15,7 @@ clients = [normswap.convert(original, images[:5]).model for _ in views]
 own = normswap.norm_keys(clients[0])  # stays with each client
 before = [right(client, view) for client, view in zip(clients, views, strict=True)]
 
-for _ in range(10):
+for _ in range(7):
     for client, view in zip(clients, views, strict=True):
         optimizer = torch.optim.SGD(normswap.param_groups(client.train(), lr=3e-2), momentum=0.9)
         for rows in torch.randperm(1300)[:256].split(32):

@@ -14,7 +14,7 @@ print(f"converted, largest error {conversion.parity.max_rel:.1e} of the largest 
 
 model = conversion.model.train()
 optimizer = torch.optim.SGD(normswap.param_groups(model, lr=1e-3, batch=1), momentum=0.9)
-for i in torch.randperm(1300)[:600].tolist():
+for i in torch.randperm(1300)[:300].tolist():
     optimizer.zero_grad()
     cross_entropy(model(dark[TRAIN][i : i + 1]), labels[TRAIN][i : i + 1]).backward()
     optimizer.step()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start, too: two threads each, on cores in use, take ten times as long
 
 import one_registry  # noqa: F401  before the first export
 import pytest
 import torch
 import torchvision_shim  # noqa: F401  before anything imports torchvision
+from warm import Warm
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,12 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    with Warm() as warm:
+        yield warm
 
 
 @pytest.fixture

@@ -45,8 +45,12 @@ def test_the_commands_of_the_example_pass(repository: Path) -> None:
     assert set(cases_of(repository / "models.xml").values()) == {"passed"}
 
 
-def test_the_script_of_the_action(repository: Path, tmp_path: Path, broken: Path) -> None:
-    good = check(repository, NORMSWAP_REFERENCE="models")
+@pytest.fixture(scope="module")
+def good(repository: Path) -> subprocess.CompletedProcess[str]:
+    return check(repository, NORMSWAP_REFERENCE="models")
+
+
+def test_the_script_of_the_action(repository: Path, good: subprocess.CompletedProcess[str], broken: Path) -> None:
     assert good.returncode == 0, good.stdout
     assert "::error" not in good.stdout
     assert "2 of 2 comparisons passed" in (repository / "summary.md").read_text()
@@ -63,8 +67,8 @@ def test_the_script_of_the_action(repository: Path, tmp_path: Path, broken: Path
     assert "::error title=normswap verify::error: there is no directory nothing-here" in missing.stdout
 
 
-def test_what_a_model_says_is_no_command_of_the_runner(repository: Path) -> None:
-    lines = check(repository, NORMSWAP_REFERENCE="models").stdout.splitlines()
+def test_what_a_model_says_is_no_command_of_the_runner(good: subprocess.CompletedProcess[str]) -> None:
+    lines = good.stdout.splitlines()
     stop = re.fullmatch(r"::stop-commands::([0-9a-f]{32})", lines[0])
     assert stop is not None
     assert f"::{stop[1]}::" in lines

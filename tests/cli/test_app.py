@@ -44,6 +44,23 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def exported(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The ONNX file that `export` wrote of the directory, and what it printed."""
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    result = run("export", converted, "-o", path)
+    assert result.exit_code == 0, result.stderr
+    return path, result.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes less to convert than DIGITS."""
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).eval(), path)
+    return path
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -159,16 +176,14 @@ def test_export_a_directory_and_a_model(converted: Path, tmp_path: Path) -> None
         assert (result.exit_code, result.stderr) == (0, "")
         facts = json.loads(result.stdout)
         assert (facts["path"], facts["opset"], facts["residue"], facts["parity"]["passed"]) == (str(path), 18, [], True)
+        assert facts["target"] == "portable"
+        assert (facts["cuda"]["status"], facts["cuda"]["without_kernel"], facts["notes"]) == ("not run", [], [])
     assert names(tmp_path) == ["0.onnx", "1.onnx"]
 
 
-def test_export_says_what_it_knows_of_cuda(converted: Path, tmp_path: Path) -> None:
-    result = run("export", converted, "-o", tmp_path / "m.onnx")
-    assert result.exit_code == 0, result.stderr
-    assert "  cuda: not run: onnxruntime has no CUDAExecutionProvider here; " in result.stdout
-    facts = json.loads(run("export", converted, "-o", tmp_path / "m.onnx", "--json").stdout)
-    assert facts["target"] == "portable"
-    assert (facts["cuda"]["status"], facts["cuda"]["without_kernel"], facts["notes"]) == ("not run", [], [])
+def test_export_says_what_it_knows_of_cuda(converted: Path, exported: tuple[Path, str]) -> None:
+    """And as JSON: test_export_a_directory_and_a_model."""
+    assert "  cuda: not run: onnxruntime has no CUDAExecutionProvider here; " in exported[1]
     report = json.loads((converted / "report.json").read_text())["onnx"]
     assert (report["target"], report["free_axes"], report["cuda"]["status"]) == ("portable", ["batch"], "not run")
 
@@ -203,11 +218,10 @@ def test_a_value_that_there_is_not_is_a_usage_error(option: str, value: str, con
     assert (result.exit_code, names(tmp_path)) == (2, [])
 
 
-def test_a_file_names_the_recipe_that_it_belongs_to(converted: Path, tmp_path: Path) -> None:
+def test_a_file_names_the_recipe_that_it_belongs_to(converted: Path, exported: tuple[Path, str], tmp_path: Path) -> None:
     recipe = json.loads((converted / "recipe.json").read_text())
     told = json.dumps({"rules": recipe["rules"], "sites": recipe["sites"]}, sort_keys=True, separators=(",", ":"))
-    run("export", converted, "-o", tmp_path / "m.onnx")
-    for path in (converted / "model.onnx", tmp_path / "m.onnx"):
+    for path in (converted / "model.onnx", exported[0]):
         found = {p.key: p.value for p in onnx.load(path).metadata_props}
         assert found["normswap_recipe"] == hashlib.sha256(told.encode()).hexdigest()
     run("convert", DIGITS, "-o", tmp_path / "other", "--std", "inv")
@@ -376,7 +390,13 @@ def sabotage() -> Iterator[Callable[[Path, int, BaseException], None]]:
 )
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "replacing"])
 def test_stopped_anywhere_leaves_nothing_partial(
-    error: BaseException, code: int, existing: bool, tmp_path: Path, converted: Path, sabotage: Callable[[Path, int, BaseException], None]
+    error: BaseException,
+    code: int,
+    existing: bool,
+    tmp_path: Path,
+    small: Path,
+    converted: Path,
+    sabotage: Callable[[Path, int, BaseException], None],
 ) -> None:
     """Stops the command at its first step that touches the disk, its second, ... until it gets through."""
     out, whole = tmp_path / "out", [name for name in WRITTEN if name != "model.onnx"]
@@ -384,7 +404,7 @@ def test_stopped_anywhere_leaves_nothing_partial(
         shutil.copytree(converted, out)
     for step in range(1, 30):
         sabotage(tmp_path, step, error)
-        result = run("convert", DIGITS, "-o", out, "--no-onnx")
+        result = run("convert", small, "-o", out, "--no-onnx")
         reached, SABOTEUR.below = SABOTEUR.countdown <= 0, ""
         if not reached:
             break
@@ -502,16 +522,16 @@ def seconds(*command: str) -> float:
     return min(once() for _ in range(3))
 
 
+@pytest.mark.slow  # it measures time; test_help.py says of every run that torch is not imported
 def test_help_takes_less_than_half_of_what_torch_takes_to_import() -> None:
     assert seconds("-m", "normswap", "--help") <= 0.5 * seconds("-c", "import torch")
 
 
-def test_colour_is_asked_for_or_not_there(converted: Path) -> None:
+def test_colour_is_asked_for() -> None:
+    """And it is not there where nobody asks: test_terminal.py, test_elsewhere_nothing_is_shown."""
     command = [sys.executable, "-m", "normswap", "inspect", DIGITS]
-    environment = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
-    plain = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     forced = subprocess.run(command, capture_output=True, text=True, env={**environment, "FORCE_COLOR": "1", "TERM": "xterm"}, check=True)
-    assert "\x1b[" not in plain.stdout + plain.stderr
     assert "\x1b[" in forced.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_what_it_wrote_loads(ran: tuple[Path, str]) -> None:
     assert sum(isinstance(module, normswap.BatchlessNorm) for module in model.modules()) == 4
 
 
-def test_it_replaces_its_own_directory_and_no_other(tmp_path: Path) -> None:
+def test_it_replaces_its_own_directory_and_no_other(ran: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("five years")
     refused = run("demo", "-o", tmp_path / "out")
@@ -93,8 +94,10 @@ def test_it_replaces_its_own_directory_and_no_other(tmp_path: Path) -> None:
     assert "holds files that normswap did not write" in refused.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     (tmp_path / "out" / "thesis.txt").unlink()
-    for _ in range(2):
-        assert run("demo", "-o", tmp_path / "out").exit_code == 0
+    shutil.copytree(ran[0] / "normswap-demo", tmp_path / "out", dirs_exist_ok=True)
+    os.utime(tmp_path / "out" / "recipe.json", (0, 0))
+    assert run("demo", "-o", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "recipe.json").stat().st_mtime > 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == WRITTEN
 
 

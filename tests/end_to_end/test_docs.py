@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 from doc_blocks import blocks
+from warm import Warm
 
 import normswap
 from normswap.cli.app import app
@@ -31,19 +32,24 @@ def command_lines(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_runs(page: Path, tmp_path: Path) -> None:
+def test_python_runs(page: Path, tmp_path: Path, warm: Warm) -> None:
     """All blocks of a page, as one script, where only the fixtures are at hand.
 
     NORMSWAP_PYTHON names the interpreter of an environment in which a wheel is installed, to run them with that and not with the checkout.
     """
-    (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
-    installed = os.environ.get("NORMSWAP_PYTHON")
-    environment = os.environ | {"PYTHONPATH": "" if installed else str(REPOSITORY)}
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "fixtures").symlink_to(REPOSITORY / "fixtures")
     script = "\n".join(blocks(page, "python"))
+    if not (installed := os.environ.get("NORMSWAP_PYTHON")):
+        ran = warm.run(script, place)
+        assert ran.returncode == 0, ran.output
+        return
     if re.search("torchvision|lightning", script):  # on a CPU build of torch, torchvision does not import without it
         script = f"import sys\nsys.path.append({str(REPOSITORY / 'tests/support')!r})\nimport torchvision_shim\n{script}"
-    ran = subprocess.run([installed or sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    environment = os.environ | {"PYTHONPATH": ""}
+    whole = subprocess.run([installed, "-c", script], cwd=place, env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
 
 
 PATHS = [

@@ -21,14 +21,13 @@ What else peers do wrong here, each reproduced once, and the test that holds it:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from doors import CONTEXTS, ON_TWO, Cell, cells, reference, trained
-from processes import run
 from torch import Tensor
+from warm import Warm
 
 # The largest error of a tensor, against its largest element. bf16: two layers of activations with 8 bits each.
 TOLERANCE = {"float32": 1e-5, "bf16": 3e-2}
@@ -53,9 +52,10 @@ def test_one_device(cell: Cell) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]]:
+def on_two(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> list[dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]]:
     directory = tmp_path_factory.mktemp("two")
-    run([[sys.executable, str(Path(__file__).parents[1] / "support" / "doors.py"), str(rank), str(directory)] for rank in (0, 1)])
+    script = Path(__file__).parents[1] / "support" / "doors.py"
+    warm.together(script, directory, [[str(rank), str(directory)] for rank in (0, 1)])
     return [torch.load(directory / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -40,13 +40,17 @@ SELECTED: dict[tuple[str, str], tuple[int, int, int]] = {
     ("transformers", "Wav2Vec2"): (0, 7, 0),  # GroupNorm over time
 }
 
+# What others stand for: torchvision's resnet18 for BatchNorm2d, `gcresnext26ts` for BatchNormAct2d, `Bert` for LayerNorm, and the tests of
+# the rules for BatchNorm1d over tokens and for what stays.
+SLOW = {"resnet/resnet10t", "levit/levit", "sknet/skresnet34", "vision_transformer/test", "convnext/convnextv2"}
+
 
 def case(library: str, family: str) -> Case:
     return next(case for case in SUITES[library].cases if case.family == family)
 
 
 @pytest.mark.filterwarnings("default")  # of the libraries
-@pytest.mark.parametrize(("library", "family"), SELECTED)
+@pytest.mark.parametrize(("library", "family"), [pytest.param(*name, marks=[pytest.mark.slow] * (name[1] in SLOW)) for name in SELECTED])
 def test_model_converts_whole(library: str, family: str) -> None:
     record = libraries.measure(case(library, family))
     assert record["findings"] == []

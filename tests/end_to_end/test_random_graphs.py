@@ -1,6 +1,7 @@
 """Random networks: every norm is in the plan, with its calls, and every BatchNorm swap is exact. fixtures/random_graphs.py makes them.
 
-100 here, the same ones every time; 2,000 in `python -m benchmarks.random_graphs`, whose last result is results/random_graphs.json.
+30 here, the same ones every time, and 100 with `-m slow`; 2,000 in `python -m benchmarks.random_graphs`, whose last result is
+results/random_graphs.json.
 """
 
 from __future__ import annotations
@@ -32,9 +33,20 @@ def findings(graph: RandomGraph) -> list[str]:
         return check(graph).findings
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+SAME = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(SAME, max_examples=30)
 @given(st.randoms(use_true_random=False))
 def test_plans_are_complete_and_batch_norms_exact(r: random.Random) -> None:
+    graph = generate(r)
+    assert findings(graph) == [], repr(graph)
+
+
+@pytest.mark.slow
+@settings(SAME, max_examples=100)
+@given(st.randoms(use_true_random=False))
+def test_more_plans_are_complete_and_batch_norms_exact(r: random.Random) -> None:
     graph = generate(r)
     assert findings(graph) == [], repr(graph)
 

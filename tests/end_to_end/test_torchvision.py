@@ -37,13 +37,23 @@ REPRESENTATIVE = {
     "fasterrcnn_mobilenet_v3_large_320_fpn with frozen BatchNorm": ("walk", 46, 0),
 }
 
+# What others stand for: `fcos` for what is walked, for detectors and for norms that stay; `Detr` in test_libraries.py and the tests of the
+# rules for a frozen BatchNorm.
+SLOW = {
+    "regnet_y_400mf",
+    "swin_t",
+    "lraspp_mobilenet_v3_large",
+    "raft_large",
+    "fasterrcnn_mobilenet_v3_large_320_fpn with frozen BatchNorm",
+}
+
 
 @pytest.fixture(autouse=True)
 def _one_in_train_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage, "ALSO_IN_TRAIN_MODE", ("resnet18",))
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in REPRESENTATIVE])
 def test_model_converts_whole(name: str) -> None:
     record = coverage.measure(CASES[name])
     assert record["findings"] == []

@@ -12,7 +12,9 @@ import torch.distributed.checkpoint as dcp
 from doc_blocks import blocks
 from processes import REPOSITORY, run
 from torch import Tensor
+from torch.distributed import TCPStore
 from two_processes import BOTH, CASES, CHECKPOINTED, COUPLED, LATE, NOT_ATTACHED, WRAPS, Case, X, Y, build, full, trained
+from warm import Warm
 
 import normswap.layer.coupling
 from normswap.layer import gradient_trend, sample_limit
@@ -21,10 +23,9 @@ STATISTICS = ("1.mean", "1.log_std", "4.mean", "4.log_std")
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     directory = tmp_path_factory.mktemp("two")
-    script = str(REPOSITORY / "tests/support/two_processes.py")
-    run([[sys.executable, script, str(rank), str(directory)] for rank in (0, 1)])
+    warm.together(REPOSITORY / "tests/support/two_processes.py", directory, [[str(rank), str(directory)] for rank in (0, 1)])
     return directory
 
 
@@ -202,7 +203,18 @@ def test_norms_by_themselves_keep_their_precision(alone: bool, found: list[dict[
     )
 
 
-def test_the_documented_example_runs(tmp_path: Path) -> None:
+def test_the_documented_example_runs(tmp_path: Path, warm: Warm) -> None:
+    """As torchrun starts it: each process is told its number, how many there are and where they meet."""
+    (example,) = blocks(REPOSITORY / "docs/training.md", "py")
+    (tmp_path / "train.py").write_text(example)
+    (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a free port; they join it, as torchrun's
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    warm.together(tmp_path / "train.py", tmp_path, [[], []], [meet | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")])
+
+
+@pytest.mark.slow
+def test_the_documented_example_runs_under_torchrun(tmp_path: Path) -> None:
     (example,) = blocks(REPOSITORY / "docs/training.md", "py")
     (tmp_path / "train.py").write_text(example)
     (tmp_path / "fixtures").symlink_to(REPOSITORY / "fixtures")
