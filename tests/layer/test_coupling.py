@@ -770,7 +770,9 @@ def test_a_norm_that_is_called_again_without_its_producer_is_an_error() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("options", [{}, {"aux": "explicit"}, {"stats": "raw"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"aux": "explicit"}, {"stats": "raw"}))], ids=str
+)
 def test_compiled_for_any_size_it_trains_as_ever(options: dict[str, Any]) -> None:
     """dynamic=True from the start, where a global float in backward made torch.compile fail from the second coupled layer on."""
     torch._dynamo.reset()

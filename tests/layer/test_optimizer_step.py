@@ -41,8 +41,8 @@ OPTIMIZERS: list[tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = 
     (torch.optim.ASGD, {}),
     (torch.optim.Rprop, {}),
 ]
-# A channel far from where it starts, one with a std that is far smaller, and one nearby. The variance of the second has the longest way, from
-# 1 to 1e-4: after 0.9^130 one percent of that is left.
+# A channel far from where it starts, one with a std that is far smaller, and one nearby. The variance of the second has the longest way,
+# from 1 to 1e-4: what 0.9^130 leaves of the 1 is one percent of that.
 MEANS, STDS, STEPS = torch.tensor([100.0, 0.0, -3.0]), torch.tensor([10.0, 0.01, 2.0]), 130
 LBFGS = [{"lr": 0.1}, {"lr": 0.1, "line_search_fn": "strong_wolfe"}]
 

@@ -335,8 +335,8 @@ def _coupled_net(kind: str) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(producer, layer).train(), x
 
 
-# By default those that a graph could get wrong each in a way of its own: no places, padding on one side, padding of another mode, and a weight
-# whose groups lie crosswise. Each takes seconds to compile.
+# By default those that a graph could get wrong each in a way of its own: no places, padding on one side, padding of another mode, and a
+# weight whose groups lie crosswise. Each takes seconds to compile.
 COMPILED = ("linear", "conv2d same", "conv2d reflect", "transposed grouped")
 
 

@@ -1,7 +1,7 @@
-"""torch's ONNX exporter reads the source text of some 500 functions anew for every file, to make its table of translations: half of its time.
+"""For every file, torch's ONNX exporter reads the source text of some 500 functions to make its table of translations: half of its time.
 
-`import exporter_once` keeps that table, and does not walk through all operators again for every namespace where none was added. Both are the
-same for every export of a process: what a call adds of its own goes into a copy. With a torch that has no such functions this does nothing.
+`import exporter_once` keeps that table, and does not walk through all operators again for every namespace where none was added. Both are
+the same for every export of a process: what a call adds of its own goes into a copy. A torch without such functions is left as it is.
 """
 
 from __future__ import annotations
