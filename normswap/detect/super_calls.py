@@ -33,6 +33,7 @@ from normswap.detect.functional import FUNCTIONS
 from normswap.errors import described
 from normswap.models.own_code import TENSORS, as_base, base_of, over_layer
 from normswap.models.torch_private import tree_leaves
+from normswap.models.watching import manual_seed
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _AFFINE = frozenset({"weight", "bias"})
@@ -182,7 +183,7 @@ def _run(module: nn.Module, x: Tensor) -> list[Any] | None:
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        manual_seed(0)
         try:
             return tree_leaves(module(x))
         except Exception:  # the user's code may raise anything

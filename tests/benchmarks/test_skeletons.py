@@ -32,7 +32,9 @@ def hold(row: dict[str, Any]) -> None:
         assert all("negative" in reason for reason in row["reasons"])
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(
+    "name", [*("pre-activation", "BERT, hidden state"), *(pytest.param(n, marks=pytest.mark.slow) for n in ("AlphaZero", "ViT"))]
+)
 def test_small_nets(name: str) -> None:
     hold(measure(name, signs=True))
 

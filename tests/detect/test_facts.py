@@ -465,7 +465,13 @@ def test_an_approximate_swap_folds_where_the_channels_meet(layer: nn.Module, nor
     assert (known.folds_into, known.why_not_folded) == (("0", None) if into else (None, OWN_AXIS.format("0")))
 
 
-@pytest.mark.parametrize("name", ["batch_norm_1d", "batch_norm_2d", "linear_on_sequence", "pre_activation", "transposed_conv_groups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("linear_on_sequence", "pre_activation", "transposed_conv_groups"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch_norm_1d", "batch_norm_2d")),
+    ],
+)
 def test_what_folds_is_what_the_exporter_folds(name: str, tmp_path: Path) -> None:
     model, inputs = case(name).make(), case(name).inputs()
     exported = normswap.export_onnx(normswap.convert(model, inputs), inputs, tmp_path / "m.onnx")

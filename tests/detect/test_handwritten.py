@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,17 +155,25 @@ def the_one(model: nn.Module, x: Tensor, name: str) -> Any:
     return conversion
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_in_the_code_of_a_module(name: str) -> None:
+@functools.cache
+def in_code(name: str) -> Any:
+    """The conversion of net(name), which no test changes; and that it leaves the net as it was."""
     model, x = net(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = model(x)
     conversion = the_one(model, x, name)
-    assert isinstance(conversion.model, Net)
-    assert type(conversion.model) is not Net
     assert type(model) is Net
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(model(x), expected)
+    return conversion
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_in_the_code_of_a_module(name: str) -> None:
+    model, x = net(name)
+    conversion = in_code(name)
+    assert isinstance(conversion.model, Net)
+    assert type(conversion.model) is not Net
     if name in EXACT:
         assert error(model, conversion.model, x) <= 1e-6
         assert conversion.drift is None
@@ -183,8 +192,7 @@ def test_in_a_graph_module(name: str) -> None:
     graph.graph.owning_module.eval()
     conversion = the_one(graph, x, name)
     assert isinstance(conversion.model, fx.GraphModule)
-    in_code = the_one(model, x, name)
-    torch.testing.assert_close(conversion.model(x), in_code.model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conversion.model(x), in_code(name).model(x), rtol=1e-5, atol=1e-5)
 
 
 IRS: dict[str, Callable[[Any], Any]] = {
@@ -194,13 +202,40 @@ IRS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("ir", IRS)
-@pytest.mark.parametrize("name", FORMS)
-def test_in_an_exported_program(name: str, ir: str) -> None:
+# The forms that have operators of their own there. All others have those of the training IR, so that they would be found twice.
+IN_INFERENCE = ("F.batch_norm", "torch.batch_norm", "F.batch_norm of the batch", "Llama's", "var_mean")
+
+
+@functools.cache
+def exported(run: Callable[[Any, Tensor], Tensor] | str) -> Any:
+    """The program, in the training IR, of net(run), or of a net with this forward."""
+    model, x = net(run) if isinstance(run, str) else (Net(run).eval(), torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(2)))
+    return torch.export.export(model, (x,))
+
+
+@functools.cache
+def as_programs_are(name: str) -> nn.Module:
+    """net(name), converted in its code on what the programs are converted on."""
     model, x = net(name)
+    data = batches(FORMS[name][1], (N, N))
+    # a graph has no linears to repair
+    converted: nn.Module = normswap.convert(model, x, calibration=data, approximate=True, repair="none").model
+    return converted
+
+
+@pytest.mark.parametrize(
+    ("name", "ir"),
+    [
+        pytest.param(name, ir, marks=[pytest.mark.slow] if ir == "inference" and name not in IN_INFERENCE else [])
+        for name in FORMS
+        for ir in IRS
+    ],
+)
+def test_in_an_exported_program(name: str, ir: str) -> None:
+    x = net(name)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about itself
-        program = IRS[ir](torch.export.export(model, (x,)))
+        program = IRS[ir](exported(name))
         decided = normswap.plan(program, approximate=True)
         if ir == "core" and FORMS[name][0] == "instance_norm":
             # torch writes it as a BatchNorm of one sample with N x C channels, for this N alone.
@@ -217,10 +252,10 @@ def test_in_an_exported_program(name: str, ir: str) -> None:
         assert swap.preserves == ("exact" if name in EXACT else "approximate")
         data = batches(FORMS[name][1], (N, N))  # the size of the batch is fixed
         conversion = normswap.convert(program, calibration=data, approximate=True)
-        in_code = normswap.convert(model, x, calibration=data, approximate=True, repair="none")  # a graph has no linears to repair
+        in_code = as_programs_are(name)
     assert type(conversion.model) is type(program)
     with torch.no_grad():
-        torch.testing.assert_close(conversion.model.module()(x), in_code.model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(conversion.model.module()(x), in_code(x), rtol=1e-4, atol=1e-4)
 
 
 NOT_NORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -252,15 +287,13 @@ def test_what_is_no_norm_is_not_listed(name: str) -> None:
         assert (decided.swaps, decided.skips) == ((), ())
 
 
+@pytest.mark.parametrize("ir", ["training", pytest.param("inference", marks=pytest.mark.slow), "core"])
 @pytest.mark.parametrize("name", NOT_NORMS)
-def test_what_is_no_norm_is_not_listed_in_aten_either(name: str) -> None:
-    x = torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(2))
+def test_what_is_no_norm_is_not_listed_in_aten_either(name: str, ir: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about itself
-        program = torch.export.export(Net(NOT_NORMS[name]).eval(), (x,))
-        for ir in IRS.values():
-            decided = normswap.plan(ir(program), approximate=True)
-            assert (decided.swaps, decided.skips) == ((), ())
+        decided = normswap.plan(IRS[ir](exported(NOT_NORMS[name])), approximate=True)
+    assert (decided.swaps, decided.skips) == ((), ())
 
 
 LOOKALIKES: dict[str, Callable[[Any, Tensor], Tensor]] = {

@@ -6,6 +6,7 @@ What a conversion must keep is the code, so every class is compared with itself,
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -149,10 +150,17 @@ def images(batch: int, factor: float = 1.0) -> Tensor:
     return torch.randn(batch, 4, 9, 7, generator=torch.Generator().manual_seed(batch)) * factor
 
 
+@functools.cache
+def made(what: str) -> tuple[nn.Module, normswap.Conversion]:
+    """A net and its conversion, which tests copy before they change it."""
+    torch.manual_seed(0)  # whichever test asks first
+    model = net(SWAPPED[what](C))
+    return model, normswap.convert(model, images(2))
+
+
 @pytest.mark.parametrize("what", SWAPPED)
 def test_a_guard_stays_and_its_norm_is_swapped(what: str) -> None:
-    model = net(SWAPPED[what](C))
-    conversion = normswap.convert(model, images(2))
+    model, conversion = copy.deepcopy(made(what))  # one of them counts its samples
     (swap,) = conversion.plan.swaps
     assert (conversion.plan.skips, swap.name, swap.preserves) == ((), "1.norm", "exact")
     converted: Any = conversion.model
@@ -168,8 +176,8 @@ def test_a_guard_stays_and_its_norm_is_swapped(what: str) -> None:
 
 @pytest.mark.parametrize("what", SWAPPED)
 def test_it_trains_at_every_batch_size_and_through_copies(what: str, tmp_path: Path) -> None:
-    model = net(SWAPPED[what](C))
-    converted: Any = normswap.convert(model, images(2)).model.train()
+    model, converted = copy.deepcopy((made(what)[0], cast(Any, made(what)[1].model)))
+    converted.train()
     optimizer = torch.optim.SGD(converted.parameters(), lr=0.01)
     before = converted[1].norm.mean.detach().clone()
     for batch in (2, 3, 4):
@@ -218,7 +226,7 @@ def test_it_goes_back() -> None:
 
 
 def test_its_conv_is_its_producer_if_it_passes_its_input_on() -> None:
-    producers = {what: normswap.plan(net(SWAPPED[what](C)), images(2)).swaps[0].producer for what in SWAPPED}
+    producers = {what: made(what)[1].plan.swaps[0].producer for what in SWAPPED}
     changing = {"ghost batches", "images or tokens"}
     assert {what for what, producer in producers.items() if producer is None} == changing
     assert normswap.inspect(net(Empty(C)), images(2))[1][0].shapes == ((2, C, 7, 5),)

@@ -87,7 +87,7 @@ def test_together_is_one_after_the_other(kind: str, stepped: bool) -> None:
     assert factor is None if not stepped else int((factor < 1).sum()) > 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_conv(data: st.DataObject) -> None:
     """Ranks, strides, groups, padding modes, biases, affine or not, in-place activations, few places or many."""

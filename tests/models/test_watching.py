@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,18 @@ def test_a_forward_pass_leaves_nothing_behind() -> None:
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert np.array_equal(np.random.get_state()[1], before[2])  # type: ignore[index]
+
+
+def test_an_accelerator_that_nobody_uses_keeps_the_seed_that_the_user_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    outputs = []
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        outputs.append(forward(nn.Dropout(0.5), (torch.ones(64),), {}, seed=3))
+        assert seeds == ([3] if used else [])
+    assert torch.equal(*outputs)
+    assert 0 < int((outputs[0] == 0).sum()) < 64
 
 
 def test_modules_and_functions_are_seen_in_order_and_at_their_depth() -> None:

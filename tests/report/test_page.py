@@ -10,7 +10,9 @@ import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import html5lib
 import pytest
@@ -269,13 +271,22 @@ def test_a_number_that_is_none_moves_no_bar_off_the_chart() -> None:
     assert not re.search(r'[xy][12]?="[^"]*(nan|inf)', page)
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "empty"])
-def test_a_browser_finds_nothing_wrong(name: str, tmp_path: Path) -> None:
-    """axe-core, what is wider than the window, errors and requests. Run it alone with: python -m pytest tests/report -k browser"""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One, as each page gets a window without a past."""
     pytest.importorskip("playwright.sync_api", reason="pip install -e '.[docs]' to look at the page in a browser")
     if screenshots.chromium() is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
+    with screenshots.browser() as running:
+        yield running
+
+
+# "full" has every part that a page may have, but what it says of a success. The others have fewer of them.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("full", "good") else [pytest.mark.slow]) for name in PAGES if name != "empty"]
+)
+def test_a_browser_finds_nothing_wrong(name: str, tmp_path: Path, browser: Any) -> None:
+    """axe-core, what is wider than the window, errors and requests. Run it alone with: python -m pytest tests/report -k browser"""
     page = tmp_path / "report.html"
     page.write_text(html_of(PAGES[name]), encoding="utf-8")
-    with screenshots.browser() as running:
-        assert screenshots.wrong_with(running, page) == []
+    assert screenshots.wrong_with(browser, page) == []

@@ -106,7 +106,7 @@ def warm_up() -> None:
     import normswap
 
     __import__("torchvision_shim")  # before anything imports torchvision
-    __import__("torchlib")
+    __import__("one_registry")
     __import__("sklearn.datasets")  # which most of them take digits from
     tqdm.tqdm.monitor_interval = 0  # so that it starts none
     state = torch.get_rng_state()

@@ -521,7 +521,7 @@ def test_double_backward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
-@pytest.mark.parametrize("aux", ALL_DOORS)
+@pytest.mark.parametrize("aux", [pytest.param(aux, marks=[] if "coupled" in aux else [pytest.mark.slow]) for aux in ALL_DOORS])
 def test_compiles_whole(aux: str) -> None:
     model = converted(aux)
     compiled = torch.compile(lambda x: loss_of(model, x), fullgraph=True, backend="aot_eager")
