@@ -16,7 +16,7 @@ from normswap.errors import LoadError, UsageError, first_line
 
 ENDINGS = (".txt", ".md")
 WINDOW = 4096  # paragraphs that are sorted by length together
-TOKENS = 2048  # of a batch
+TOKENS = 1024  # of a batch: as many steps as pay
 HELD_OUT = 128  # samples
 
 
