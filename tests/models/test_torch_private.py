@@ -19,6 +19,7 @@ from normswap.models import torch_private
 # module -> name -> what it is for
 NAMES: dict[str, dict[str, str]] = {
     "torch": {"_storage_classes": "pickled models cannot be read without running them"},
+    "torch.cpu": {"_is_amx_tile_supported": "healing does not know whether a CPU multiplies in bfloat16"},
     "torch._C": {"PyTorchFileReader": "pickled models cannot be read without running them"},
     "torch._utils": dict.fromkeys(("NAME_MAPPING", "IMPORT_MAPPING"), "pickles of Python 2 cannot be read"),
     "torch._ops": {"OpOverload": "the operators of an exported program are not known"},
@@ -154,3 +155,13 @@ def test_the_code_of_a_graph_can_be_compiled() -> None:
     imports = torch_private.format_import_block(code.globals, torch_private.sys_importer)
     forward = torch_private.forward_from_source(f"{imports}\n{code.src}", {})
     assert torch.equal(forward(None, torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0])), f"of torch {torch.__version__}"
+
+
+def test_fast_matmul_lasts_as_long_as_its_block_and_is_only_where_the_cpu_has_the_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    for supported, inside in ((True, "medium"), (False, before)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda supported=supported: supported)
+        with pytest.raises(ZeroDivisionError), torch_private.fast_matmul():
+            assert torch.get_float32_matmul_precision() == inside
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == before
