@@ -73,8 +73,8 @@ def heal(
 ) -> None:
     """Swap LayerNorm and the like, and train the result back to the original.
 
-    Converts approximately, repairs, then trains the result, without labels, to put out what SRC puts out, and saves it as convert does. An
-    interrupted run goes on where it was if the same command is given again. Under torchrun, several processes share each step.
+    Converts approximately, repairs, then trains the result, without labels, to put out what SRC puts out, and saves it as convert
+    does. An interrupted run goes on where it was if the same command is given again. Under torchrun, several processes share each step.
     """
     with work(debug) as progress:
         from normswap.report.conversion import calibration_table, report_table

@@ -35,6 +35,7 @@ Progress = Callable[[float, int, int], None]
 MEASUREMENTS = 20  # along the budget
 WORSE, FLOOR = 4.0, 0.1  # a distance above both WORSE times the smallest one and FLOOR goes back; a high rate alone may double it
 PATIENCE = 3  # roll backs, after which it has diverged
+CACHE = 1 << 28  # bytes of the original's outputs on the held-out batches that are kept; larger ones are computed for each measurement
 CLIP = 1.0  # of the norm of all gradients
 BETAS = (0.9, 0.98)
 NORMS = 2.0  # the learning rate of norms and embeddings, as a multiple of the others'
@@ -106,9 +107,7 @@ class _Healing:
         self.losses: list[Tensor] = []
 
     def run(self, data: Iterable[Any], skip: int) -> Outcome:
-        for batch in self.held_out:
-            with torch.no_grad():
-                self.scales.add(self.theirs(batch), batch)
+        self._targets = [self._target(batch) for batch in self.held_out]
         self.state = self._begin()
         began = time.perf_counter() - self.state.seconds
         ended = diverged = False
@@ -184,11 +183,21 @@ class _Healing:
         return True
 
     @torch.no_grad()
+    def _target(self, batch: Any) -> Seen | None:
+        """What the original puts out for a held-out batch, of which the scales are measured, too; None if that is large."""
+        teacher = self.theirs(batch)
+        self.scales.add(teacher, batch)
+        bytes_of_all = len(self.held_out) * sum(t.numel() * t.element_size() for t in teacher.outputs)
+        return teacher._replace(norms={}) if bytes_of_all < CACHE else None
+
+    @torch.no_grad()
     def _on_held_out(self) -> tuple[float, float]:
         """(the error of the outputs, the user's own loss) on the held-out batches."""
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for batch in self.held_out[self.rank :: self.workers]:
-            student, teacher, count = self.ours(batch), self.theirs(batch), positions(batch, self.ours.model)
+        shares = list(zip(self.held_out, self._targets, strict=True))[self.rank :: self.workers]
+        for batch, target in shares:
+            student, teacher = self.ours(batch)._replace(norms={}), target or self.theirs(batch)
+            count = positions(batch, self.ours.model)
             error, own = self.scales.errors(student, teacher, batch).outputs, self.settings.loss
             mine = torch.zeros_like(error) if own is None else own(batch, student.result, teacher.result)
             sums += torch.stack([error.double() * count, mine.double() * count, torch.full_like(sums[0], count)])
