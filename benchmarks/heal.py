@@ -1,6 +1,6 @@
 """What healing is worth: a real sentence encoder (MiniLM), a language model of bytes, and a ViT on digits, all LayerNorms swapped.
 
-    python -m benchmarks.heal minilm --minutes 15 --seed 0 [--keep 2] [--plain]      one row; 2 threads
+    python -m benchmarks.heal minilm --minutes 15 --seed 0 [--keep 2] [--lr 4e-4] [--plain]   one row; 2 threads
     python -m benchmarks.heal gpt | vit                                              one row each; 1 thread
     python -m benchmarks.heal                                                        the table of docs/heal.md, from the rows
 
@@ -25,6 +25,8 @@ from typing import Any
 from benchmarks.coverage import environment
 from benchmarks.minilm import COMPARE, paragraphs, texts
 
+LR = 2e-4  # the default of `heal`
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "benchmarks/results/heal.json", ROOT / "docs/heal.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.heal -->", "<!-- end -->"
@@ -42,7 +44,7 @@ def fresh(seed: int) -> tuple[list[str], list[str]]:
     return found, compared
 
 
-def minilm(minutes: float, seed: int, keep: int, plain: bool) -> dict[str, Any]:
+def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict[str, Any]:
     """The figures before and after."""
     import torch
     import transformers
@@ -102,7 +104,7 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool) -> dict[str, Any]:
         print(f"\r{done}/{total} s, distance {distance:.4f}", end="", file=sys.stderr, flush=True)
 
     began = time.process_time()
-    healing = normswap.heal(conversion, model, data, minutes=minutes, held_out=data.held_out, progress=progress)
+    healing = normswap.heal(conversion, model, data, minutes=minutes, held_out=data.held_out, lr=lr, progress=progress)
     last = healing.curve[-1]
     return {
         **row,
@@ -179,14 +181,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--plain", action="store_true")
     asked = parser.parse_args()
     result = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"rows": {}}
     if asked.net == "minilm":
-        name = (
-            f"{asked.minutes:g} minutes, seed {asked.seed}" + (f", {asked.keep} kept" if asked.keep else "") + (", no repair" * asked.plain)
-        )
-        result["rows"][f"minilm, {name}"] = {"name": name, **minilm(asked.minutes, asked.seed, asked.keep, asked.plain)}
+        more = {f", {asked.keep} kept": asked.keep, f", rate {asked.lr:g}": asked.lr != LR, ", no repair": asked.plain}
+        name = f"{asked.minutes:g} minutes, seed {asked.seed}" + "".join(words for words, said in more.items() if said)
+        row = minilm(asked.minutes, asked.seed, asked.keep, asked.plain, asked.lr)
+        result["rows"][f"minilm, {name}"] = {"name": name, **row}
     elif asked.net is not None:
         result["rows"][asked.net] = with_task(asked.net)
     result["environment"] = environment()

@@ -66,8 +66,9 @@ class Side:
         for handle in self._handles:
             handle.remove()
 
-    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._seen.setdefault(name, []).append(output)
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):  # a norm that is fused with a sum returns two
+            self._seen.setdefault(name, []).append(output)
 
     def __call__(self, batch: Any) -> Seen:
         """Run the model on clones of what the batch has, as a model may write into its inputs."""
@@ -102,8 +103,10 @@ class Scales:
         mask, targets = mask_in(batch), dict(_named(teacher))
         found: dict[bool, list[Tensor]] = {True: [], False: []}
         for key, y in _named(student):
+            if key not in targets:
+                continue
             (y, channels), (t, _) = (_counted(each, mask, self._axes(key)) for each in (y, targets[key]))
-            rows = t.numel() // math.prod(t.shape[axis] for axis in channels)
+            rows = max(t.numel() // math.prod(t.shape[axis] for axis in channels), 1)  # of a batch of padding none counts
             difference = y - t if y.dtype == torch.float64 else y.float() - t.float()
             found[bool(key[0])].append(difference.square().sum() / (rows * self._scale(key)))
         outputs = torch.stack(found[False]).mean()

@@ -146,7 +146,7 @@ class _Healing:
             with fast_matmul():
                 with torch.no_grad():
                     teacher = self.theirs(batch)
-                found = self._loss(self.ours(batch), teacher, batch) * (count / total)
+                found = self._loss(self.ours(batch), teacher, batch) * (count / max(total, 1))
                 found.backward()  # type: ignore[no-untyped-call]
             loss += found.detach()
         self._summed([loss, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
@@ -202,7 +202,7 @@ class _Healing:
             mine = torch.zeros_like(error) if own is None else own(batch, student.result, teacher.result)
             sums += torch.stack([error.double() * count, mine.double() * count, torch.full_like(sums[0], count)])
         self._summed([sums])
-        error, mine = (sums[:2] / sums[2]).tolist()
+        error, mine = (sums[:2] / sums[2].clamp(min=1)).tolist()
         return error, mine
 
     def _roll_back(self) -> bool:

@@ -184,6 +184,21 @@ def test_padding_does_not_count() -> None:
     assert found[0].after < found[0].before
 
 
+def test_a_batch_of_padding_alone_changes_nothing() -> None:
+    model = _bert()
+    conversion = normswap.convert(model, calibration=_texts(4, 0), approximate=True, repair="none")
+    empty = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
+    held_out = _texts(3, 0, 6)
+    plain, mixed = (
+        heal(conversion, model, data, tokens=300, held_out=[*held_out, *more], lr=1e-3)
+        for data, more in ((_texts(20, 0), []), (_texts(20, 0), [empty]))
+    )
+    assert [p.distance for p in mixed.curve] == pytest.approx([p.distance for p in plain.curve], rel=1e-4)
+    among = heal(conversion, model, [empty, *_texts(20, 0)], tokens=300, held_out=held_out, lr=1e-3)
+    assert among.rolled_back == 0
+    assert among.curve[-1].tokens == plain.curve[-1].tokens
+
+
 def test_a_table_with_rows_that_a_batch_does_not_have_stays_and_a_tied_one_trains() -> None:
     names = trained(_bert(), 66)
     assert "embeddings.position_embeddings.weight" in names
