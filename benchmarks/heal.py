@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import random
-import re
 import sys
 import sysconfig
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage import environment
-from benchmarks.minilm import COMPARE, paragraphs, texts
+from benchmarks.minilm import COMPARE, embeddings, figures, paragraphs, texts
+from benchmarks.pages import put
 
 LR = 2e-4  # the default of `heal`
 
@@ -61,30 +61,7 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict
     data = Texts(fit, tokenizer, length=128)
     held_out = list(Texts(compared, tokenizer, length=128, held_out=0))
 
-    @torch.no_grad()
-    def embeddings(encoder: Any) -> torch.Tensor:
-        found = []
-        for batch in held_out:
-            mask = batch["attention_mask"][..., None]
-            mean = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-            found.append(torch.nn.functional.normalize(mean, dim=-1))
-        return torch.cat(found)
-
-    def neighbours(found: torch.Tensor) -> torch.Tensor:
-        return (found @ found.T).fill_diagonal_(-1).argmax(1)
-
-    expected = embeddings(model)
-
-    def figures(encoder: Any) -> dict[str, float]:
-        got = embeddings(encoder)
-        cosine = (expected * got).sum(-1)
-        return {
-            "mean": round(cosine.mean().item(), 4),
-            "percentile": round(cosine.quantile(0.01).item(), 4),
-            "worst": round(cosine.min().item(), 4),
-            "neighbours": round((neighbours(got) == neighbours(expected)).float().mean().item(), 4),
-        }
-
+    expected = embeddings(model, held_out)
     calibration, tokens = [], 0
     for batch in data:
         calibration.append(batch)
@@ -97,7 +74,9 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict
         exclude = [glob_of(layer.name) for layer in ranked[-keep:]]
     began = time.perf_counter()
     conversion = normswap.convert(model, calibration=calibration, approximate=True, exclude=exclude, repair="none" if plain else "auto")
-    row: dict[str, Any] = {"kept": exclude, "convert seconds": round(time.perf_counter() - began, 1), "before": figures(conversion.model)}
+    seconds = round(time.perf_counter() - began, 1)
+    before = figures(expected, embeddings(conversion.model, held_out))
+    row: dict[str, Any] = {"kept": exclude, "convert seconds": seconds, "before": before}
     print(json.dumps(row), file=sys.stderr, flush=True)
 
     def progress(distance: float, done: int, total: int) -> None:
@@ -108,7 +87,7 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict
     last = healing.curve[-1]
     return {
         **row,
-        "after": figures(healing.model),
+        "after": figures(expected, embeddings(healing.model, held_out)),
         "minutes": round(last.seconds / 60, 1),
         "processor minutes": round((time.process_time() - began) / 60, 1),
         "steps": last.step,
@@ -194,9 +173,7 @@ def main() -> None:
         result["rows"][asked.net] = with_task(asked.net)
     result["environment"] = environment()
     KEPT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if PAGE.exists():
-        page, body = PAGE.read_text(encoding="utf-8"), f"{BEGIN}\n{table(result['rows'])}\n{END}"
-        PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, page, flags=re.DOTALL), encoding="utf-8")
+    put(PAGE, BEGIN, table(result["rows"]), END)
     print(table(result["rows"]))
 
 

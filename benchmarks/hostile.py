@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 import normswap
+from benchmarks.pages import put
 from fixtures import hostile, sandbox
 from fixtures.nets import randomise
 from normswap.api.fold import fold_onnx
@@ -317,8 +318,7 @@ def main() -> None:
     told = [{key: row[key] for key in ("kind", "name", "innocent", "codes", "bad")} for row in rows]
     content = {"summary": summary(rows, killed), "files": told, "kills": killed, "versions": versions()}
     RAW.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows, killed)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put(PAGE, BEGIN, table(rows, killed), END)
 
 
 if __name__ == "__main__":

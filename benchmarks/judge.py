@@ -39,6 +39,7 @@ from benchmarks.coverage import commit, environment, say
 from benchmarks.judge_faults import planted, reason
 from benchmarks.judge_nets import SLICES, real_files
 from benchmarks.libraries import Case, Record, isolated
+from benchmarks.pages import put
 from fixtures.faults import KINDS
 from normswap.api.fold import fold_onnx
 from normswap.errors import ExportError
@@ -278,8 +279,7 @@ def report() -> Record:
     if RAW.exists():
         found = with_slices_of(found, json.loads(RAW.read_text(encoding="utf-8")))
     RAW.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put(PAGE, BEGIN, table(found), END)
     return found
 
 

@@ -15,13 +15,14 @@ import importlib
 import json
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pages import put
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,34 @@ def texts() -> tuple[list[str], list[str]]:
     for each in (fit, held_out):
         random.Random(0).shuffle(each)
     return fit, held_out[:COMPARE]
+
+
+def embeddings(encoder: Any, data: Iterable[dict[str, Any]]) -> Any:
+    """The embedding of each text, normalized."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for batch in data:
+            mask = batch["attention_mask"][..., None]
+            mean = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            found.append(torch.nn.functional.normalize(mean, dim=-1))
+    return torch.cat(found)
+
+
+def figures(expected: Any, got: Any) -> dict[str, float]:
+    """How close these embeddings are to those of the original."""
+    cosine, same = (expected * got).sum(-1), _nearest(got) == _nearest(expected)
+    return {
+        "mean": round(cosine.mean().item(), 4),
+        "percentile": round(cosine.quantile(0.01).item(), 4),
+        "worst": round(cosine.min().item(), 4),
+        "neighbours": round(same.float().mean().item(), 4),
+    }
+
+
+def _nearest(found: Any) -> Any:
+    return (found @ found.T).fill_diagonal_(-1).argmax(1)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -94,18 +123,6 @@ def main() -> None:
                 return texts[: n + 1]
         raise RuntimeError(f"there are {total} tokens, and {tokens} are wanted")
 
-    @torch.no_grad()
-    def embeddings(encoder: Any, data: list[dict[str, Any]]) -> torch.Tensor:
-        found = []
-        for batch in data:
-            mask = batch["attention_mask"][..., None]
-            mean = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-            found.append(torch.nn.functional.normalize(mean, dim=-1))
-        return torch.cat(found)
-
-    def neighbours(found: torch.Tensor) -> torch.Tensor:
-        return (found @ found.T).fill_diagonal_(-1).argmax(1)
-
     fit, compared = texts()
     held_out = batches(compared)
     expected = embeddings(model, held_out)
@@ -115,25 +132,18 @@ def main() -> None:
         began = time.process_time()
         conversion = normswap.convert(model, calibration=data, approximate=True, repair=repair)  # type: ignore[arg-type]
         seconds = time.process_time() - began
-        got = embeddings(conversion.model, held_out)
-        cosine = (expected * got).sum(-1)
         rows[name] = {
             "layers": len(conversion.plan.swaps),
             "repaired": sum(len(fit.repaired) for fit in conversion.fits),
             "seconds": round(seconds, 1),
-            "mean": round(cosine.mean().item(), 4),
-            "percentile": round(cosine.quantile(0.01).item(), 4),
-            "worst": round(cosine.min().item(), 4),
-            "neighbours": round((neighbours(got) == neighbours(expected)).float().mean().item(), 4),
+            **figures(expected, embeddings(conversion.model, held_out)),
             "fits": {fit.name: round(fit.error, 3) for fit in conversion.fits},
         }
         print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     result = {"versions": versions, "threads": 1, "compared": len(compared), "rows": rows}
     KEPT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    body = f"{BEGIN}\n{table(result)}\n{END}"
-    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, page, flags=re.DOTALL), encoding="utf-8")
+    put(PAGE, BEGIN, table(result), END)
     print(table(result))
 
 

@@ -45,6 +45,7 @@ import torch
 from torch import nn
 
 from benchmarks.onnx_skeletons import NETS, SQUARE, Nothing, error, inputs, random_norm, with_norms, without_its_operators
+from benchmarks.pages import put
 from normswap.export.norms import operators
 from normswap.export.opset import DEFAULT_OPSET
 from normswap.export.to_onnx import export
@@ -326,8 +327,7 @@ def versions() -> dict[str, str]:
 def publish(rows: list[Row]) -> None:
     raw = {"environment": environment(), "rows": rows}
     RAW.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{page(raw)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put(PAGE, BEGIN, page(raw), END)
 
 
 def page(raw: Row) -> str:

@@ -36,6 +36,7 @@ from torch import nn
 
 from benchmarks.onnx_latency import SIGNS, TOOLS, applied, exported_by_torch, same_norms
 from benchmarks.onnx_skeletons import NETS, Nothing, inputs, random_norm, with_norms, without_its_operators
+from benchmarks.pages import put
 from normswap.api.fold import fold_onnx
 from normswap.export.norms import alike, operators
 from normswap.export.to_onnx import export
@@ -243,8 +244,7 @@ def verdict(row: Row) -> list[str]:
 
 def publish(rows: list[Row]) -> None:
     RAW.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put(PAGE, BEGIN, tables(rows), END)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pages import put
 from fixtures import architectures
 from normswap.export.norms import alike
 from normswap.export.to_onnx import export
@@ -252,8 +253,7 @@ def main() -> None:
     print(table(rows))
     if not asked:
         RAW.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        put(PAGE, BEGIN, table(rows), END)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 import normswap
 from benchmarks.coverage import environment
 from benchmarks.minilm import texts
+from benchmarks.pages import put
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "benchmarks/results/repair.json", ROOT / "docs/approximate.md"
@@ -137,8 +137,7 @@ def main() -> None:
     nets = {"ViT on digits, accuracy, %": vit, "GPT on bytes, nats per byte": gpt}
     result = {"environment": environment(), "nets": {name: measured(make) for name, make in nets.items()}}
     KEPT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page, body = PAGE.read_text(encoding="utf-8"), f"{BEGIN}\n{table(result)}\n{END}"
-    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, page, flags=re.DOTALL), encoding="utf-8")
+    put(PAGE, BEGIN, table(result), END)
     print(table(result))
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pages import put
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "benchmarks/results/rmsnorm_latency.json", ROOT / "docs/rmsnorm.md"
@@ -48,7 +49,7 @@ def measure(model: Any, inputs: Any) -> dict[str, Any]:
     import onnx
 
     import normswap
-    from benchmarks.onnx_latency import interleaved, session
+    from benchmarks.onnx_latency import count, interleaved, session
 
     converted = normswap.convert(model, inputs, to="rmsnorm").model
     with tempfile.TemporaryDirectory() as directory:
@@ -59,7 +60,7 @@ def measure(model: Any, inputs: Any) -> dict[str, Any]:
             normswap.export_onnx(model if name == "LayerNorm" else converted, inputs, path, **options)
             optimized = Path(directory) / "optimized.onnx"
             sessions["ours" if name == "LayerNorm" else name] = session(path, optimized)
-            operators[name] = [sum(node.op_type != "Constant" for node in onnx.load(str(p)).graph.node) for p in (path, optimized)]
+            operators[name] = [count(onnx.load(str(p))) for p in (path, optimized)]
         x = inputs["input_ids"] if isinstance(inputs, dict) else inputs
         found = interleaved(sessions, x.numpy())
     milliseconds = found["milliseconds"]
@@ -83,8 +84,7 @@ def main() -> None:
 
     rows = {name: measure(*net) for name, net in nets().items()}
     KEPT.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    page, body = PAGE.read_text(encoding="utf-8"), f"{BEGIN}\n\n{table(rows)}\n\n{END}"
-    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: body, page, flags=re.DOTALL), encoding="utf-8")
+    put(PAGE, BEGIN, f"\n{table(rows)}\n", END)
     print(table(rows))
 
 

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import normswap
+from benchmarks.pages import put
 from benchmarks.screenshots import working_in
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,8 +272,7 @@ def main() -> None:
     before = json.loads(RAW.read_text(encoding="utf-8")) if RAW.exists() else {}
     result = before | found | {"versions": {tool: metadata.version(tool) for tool in tools}}
     RAW.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{page(result)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put(PAGE, BEGIN, f"\n{page(result)}", END)
 
 
 if __name__ == "__main__":
