@@ -15,14 +15,12 @@ import torch
 import torchvision_shim  # noqa: F401  before anything imports torchvision
 from warm import Warm
 
+from normswap.models.watching import manual_seed
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Where no accelerator is in use, the CPU's generator alone: torch.manual_seed formats the whole stack for each that is not."""
-    if torch.cuda.is_initialized():
-        torch.manual_seed(0)
-    else:
-        torch.default_generator.manual_seed(0)
+    manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

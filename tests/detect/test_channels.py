@@ -17,6 +17,7 @@ from normswap.models.recording import Op, Recorder, Value
 
 aten: Any = torch.ops.aten
 MASK = torch.tensor([[True], [False], [True]])
+ROUNDING = 1e-14  # of sums of float64 around 1: 2e-15 was the most of all cases
 NUMBERS = torch.tensor([4, 0, 2, 2])
 
 
@@ -148,11 +149,11 @@ def test_a_result_is_centred_where_what_it_needs_is(case: str) -> None:
                 continue
             found.add((index, axis))
             centred = net.with_centred({number_of(value, net): a for value, a in pairs})
-            assert torch.allclose(centred[index], result - result.mean(axis, keepdim=True), atol=1e-12), (index, axis)
+            assert torch.allclose(centred[index], result - result.mean(axis, keepdim=True), rtol=0, atol=ROUNDING), (index, axis)
             # each of them is needed: with one left as it was, the result keeps a mean
             for value, _ in pairs:
                 others = net.with_centred({number_of(v, net): a for v, a in pairs if v is not value})
-                assert not torch.allclose(others[index], centred[index], atol=1e-6), (index, axis)
+                assert (others[index] - centred[index]).abs().max() > 1e-2, (index, axis)  # of values around 1
     assert found == expected
 
 
@@ -193,4 +194,4 @@ def test_what_is_blind_does_not_see_a_mean(case: str) -> None:
     assert found == expected
     for number, axis in found:
         results = net.with_centred({number: axis})
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(results, plain, strict=True))
+        assert all(torch.allclose(a, b, rtol=0, atol=ROUNDING) for a, b in zip(results, plain, strict=True))

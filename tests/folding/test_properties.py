@@ -6,7 +6,6 @@ import random
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +13,10 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
+from seeded import SEEDED
 
 from fixtures import random_onnx
 from fixtures.random_graphs import generate
@@ -68,15 +68,6 @@ def graph_keeps_its_function(proto: onnx.ModelProto) -> None:
     assert [value.name for value in after.graph.output] == [value.name for value in proto.graph.output]
     for outcome in outcomes:
         assert bool(outcome.left) == bool(outcome.reason), outcome
-
-
-SEEDED: dict[str, Any] = {
-    "derandomize": True,
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-    "phases": [Phase.generate],
-}
 
 
 @settings(max_examples=100, **SEEDED)

@@ -15,10 +15,11 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, parser
 from onnx.numpy_helper import from_array
+from seeded import SEEDED
 from torch import nn
 from typer.testing import CliRunner
 
@@ -198,15 +199,6 @@ def test_there_are_many_of_them() -> None:
 # -- graphs as nobody writes them -----------------------------------------------------------------------------------------------------
 
 
-SEEDED: dict[str, Any] = {
-    "derandomize": True,
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-    "phases": [Phase.generate],
-}
-
-
 def values_of(proto: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the evaluator's own
@@ -232,16 +224,14 @@ def keeps_its_function(proto: onnx.ModelProto, directory: Path, *, scale: float 
     return made
 
 
-@settings(max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=80, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_random_strange_graphs_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(strange_onnx.generate(r), tmp_path_factory.mktemp("strange"))
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=8000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+@settings(max_examples=8000, **SEEDED)
 @given(st.randoms(use_true_random=False))
 def test_many_random_strange_graphs_keep_their_function(tmp_path_factory: pytest.TempPathFactory, r: random.Random) -> None:
     keeps_its_function(strange_onnx.generate(r), tmp_path_factory.mktemp("strange"))
