@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.api.convert import Conversion, couple
 from normswap.api.neighbours import Neighbours
+from normswap.api.sensitivity import NEIGHBOURS
 from normswap.errors import NormswapError, UsageError, one_of
 from normswap.healing import run
 from normswap.healing.run import Loss, Settings
 from normswap.healing.schedule import Budget
 from normswap.healing.state import Point
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.batches import arguments_of
+from normswap.models.batches import arguments_of, check_batches, samples_in
 from normswap.models.copying import copy_with, set_eval, uncompiled
 from normswap.models.programs import Model, as_module
 from normswap.swap.calibrate import calibrate
@@ -113,7 +114,7 @@ def heal(
     original = as_module(teacher)
     budget = _budget(minutes, tokens)
     if isinstance(metric, str):
-        one_of("metric", metric, ("neighbours",))
+        one_of("metric", metric, (NEIGHBOURS,))
     if not lr > 0 or accumulate < 1:
         raise UsageError(f"lr is {lr} and accumulate {accumulate}; expected numbers above 0")
     data, batches, skip = _held_out(data, held_out, module)
@@ -169,8 +170,7 @@ def _budget(minutes: float | None, tokens: int | None) -> Budget:
 
 def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Module) -> tuple[Iterable[Any], list[Any], int]:
     """(the data, the held-out batches, how many of the first batches are not trained on)."""
-    if isinstance(data, (Tensor, Mapping)):
-        raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
+    check_batches(data)
     if held_out is not None:
         if not (batches := list(held_out)):
             raise UsageError("held_out holds no batch", hint="give at least one; 128 samples are better")
@@ -180,7 +180,7 @@ def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Mo
     samples = 0
     for batch in source:
         found.append(batch)
-        samples += _samples(batch, module)
+        samples += max(samples_in(*arguments_of(batch, module)), 1)
         if samples >= HELD_OUT:
             break
     if not found:
@@ -188,8 +188,3 @@ def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Mo
     if source is data:
         return itertools.chain(found, source), found, len(found)
     return data, found, len(found)
-
-
-def _samples(batch: Any, module: nn.Module) -> int:
-    args, kwargs = arguments_of(batch, module)
-    return next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), 1)

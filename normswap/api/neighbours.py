@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import UsageError
-from normswap.models.batches import MASK, arguments_of
+from normswap.models.batches import MASK, arguments_of, samples_in
 from normswap.models.copying import copy_for_running
 from normswap.parity.probes import Probe
 from normswap.parity.run_torch import module_runner
@@ -48,8 +48,7 @@ def embeddings(model: nn.Module, batches: Sequence[Any]) -> Tensor:
     found = []
     for number, batch in enumerate(batches, 1):
         probe = Probe(f"batch {number}", *arguments_of(batch, model))
-        given = [t for t in (*probe.args, *probe.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-        samples = len(given[0]) if given else 0
+        samples = samples_in(probe.args, probe.kwargs)
         outputs = (t for t in run(probe)[0].values() if t.is_floating_point() and t.dim() > 1 and len(t) == samples)
         embedding = next(outputs, None)
         if embedding is None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -33,7 +33,7 @@ from normswap.api.neighbours import Neighbours
 from normswap.api.request import Selection
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
-from normswap.models.batches import MASK, arguments_of
+from normswap.models.batches import MASK, arguments_of, check_batches
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import Model, as_module
 from normswap.parity.measure import ratio
@@ -174,8 +174,7 @@ def _check(data: Any, metric: Metric | str | None, by: str, budget: float | None
             "sensitivity is measured on data, and none were given",
             hint="give data=..., or --data on the command line: some hundred samples",
         )
-    if isinstance(data, (Tensor, Mapping)):
-        raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
+    check_batches(data)
     one_of("by", by, get_args(By))
     if isinstance(metric, str):
         one_of("metric", metric, (NEIGHBOURS,))

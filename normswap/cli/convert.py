@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from normswap.cli.options import Converting, Debug, Exporting, Json, Running, Selecting, Source
+from normswap.cli.options import AlsoOnnx, Converting, Debug, Exporting, Json, OutputDirectory, Running, Selecting, Source
 from normswap.cli.terminal import Progress, print_json, print_tables, work
 from normswap.files import atomic
 
@@ -33,12 +31,12 @@ REPORT, PAGE, ONNX = "report.json", "report.html", "model.onnx"
 class ConvertOptions(Exporting, Converting, Selecting, Running):
     """Every option of the command."""
 
-    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True
+    onnx: AlsoOnnx = True
 
 
 def convert(
     source: Source,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./<stem of SRC>.normswap/")] = None,
+    output: OutputDirectory = None,
     *,
     options: ConvertOptions,
     as_json: Json = False,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
+from normswap.api.sensitivity import NEIGHBOURS, Metric
 from normswap.api.verify import load_any
 from normswap.cli.options import Loading
 from normswap.detect.sites import Rule
@@ -49,6 +50,13 @@ def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
     return cast("Callable[..., Any]", found)
+
+
+def metric_of(spec: str | None) -> Metric | Literal["neighbours"] | None:
+    """What --metric names: the metric that is built in, or a function; None without this option."""
+    if spec is None:
+        return None
+    return NEIGHBOURS if spec == NEIGHBOURS else function_of(spec, "--metric", "a function that takes the model and returns a number")
 
 
 @dataclass(frozen=True)

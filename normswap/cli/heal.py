@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from normswap.cli.convert import ConvertOptions, convert_to_directory
-from normswap.cli.options import Debug, Exporting, Json, Running, Selecting, Source
+from normswap.cli.options import AlsoOnnx, Debug, Exporting, Json, OutputDirectory, Running, Selecting, Source
 from normswap.cli.terminal import Progress, print_json, print_tables, work
 from normswap.files import atomic
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from normswap.files.load import Loaded
     from normswap.report.conversion import Report
 
-NEIGHBOURS = "neighbours"
 CALIBRATION = 40_000  # positions, of which the conversion is calibrated and repaired
 MINUTES = 15.0  # where no budget is given
 RANKED = 8  # batches, on which --keep ranks the norms
@@ -60,12 +59,12 @@ class Training:
 class HealOptions(Exporting, Training, Selecting, Running):
     """Every option of the command."""
 
-    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")] = True
+    onnx: AlsoOnnx = True
 
 
 def heal(
     source: Source,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./<stem of SRC>.normswap/")] = None,
+    output: OutputDirectory = None,
     *,
     options: HealOptions,
     as_json: Json = False,
@@ -95,7 +94,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
     """(the report, the directory, an error to raise when both are shown). There is no directory in any process but the first."""
     from normswap.api.convert import with_model
     from normswap.api.heal import LR, DivergedError, heal
-    from normswap.cli.data import Stream, function_of, stream_of
+    from normswap.cli.data import Stream, metric_of, stream_of
     from normswap.errors import UsageError
     from normswap.healing.processes import joined
 
@@ -105,16 +104,16 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
         raise UsageError("healing learns from data, and none were given", hint="give --data: text files, tensors, package.module:factory")
     if options.keep < 0:
         raise UsageError(f"--keep is {options.keep}; expected 0 or more")
-    metric: Any = options.metric
-    if metric not in (None, NEIGHBOURS):
-        metric = function_of(metric, "--metric", "a function that takes the model and returns a number")
+    metric = metric_of(options.metric)
     stream: Stream
+    calibration: list[Any]
     raised: DivergedError | None = None
 
     def request_of(request: Request, loaded: Loaded) -> Request:
-        nonlocal stream
+        nonlocal stream, calibration
         stream = stream_of(options.data or "", loaded.model, options.tokenizer or source.removeprefix("hf:"), options.length)
-        request = replace(request, calibration=stream.first(CALIBRATION), approximate=True)
+        calibration = stream.first(CALIBRATION)
+        request = replace(request, calibration=calibration, approximate=True)
         return replace(request, exclude=(*request.exclude, *_kept(loaded.model, request, options.keep, progress)))
 
     def healed(conversion: Conversion[Any], loaded: Loaded) -> tuple[Conversion[Any], Healing[Any]]:
@@ -138,7 +137,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
             )
         except DivergedError as error:
             raised, found = error, error.healing
-        return with_model(conversion, found.model, loaded.model, stream.first(CALIBRATION)), found
+        return with_model(conversion, found.model, loaded.model, calibration), found
 
     shared = {f.name: getattr(options, f.name) for f in fields(ConvertOptions) if hasattr(options, f.name) and f.name != "data"}
     converting = ConvertOptions(**shared)

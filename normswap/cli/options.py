@@ -27,6 +27,8 @@ Source = Annotated[
     ),
 ]
 OutputFile = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The .onnx file to write.")]
+OutputDirectory = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: ./<stem of SRC>.normswap/")]
+AlsoOnnx = Annotated[bool, typer.Option("--onnx/--no-onnx", help="Also write model.onnx.")]
 INPUT = typer.Option("--input", metavar="SPEC", help="Example input: 1x3x224x224[:dtype], or a .pt or .npz file. Repeat for more inputs.")
 Thorough = Annotated[
     bool, typer.Option("--thorough", help="Verify at every optimisation level of onnxruntime, and in onnx's own evaluator: slower.")

@@ -48,16 +48,13 @@ def sensitivity(
     swapped together. Writes nothing but the file of --skip-done.
     """
     with work(debug) as progress:
-        from normswap.api.sensitivity import NEIGHBOURS, Metric, sensitivity
-        from normswap.cli.data import batches_of, function_of, loaded, parsed, rules_of
+        from normswap.api.sensitivity import sensitivity
+        from normswap.cli.data import batches_of, loaded, metric_of, parsed, rules_of
         from normswap.report.studies import sensitivity_json, sensitivity_summary, sensitivity_table
 
         given = parsed(running.inputs)
         model = loaded(source, running).model
-        meant = "a function that takes the model and returns a number"
-        measure: Metric | Literal["neighbours"] | None = None
-        if metric is not None:
-            measure = NEIGHBOURS if metric == NEIGHBOURS else function_of(metric, "--metric", meant)
+        measure = metric_of(metric)
         found = sensitivity(
             model,
             None if data is None else batches_of(data, model),

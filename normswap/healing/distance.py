@@ -88,6 +88,7 @@ class Scales:
     def __init__(self, axes: Mapping[str, tuple[int, ...]]) -> None:
         self.axes = axes  # by the name of a norm, the axes of its channels
         self._sums: dict[tuple[str, int], list[Any]] = {}  # (name, number of the call), "" for outputs -> [rows, sum t, sum t^2]
+        self._scale = functools.cache(self._measured)  # which nothing is added to once it is read
 
     def add(self, teacher: Seen, batch: Any) -> None:
         """Add what the original put out for one batch."""
@@ -115,7 +116,7 @@ class Scales:
     def _axes(self, key: tuple[str, int]) -> tuple[int, ...]:
         return self.axes[key[0]] if key[0] else (-1,)
 
-    def _scale(self, key: tuple[str, int]) -> float:
+    def _measured(self, key: tuple[str, int]) -> float:
         rows, total, squares = self._sums[key]
         square, variance = float(squares) / rows, float(squares) / rows - float((total / rows).square().sum())
         return variance if variance > CONSTANT * square else square or 1.0
@@ -142,7 +143,7 @@ def mask_in(batch: Any) -> Tensor | None:
 def positions(batch: Any, model: nn.Module) -> int:
     """How many positions of a batch count: tokens of integer inputs (N, T), otherwise samples."""
     args, kwargs = arguments_of(batch, model)
-    mask = mask_in(kwargs)
+    mask = mask_of(kwargs)
     if mask is not None:
         return int(mask.sum())
     first = next((t for t in tensors_in((args, dict(kwargs))) if t.dim()), None)

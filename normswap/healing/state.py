@@ -45,7 +45,7 @@ class State:
     settings     what must be the same when it goes on
     epoch, seen  how often the data ended, and how many batches were taken since
     slower       what the learning rate is multiplied by, after roll backs
-    weights      the trained tensors by name       best: those of the smallest distance
+    weights      the trained tensors by name       best: those of the smallest score
     """
 
     settings: dict[str, Any]

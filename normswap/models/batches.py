@@ -38,6 +38,17 @@ def told(what: str = "calibration data") -> Iterator[None]:
         ) from error
 
 
+def check_batches(data: Any) -> None:
+    """Raise UsageError for one batch in the place of an iterable of them."""
+    if isinstance(data, (Tensor, Mapping)):
+        raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
+
+
+def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many samples a model is called on: the length of its first tensor; 0 if it gets none."""
+    return next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), 0)
+
+
 def arguments_of(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """(args, kwargs) for a batch. Of a tuple, like a data set's (input, label), the model gets only as many elements as it takes."""
     if isinstance(batch, Mapping):

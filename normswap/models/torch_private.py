@@ -157,10 +157,10 @@ def fast_matmul() -> Iterator[None]:
 
     Attention is then computed as written out: with small matrices torch's fused form takes five times as long in this mode.
     """
-    before = torch.get_float32_matmul_precision()
     if not torch.cpu._is_amx_tile_supported():
         yield
         return
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with sdpa_kernel(SDPBackend.MATH):
