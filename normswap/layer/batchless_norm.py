@@ -537,7 +537,10 @@ class BatchlessNorm(nn.Module):
         """The output in train mode, where it is not computed together with the producer. learns: whether the statistics get gradients."""
         if not torch.compiler.is_compiling() and not pair.is_transformed():
             self._follow(within_pass=True)
-        mean, std = (t.detach() for t in self.statistics())
+        # Without a history: an operator that records one of a parameter lets go of Python's lock, the functions below hold it, and with
+        # torch 2.13 two threads would wait for each other for ever where both happens to one parameter.
+        with torch.no_grad():
+            mean, std = (t.detach() for t in self.statistics())
         limits = self._limits
         settings = self._settings()
         measured = self._measured(input, mean, std, settings.share, limits=limits) if limits or self._takes_out_trend else {}

@@ -79,6 +79,7 @@ class Forward:
 
 
 _others = threading.Lock()  # held while `Run.others` is replaced
+_passing = threading.Lock()  # held while a `Passes` is made or takes note of a pass: autograd lets the hooks of several threads run at once
 
 
 @dataclass
@@ -262,19 +263,21 @@ class Passes:
         parameter.register_post_accumulate_grad_hook(self._has_passed)  # type: ignore[no-untyped-call]
 
     def _arrives(self, gradient: Tensor) -> None:
-        # DistributedDataParallel may have put another tensor in the place of the gradient of the last pass.
-        parameter = self.parameter()
-        grad = None if parameter is None else parameter.grad
-        self.added = grad is not None
-        if grad is not None and self.count and not is_part(grad) and self.changed(grad) and not grad.any():
-            self.count = 0  # zero_grad(set_to_none=False) has thrown away what came until now
+        with _passing:
+            # DistributedDataParallel may have put another tensor in the place of the gradient of the last pass.
+            parameter = self.parameter()
+            grad = None if parameter is None else parameter.grad
+            self.added = grad is not None
+            if grad is None or (self.count and not is_part(grad) and self.changed(grad) and not grad.any()):
+                self.count = 0  # zero_grad has thrown away what came until now
 
     def _has_passed(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        passes = 1 if self.inner is None else max(self.inner.count, 1)
-        # zero_grad takes the tensor away, and the next pass makes another
-        self.count = passes + (self.count if self.added or grad is self.grad else 0)
-        self._remember(grad)
+        with _passing:
+            grad = parameter.grad  # with what other threads have added by now, whose own hooks then come later
+            passes = 1 if self.inner is None else max(self.inner.count, 1)
+            # zero_grad takes the tensor away, and the next pass makes another
+            self.count = passes + (self.count if self.added or grad is self.grad else 0)
+            self._remember(grad)
         if _several() and torch._C._current_graph_task_id() != -1:
             # DistributedDataParallel writes the average of all processes at the end of backward, in a callback that it asks for later.
             engine = torch.autograd.Variable._execution_engine
@@ -283,7 +286,8 @@ class Passes:
     def _averaged(self) -> None:
         parameter = self.parameter()
         if parameter is not None:
-            self._remember(parameter.grad)
+            with _passing:
+                self._remember(parameter.grad)
 
     def _remember(self, grad: Tensor | None) -> None:
         self.grad, self.version = grad, 0 if grad is None else grad._version
@@ -303,15 +307,17 @@ def watch_passes(layer: Layer) -> None:
     trained = [p for p in (layer.std_parameter, layer.mean) if isinstance(p, nn.Parameter) and p.requires_grad]
     if not trained:
         return
-    parameter, passes = trained[0], layer.run.passes
-    if passes is None or passes.parameter() is None:
-        layer.run.passes = Passes(parameter)
-    elif not any(p is not None and p.parameter() is parameter for p in (passes, passes.inner)):
-        # FSDP puts the whole parameter in the place of its part during forward and backward.
-        if is_part(passes.parameter()) and not is_part(parameter):
-            passes.inner = Passes(parameter)
-        else:
-            layer.run.passes = Passes(parameter, passes if is_part(parameter) else None)
+    parameter = trained[0]
+    with _passing:
+        passes = layer.run.passes
+        if passes is None or passes.parameter() is None:
+            layer.run.passes = Passes(parameter)
+        elif not any(p is not None and p.parameter() is parameter for p in (passes, passes.inner)):
+            # FSDP puts the whole parameter in the place of its part during forward and backward.
+            if is_part(passes.parameter()) and not is_part(parameter):
+                passes.inner = Passes(parameter)
+            else:
+                layer.run.passes = Passes(parameter, passes if is_part(parameter) else None)
 
 
 def _several() -> bool:

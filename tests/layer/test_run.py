@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from batchless_net import ACCUMULATED, ADAMW, SGD, Net, batches, one_step, statistics
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import normswap
@@ -20,6 +22,7 @@ from fixtures.nets import randomise
 from normswap.errors import UsageError
 from normswap.layer import gradient_scale
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.run import Passes
 
 F64 = torch.float64
 BATCHES = [torch.randn(n, 3, 7, 8, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 3)]
@@ -502,6 +505,45 @@ def test_a_step_of_three_threads_is_that_of_one(options: dict[str, Any]) -> None
             step.zero_grad()
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_of_several_threads_at_once() -> None:
+    """Autograd lets them run at once: what is kept last has the gradients of all, or the step would take it for a clipped one."""
+    parameter = nn.Parameter(torch.ones(5, dtype=F64))
+    passes, interval = Passes(parameter), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            assert in_threads(lambda number: (parameter * (number + 1)).sum().backward()) == []
+            assert passes.count == 3
+            assert passes.kept is not None
+            assert torch.equal(passes.kept, torch.full((5,), 6.0, dtype=F64))
+            parameter.grad = None
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "none"}, {"aux": "explicit"}, {"aux": "explicit", "coupling": "none"}], ids=str)
+def test_only_functions_of_python_record_a_history_of_the_statistics(options: dict[str, Any]) -> None:
+    """An operator of torch lets go of Python's lock while it records one; beside such a function two threads wait for each other."""
+    recorded: list[object] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.requires_grad and any(a is s for a in args for s in watched):
+                recorded.append(func)
+            return result
+
+    model = net(**options).train()
+    watched = [p for layer in model.modules() if isinstance(layer, BatchlessNorm) for p in (layer.mean, layer.std_parameter)]
+    with Watch():
+        loss = model(BATCHES[0]).square().mean()
+        if "aux" in options:
+            loss = loss + normswap.aux_loss(model)
+        loss.backward()
+        assert watched[1].exp().requires_grad
+    assert recorded == [Tensor.exp]
 
 
 def test_the_loss_of_a_forward_pass_in_another_thread() -> None:
