@@ -46,7 +46,7 @@ class Graph:
 def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
     """The graph of a model in eval mode, from its example inputs. Raises ExportError if torch cannot make one."""
     marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
-    choices = [_Choice(None)]
+    choices = [_Choice(None, args, kwargs)]
     if dynamic != "none" and isinstance(model, nn.Module):
         choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
     failures: list[Exception] = []
@@ -55,8 +55,8 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
             with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 program: Any = torch.onnx.export(
                     model,
-                    args,
-                    kwargs=kwargs,
+                    choice.args,
+                    kwargs=choice.kwargs,
                     dynamic_shapes=choice.shapes,
                     opset_version=opset,
                     custom_translation_table=marks,
@@ -87,9 +87,11 @@ def _reads(program: ExportedProgram) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One value to try for torch's `dynamic_shapes`; spatial: whether it frees more than the batch size."""
+    """One value to try for torch's `dynamic_shapes`, with the inputs to try it with; spatial: whether it frees more than the batch size."""
 
     shapes: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     spatial: bool = False
 
 
@@ -98,25 +100,33 @@ AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
     """The choices of free axes to try, the one that frees the most first."""
-    arguments = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    leaves, structure = tree_flatten(arguments)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    leaves, structure = tree_flatten(dict(bound.arguments))
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
     batch = next((size for size in sizes if size is not None), None)
+    fixed = _Choice(None, args, kwargs)
     if batch is None:
-        return [_Choice(None)]
+        return [fixed]
     same = [size == batch for size in sizes]
     batches = [same]
     if batch == 1 and sum(same) > 1:  # an axis of size 1 need not be the batch: all samples may share a mask, say
         batches.append([i == same.index(True) for i in range(len(same))])
-    choices = [_Choice(tree_unflatten([{0: "batch"} if free else None for free in choice], structure)) for choice in batches]
+
+    def choice(shapes: Any, free: Sequence[bool], *, spatial: bool = False) -> _Choice:
+        # Of an axis of size 1 torch may take for granted that it broadcasts, so the graph is made of two samples.
+        twice = [torch.cat([leaf, leaf]) if batch == 1 and is_free else leaf for leaf, is_free in zip(leaves, free, strict=True)]
+        given = inspect.BoundArguments(bound.signature, tree_unflatten(twice, structure))
+        return _Choice(shapes, given.args, dict(given.kwargs), spatial)
+
+    choices = [choice(tree_unflatten([{0: "batch"} if is_free else None for is_free in free], structure), free) for free in batches]
     wider: list[_Choice] = []
     for sequences in (False, True) if spatial else ():
         axes = _spatial_axes(leaves, sequences=sequences)
-        both = [({0: "batch"} if free else {}) | more for free, more in zip(same, axes, strict=True)]
+        both = [({0: "batch"} if is_free else {}) | more for is_free, more in zip(same, axes, strict=True)]
         shapes = tree_unflatten([found or None for found in both], structure)
-        if any(axes) and shapes not in [choice.shapes for choice in wider]:
-            wider.append(_Choice(shapes, spatial=True))
-    return [*wider, *choices, _Choice(None)]
+        if any(axes) and shapes not in [known.shapes for known in wider]:
+            wider.append(choice(shapes, same, spatial=True))
+    return [*wider, *choices, fixed]
 
 
 def _spatial_axes(leaves: Sequence[Any], *, sequences: bool) -> list[dict[int, str]]:

@@ -152,3 +152,16 @@ def test_probes_of_other_sizes() -> None:
     assert twice.kwargs["flag"] is True
     assert torch.equal(half.args[0], x[..., :1])
     assert list(resized((x,), {}, [{0: "batch"}])) == []
+
+
+def test_one_sample_is_example_enough(path: Path) -> None:
+    """Of GPT-2 with one sample, torch takes for granted that the batch broadcasts against the positions, and fixes it without a word."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=12, vocab_size=23, use_cache=False, bos_token_id=1, eos_token_id=1
+    )
+    model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.randint(3, 23, (1, 9))
+    result = normswap.export_onnx(model, {"input_ids": tokens}, path)
+    assert (result.free, result.notes) == (({0: "batch"},), ())
+    assert result.parity
