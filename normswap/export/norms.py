@@ -1,4 +1,7 @@
-"""Finds the norms of a graph, by their marks or as the Mul and Add that torch makes of a BatchlessNorm, and folds them."""
+"""Finds the norms of a graph, by their marks or as the Mul and Add that torch makes of a BatchlessNorm, and folds them.
+
+Of an RMSNorm in the place of a LayerNorm, which stays, the bias is folded: RMSNormalization has none, as LayerNormalization has.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from normswap.export.marks import Site
 from normswap.export.names import DOMAIN
 from normswap.export.simplify import simplify
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.rms_norm import RMSNorm
 from normswap.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -40,8 +44,10 @@ def shorten(model: ir.Model, *, marked: bool) -> None:
 
 def fold_norms(
     model: ir.Model, sites: Sequence[Site], kept: Mapping[str, str] | None, *, spatial_thresholds: bool, folded: bool = True
-) -> tuple[list[Outcome], Counter[str]]:
-    """Fold every norm where that is exact. Returns an Outcome for each norm, and the skeleton: the operators without the norms.
+) -> tuple[list[Outcome], list[Outcome], Counter[str]]:
+    """Fold every norm where that is exact, and the bias of every RMSNorm.
+
+    Returns an Outcome for each norm, one for each such bias (named as the parameter), and the skeleton: the operators without the norms.
 
     kept: norms that are not folded, by name, and why; if not `folded`, none is. spatial_thresholds: as in `normswap.folding.fold`.
     """
@@ -50,15 +56,21 @@ def fold_norms(
     from normswap.folding import Constants, fold
 
     constants = Constants(model.graph)
-    found = (_marked(node, sites) or _spelled_out(node, constants) for node in model.graph.all_nodes())
-    affines = [affine for affine in found if affine is not None]
-    skeleton = operators(model.graph, {node for affine in affines for node in affine.nodes})
+    affines: list[Affine] = []
+    norms: set[Affine] = set()
+    for node in model.graph.all_nodes():
+        norm = _marked(node, sites) or _spelled_out(node, constants)
+        affine = norm or _bias_of_rms(node, constants)
+        affines += [] if affine is None else [affine]
+        norms |= set() if norm is None else {norm}
+    skeleton = operators(model.graph, {node for affine in norms for node in affine.nodes})
     if not folded:
         kept = {affine.name: UNFOLDED for affine in affines}
     outcomes = fold(model.graph, affines, constants, kept, spatial_thresholds=spatial_thresholds)
     common.RemoveUnusedNodesPass()(model)
     constants.restore_names()
-    return outcomes, skeleton
+    of_norms, of_biases = ([o for o, a in zip(outcomes, affines, strict=True) if (a in norms) is wanted] for wanted in (True, False))
+    return of_norms, of_biases, skeleton
 
 
 def operators(graph: ir.Graph, without: Container[ir.Node] = ()) -> Counter[str]:
@@ -118,6 +130,30 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
     return Affine(name, tuple(nodes), scale, shift, index, wide=x.dtype)
 
 
+def _bias_of_rms(node: ir.Node, constants: Constants) -> Affine | None:
+    """The affine that adds the bias of an RMSNorm, with the gain where that is an operator of its own (below opset 23)."""
+    from normswap.folding import Affine
+    from normswap.folding.affine import only_use
+    from normswap.folding.find import SPARE
+
+    name = _norm_around(node, RMSNorm)
+    if node.op_type != "Add" or name is None:
+        return None
+    x, shift = _and_constant(node, constants)
+    if x is None or x.shape is None or shift.size == 1:  # eps
+        return None
+    nodes, index = [node], list(node.inputs).index(x)
+    scale: Any = np.ones(1)
+    gain = x.producer()
+    if gain is not None and gain.op_type == "Mul" and _norm_around(gain, RMSNorm) == name and only_use(x):
+        before, array = _and_constant(gain, constants)
+        if before is not None and before.shape is not None:
+            nodes, index, scale, x = [gain, node], list(gain.inputs).index(before), array, before
+    rank = len(node.outputs[0].shape or ())
+    scale, shift = (a.astype(np.float64).reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, shift))
+    return Affine(f"{name}.bias", tuple(nodes), scale, shift, index, wide=x.dtype, spare=SPARE)
+
+
 def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:
     """(the other input, the constant input as an array) of a node with two inputs; (None, None) if neither is constant."""
     for value, other in (node.inputs, node.inputs[::-1]):
@@ -127,11 +163,11 @@ def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None,
     return None, None
 
 
-def _norm_around(node: ir.Node) -> str | None:
-    """The qualified name of the BatchlessNorm in whose forward torch traced this node, or None."""
+def _norm_around(node: ir.Node, cls: type = BatchlessNorm) -> str | None:
+    """The qualified name of the layer of this class in whose forward torch traced this node, or None."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
     if not scopes or not classes:
         return None
     pairs = zip(ast.literal_eval(scopes), ast.literal_eval(classes), strict=False)
-    return next((scope for scope, cls in pairs if cls.startswith(f"{BatchlessNorm.__module__}.BatchlessNorm")), None)
+    return next((scope for scope, known in pairs if known.startswith(f"{cls.__module__}.{cls.__name__}")), None)

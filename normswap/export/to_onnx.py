@@ -35,7 +35,7 @@ from normswap.export.graph import Dynamic as Dynamic
 from normswap.export.graph import Graph, graph_of
 from normswap.export.marks import Site, copied, mark
 from normswap.export.norms import alike, fold_norms, operators, shorten
-from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, attends, with_attention
+from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, calls_newer, newer_if_better
 from normswap.export.simplify import norms_stay, simplify
 from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
@@ -66,6 +66,7 @@ class Export:
     target    what the file was written for
     cuda      which floating-point nodes have a CUDA kernel, and whether the file ran on CUDA
     comparisons  the results of all comparisons of the file
+    biases    one `Outcome` per bias of an RMSNorm, which goes into the layers after it where it can; the RMSNorm stays
     """
 
     path: Path
@@ -83,6 +84,7 @@ class Export:
     target: Target = "portable"
     cuda: Cuda | None = None
     comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
+    biases: tuple[Outcome, ...] = ()
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class Settings:
     target    "portable": operators of ai.onnx alone, in the form that was fastest wherever it was measured. "cuda": also fused operators of
               onnxruntime, which the file defines as functions (`fused_conv.py`), and a maximum with a constant in the place of a
               BatchNormalization and its ReLU between convolutions
-    opset     of the file. Unless given, DEFAULT_OPSET, or ATTENTION_OPSET if the model calls scaled_dot_product_attention
+    opset     of the file. Unless given, DEFAULT_OPSET, or NEWER_OPSET if the model calls attention or rms_norm of torch
     dynamic   which axes are free. "batch" (True): dimension 0 of every input tensor that has there the size of the first one. "spatial":
               also the dimensions after the channels, or the length of a sequence. "none" (False)
     half      whether weights, inputs and outputs are float16. The folds are computed from the unrounded weights, and rounded once
@@ -170,14 +172,14 @@ class Program:
             weight_norm.put_away(model)
             if settings.half:
                 precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
-        attention = settings.opset is None and attends(model, args, kwargs)
+        newer = settings.opset is None and calls_newer(model, args, kwargs)
         if isinstance(model, nn.Module):
             self.sites = mark(model)
         if precise is not None:
             norms = dict(precise.named_modules())
             self.sites = tuple(Site(site.name, cast(BatchlessNorm, norms[site.name])) for site in self.sites)
         marked = bool(self.sites)
-        self.opset: int | None = None if attention else DEFAULT_OPSET if settings.opset is None else settings.opset
+        self.opset: int | None = None if newer else DEFAULT_OPSET if settings.opset is None else settings.opset
         self._note: str | None = None
 
         @functools.cache
@@ -195,7 +197,7 @@ class Program:
     def write(self, path: Path, kept: Mapping[str, str] | None = None) -> Export:
         """Fold what can be and write the file. kept: norms that are not to be folded, by name, and why."""
         if self.opset is None:
-            made, self.opset, self._note = with_attention(lambda opset: self._made(opset, kept), _without_kernel)
+            made, self.opset, self._note = newer_if_better(lambda opset: self._made(opset, kept), _without_kernel)
         else:
             made = self._made(self.opset, kept)
         if self._note is not None:
@@ -214,7 +216,7 @@ class Program:
         original, cuda_target = self._graph(max(opset, TORCH_OPSET)), self.settings.target == "cuda"
         model, notes = original.model.clone(), original.notes
         weights = list(model.graph.initializers.values())
-        outcomes, skeleton = fold_norms(model, self.sites, kept, spatial_thresholds=cuda_target, folded=folded)
+        outcomes, biases, skeleton = fold_norms(model, self.sites, kept, spatial_thresholds=cuda_target, folded=folded)
         if folded:
             with norms_stay(model):
                 simplify(model)  # a second time, as more can be shortened without the norms
@@ -236,6 +238,7 @@ class Program:
             opset=opset,
             nodes=dict(operators(model.graph).most_common()),
             sites=tuple(outcomes),
+            biases=tuple(biases),
             skeleton=dict(skeleton.most_common()),
             extra=dict(extra.most_common()),
             input_names=inputs,

@@ -78,7 +78,7 @@ def verified_export(
     with tempfile.TemporaryDirectory(prefix=".baseline-", dir=path.parent) as folder:
         baseline = None
         # In half precision the noise is that of torch: onnxruntime 1.32 crashes on the casts around unfolded norms in such a graph.
-        if first.sites and not settings.half:
+        if (first.sites or first.biases) and not settings.half:
             baseline = Path(folder) / "baseline.onnx"
             program.write_baseline(baseline)
 
@@ -94,7 +94,7 @@ def verified_export(
                 found = dataclasses.replace(found, parities={**other, **found.parities})
             result = dataclasses.replace(result, notes=(*result.notes, *notes, *more_notes))
             result, found = with_provider(result, found, reference, baseline=baseline)
-            return measured((result, found), result.sites, kept)
+            return measured((result, found), (*result.sites, *result.biases), kept)
 
         return search(attempt).result
 
