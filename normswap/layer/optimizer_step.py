@@ -173,6 +173,9 @@ def _advance(optimizer: Optimizer, groups: dict[int, dict[str, Any]], layers: li
     inputs: list[StepInputs] = []
     raw_gradients: list[tuple[Tensor, float]] = []
     for layer in layers:
+        if layer.run.rounded:
+            layer.run.rounded = False
+            warnings.add(run.ROUNDED, [layer])
         given = [p for p in _statistics(layer) if id(p) in groups and p.grad is not None]
         if not given:
             if layer.run.pending and trains:

@@ -96,6 +96,7 @@ class Run(Forward):
     number    counts the runs, in the order in which they were made
     name      of the layer in the model that it was last seen in, for warnings; empty if no model was
     anchor    of a coupled layer, see `following.Anchor`; prepared: what its passes read, see `vectors`
+    rounded   whether the statistics were in half precision in a forward pass since the last step
     others    the `Forward` of each other thread; latest: that of the thread that called the producer last, None: the main one
     """
 
@@ -112,6 +113,7 @@ class Run(Forward):
     name: str = ""
     others: dict[threading.Thread, Forward] = field(default_factory=dict)
     latest: Forward | None = None
+    rounded: bool = False
     anchor: Any = None
     prepared: Any = None
 
@@ -227,10 +229,13 @@ def recomputes() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def check_precision(parameter: Tensor) -> None:
-    """Warn of statistics in half precision. The layer never stores them so, but FSDP may gather its parameters in that dtype."""
-    if parameter.dtype.itemsize < 4 and not torch.compiler.is_compiling():
-        warn(ROUNDED.format(dtype=parameter.dtype))
+def check_precision(layer: Layer) -> None:
+    """Record statistics in half precision. The layer never stores them so, but FSDP may gather its parameters in that dtype.
+
+    The step warns, once for all layers of the model: in a forward pass each layer would have to speak for itself.
+    """
+    if layer.mean.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        layer.run.rounded = True
 
 
 def refuse_replicas() -> NoReturn:
@@ -395,8 +400,8 @@ CHANGED = (
     'normswap.param_groups(model, lr=...) without the key "normswap"'
 )
 ROUNDED = (
-    "the statistics of a BatchlessNorm are {dtype} in this forward pass, so they are rounded: the param_dtype of a MixedPrecisionPolicy "
-    "does that. Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
+    "the statistics of {layers} were in half precision since the last step, so they were rounded: the param_dtype of a "
+    "MixedPrecisionPolicy does that. Give each BatchlessNorm to fully_shard by itself, without that policy and before the model"
 )
 
 

@@ -61,7 +61,7 @@ def scale(error: float, noise: float, allowed: float, *, passed: bool) -> Markup
     )
     lines = "".join(f'<line class="grid" x1="{x}%" x2="{x}%" y1="0" y2="100%"/>' for x, _ in SCALE.ticks)
     end = f"{SCALE.at(allowed)}%"
-    band = f'<rect class="allowed" width="{end}" height="100%"/>{lines}<line class="limit" x1="{end}" x2="{end}" y1="0" y2="100%"/>'
+    band = f'<rect class="allowed" width="{end}" height="100%" rx="3"/>{lines}<line class="limit" x1="{end}" x2="{end}" y1="0" y2="100%"/>'
     return Markup(
         f'<svg class="scale" height="22" role="img" aria-label="{says}">{band if math.isfinite(allowed) else lines}'
         f'<circle class="noise" cx="{SCALE.at(noise)}%" cy="50%" r="7"/>'

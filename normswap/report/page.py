@@ -130,8 +130,8 @@ def _plain(value: Any) -> str:
 
 
 def _figures(text: str) -> Markup:
-    """Text in which no line ends inside a number like 1.5e-07."""
-    return Markup(re.sub(r"\d(?:\.\d+)?e-\d+", r'<span class="figure">\g<0></span>', str(escape(shown(text)))))
+    """Text in which no line ends inside a number like 1.5e-07 or an option like --no-onnx."""
+    return Markup(re.sub(r"\d(?:\.\d+)?e-\d+|--[a-z][a-z-]*", r'<span class="figure">\g<0></span>', str(escape(shown(text)))))
 
 
 def _dotted(name: str) -> Markup:

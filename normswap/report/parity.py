@@ -57,10 +57,10 @@ def parity_summary(parity: Parity, *, approximate: bool = False) -> str:
     elif approximate or math.isinf(worst.tolerance):
         parts.append(f"approximate: {_moved(worst)}")
     else:
-        numbers = f"max error {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}, rounding of the original {figure(worst.noise)}"
+        numbers = f"error {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}, rounding of the original {figure(worst.noise)}"
         if worst.float64:
-            numbers = f"max error in float64 {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}"
-        parts.append(f"{numbers}, over {len(parity.probes)} inputs")
+            numbers = f"error in float64 {figure(worst.max_rel)}, allowed {figure(worst.tolerance)}"
+        parts.append(f"worst of {len(parity.probes)} inputs: {numbers}" if len(parity.probes) > 1 else numbers)
     if not parity.passed:
         parts.insert(0, "FAILED")
         if parity.first_bad is not None:
@@ -96,9 +96,9 @@ def _moved(worst: Difference, what: str = "outputs") -> str:
     """How far the outputs of an approximate model, or those of one layer, are from the original's, in words."""
     if worst.non_finite or not math.isfinite(worst.max_rel):
         return f"{what} became NaN or infinite, not usable"
-    moved = f"{what} moved by {100 * worst.max_rel:.2g} %"
+    moved = f"{what} moved by {100 * worst.max_rel:.2g}%"
     if math.isfinite(worst.tolerance):
-        moved += f", {100 * worst.tolerance:.2g} % is allowed"
+        moved += f", {100 * worst.tolerance:.2g}% is allowed"
     return moved
 
 

@@ -58,7 +58,7 @@ def watch_table(run: Run) -> Listing:
     for layer, (z, z2, dead, hits) in run.last.items():
         of_z2 = f"{z2:.3g}" if LOW <= z2 <= HIGH else Alarm(f"{z2:.3g}")
         of_dead = Alarm(f"{dead:.0f}") if dead else "0"
-        cells = (f"{z:.3g}", of_z2, of_dead, "" if hits is None else f"{100 * hits:.3g} %")
+        cells = (f"{z:.3g}", of_z2, of_dead, "" if hits is None else f"{100 * hits:.3g}%")
         rows.append((layer or ROOT, *cells, curve(run.course[layer][-COURSE:])))
     return table(("layer", *numbers, "course of mean z^2"), rows, numbers=(*numbers, "course of mean z^2"))
 

@@ -161,7 +161,7 @@ def test_verify_another_function(converted: Path, tmp_path: Path) -> None:
     result = run("verify", tmp_path / "other.pt", converted)
     assert result.exit_code == 3
     assert result.stderr == ""
-    assert "FAILED; max error" in result.stdout
+    assert "FAILED; worst of" in result.stdout
     assert "first to differ: 4" in result.stdout
     loose = run("verify", tmp_path / "other.pt", converted, "--tolerance", "0.5")
     assert loose.exit_code == 0

@@ -71,12 +71,12 @@ def test_words_are_whole_and_what_is_wrong_is_red(tmp_path: Path) -> None:
     lines = CONTROL.sub("", text).splitlines()
     assert [line for line in lines if len(line.rstrip()) > 60] == []
     assert "\x1b[1;31mdiffers, at example" in text
-    assert "\x1b[1;31mFAILED; max error" in text
+    assert "\x1b[1;31mFAILED; worst of" in text
 
 
 def test_no_color_is_plain(tmp_path: Path) -> None:
     text = verified(tmp_path, 80, NO_COLOR="1")
-    assert "FAILED; max error" in text
+    assert "FAILED; worst of" in text
     assert COLOUR.findall(text) == []
 
 

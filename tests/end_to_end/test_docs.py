@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import typer
@@ -17,6 +19,7 @@ from doc_blocks import blocks
 from warm import Warm
 
 import normswap
+from normswap import errors
 from normswap.cli.app import app
 
 REPOSITORY = Path(__file__).parents[2]
@@ -177,3 +180,71 @@ def test_the_readme_commands_use_the_tested_versions() -> None:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt ")
         assert len(command.splitlines()) == 1
     assert test.endswith("&& .venv/bin/python -m pytest -n 2\n")  # .ci/run splits it there
+
+
+class Message(NamedTuple):
+    """What one place in the code says: its words, with `...` for what differs, and whether it says what to do or what was expected."""
+
+    place: str
+    words: str
+    advises: bool
+
+
+OURS = {name for name in vars(errors) if name.endswith("Error")} | {"ParityError", "DivergedError"}
+
+
+def words_of(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(words_of(value) for value in node.values)
+    if isinstance(node, ast.IfExp):
+        return f"{words_of(node.body)}...{words_of(node.orelse)}"
+    return "..."
+
+
+def messages(source: str, place: str) -> list[Message]:
+    """Every error of normswap's own that a file makes of words."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args):
+        words = words_of(call.args[0])
+        if isinstance(call.func, ast.Name) and call.func.id in OURS and words.strip(". "):
+            advises = any(keyword.arg == "hint" for keyword in call.keywords) or "expected" in words
+            found.append(Message(f"{place}:{call.lineno}", words, advises))
+    return found
+
+
+def pieces(words: str) -> list[str]:
+    """What stands between the parts that differ, the longest first; the page has one line for a message of several."""
+    return sorted((piece.strip(" ,:;()'") for piece in re.split(r"\.\.\.|\n", words)), key=len, reverse=True)
+
+
+@functools.cache
+def words_of_the_package() -> str:
+    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    return "\n".join(words_of(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
+
+
+PACKAGE = REPOSITORY / "normswap"
+MESSAGES = [m for file in sorted(PACKAGE.rglob("*.py")) for m in messages(file.read_text(), file.relative_to(REPOSITORY).as_posix())]
+ROWS = re.findall(r"^\| (.+?) \| .+ \|$", (REPOSITORY / "docs/messages.md").read_text().partition("## It warned")[0], re.MULTILINE)
+
+
+def test_every_error_that_does_not_say_what_to_do_has_a_remedy_on_the_page() -> None:
+    said = "\n".join(ROWS)
+    assert len(MESSAGES) > 200
+    assert [m for m in MESSAGES if not m.advises and pieces(m.words)[0][:40] not in said] == []
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.startswith(("it says", "---", "exit code"))])
+def test_a_message_on_the_page_is_one_of_the_code(row: str) -> None:
+    code = words_of_the_package()
+    for piece in (piece for part in row.split("; or ") for piece in pieces(part)[:1]):
+        assert piece in code, piece
+
+
+def test_messages_are_found() -> None:
+    source = (
+        'raise UsageError(f"a {b} has no c")\nraise LoadError("d", hint="e")\nraise UsageError(f"f is {f}; expected g")\nValueError("h")'
+    )
+    assert [(m.words, m.advises) for m in messages(source, "")] == [("a ... has no c", False), ("d", True), ("f is ...; expected g", True)]

@@ -46,6 +46,12 @@ def test_the_name_is_there(module: str, name: str) -> None:
     assert found is not None, f"torch {torch.__version__} has no {module}.{name}: {NAMES[module][name]}"
 
 
+@pytest.mark.parametrize("method", ["get_all_records", "get_record", "get_record_size", "has_record"])
+def test_a_file_of_torch_is_read_record_by_record(method: str) -> None:
+    has = hasattr(torch._C.PyTorchFileReader, method)  # type: ignore[attr-defined]
+    assert has, f"torch {torch.__version__} has no PyTorchFileReader.{method}: every model in a file of torch.save is refused"
+
+
 @pytest.mark.parametrize("hooks", torch_private.HOOKS)
 def test_modules_keep_hooks_there(hooks: str) -> None:
     assert hasattr(nn.Module(), hooks), f"torch {torch.__version__} keeps hooks elsewhere than in {hooks}: a swapped layer loses them"

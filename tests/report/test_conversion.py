@@ -59,11 +59,11 @@ FAR = "approximate, and too far from the original: "
 @pytest.mark.parametrize(
     ("drift", "status", "verdict"),
     [
-        (moved(0.17), "converted", "approximate: outputs moved by 17 %, not usable without healing" + SWAPPED),
-        (moved(0.04), "converted", "approximate: outputs moved by 4 %" + SWAPPED),
-        (moved(0.04, 0.05), "converted", "approximate: outputs moved by 4 %, 5 % is allowed" + SWAPPED),
-        (moved(0.08, 0.05), "parity failed", FAR + "outputs moved by 8 %, 5 % is allowed" + SWAPPED),
-        (moved(0.04, 0.05, layer=0.3), "parity failed", FAR + "the layer a.norm moved by 30 %, 5 % is allowed" + SWAPPED),
+        (moved(0.17), "converted", "approximate: outputs moved by 17%, not usable without healing" + SWAPPED),
+        (moved(0.04), "converted", "approximate: outputs moved by 4%" + SWAPPED),
+        (moved(0.04, 0.05), "converted", "approximate: outputs moved by 4%, 5% is allowed" + SWAPPED),
+        (moved(0.08, 0.05), "parity failed", FAR + "outputs moved by 8%, 5% is allowed" + SWAPPED),
+        (moved(0.04, 0.05, layer=0.3), "parity failed", FAR + "the layer a.norm moved by 30%, 5% is allowed" + SWAPPED),
         (moved(math.nan), "parity failed", FAR + "outputs became NaN or infinite, not usable" + SWAPPED),
         (parity(difference(problem="is missing")), "parity failed", FAR + "outputs: is missing" + SWAPPED),
         (parity(failure="the candidate raised"), "parity failed", "approximate, and not measured: the candidate raised" + SWAPPED),
@@ -82,7 +82,7 @@ def test_a_healed_conversion_is_judged_by_its_distance() -> None:
     )
     healing: Healing[Any] = Healing(nn.Identity(), points, (0.9, 0.5, 0.8125), 2, 1, False, False)
     result = Report("model.pt", PLAN, {"torch": GOOD, "drift": moved(0.17)}, healing=healing)
-    assert result.verdict == "approximate: outputs moved by 17 %" + SWAPPED
+    assert result.verdict == "approximate: outputs moved by 17%" + SWAPPED
     assert [line for line in result.summary().splitlines() if "healed" in line] == [
         "  healed: distance 3.1e-01 -> 4.5e-02 in 9 steps, 5760 tokens or samples, 4.5 minutes",
         "  healed: metric 0.5 -> 0.8125, of the original 0.9",

@@ -200,8 +200,8 @@ def test_a_success_says_what_it_rests_on_and_gives_no_advice() -> None:
 @pytest.mark.parametrize(
     ("drift", "verdict", "says"),
     [
-        (0.84, "approximate: outputs moved by 84 %, not usable without healing; ", "the largest output. That is too far"),
-        (0.05, "approximate: outputs moved by 5 %; ", "the largest output. It is another function"),
+        (0.84, "approximate: outputs moved by 84%, not usable without healing; ", "the largest output. That is too far"),
+        (0.05, "approximate: outputs moved by 5%; ", "the largest output. It is another function"),
     ],
 )
 def test_an_approximate_model_is_not_called_the_same(drift: float, verdict: str, says: str) -> None:
@@ -290,3 +290,10 @@ def test_a_browser_finds_nothing_wrong(name: str, tmp_path: Path, browser: Any) 
     page = tmp_path / "report.html"
     page.write_text(html_of(PAGES[name]), encoding="utf-8")
     assert screenshots.wrong_with(browser, page) == []
+
+
+@pytest.mark.parametrize(("tolerance", "says"), [(math.inf, "measured, without a limit"), (0.9, "passed"), (0.5, "failed")])
+def test_what_has_no_limit_has_not_passed(tolerance: float, says: str) -> None:
+    report = Report("model.pt", PLAN, {"torch": GOOD, "drift": parity(difference("out", 0.84, tolerance=tolerance))})
+    assert f"<h3>drift: {says}</h3>" in html_of(report)
+    assert "<h3>torch: passed</h3>" in html_of(report)

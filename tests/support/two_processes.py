@@ -286,7 +286,8 @@ def quiet() -> Any:
 
 
 def mixed(x: Tensor, alone: bool) -> tuple[list[torch.dtype], list[str]]:
-    """FSDP with bfloat16 parameters: dtypes of the first norm's statistics in forward, of its gradient, of the output; warnings.
+    """FSDP with bfloat16 parameters: dtypes of the first norm's statistics in forward, of its gradient, of the output; the
+    warnings of two steps.
 
     alone: its norms are units of their own, with no policy.
     """
@@ -300,11 +301,15 @@ def mixed(x: Tensor, alone: bool) -> tuple[list[torch.dtype], list[str]]:
     for layer in (model[1], model[4]) if alone else ():  # type: ignore[index]
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.01))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        out = model(x.float())
-        out.float().square().mean().backward()
-    return [seen[0], model[1].mean.grad.dtype, out.dtype], sorted({str(w.message) for w in caught})  # type: ignore[index,union-attr]
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = model(x.float())
+            out.float().square().mean().backward()
+            optimizer.step()
+    return [seen[0], model[1].mean.grad.dtype, out.dtype], [str(w.message) for w in caught]  # type: ignore[index,union-attr]
 
 
 @contextlib.contextmanager
