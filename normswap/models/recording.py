@@ -137,6 +137,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, OpOverload) and torch.is_inference_mode_enabled():
+            with self:  # in which torch dispatches `linear` whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         op = Op(name_in_aten(func) if isinstance(func, OpOverload) else str(func), (), {}, tuple(self.stack))
         given = list(tensors_in((args, kwargs)))
         op.inputs = [self._of(tensor) for tensor in given]

@@ -199,6 +199,14 @@ class Twice(nn.Module):
         return self.head(self.norm(self.block(h, h)))  # type: ignore[no-any-return]
 
 
+class Serving(nn.Sequential):
+    """For inference alone, where torch dispatches `linear` and `layer_norm` whole."""
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
 def tokens() -> Tensor:
     return torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -237,6 +245,7 @@ FIRES: dict[str, tuple[nn.Module, Callable[[], Tensor], list[str], list[str]]] =
     "no affine": (nn.Sequential(nn.Linear(4, C), nn.LayerNorm(C, elementwise_affine=False)), places(2, 4), ["1"], []),
     "an activation that is called twice": (Again(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
     "a module that returns two": (AfterBoth(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
+    "a forward in inference mode": (Serving(nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)), places(2, 5, 4), ["1"], []),
     "blocks after one with the norm behind the sum": (after(Post(), Block()), places(2, 5, 4), ["2.norm", "3"], ["1.norm"]),
 }
 
