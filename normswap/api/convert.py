@@ -28,7 +28,7 @@ from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import Stats, StdForm
-from normswap.models.batches import arguments_of, check_batches
+from normswap.models.batches import arguments_of, check_batches, no_batch
 from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
@@ -366,9 +366,11 @@ def _adapted(s: Swap) -> Swap:
     return dataclasses.replace(s, rule=dataclasses.replace(s.rule, inexact=lambda site: reason))
 
 
-def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
+def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs:
     first = next(iter(batches), None)
-    return None if first is None else Inputs(*arguments_of(first, module))
+    if first is None:
+        raise no_batch()
+    return Inputs(*arguments_of(first, module))
 
 
 def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:

@@ -22,7 +22,7 @@ from normswap.healing.run import Loss, Settings
 from normswap.healing.schedule import Budget
 from normswap.healing.state import Point
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.batches import arguments_of, check_batches, samples_in
+from normswap.models.batches import arguments_of, check_batches, no_batch, samples_in
 from normswap.models.copying import copy_with, set_eval, uncompiled
 from normswap.models.programs import Model, as_module
 from normswap.models.watching import buffers_kept
@@ -210,7 +210,7 @@ def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Mo
         if samples >= HELD_OUT:
             break
     if not found:
-        raise UsageError("the data hold no batch", hint="give some thousand samples")
+        raise no_batch("the data hold")
     if source is data:
         return itertools.chain(found, source), found, len(found)
     return data, found, len(found)

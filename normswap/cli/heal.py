@@ -102,8 +102,8 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
         atomic.check_output_dir(output)
     if options.data is None:
         raise UsageError("healing learns from data, and none were given", hint="give --data: text files, tensors, package.module:factory")
-    if options.keep < 0:
-        raise UsageError(f"--keep is {options.keep}; expected 0 or more")
+    if options.keep < 0 or options.length < 1:
+        raise UsageError(f"--keep is {options.keep} and --length {options.length}; expected 0 or more, and 1 or more")
     minutes = MINUTES if options.minutes is None and options.tokens is None else options.minutes
     settings = settings_of(minutes=minutes, tokens=options.tokens, lr=options.lr, accumulate=options.accumulate)
     metric = metric_of(options.metric)
@@ -119,8 +119,12 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
         request = replace(request, calibration=calibration, approximate=True)
         return replace(request, exclude=(*request.exclude, *_kept(loaded.model, request, options.keep, progress)))
 
-    def heal(conversion: Conversion[Any], loaded: Loaded) -> tuple[Conversion[Any], Healing[Any]]:
+    def heal(conversion: Conversion[Any], loaded: Loaded) -> tuple[Conversion[Any], Healing[Any] | None]:
         nonlocal raised
+        if not conversion.parity:
+            return conversion, None  # the report says why
+        if not conversion.plan.swaps:
+            raise UsageError("no norm is swapped, so there is nothing to heal", hint="normswap inspect says why each one stays")
         if conversion.drift is None:
             raise UsageError("every swap is exact, so there is nothing to heal", hint="normswap convert does it, and needs no data")
         directory = Path(os.path.abspath(output or f"{loaded.stem}.normswap"))
@@ -156,6 +160,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
 def _kept(model: Any, request: Request, count: int, progress: Progress) -> list[str]:
     """The globs of the norms whose removal alone costs most."""
     from normswap.api.sensitivity import glob_of, sensitivity
+    from normswap.errors import UsageError
 
     if not count:
         return []
@@ -163,4 +168,9 @@ def _kept(model: Any, request: Request, count: int, progress: Progress) -> list[
     options: Any = {"include": request.include, "exclude": request.exclude, "rules": request.rules, "progress": progress}
     found = sensitivity(model, batches, request.example_inputs, **options)
     approximate = [layer.name for layer in found.layers if layer.preserves == "approximate"]
+    if count >= len(approximate):
+        raise UsageError(
+            f"--keep is {count}, and {len(approximate)} norms would be swapped approximately, so none would be left to heal",
+            hint="keep fewer of them",
+        )
     return [glob_of(name) for name in approximate[-count:]]

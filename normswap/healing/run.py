@@ -299,7 +299,7 @@ class _Healing:
                     group = []
             if number < skip or isinstance(data, Iterator):  # nothing to train on, or it cannot begin again
                 if number < skip and not state.step:
-                    raise UsageError("all of the data are held out, and none are left to train on", hint="give more data, or held_out=...")
+                    raise UsageError("all of the data are held out, and none are left to train on", hint=_MORE)
                 if group:
                     yield group
                 return
@@ -319,6 +319,9 @@ class _Healing:
             dist.broadcast(shared, 0)
             return float(shared)
         return seconds
+
+
+_MORE = "the first 128 samples are held out, as whole batches: give more and smaller batches, x.split(32) of one tensor, or held_out=..."
 
 
 def _own(loss: Loss, batch: Any, student: Seen, teacher: Seen) -> Tensor:

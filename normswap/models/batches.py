@@ -45,6 +45,11 @@ def check_batches(data: Any, what: str = "the data are") -> None:
         raise UsageError(f"{what} {kind_of(data)}; expected an iterable of batches", hint="a single batch: [batch]")
 
 
+def no_batch(what: str = "the calibration data hold") -> UsageError:
+    """What is raised for data without any."""
+    return UsageError(f"{what} no batch", hint="give at least one; some hundred samples are better")
+
+
 def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """How many samples a model is called on: the length of its first tensor; 0 if it gets none."""
     return next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), 0)

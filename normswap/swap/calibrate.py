@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.batches import Unreadable, arguments_of, mask_of, told
+from normswap.models.batches import Unreadable, arguments_of, mask_of, no_batch, told
 from normswap.models.copying import set_eval, shared_parameters
 from normswap.models.torch_private import is_functorch_wrapped
 from normswap.models.watching import buffers_kept, forward, input_of
@@ -187,7 +187,7 @@ class _Calibration:
         """Set the stratum of each site, and return a Fit with a remark for each re-estimated layer that the data do not reach."""
         first = next(iter(batches), None)
         if first is None:
-            raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
+            raise no_batch()
         with StratumLabels() as self.labels:
             self._forward(first)
         self.labels = None
