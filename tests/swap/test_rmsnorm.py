@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -207,6 +207,34 @@ class Serving(nn.Sequential):
         return super().forward(x)  # type: ignore[no-any-return]
 
 
+class Through(nn.Module):
+    """A stream that `body` takes from the first linear to the last norm."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor], start: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.start = body, start or nn.Linear(4, C)
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(self.start(x))))  # type: ignore[no-any-return]
+
+
+class Read(Through):
+    """`body` says what is made of the output and the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x)
+        return self.head(self.norm(h)) + cast(Any, self.body)(h)  # type: ignore[no-any-return]
+
+
+def _numpy(h: Tensor) -> Tensor:
+    return torch.tensor(h.detach().numpy().mean())
+
+
+def _list(h: Tensor) -> Tensor:
+    return torch.tensor(h[0, 0].tolist()[1], dtype=h.dtype)
+
+
 def tokens() -> Tensor:
     return torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -246,6 +274,25 @@ FIRES: dict[str, tuple[nn.Module, Callable[[], Tensor], list[str], list[str]]] =
     "an activation that is called twice": (Again(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
     "a module that returns two": (AfterBoth(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
     "a forward in inference mode": (Serving(nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)), places(2, 5, 4), ["1"], []),
+    "places that numbers pick": (Through(lambda h: h[torch.arange(len(h)), torch.tensor([2, 0])]), places(2, 5, 4), ["norm"], []),
+    "places that numbers pick, in two axes": (Through(lambda h: h[:, torch.tensor([[2, 0], [1, 4]])]), places(2, 5, 4), ["norm"], []),
+    "places that are picked apart": (
+        Through(lambda h: h[:, None].expand(-1, 2, -1, -1)[torch.tensor([1, 0, 1]), :, torch.tensor([2, 0, 1])]),
+        places(2, 5, 4),
+        ["norm"],
+        [],
+    ),
+    "places that a mask picks": (Through(lambda h: h[torch.arange(10).view(2, 5) % 3 == 1]), places(2, 5, 4), ["norm"], []),
+    "a mixture of two places": (Through(lambda h: torch.lerp(h, h.roll(1, 1), 0.3)), places(2, 5, 4), ["norm"], []),
+    "a mixture with a share for each place": (
+        Through(lambda h: torch.lerp(h, h.flip(1), torch.linspace(0, 1, 5, dtype=h.dtype)[:, None])),
+        places(2, 5, 4),
+        ["norm"],
+        [],
+    ),
+    "bags of tokens": (Through(lambda h: h, nn.EmbeddingBag(11, C)), tokens, ["norm"], []),
+    "bags of tokens, summed": (Through(lambda h: h, nn.EmbeddingBag(11, C, mode="sum", padding_idx=1)), tokens, ["norm"], []),
+    "a variance that is read": (Read(lambda h: h.var(-1, keepdim=True) + h.std(-1, keepdim=True)), places(2, 5, 4), ["norm"], []),
     "blocks after one with the norm behind the sum": (after(Post(), Block()), places(2, 5, 4), ["2.norm", "3"], ["1.norm"]),
 }
 
@@ -316,7 +363,38 @@ def shared() -> nn.Module:
     return model
 
 
+def _only(reason: str) -> dict[str, str]:
+    return {"norm": reason}
+
+
+_WRITTEN = "it would take a centring of its own to save that of one LayerNorm: its stream is written by the model itself "
+
 KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
+    "channels that numbers pick": (
+        Through(lambda h: h[..., torch.tensor([1, 0, 2, 2, 4, 5])]),
+        places(2, 5, 4),
+        _only(_WRITTEN + "(index)"),
+    ),
+    "places that are picked for each channel": (
+        Through(lambda h: h[0, torch.arange(6) % 5, torch.arange(6)].expand(2, -1)),
+        places(2, 5, 4),
+        _only("it would take a centring of its own to save that of one LayerNorm"),
+    ),
+    "a mask over the channels": (Through(lambda h: h[h > -9].view(2, 5, C)), places(2, 5, 4), _only("it would take a centring of its own")),
+    "a mixture with a share for each channel": (
+        Through(lambda h: torch.lerp(h, h.roll(1, 1), torch.linspace(0, 1, C, dtype=h.dtype))),
+        places(2, 5, 4),
+        _only(_WRITTEN + "(lerp)"),
+    ),
+    "the largest of each bag": (
+        Through(lambda h: h, nn.EmbeddingBag(11, C, mode="max")),
+        tokens,
+        _only("it would take a centring of its own to save that of one LayerNorm: its stream is written by start (embedding_bag"),
+    ),
+    "a variance over another axis": (Read(lambda h: h.var(1, keepdim=True)[..., :3]), places(2, 5, 4), _only("its stream is also read by")),
+    "a variance over two axes": (Read(lambda h: h.var((1, 2), keepdim=True)), places(2, 5, 4), _only("its stream is also read by")),
+    "read by numpy": (Read(_numpy), places(2, 5, 4), _only("its stream is written into through a view, or read by code outside torch")),
+    "read by Python": (Read(_list), places(2, 5, 4), _only("its stream is written into through a view, or read by code outside torch")),
     "post-norm": (
         nn.Sequential(nn.Linear(4, C), Post()),
         places(2, 5, 4),
@@ -326,7 +404,7 @@ KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
         nn.Sequential(nn.Linear(4, C), Block(), Merge()),
         places(2, 6, 4),
         {
-            "1.norm": "its stream is also read by 2 (which joins or splits its channels), where its mean counts; leave it",
+            "1.norm": "its stream is also read by 2 (which joins or splits its channels), where its mean may count; leave it",
             "2.norm": "it would take a centring of its own to save that of one LayerNorm: its stream is written by 2 (which joins",
         },
     ),
