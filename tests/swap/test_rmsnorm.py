@@ -219,6 +219,58 @@ class Through(nn.Module):
         return self.head(self.norm(self.body(self.start(x))))  # type: ignore[no-any-return]
 
 
+class ReadsInside(nn.Module):
+    """Returns an activation that it has read itself: a hook of its output comes too late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.tanh()
+        self.seen = self.norm(h)
+        return h
+
+
+class AfterInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.stem, self.norm, self.head = nn.Linear(4, C), ReadsInside(), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(self.start(x)))
+        return self.head(y + self.stem.seen)  # type: ignore[no-any-return]
+
+
+class PassedBy(nn.Module):
+    """An activation that a module returns as it got it, and that is read beside that module, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.passes, self.norm, self.other, self.head = (
+            nn.Linear(4, C),
+            nn.Identity(),
+            nn.LayerNorm(C),
+            nn.LayerNorm(C),
+            nn.Linear(C, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x).tanh()
+        return self.head(self.norm(h) + self.other(self.passes(h)))  # type: ignore[no-any-return]
+
+
+class Gained(nn.Module):
+    """A linear with a gain behind it that reads the stream it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(C, C), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * self.gamma  # type: ignore[no-any-return]
+
+
 class Read(Through):
     """`body` says what is made of the output and the stream."""
 
@@ -370,6 +422,26 @@ def _only(reason: str) -> dict[str, str]:
 _WRITTEN = "it would take a centring of its own to save that of one LayerNorm: its stream is written by the model itself "
 
 KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
+    "read in the module that returns it": (
+        AfterInside(),
+        places(2, 5, 4),
+        {"stem.norm": "its stream is written by stem (tanh)", "norm": "its stream is written by stem (tanh)"},
+    ),
+    "taken twice": (
+        Twice(),
+        places(2, 5, 4),
+        {"block.norm": "its stream is ", "norm": "it would take a centring of its own to save that of one LayerNorm: "},
+    ),
+    "read by a linear with a gain behind it": (
+        after(Gained()),
+        places(2, 5, 4),
+        {"2": "it would take a centring of its own to save that of one LayerNorm: its stream is also read by 1.linear (a matrix product)"},
+    ),
+    "read beside the module that returns it": (
+        PassedBy(),
+        places(2, 5, 4),
+        {"norm": "its stream is written by the model itself (tanh)", "other": "its stream is written by the model itself (tanh)"},
+    ),
     "channels that numbers pick": (
         Through(lambda h: h[..., torch.tensor([1, 0, 2, 2, 4, 5])]),
         places(2, 5, 4),
