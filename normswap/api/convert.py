@@ -28,7 +28,7 @@ from normswap.detect.trace import trace
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import Aux, BatchlessNorm
 from normswap.layer.formulas import Stats, StdForm
-from normswap.models.batches import arguments_of
+from normswap.models.batches import arguments_of, check_batches, no_batch
 from normswap.models.copying import copy_for_running, on_meta
 from normswap.models.inputs import Inputs, as_batches, as_inputs, infer
 from normswap.models.own_code import BASES
@@ -199,6 +199,8 @@ def couple(model: nn.Module, example_inputs: Any = None, *, calibration: Iterabl
     Raises UsageError if there is no BatchlessNorm, or inputs are needed; SwapError if the model cannot be copied.
     """
     resolve = _resolver(model, example_inputs)
+    if calibration is not None:
+        check_batches(calibration, "the calibration data are")
     batches: Sequence[Any] = () if calibration is None else list(calibration)
     if batches and example_inputs is None:
         resolve = functools.partial(_first_batch, batches, model)
@@ -226,6 +228,7 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
     module, resolve = as_module(model), _resolver(model, request.example_inputs)
     batches: Iterable[Any] = ()
     if request.calibration is not None:
+        check_batches(request.calibration, "the calibration data are")
         batches = list(request.calibration) if iter(request.calibration) is request.calibration else request.calibration
         if request.example_inputs is None:
             resolve = functools.partial(_first_batch, batches, module)
@@ -363,9 +366,11 @@ def _adapted(s: Swap) -> Swap:
     return dataclasses.replace(s, rule=dataclasses.replace(s.rule, inexact=lambda site: reason))
 
 
-def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs | None:
+def _first_batch(batches: Iterable[Any], module: nn.Module) -> Inputs:
     first = next(iter(batches), None)
-    return None if first is None else Inputs(*arguments_of(first, module))
+    if first is None:
+        raise no_batch()
+    return Inputs(*arguments_of(first, module))
 
 
 def _drift(module: nn.Module, planned: Plan, candidate: nn.Module, batches: Iterable[Any], limit: float) -> Parity:

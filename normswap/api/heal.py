@@ -9,21 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from normswap.api.convert import Conversion, couple
 from normswap.api.neighbours import Neighbours
-from normswap.api.sensitivity import NEIGHBOURS
+from normswap.api.sensitivity import NEIGHBOURS, number_of
 from normswap.errors import NormswapError, UsageError, one_of
 from normswap.healing import run
 from normswap.healing.run import Loss, Settings
 from normswap.healing.schedule import Budget
 from normswap.healing.state import Point
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.batches import arguments_of, check_batches, samples_in
+from normswap.models.batches import arguments_of, check_batches, no_batch, samples_in
 from normswap.models.copying import copy_with, set_eval, uncompiled
 from normswap.models.programs import Model, as_module
+from normswap.models.watching import buffers_kept
 from normswap.swap.calibrate import calibrate
 
 M = TypeVar("M", bound=nn.Module)
@@ -110,13 +112,33 @@ def heal(
     Raises UsageError if there is no budget, there are no data, or they do not fit; DivergedError, which has the best state, if the distance
     grew four times to four times the smallest one. Source: docs/heal.md.
     """
+    settings = settings_of(minutes=minutes, tokens=tokens, lr=lr, accumulate=accumulate, loss=loss)
+    path = None if checkpoint is None else Path(checkpoint)
+    healing = healed(model, teacher, data, settings, held_out=held_out, metric=metric, checkpoint=path, progress=progress)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    if healing.diverged:
+        raise diverged(healing)
+    return healing
+
+
+@torch.inference_mode(False)  # in which nothing can be trained
+def healed(
+    model: M | Conversion[M],
+    teacher: Model,
+    data: Iterable[Any],
+    settings: Settings,
+    *,
+    held_out: Sequence[Any] | None,
+    metric: Metric | Literal["neighbours"] | None,
+    checkpoint: Path | None,
+    progress: run.Progress,
+) -> Healing[M]:
+    """`heal`, but what diverged is returned, too, and the checkpoint stays: the caller deletes it when the result is where it belongs."""
     module = _module_of(model)
     original = as_module(teacher)
-    budget = _budget(minutes, tokens)
     if isinstance(metric, str):
         one_of("metric", metric, (NEIGHBOURS,))
-    if not lr > 0 or accumulate < 1:
-        raise UsageError(f"lr is {lr} and accumulate {accumulate}; expected numbers above 0")
     data, batches, skip = _held_out(data, held_out, module)
     measure: Metric | None = Neighbours(original, batches) if isinstance(metric, str) else metric
     norms = [name for name, m in module.named_modules() if isinstance(m, BatchlessNorm)]
@@ -127,28 +149,39 @@ def heal(
     coupled = [m for m in student.modules() if isinstance(m, BatchlessNorm) and m.producer is not None]
     for layer in coupled:
         layer.make_plain()
-    given = None if measure is None else (float(measure(original)), float(measure(student)))
-    path = None if checkpoint is None else Path(checkpoint)
-    with uncompiled():
-        outcome = run.run(
-            student, reference, data, batches, Settings(budget, lr, accumulate, loss), skip=skip, checkpoint=path, progress=progress
-        )
+    given = None if measure is None else (number_of(measure, reference), number_of(measure, student))
+    with uncompiled(), buffers_kept(student, BatchlessNorm):
+        outcome = run.run(student, reference, data, batches, settings, skip=skip, checkpoint=checkpoint, progress=progress)
     # The layers' statistics are those of what they get now; weight and bias make up for the difference.
     calibrate(student, copy_with(student, {}), (), batches, reestimate=dict.fromkeys(norms, "exact"))
-    metrics = None if measure is None or given is None else (*given, float(measure(student)))
+    metrics = None if measure is None or given is None else (*given, number_of(measure, student))
     for name, m in student.named_modules():
         m.training = modes[name]
     if coupled:
         args, kwargs = arguments_of(batches[0], student)
         couple(student, dict(kwargs) or args, calibration=batches)
-    healing = Healing(student, outcome.curve, metrics, outcome.epochs, outcome.rolled_back, outcome.diverged, outcome.ended)
-    if outcome.diverged:
-        raise DivergedError(
-            f"healing diverged: the distance to the original rose {outcome.rolled_back} times, the smallest was {healing.after:.3g}",
-            healing,
-            hint="a smaller learning rate: --lr, lr=...; the best state that was reached is kept",
-        )
-    return healing
+    return Healing(student, outcome.curve, metrics, outcome.epochs, outcome.rolled_back, outcome.diverged, outcome.ended)
+
+
+def diverged(healing: Healing[Any]) -> DivergedError:
+    """What is raised for a healing that diverged."""
+    return DivergedError(
+        f"healing diverged: the distance to the original rose {healing.rolled_back} times, the smallest was {healing.after:.3g}",
+        healing,
+        hint="a smaller learning rate: --lr, lr=...; the best state that was reached is kept",
+    )
+
+
+def settings_of(*, minutes: float | None, tokens: int | None, lr: float | None, accumulate: int, loss: Loss | None = None) -> Settings:
+    """How to heal. lr: None for the usual one. Raises UsageError for a number that is not above 0, and without a budget."""
+    lr = LR if lr is None else lr
+    if minutes is None and tokens is None:
+        raise UsageError("healing needs a budget", hint="give minutes=... or tokens=...")
+    if (minutes is not None and not 0 < minutes < math.inf) or (tokens is not None and not 1 <= tokens < math.inf):
+        raise UsageError(f"the budget is {minutes} minutes and {tokens} tokens; expected numbers above 0")
+    if not 0 < lr < math.inf or not (accumulate >= 1 and accumulate % 1 == 0):
+        raise UsageError(f"lr is {lr} and accumulate {accumulate}; expected numbers above 0, and a whole one for accumulate")
+    return Settings(Budget(minutes, tokens), lr, int(accumulate), loss)
 
 
 def _module_of(model: nn.Module | Conversion[Any]) -> nn.Module:
@@ -160,18 +193,11 @@ def _module_of(model: nn.Module | Conversion[Any]) -> nn.Module:
     return as_module(given)
 
 
-def _budget(minutes: float | None, tokens: int | None) -> Budget:
-    if minutes is None and tokens is None:
-        raise UsageError("healing needs a budget", hint="give minutes=... or tokens=...")
-    if (minutes is not None and not 0 < minutes < math.inf) or (tokens is not None and tokens < 1):
-        raise UsageError(f"the budget is {minutes} minutes and {tokens} tokens; expected numbers above 0")
-    return Budget(minutes, tokens)
-
-
 def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Module) -> tuple[Iterable[Any], list[Any], int]:
     """(the data, the held-out batches, how many of the first batches are not trained on)."""
     check_batches(data)
     if held_out is not None:
+        check_batches(held_out, "held_out is")
         if not (batches := list(held_out)):
             raise UsageError("held_out holds no batch", hint="give at least one; 128 samples are better")
         return data, batches, 0
@@ -184,7 +210,7 @@ def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Mo
         if samples >= HELD_OUT:
             break
     if not found:
-        raise UsageError("the data hold no batch", hint="give some thousand samples")
+        raise no_batch("the data hold")
     if source is data:
         return itertools.chain(found, source), found, len(found)
     return data, found, len(found)

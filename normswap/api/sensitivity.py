@@ -294,7 +294,7 @@ class _Study:
             for name, y in expected.items():
                 sums.setdefault(name, _Sums()).add(y, found.get(name), self.original.masks[i])
             tick()
-        metric = None if self.metric is None else _number(self.metric, candidate)
+        metric = None if self.metric is None else number_of(self.metric, candidate)
         change = None
         if metric is not None:
             change = abs(metric - (self.measured(()).metric or 0.0)) if names else 0.0
@@ -380,7 +380,9 @@ def _name_of(metric: Metric) -> str:
     return NEIGHBOURS if isinstance(metric, Neighbours) else getattr(metric, "__qualname__", type(metric).__qualname__)
 
 
-def _number(metric: Metric, model: nn.Module) -> float:
+def number_of(metric: Metric, model: nn.Module) -> float:
+    """What a metric says of a model, whose modes stay. Raises UsageError if the metric raises, or returns no finite number."""
+    modes = {module: module.training for module in model.modules()}
     name = _name_of(metric)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -390,6 +392,9 @@ def _number(metric: Metric, model: nn.Module) -> float:
             raise  # of the metric that is built in
         except Exception as error:  # it is the user's code
             raise UsageError(f"the metric {name} raised {described(error)}", hint="it is called with the model") from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
     try:
         number = float(found)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -13,10 +13,11 @@ from normswap.api.sensitivity import NEIGHBOURS, Metric
 from normswap.api.verify import load_any
 from normswap.cli.options import Loading
 from normswap.detect.sites import Rule
-from normswap.errors import UsageError
+from normswap.errors import NormswapError, UsageError, described, kind_of
 from normswap.files.load import Loaded, load
 from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
 from normswap.healing.distance import positions
+from normswap.models.batches import check_batches
 from normswap.models.inputs import Inputs, as_batches, parse
 from normswap.models.programs import Model, as_module
 from normswap.models.spec import SPEC, imported
@@ -48,7 +49,7 @@ def function_of(spec: str, option: str, meant: str) -> Callable[..., Any]:
     """The function that package.module:NAME names."""
     found = imported(spec, option, meant)
     if not callable(found):
-        raise UsageError(f"{option} {spec} is a {type(found).__name__}; expected {meant}", hint="give package.module:function")
+        raise UsageError(f"{option} {spec} is {kind_of(found)}; expected {meant}", hint="give package.module:function")
     return cast("Callable[..., Any]", found)
 
 
@@ -90,18 +91,26 @@ def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
         texts = Texts(paragraphs_of(files), known, length=min(length, most, known.model_max_length))
         return Stream(texts, texts.held_out, module)
     if not path.exists() and SPEC.fullmatch(spec) is not None:
-        return Stream(_Calls(imported(spec, "--data", "a function that returns batches")), None, module)
+        return Stream(_Calls(spec), None, module)
     return Stream(batches_of(spec, model), None, module)
 
 
 @dataclass(frozen=True)
 class _Calls:
-    """What a factory of batches returns, called anew each time."""
+    """What a factory of batches returns, called anew each time. spec: its name, package.module:factory."""
 
-    factory: Callable[[], Iterable[Any]]
+    spec: str
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.factory())
+        factory = function_of(self.spec, "--data", "a function that returns batches")
+        try:
+            found = factory()
+            check_batches(found, f"--data {self.spec}: the factory returned")
+            yield from found
+        except NormswapError:
+            raise
+        except Exception as error:  # it is the user's code
+            raise UsageError(f"--data {self.spec}: the factory raised {described(error)}", hint="it is called without arguments") from error
 
 
 def batches_of(spec: str, model: Model) -> Sequence[Any]:
@@ -109,20 +118,17 @@ def batches_of(spec: str, model: Model) -> Sequence[Any]:
     package.module:factory, which returns or yields batches. model: decides how the list in a file is interpreted.
     """
     path = Path(spec)
-    files = sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".npz", ".npy")) if path.is_dir() else [path]
+    files = sorted(p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix in (".pt", ".pth", ".npz", ".npy"))
     if path.exists():
         if not files:
-            raise UsageError(f"--data {spec} holds no .pt, .npz or .npy file", hint="each file is one batch, or a list of them")
+            raise UsageError(
+                f"--data {spec} {'holds' if path.is_dir() else 'is'} no .pt, .npz or .npy file",
+                hint="each file is one batch, or a list of them; heal takes text files, too, called .txt or .md",
+            )
         return [batch for file in files for batch in _batches_in(file, as_module(model))]
     if SPEC.fullmatch(spec) is None:
         raise UsageError(f"--data {spec} is no file, no directory and no package.module:factory", hint="a factory returns batches")
-    factory = imported(spec, "--data", "a function that returns batches")
-    try:
-        return list(factory())
-    except Exception as error:  # it is the user's code
-        raise UsageError(
-            f"--data {spec}: the factory raised {type(error).__name__}: {error}", hint="it is called without arguments"
-        ) from error
+    return list(_Calls(spec))
 
 
 def _batches_in(file: Path, model: nn.Module) -> list[Any]:

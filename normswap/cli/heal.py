@@ -93,7 +93,7 @@ def heal(
 def _healed(source: str, output: Path | None, options: HealOptions, progress: Progress) -> tuple[Report, Path | None, DivergedError | None]:
     """(the report, the directory, an error to raise when both are shown). There is no directory in any process but the first."""
     from normswap.api.convert import with_model
-    from normswap.api.heal import LR, DivergedError, heal
+    from normswap.api.heal import diverged, healed, settings_of
     from normswap.cli.data import Stream, metric_of, stream_of
     from normswap.errors import UsageError
     from normswap.healing.processes import joined
@@ -102,9 +102,12 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
         atomic.check_output_dir(output)
     if options.data is None:
         raise UsageError("healing learns from data, and none were given", hint="give --data: text files, tensors, package.module:factory")
-    if options.keep < 0:
-        raise UsageError(f"--keep is {options.keep}; expected 0 or more")
+    if options.keep < 0 or options.length < 1:
+        raise UsageError(f"--keep is {options.keep} and --length {options.length}; expected 0 or more, and 1 or more")
+    minutes = MINUTES if options.minutes is None and options.tokens is None else options.minutes
+    settings = settings_of(minutes=minutes, tokens=options.tokens, lr=options.lr, accumulate=options.accumulate)
     metric = metric_of(options.metric)
+    states: list[Path] = []
     stream: Stream
     calibration: list[Any]
     raised: DivergedError | None = None
@@ -116,37 +119,40 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
         request = replace(request, calibration=calibration, approximate=True)
         return replace(request, exclude=(*request.exclude, *_kept(loaded.model, request, options.keep, progress)))
 
-    def healed(conversion: Conversion[Any], loaded: Loaded) -> tuple[Conversion[Any], Healing[Any]]:
+    def heal(conversion: Conversion[Any], loaded: Loaded) -> tuple[Conversion[Any], Healing[Any] | None]:
         nonlocal raised
+        if not conversion.parity:
+            return conversion, None  # the report says why
+        if not conversion.plan.swaps:
+            raise UsageError("no norm is swapped, so there is nothing to heal", hint="normswap inspect says why each one stays")
         if conversion.drift is None:
             raise UsageError("every swap is exact, so there is nothing to heal", hint="normswap convert does it, and needs no data")
-        directory = output or Path(f"{loaded.stem}.normswap")
-        try:
-            found = heal(
-                conversion,
-                loaded.model,
-                stream.batches,
-                minutes=MINUTES if options.minutes is None and options.tokens is None else options.minutes,
-                tokens=options.tokens,
-                held_out=stream.held_out,
-                metric=metric,
-                lr=LR if options.lr is None else options.lr,
-                accumulate=options.accumulate,
-                checkpoint=directory.with_name(f"{directory.name}.healing"),
-                progress=lambda distance, done, total: progress(f"heal, distance {distance:.3f}", done, total),
-            )
-        except DivergedError as error:
-            raised, found = error, error.healing
+        directory = Path(os.path.abspath(output or f"{loaded.stem}.normswap"))
+        states.append(directory.with_name(f"{directory.name}.healing"))
+        found = healed(
+            conversion,
+            loaded.model,
+            stream.batches,
+            settings,
+            held_out=stream.held_out,
+            metric=metric,
+            checkpoint=states[0],
+            progress=lambda distance, done, total: progress(f"heal, distance {distance:.3f}", done, total),
+        )
+        raised = diverged(found) if found.diverged else None
         return with_model(conversion, found.model, loaded.model, calibration), found
 
     shared = {f.name: getattr(options, f.name) for f in fields(ConvertOptions) if hasattr(options, f.name) and f.name != "data"}
     converting = ConvertOptions(**shared)
     with joined() as rank:
         if rank == 0:
-            return *convert_to_directory(source, output, converting, progress, request_of=request_of, heal=healed), raised
+            report, written = convert_to_directory(source, output, converting, progress, request_of=request_of, heal=heal)
+            for state in states:  # kept until the result is written
+                state.unlink(missing_ok=True)
+            return report, written, raised
         with tempfile.TemporaryDirectory() as scratch:  # what the first process writes is the result
             report, _ = convert_to_directory(
-                source, Path(scratch) / "other", replace(converting, onnx=False), request_of=request_of, heal=healed
+                source, Path(scratch) / "other", replace(converting, onnx=False), request_of=request_of, heal=heal
             )
             return report, None, raised
 
@@ -154,6 +160,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
 def _kept(model: Any, request: Request, count: int, progress: Progress) -> list[str]:
     """The globs of the norms whose removal alone costs most."""
     from normswap.api.sensitivity import glob_of, sensitivity
+    from normswap.errors import UsageError
 
     if not count:
         return []
@@ -161,4 +168,9 @@ def _kept(model: Any, request: Request, count: int, progress: Progress) -> list[
     options: Any = {"include": request.include, "exclude": request.exclude, "rules": request.rules, "progress": progress}
     found = sensitivity(model, batches, request.example_inputs, **options)
     approximate = [layer.name for layer in found.layers if layer.preserves == "approximate"]
+    if count >= len(approximate):
+        raise UsageError(
+            f"--keep is {count}, and {len(approximate)} norms would be swapped approximately, so none would be left to heal",
+            hint="keep fewer of them",
+        )
     return [glob_of(name) for name in approximate[-count:]]

@@ -48,6 +48,9 @@ def is_blind(op: Op, value: Value, axis: int) -> bool:
         return x is value and len(shape) == 1 and axis == len(value.shape) - 1 and not seen and all(w is not value for w in op.args[2:4])
     if op.name in ("_softmax", "_log_softmax"):
         return int(op.args[1]) % len(value.shape) == axis
+    if op.name in ("var", "std"):
+        dims = _argument(op, 1, "dim")
+        return isinstance(dims, (list, tuple)) and len(dims) == 1 and int(dims[0]) % len(value.shape) == axis
     return op.name in ("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full")
 
 
@@ -230,6 +233,37 @@ def _convolved(op: Op, index: int, axis: int) -> list[Pair] | None:
     return [(weight, 1 if transposed else 0), *([(bias, 0)] if isinstance(bias, Value) else [])]
 
 
+def _mixed(op: Op, index: int, axis: int) -> list[Pair] | None:
+    """lerp(u, v, w) = (1 - w) u + w v: w is the same on all channels."""
+    result, weight = op.outputs[index], op.args[2]
+    if isinstance(weight, Value) and _aligned(weight, result, axis) is not None:
+        return None
+    pairs = [_aligned(operand, result, axis) for operand in op.args[:2]]
+    return None if None in pairs else [pair for pair_of in pairs for pair in pair_of or ()]
+
+
+def _picked(op: Op, index: int, axis: int) -> list[Pair] | None:
+    """u[:, i, j]: one or more tensors pick places along other axes than that of the channels."""
+    source, picks, rank = op.args[0], op.args[1], len(op.outputs[index].shape)
+    at = [a for a, pick in enumerate(picks) if pick is not None]
+    sizes = [len(picks[a].shape) for a in at]
+    gone, made = at, max(sizes)
+    if len(at) == 1 and len(source.shape) - 1 + made != rank:  # a mask, which is as many axes as it has
+        gone, made = list(range(at[0], at[0] + sizes[0])), 1
+    left = [a for a in range(len(source.shape)) if a not in gone]
+    if len(left) + made != rank:
+        return None
+    start = sum(a < gone[0] for a in left) if gone == list(range(gone[0], gone[-1] + 1)) else 0  # picks that are apart come first
+    layout = [*left[:start], *[None] * made, *left[start:]]
+    found = layout[axis]
+    return None if found is None else [(source, found)]
+
+
+def _bagged(op: Op, index: int, axis: int) -> list[Pair] | None:
+    mode = _argument(op, 4, "mode", 0)
+    return [(op.args[0], 1)] if index == 0 and axis == 1 and mode in (0, 1) else None  # sums and means
+
+
 def _looked_up(op: Op, index: int, axis: int) -> list[Pair] | None:
     return [(op.args[0], 1)] if axis == len(op.outputs[index].shape) - 1 else None
 
@@ -261,4 +295,7 @@ _RULES: dict[str, Callable[[Op, int, int], list[Pair] | None]] = {
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _multiplied),
     "convolution": _convolved,
     "embedding": _looked_up,
+    "index": _picked,
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), _bagged),
+    **dict.fromkeys(("lerp", "lerp_"), _mixed),
 }

@@ -150,7 +150,7 @@ class _Search:
         """The values that have to be centred if a pair is; None, with the reason in `why`, if something sees its mean."""
         value = pair[0]
         if value.spoiled:
-            self.why[pair] = "its stream is written into in place, through a view"
+            self.why[pair] = "its stream is written into through a view, or read by code outside torch"
         elif value.is_output:
             self.why[pair] = "its stream is an output of the model, of which the mean would be missing"
         elif self.hooked and (seen := [c.name for c in (*value.returned, *(c for c, _ in value.taken)) if c.name in self.hooked]):
@@ -162,7 +162,7 @@ class _Search:
             found = self._through(op, pair)
             if found is None:
                 where = op.stack[-1].name if op.stack else ""
-                self.why[pair] = f"its stream is also read by {where or 'the model itself'} ({_words(op)}), where its mean counts"
+                self.why[pair] = f"its stream is also read by {where or 'the model itself'} ({_words(op)}), where its mean may count"
                 return None
             results += found
         return list(dict.fromkeys(results))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from normswap.errors import LoadError, UsageError, first_line
 
 ENDINGS = (".txt", ".md")
 WINDOW = 4096  # paragraphs that are sorted by length together
+_EMPTY_LINE = re.compile(r"\n\s*\n")
 TOKENS = 1024  # of a batch: as many steps as pay
 HELD_OUT = 128  # samples
 
@@ -23,8 +25,8 @@ HELD_OUT = 128  # samples
 def text_files(path: Path) -> list[Path]:
     """The text file, or those in a directory and below it, by name."""
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix in ENDINGS and p.is_file())
-    return [path] if path.suffix in ENDINGS else []
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    return [path] if path.suffix.lower() in ENDINGS else []
 
 
 def tokenizer_of(directory: str) -> Any:
@@ -45,7 +47,12 @@ def tokenizer_of(directory: str) -> Any:
 def paragraphs_of(files: Iterable[Path]) -> Iterator[str]:
     """What empty lines part in text files, each with single spaces."""
     for file in files:
-        for part in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+        if "\0" in text:
+            raise UsageError(
+                f"{file} is no text in UTF-8: it holds zero bytes", hint=f"iconv -f UTF-16 -t UTF-8 {file.name}, or leave it out"
+            )
+        for part in _EMPTY_LINE.split(text):
             if part.strip():
                 yield " ".join(part.split())
 
@@ -64,7 +71,10 @@ class Texts:
         samples = texts if self.pads else self._pieces(texts)
         aside = min(held_out, len(samples) // 10)
         if aside < min(held_out, 1):
-            raise UsageError(f"the text makes {len(samples)} samples; expected at least 10", hint="give more text")
+            raise UsageError(
+                f"the text makes {len(samples)} different samples; expected at least 10",
+                hint="give more text; empty lines part the samples",
+            )
         self._held_out, self._samples = samples[:aside], samples[aside:]
 
     def set_epoch(self, epoch: int) -> None:

@@ -3,7 +3,8 @@ r"""How far a converted model is from its original on a batch: at each norm, and
     error(y, t) = mean over samples and positions of |y - t|^2 / V        V: the variance of t, summed over channels
 
 y is what a norm, or the model, puts out in the converted model, and t the same of the original. V is measured once, on the held-out
-batches. Of (N, T, ...), positions where a batch's "attention_mask" is 0 do not count.
+batches. Of (N, T, ...), positions where a batch's "attention_mask" is 0 do not count. Numbers of t that are not finite (a masked logit)
+count as if y were the same.
 
     loss        mean over norms of error  +  mean over outputs of error          what the converted model is trained by
     distance    sqrt(mean over outputs and batches of error)                     what says how far it is: .1 is a tenth of what t varies by
@@ -33,7 +34,7 @@ class Seen(NamedTuple):
     """What one forward pass put out.
 
     norms    by the name of a norm, its output in each call
-    outputs  the floating tensors that the model returns, in order
+    outputs  the floating tensors that the model returns, in order; a complex one as its real and imaginary parts
     result   what the model returns
     """
 
@@ -76,9 +77,10 @@ class Side:
         self._seen = {}
         with told("data"):
             result = self.model(*args, **kwargs)
-        outputs = [t for t in tensors_in(result) if t.is_floating_point() and t.dim()]
+        outputs = [_real(t) for t in tensors_in(result) if t.layout is torch.strided and t.dim()]
+        outputs = [t for t in outputs if t.is_floating_point()]
         if not outputs:
-            raise UsageError("the model returns no floating tensor, so there is no output to bring close to the original's")
+            raise UsageError("the model returns no floating tensor of samples, so there is no output to bring close to the original's")
         return Seen(self._seen, outputs, result)
 
 
@@ -87,7 +89,8 @@ class Scales:
 
     def __init__(self, axes: Mapping[str, tuple[int, ...]]) -> None:
         self.axes = axes  # by the name of a norm, the axes of its channels
-        self._sums: dict[tuple[str, int], list[Any]] = {}  # (name, number of the call), "" for outputs -> [rows, sum t, sum t^2]
+        self._sums: dict[tuple[str, int], list[Any]] = {}  # (name, number of the call), "" for outputs -> [rows, sum t, sum t^2, finite]
+        self._loose: set[tuple[str, int]] = set()  # those whose last axis has another size in each batch (places, in a map of attention)
         self._scale = functools.cache(self._measured)  # which nothing is added to once it is read
 
     def add(self, teacher: Seen, batch: Any) -> None:
@@ -95,31 +98,56 @@ class Scales:
         for key, t in _named(teacher):
             t, channels = _counted(t, mask_in(batch), self._axes(key))
             free = [axis for axis in range(t.dim()) if axis not in channels]
-            t = t.double()
-            new = [math.prod(t.shape[axis] for axis in free), t.sum(free), t.square().sum()]
-            self._sums[key] = new if key not in self._sums else [old + more for old, more in zip(self._sums[key], new, strict=True)]
+            finite = t.isfinite()
+            t = t.double().where(finite, 0)
+            rows = math.prod(t.shape[axis] for axis in free) if t.numel() else 0
+            both = [*([self._sums[key]] if key in self._sums else []), [rows, t.sum(free), t.square().sum(), int(finite.sum())]]
+            if len({sums[1].shape for sums in both}) > 1:
+                self._loose.add(key)
+                both = [[sums[0] * sums[1].numel(), sums[1].sum(), *sums[2:]] for sums in both]
+            self._sums[key] = [sum(parts) for parts in zip(*both, strict=True)]
 
     def errors(self, student: Seen, teacher: Seen, batch: Any) -> Errors:
         """The errors of one batch."""
         mask, targets = mask_in(batch), dict(_named(teacher))
         found: dict[bool, list[Tensor]] = {True: [], False: []}
         for key, y in _named(student):
-            if key not in targets:
+            if key not in targets or not self._sums.get(key, [0])[0]:  # nothing is known of what it varies by
                 continue
+            if y.shape != targets[key].shape:
+                what = f"{key[0]} puts out" if key[0] else "the model returns"
+                raise UsageError(
+                    f"{what} a tensor of shape {tuple(y.shape)}, and in the original one of shape {tuple(targets[key].shape)}",
+                    hint="is it the original that the model was converted from?",
+                )
             (y, channels), (t, _) = (_counted(each, mask, self._axes(key)) for each in (y, targets[key]))
-            rows = max(t.numel() // math.prod(t.shape[axis] for axis in channels), 1)  # of a batch of padding none counts
+            rows = max(t.numel() // max(math.prod(t.shape[axis] for axis in channels), 1), 1)  # of a batch of padding none counts
             difference = y - t if y.dtype == torch.float64 else y.float() - t.float()
+            difference = difference.where(t.isfinite(), 0)
             found[bool(key[0])].append(difference.square().sum() / (rows * self._scale(key)))
-        outputs = torch.stack(found[False]).mean()
-        return Errors(torch.stack(found[True]).mean() if found[True] else torch.zeros_like(outputs), outputs)
+        device = student.outputs[0].device
+        return Errors(*(torch.stack(found[norms]).mean() if found[norms] else torch.zeros((), device=device) for norms in (True, False)))
+
+    def why_unknown(self) -> str | None:
+        """Why the outputs cannot be brought close to the original's, as a sentence; None if they can."""
+        outputs = [sums for (name, _), sums in self._sums.items() if not name]
+        if not any(rows for rows, *_ in outputs):
+            return "the held-out batches hold no position that counts"
+        if any(rows and not finite for rows, *_, finite in outputs):
+            return "an output of the original has no finite number on the held-out batches"
+        return None
 
     def _axes(self, key: tuple[str, int]) -> tuple[int, ...]:
-        return self.axes[key[0]] if key[0] else (-1,)
+        return self.axes[key[0]] if key[0] else () if key in self._loose else (-1,)
 
     def _measured(self, key: tuple[str, int]) -> float:
-        rows, total, squares = self._sums[key]
+        rows, total, squares, _ = self._sums[key]
         square, variance = float(squares) / rows, float(squares) / rows - float((total / rows).square().sum())
         return variance if variance > CONSTANT * square else square or 1.0
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _named(seen: Seen) -> Iterator[tuple[tuple[str, int], Tensor]]:
@@ -130,6 +158,8 @@ def _named(seen: Seen) -> Iterator[tuple[tuple[str, int], Tensor]]:
 def _counted(t: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> tuple[Tensor, set[int]]:
     """(the positions of t that count, the axes of its channels)."""
     channels = {axis % t.dim() for axis in axes} if t.dim() > 1 else set()
+    if mask is not None and t.shape == mask.shape:  # a number for each position
+        return t[mask.to(t.device)], set()
     if mask is not None and t.shape[: mask.dim()] == mask.shape and channels.isdisjoint(range(mask.dim())):
         return t[mask.to(t.device)], {axis - mask.dim() + 1 for axis in channels}
     return t, channels

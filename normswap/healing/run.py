@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normswap.errors import UsageError
+from normswap.errors import UsageError, described, kind_of
 from normswap.files import atomic
 from normswap.healing.distance import Scales, Seen, Side, positions
 from normswap.healing.schedule import Budget, factor
@@ -108,9 +108,11 @@ class _Healing:
 
     def run(self, data: Iterable[Any], skip: int) -> Outcome:
         self._targets = [self._target(batch) for batch in self.held_out]
+        if (reason := self.scales.why_unknown()) is not None:
+            raise UsageError(reason, hint="give other data, or held_out=...: batches like those that the model is used on")
         self.state = self._begin()
         began = time.perf_counter() - self.state.seconds
-        ended = diverged = False
+        ended, diverged = False, self.state.rolled_back > PATIENCE
         groups = self._groups(data, skip)
         while not diverged and (used := self._used()) < 1:
             group = next(groups, None)
@@ -130,8 +132,6 @@ class _Healing:
         if not diverged and self.state.curve[-1].step < self.state.step:
             self._measure()
         self._load(self.state.best)
-        if self.checkpoint is not None and self.rank == 0:
-            self.checkpoint.unlink(missing_ok=True)
         return Outcome(tuple(self.state.curve), self.state.epoch, self.state.rolled_back, diverged, ended)
 
     # --- one step ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +147,12 @@ class _Healing:
                 with torch.no_grad():
                     teacher = self.theirs(batch)
                 found = self._loss(self.ours(batch), teacher, batch) * (count / max(total, 1))
+            if not found.requires_grad:
+                raise UsageError(
+                    "the outputs of the model have no gradient, so it cannot be trained",
+                    hint="does its forward run in torch.no_grad() or torch.inference_mode(), or detach what it returns?",
+                )
+            with fast_matmul():
                 found.backward()  # type: ignore[no-untyped-call]
             loss += found.detach()
         self._summed([loss, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
@@ -164,7 +170,7 @@ class _Healing:
     def _loss(self, student: Seen, teacher: Seen, batch: Any) -> Tensor:
         errors = self.scales.errors(student, teacher, batch)
         loss = errors.norms + errors.outputs
-        return loss if self.settings.loss is None else loss + self.settings.loss(batch, student.result, teacher.result)
+        return loss if self.settings.loss is None else loss + _own(self.settings.loss, batch, student, teacher)
 
     # --- measured ---------------------------------------------------------------------------------------------------------------------
 
@@ -175,6 +181,12 @@ class _Healing:
         self.losses.clear()
         error, own = self._on_held_out()
         distance, score = math.sqrt(error), error + own
+        if not state.curve and not math.isfinite(score):
+            what = "the distance to the original" if not math.isfinite(distance) else "loss"
+            raise UsageError(
+                f"{what} is {own if math.isfinite(distance) else distance} on the held-out batches, before any step",
+                hint="calibrate on more or other data" if what != "loss" else "it has to be finite where the models are close",
+            )
         if state.curve and not distance <= max(WORSE * state.least, FLOOR):
             return self._roll_back()
         if not state.curve or score <= min(point.score for point in state.curve):
@@ -199,7 +211,7 @@ class _Healing:
             student, teacher = self.ours(batch)._replace(norms={}), target or self.theirs(batch)
             count = positions(batch, self.ours.model)
             error, own = self.scales.errors(student, teacher, batch).outputs, self.settings.loss
-            mine = torch.zeros_like(error) if own is None else own(batch, student.result, teacher.result)
+            mine = torch.zeros_like(error) if own is None else _own(own, batch, student, teacher)
             sums += torch.stack([error.double() * count, mine.double() * count, torch.full_like(sums[0], count)])
         self._summed([sums])
         error, mine = (sums[:2] / sums[2].clamp(min=1)).tolist()
@@ -273,7 +285,7 @@ class _Healing:
         state, group = self.state, list[tuple[Any, int]]()
         passed = state.seen
         while True:
-            number = -1
+            number, counted = -1, passed
             if hasattr(data, "set_epoch"):  # as PyTorch's samplers have it
                 data.set_epoch(state.epoch)
             for number, batch in enumerate(data):
@@ -281,13 +293,18 @@ class _Healing:
                     continue
                 state.seen += 1
                 group.append((batch, positions(batch, self.ours.model)))
+                counted += group[-1][1]
                 if len(group) == self.settings.accumulate:
                     yield group
                     group = []
             if number < skip or isinstance(data, Iterator):  # nothing to train on, or it cannot begin again
                 if number < skip and not state.step:
-                    raise UsageError("all of the data are held out, and none are left to train on", hint="give more data, or held_out=...")
+                    raise UsageError("all of the data are held out, and none are left to train on", hint=_MORE)
+                if group:
+                    yield group
                 return
+            if not counted:
+                raise UsageError("the data hold no position that counts, so there is nothing to train on", hint="are all batches padding?")
             state.epoch, state.seen, passed = state.epoch + 1, 0, 0
 
     def _summed(self, tensors: Sequence[Tensor]) -> None:
@@ -302,6 +319,21 @@ class _Healing:
             dist.broadcast(shared, 0)
             return float(shared)
         return seconds
+
+
+_MORE = "the first 128 samples are held out, as whole batches: give more and smaller batches, x.split(32) of one tensor, or held_out=..."
+
+
+def _own(loss: Loss, batch: Any, student: Seen, teacher: Seen) -> Tensor:
+    """The user's own loss. Raises UsageError if it raises, or is no number."""
+    try:
+        found = loss(batch, student.result, teacher.result)
+    except Exception as error:  # it is the user's code
+        raise UsageError(f"loss raised {described(error)}", hint="it is called with a batch, the output, and the original's") from error
+    if not isinstance(found, (Tensor, float, int)) or (isinstance(found, Tensor) and found.numel() != 1):
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind_of(found)
+        raise UsageError(f"loss returned {what}; expected one number", hint="return a mean or a sum")
+    return torch.as_tensor(found, device=student.outputs[0].device).reshape(())
 
 
 def trained(model: nn.Module, count: int) -> dict[str, nn.Parameter]:

@@ -146,7 +146,11 @@ def put_away(model: nn.Module) -> None:
             weight = cast(Tensor, module.weight)
             trains = any(part.requires_grad for part in cast(Any, module).parametrizations.weight.parameters())
             parametrize.remove_parametrizations(module, "weight")
-            module.__dict__.pop("weight", None)  # where torch puts the weight of a frozen layer
+            for tensors in (
+                module.__dict__,
+                module._buffers,
+            ):  # where torch puts a weight without a gradient: frozen, or in torch.no_grad()
+                tensors.pop("weight", None)
             module.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=trains))
 
 

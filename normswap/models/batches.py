@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normswap.errors import UsageError, described
+from normswap.errors import UsageError, described, kind_of
 
 MASK = "attention_mask"
 
@@ -38,10 +38,16 @@ def told(what: str = "calibration data") -> Iterator[None]:
         ) from error
 
 
-def check_batches(data: Any) -> None:
-    """Raise UsageError for one batch in the place of an iterable of them."""
-    if isinstance(data, (Tensor, Mapping)):
-        raise UsageError(f"the data are a {type(data).__name__}; expected an iterable of batches", hint="a single batch: [batch]")
+def check_batches(data: Any, what: str = "the data are") -> None:
+    """Raise UsageError for one batch in the place of an iterable of them, and for what is no iterable."""
+    iterable = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
+    if isinstance(data, (Tensor, Mapping, str, bytes)) or not iterable:
+        raise UsageError(f"{what} {kind_of(data)}; expected an iterable of batches", hint="a single batch: [batch]")
+
+
+def no_batch(what: str = "the calibration data hold") -> UsageError:
+    """What is raised for data without any."""
+    return UsageError(f"{what} no batch", hint="give at least one; some hundred samples are better")
 
 
 def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from normswap.errors import SwapError, UsageError, first_line
+from normswap.errors import SwapError, UsageError, described
 from normswap.models.copying import copy_for_running
 from normswap.models.torch_private import AnyBatchNorm
 from normswap.models.watching import forward
@@ -196,7 +196,7 @@ def _from_file(path: Path, option: str) -> Inputs:
         found = _from_numpy(path) if numpy else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen types, for a damaged file
         raise UsageError(
-            f"{option} {path} cannot be read: {first_line(error)}",
+            f"{option} {path} cannot be read: {described(error)}",
             hint="torch.save tensors, a tuple or dict of them, or a list of batches; or numpy.savez arrays",
         ) from error
     if isinstance(found, list) and not found:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap.models.torch_private import OpOverload, TorchDispatchMode, name_in_aten, storage_key, tree_map_only, writes_into
@@ -94,7 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(self._leave))
         try:
-            with _slow_attention():
+            with _slow_attention(), _Taken(self):
                 output = forward(self.model, args, kwargs, within=self)
             for tensor in tensors_in(output):
                 self._of(tensor).is_output = True
@@ -137,6 +138,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, OpOverload) and torch.is_inference_mode_enabled():
+            with self:  # in which torch dispatches `linear` whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         op = Op(name_in_aten(func) if isinstance(func, OpOverload) else str(func), (), {}, tuple(self.stack))
         given = list(tensors_in((args, kwargs)))
         op.inputs = [self._of(tensor) for tensor in given]
@@ -160,6 +166,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._of(tensor).spoiled = True
         self.record.ops.append(op)
         return result
+
+
+class _Taken(TorchFunctionMode):
+    """Marks the tensors whose numbers leave torch, for Python or numpy, without an operator that would be recorded."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if getattr(func, "__name__", "") in _LEAVING and args and isinstance(args[0], Tensor):
+            self.recorder._of(args[0]).spoiled = True
+        return func(*args, **(kwargs or {}))
+
+
+_LEAVING = frozenset({"numpy", "__array__", "tolist", "__dlpack__"})
 
 
 @contextmanager

@@ -160,10 +160,12 @@ def fast_matmul() -> Iterator[None]:
     if not torch.cpu._is_amx_tile_supported():
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    # Not torch.set_float32_matmul_precision: it is also about GPUs, and neither it nor its getter works beside these settings.
+    settings: Any = cast(Any, torch.backends.mkldnn).matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        settings.fp32_precision = before

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from normswap.models.copying import uncompiled
@@ -39,6 +40,21 @@ def forward(
             if seed is not None:
                 manual_seed(seed)
             return model(*args, **kwargs)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, but: type[nn.Module]) -> Iterator[None]:
+    """Restore what the model's forward passes in the block write into its buffers (a counter, a cache). but: modules whose buffers stay."""
+    modules = [m for m in model.modules() if not isinstance(m, (but, torch.jit.ScriptModule))]
+    kept = [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None and not is_lazy(b)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
 
 
 def manual_seed(seed: int) -> None:

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from normswap.errors import UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.batches import Unreadable, arguments_of, mask_of, told
+from normswap.models.batches import Unreadable, arguments_of, mask_of, no_batch, told
 from normswap.models.copying import set_eval, shared_parameters
 from normswap.models.torch_private import is_functorch_wrapped
-from normswap.models.watching import forward, input_of
+from normswap.models.watching import buffers_kept, forward, input_of
 from normswap.swap.fit import Fit, Fitting, fit_of, part_after, record, store
 from normswap.swap.moments import Moments
 from normswap.swap.repair import OutOfOrder, repair
@@ -82,7 +82,7 @@ def calibrate(
             kept.append(_kept(name, how, layer, reason))
             continue
         sites.append(Fitting(name, layer, sources[name], Moments.empty(math.prod(layer.sizes)), how))  # type: ignore[arg-type]
-    with _Calibration(model, original, sites, alone) as calibration:
+    with buffers_kept(model, BatchlessNorm), _Calibration(model, original, sites, alone) as calibration:
         unseen = calibration.find_strata(batches) if sites else []
         if alone or not repairs or not calibration.repair(batches, progress):
             calibration.run(batches, progress)
@@ -187,7 +187,7 @@ class _Calibration:
         """Set the stratum of each site, and return a Fit with a remark for each re-estimated layer that the data do not reach."""
         first = next(iter(batches), None)
         if first is None:
-            raise UsageError("the calibration data hold no batch", hint="give at least one; some hundred samples are better")
+            raise no_batch()
         with StratumLabels() as self.labels:
             self._forward(first)
         self.labels = None

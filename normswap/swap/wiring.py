@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.models.copying import shared_parameters
+from normswap.models.torch_private import written
 from normswap.models.watching import forward, input_of, tensors_in
 
 WIDEST = 8192  # inputs of a linear that may be found: what is summed of them has this number squared
@@ -60,6 +62,7 @@ class Wiring(TorchFunctionMode):
         self._sums: dict[Any, list[Any]] = {}
         self._readers: dict[Any, list[str | _Pick | None]] = {}
         self._at: dict[str, tuple[Any, Any]] = {}  # name -> (x, y)
+        self._untold = False  # whether there are tensors that do not tell if they were written into
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Around]:
         """What is around each module, by name."""
@@ -77,7 +80,7 @@ class Wiring(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: self._around(*at) for name, at in self._at.items()}
+        return {name: Around(None, False, ()) if self._untold else self._around(*at) for name, at in self._at.items()}
 
     def _around(self, x: Any, y: Any) -> Around:
         made = [self._made[part] for part in (x, *self._sums.get(x, ())) if part in self._made and part[1] == x[1]]
@@ -122,11 +125,14 @@ class Wiring(TorchFunctionMode):
         if self._inside:
             return func(*args, **(kwargs or {}))
         read = list(tensors_in((args, kwargs)))
-        versions = [t._version for t in read]
+        if any(t.is_inference() for t in read):
+            self._untold = True
+            return func(*args, **(kwargs or {}))
+        versions = [written(t) for t in read]
         result = func(*args, **(kwargs or {}))
         keys, made = [_key(t) for t in read], list(tensors_in(result))
-        written = [key for key, t, version in zip(keys, read, versions, strict=True) if t._version != version]
-        if not written and (not made or (len(made) == 1 and _key(made[0]) in keys)):
+        changed = [key for key, t, version in zip(keys, read, versions, strict=True) if written(t) != version]
+        if not changed and (not made or (len(made) == 1 and _key(made[0]) in keys)):
             return result  # it asks for a size or the like, or does nothing
         self._alive += made
         picks = getattr(func, "__name__", "") == "__getitem__" and len(read) == len(made) == 1 and _keeps_samples(args[1])
@@ -135,7 +141,7 @@ class Wiring(TorchFunctionMode):
             self._readers.setdefault(key, []).append(reader)
             if id(t) in self._owners:  # a weight that is used without its module
                 self._uses[self._owners[id(t)]] += 2
-        for key in written:
+        for key in changed:
             for known in (self._made, self._sums, self._readers):  # of what was there before
                 known.pop(key, None)
         if getattr(func, "__name__", "") in ADD and len(keys) == 2 and not kwargs:
@@ -168,4 +174,5 @@ def _keeps_samples(index: Any) -> bool:
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), tuple(t.shape)
+    place = t.data_ptr() if t.layout is torch.strided else id(t)  # others have no memory of their own
+    return place, tuple(t.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,38 @@ def test_what_is_on_the_meta_device_is_neither_saved_nor_reverted(tmp_path: Path
         normswap.revert(model)
     with pytest.raises(UsageError, match=r"is on the meta device, where tensors have a shape and no values"):
         normswap.couple(model, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"), [(torch.randn(8, 6), "a Tensor"), ({"input": torch.randn(8, 6)}, "a dict"), ("texts", "a str"), (5, "an int")]
+)
+def test_one_batch_in_the_place_of_batches_is_said(data: Any, kind: str) -> None:
+    """Its rows would be taken for batches."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)).eval()
+    for call in (
+        lambda: normswap.convert(model, calibration=data, approximate=True),
+        lambda: normswap.couple(batchless(), calibration=data),
+    ):
+        with pytest.raises(UsageError, match=f"the calibration data are {kind}; expected an iterable of batches"):
+            call()
+
+
+def batchless() -> nn.Module:
+    return normswap.convert(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).eval(), torch.randn(2, 6)).model
+
+
+def test_what_a_model_counts_in_its_buffers_is_not_counted_by_calibration() -> None:
+    class Counts(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2), nn.BatchNorm1d(2))
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(1).expand(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    data = [torch.randn(16, 6) for _ in range(3)]
+    for options in ({"approximate": True}, {"reestimate": "exact"}):
+        after = normswap.convert(Counts().eval(), calibration=data, **options).model
+        assert after.calls == 0

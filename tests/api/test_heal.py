@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_the_model_comes_closer_on_samples_that_it_has_not_seen() -> None:
 
 def test_neither_model_is_touched() -> None:
     before = _state(CONVERSION.model), _state(NET)
-    random = torch.random.get_rng_state()
+    random, precision = torch.random.get_rng_state(), torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     found = _healed(tokens=32 * 5)
     assert _same(_state(CONVERSION.model), before[0])
     assert _same(_state(NET), before[1])
@@ -89,7 +89,7 @@ def test_neither_model_is_touched() -> None:
         m._forward_hooks for model in (CONVERSION.model, NET, found.model) for m in model.modules() if isinstance(m, nn.LayerNorm)
     )
     assert all(p.grad is None for p in CONVERSION.model.parameters())
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision  # type: ignore[attr-defined]
 
 
 def test_the_layers_have_the_statistics_of_what_they_get() -> None:
@@ -321,6 +321,132 @@ def test_one_bad_batch_is_gone_back_from() -> None:
     assert found.after < 0.8 * found.before
 
 
+class Put(nn.Module):
+    """A net, and what is made of its output and its input."""
+
+    calls: Tensor
+
+    def __init__(self, out: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.out = _net(), out
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls.add_(1)
+        return self.out(self.net(x), x)
+
+
+def _put(out: Callable[[Tensor, Tensor], Any], **options: Any) -> Healing[Put]:
+    model = Put(out).eval()
+    conversion = normswap.convert(model, calibration=batches(4, seed=3), approximate=True, repair="none")
+    found = heal(conversion, model, batches(20), tokens=32 * 20, held_out=HELD_OUT, lr=3e-3, **options)
+    assert conversion.model.calls == found.model.calls == 0  # as in the model
+    return found
+
+
+ODD: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "masked with -inf": lambda y, x: y.masked_fill(torch.tensor([True, False, False]), -torch.inf),
+    "complex": lambda y, x: torch.fft.fft(y),
+    "no samples, and some": lambda y, x: (y[:0], y[:, :0], y),
+    "sparse, and dense": lambda y, x: (y.to_sparse(), y, None, 3),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_outputs_are_healed(case: str) -> None:
+    found = _put(ODD[case])
+    assert found.after < found.before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_output_for_each_position_of_texts_of_several_lengths(masked: bool) -> None:
+    """Logits of where an answer begins, (N, T), and a map of attention, (N, T, T)."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _net()
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+            y = self.net(x)
+            return y[..., 0], y @ y.mT
+
+    torch.manual_seed(0)
+    data: list[Any] = [torch.randn(4, length, 6, dtype=torch.float64) for length in (3, 5, 4, 7) * 6]
+    if masked:
+        data = [{"x": x, "attention_mask": (torch.arange(x.shape[1]) < 3).long().expand(4, -1)} for x in data]
+    model = Places().eval()
+    conversion = normswap.convert(model, calibration=data[:8], approximate=True, repair="none")
+    found = heal(conversion, model, data, tokens=800, held_out=data[:4], lr=3e-3)
+    assert found.after < found.before
+
+
+@torch.no_grad()
+def _without_gradient(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)  # type: ignore[no-any-return]
+
+
+class Untrainable(Put):
+    def forward(self, x: Tensor) -> Any:
+        return _without_gradient(self.net, x)
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], dict[str, Any], str]] = {
+    "one number": (lambda y, x: y.sum(), {}, "the model returns no floating tensor of samples"),
+    "a loss that raises": (lambda y, x: y, {"loss": lambda *given: 1 / 0}, "loss raised ZeroDivisionError: division by zero"),
+    "a loss per sample": (
+        lambda y, x: y,
+        {"loss": lambda b, y, t: y - t},
+        r"loss returned a tensor of shape \(32, 3\); expected one number",
+    ),
+    "a loss that is nan": (lambda y, x: y, {"loss": lambda *given: torch.nan}, "loss is nan on the held-out batches, before any step"),
+    "a metric that raises": (lambda y, x: y, {"metric": lambda model: 1 / 0}, "raised ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_distance_is_said(case: str) -> None:
+    out, options, message = REFUSED[case]
+    with pytest.raises(UsageError, match=message):
+        _put(out, **options)
+
+
+def test_outputs_that_are_not_numbers_are_said() -> None:
+    nan = [torch.full_like(batch, torch.nan) for batch in HELD_OUT]
+    with pytest.raises(UsageError, match="an output of the original has no finite number on the held-out batches"):
+        _healed(held_out=nan)
+
+
+def test_another_original_and_a_model_without_gradients_are_said() -> None:
+    other = nn.Sequential(*list(NET)[:6], nn.Linear(20, 4).double()).eval()
+    with pytest.raises(UsageError, match=r"returns a tensor of shape \(32, 3\), and in the original one of shape \(32, 4\)"):
+        heal(CONVERSION, other, batches(9), tokens=32, held_out=HELD_OUT)
+    model = Untrainable(lambda y, x: y).eval()
+    conversion = normswap.convert(model, calibration=batches(4, seed=3), approximate=True)
+    with pytest.raises(UsageError, match="the outputs of the model have no gradient, so it cannot be trained"):
+        heal(conversion, model, batches(9), tokens=32, held_out=HELD_OUT)
+
+
+def test_it_heals_in_inference_mode_and_the_last_batches_of_a_step_are_not_lost() -> None:
+    with torch.inference_mode():
+        found = _healed(iter(batches(20)), tokens=640, accumulate=3)
+    assert (found.curve[-1].step, found.curve[-1].tokens) == (7, 640)
+    assert found.curve[-1].distance != found.before
+
+
+def test_a_metric_that_ends_in_train_mode_changes_nothing() -> None:
+    def metric(model: nn.Module) -> float:
+        assert not model.training
+        model.train()
+        return 1.0
+
+    model = copy.deepcopy(NET).train()
+    found = heal(CONVERSION, model, batches(9), tokens=32 * 9, held_out=HELD_OUT, lr=3e-3, metric=metric)
+    assert model.training
+    plain = heal(CONVERSION, NET, batches(9), tokens=32 * 9, held_out=HELD_OUT, lr=3e-3)
+    assert _same(_state(found.model), _state(plain.model))
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +457,15 @@ def test_one_bad_batch_is_gone_back_from() -> None:
         ({"tokens": 0}, "the budget is None minutes and 0 tokens; expected numbers above 0"),
         ({"minutes": float("inf")}, "the budget is inf minutes and 1920 tokens; expected numbers above 0"),
         ({"lr": 0.0}, r"lr is 0\.0 and accumulate 1; expected numbers above 0"),
+        ({"tokens": float("nan")}, "the budget is None minutes and nan tokens; expected numbers above 0"),
+        ({"lr": float("inf")}, "lr is inf and accumulate 1; expected numbers above 0"),
+        ({"accumulate": 1.5}, r"lr is 0\.003 and accumulate 1\.5; expected numbers above 0, and a whole one for accumulate"),
         ({"data": []}, "the data hold no batch"),
+        ({"data": "texts"}, "the data are a str; expected an iterable of batches"),
+        ({"data": 5}, "the data are an int; expected an iterable of batches"),
+        ({"data": [torch.zeros(0, 6).double()] * 200}, "the held-out batches hold no position that counts"),
+        ({"data": [torch.zeros(0, 6).double()] * 9, "held_out": HELD_OUT}, "the data hold no position that counts"),
+        ({"held_out": HELD_OUT[0]}, "held_out is a Tensor; expected an iterable of batches"),
         ({"data": torch.zeros(2, 6)}, "the data are a Tensor; expected an iterable of batches"),
         ({"data": batches(2)}, "all of the data are held out, and none are left to train on"),
         ({"held_out": []}, "held_out holds no batch"),

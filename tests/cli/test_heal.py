@@ -38,6 +38,26 @@ def batches():
         yield torch.randn(32, 6, generator=generator)
 
 
+def none():
+    return []
+
+
+def one():
+    return torch.zeros(400, 6)
+
+
+def fails():
+    yield from list(batches())[:9]
+    raise OSError("the share is gone")
+
+
+def nans():
+    return [torch.full((32, 6), torch.nan)] * 9
+
+
+number = 5
+
+
 def score(model):
     return 0.25
 """
@@ -151,7 +171,19 @@ def _counted(step: Any, steps: list[int]) -> Any:
     [
         ({"data": ()}, 2, "healing learns from data, and none were given"),
         ({"source": "healed_nets:exact"}, 2, "every swap is exact, so there is nothing to heal"),
-        ({"options": ("--keep", "-1")}, 2, "--keep is -1; expected 0 or more"),
+        ({"source": "healed_nets:exact", "options": ("--exclude", "*")}, 2, "no norm is swapped, so there is nothing to heal"),
+        ({"options": ("--keep", "-1")}, 2, "--keep is -1 and --length 128; expected 0 or more"),
+        ({"options": ("--keep", "2")}, 2, "--keep is 2, and 2 norms would be swapped approximately, so none would be left to heal"),
+        ({"options": ("--length", "0")}, 2, "--keep is 0 and --length 0; expected 0 or more, and 1 or more"),
+        ({"data": ("--data", "healed_nets:none")}, 2, "the calibration data hold no batch"),
+        (
+            {"data": ("--data", "healed_nets:one")},
+            2,
+            "--data healed_nets:one: the factory returned a Tensor; expected an iterable of batches",
+        ),
+        ({"data": ("--data", "healed_nets:fails")}, 2, "--data healed_nets:fails: the factory raised OSError: the share is gone"),
+        ({"data": ("--data", "healed_nets:number")}, 2, "--data healed_nets:number is an int; expected a function that returns batches"),
+        ({"data": ("--data", "healed_nets.py")}, 2, "--data healed_nets.py is no .pt, .npz or .npy file"),
         ({"data": ("--data", "missing.txt")}, 2, "--data missing.txt is no file"),
         ({"options": ("--tokens", "0")}, 2, "the budget is None minutes and 0 tokens"),
     ],
@@ -162,6 +194,28 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(options: dict[str, A
     assert result.exit_code == code, result.output
     assert message in result.stderr
     assert not Path("out").exists()
+
+
+def test_the_state_stays_until_the_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is interrupted while it is exported or saved is not healed again."""
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("normswap.cli.convert._save", lambda *args, **options: interrupted())
+        assert _heal("--tokens", "640").exit_code == 130
+    assert (Path("out.healing").exists(), Path("out").exists()) == (True, False)
+    monkeypatch.setattr(run._Healing, "_step", _counted(run._Healing._step, steps := []))
+    assert _heal("--tokens", "640").exit_code == 0
+    assert steps == []
+    assert (Path("out.healing").exists(), Path("out/recipe.json").exists()) == (False, True)
+
+
+def test_a_conversion_that_cannot_be_judged_is_not_healed() -> None:
+    result = _heal("--tokens", "640", data=("--data", "healed_nets:nans"))
+    assert result.exit_code == 3, result.output
+    assert "is not judged" in result.stderr
 
 
 def test_text_without_a_tokenizer_is_said(tmp_path: Path) -> None:

@@ -69,15 +69,22 @@ def test_paragraphs_are_what_empty_lines_part(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.txt").write_text("w1 w2\nw3\n\n\n  \n\nw4   w5\n")
     (tmp_path / "a.md").write_bytes(b"w6 \xff\n\nw7")
-    (tmp_path / "c.py").write_text("w8")
+    (tmp_path / "b" / "windows.TXT").write_bytes(b"\xef\xbb\xbfw8\r\n \t\r\nw9\r\n")
+    (tmp_path / "c.py").write_text("w10")
     files = text_files(tmp_path)
-    assert [file.name for file in files] == ["a.md", "one.txt"]
-    assert list(paragraphs_of(files)) == ["w6 \N{REPLACEMENT CHARACTER}", "w7", "w1 w2 w3", "w4 w5"]
+    assert [file.name for file in files] == ["a.md", "one.txt", "windows.TXT"]
+    assert list(paragraphs_of(files)) == ["w6 \N{REPLACEMENT CHARACTER}", "w7", "w1 w2 w3", "w4 w5", "w8", "w9"]
     assert text_files(tmp_path / "c.py") == []
 
 
+def test_what_is_no_text_in_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w1\n\nw2", encoding="utf-16")
+    with pytest.raises(UsageError, match=r"a\.txt is no text in UTF-8: it holds zero bytes"):
+        list(paragraphs_of([tmp_path / "a.txt"]))
+
+
 def test_too_little_text_and_no_tokenizer_are_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the text makes 9 samples; expected at least 10"):
+    with pytest.raises(UsageError, match="the text makes 9 different samples; expected at least 10"):
         Texts(_paragraphs(9), _tokenizer(pads=True))
     assert len(_rows(list(Texts(_paragraphs(9), _tokenizer(pads=True), held_out=0)))) == 9
     with pytest.raises(UsageError, match="missing is not a directory with a tokenizer") as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -163,10 +164,22 @@ def test_the_code_of_a_graph_can_be_compiled() -> None:
     assert torch.equal(forward(None, torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0])), f"of torch {torch.__version__}"
 
 
-def test_fast_matmul_lasts_as_long_as_its_block_and_is_only_where_the_cpu_has_the_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_float32_matmul_precision()
-    for supported, inside in ((True, "medium"), (False, before)):
+@pytest.fixture
+def precision() -> Iterator[Any]:
+    """The setting of torch, which is put back."""
+    settings: Any = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_fast_matmul_lasts_as_long_as_its_block_and_is_only_where_the_cpu_has_the_units(
+    before: str, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision.fp32_precision = before
+    for supported, inside in ((True, "bf16"), (False, before)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda supported=supported: supported)
         with torch_private.fast_matmul():
-            assert torch.get_float32_matmul_precision() == inside
-        assert torch.get_float32_matmul_precision() == before
+            assert precision.fp32_precision == inside
+        assert precision.fp32_precision == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -199,6 +199,94 @@ class Twice(nn.Module):
         return self.head(self.norm(self.block(h, h)))  # type: ignore[no-any-return]
 
 
+class Serving(nn.Sequential):
+    """For inference alone, where torch dispatches `linear` and `layer_norm` whole."""
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class Through(nn.Module):
+    """A stream that `body` takes from the first linear to the last norm."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor], start: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.start = body, start or nn.Linear(4, C)
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(self.start(x))))  # type: ignore[no-any-return]
+
+
+class ReadsInside(nn.Module):
+    """Returns an activation that it has read itself: a hook of its output comes too late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.tanh()
+        self.seen = self.norm(h)
+        return h
+
+
+class AfterInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.stem, self.norm, self.head = nn.Linear(4, C), ReadsInside(), nn.LayerNorm(C), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(self.start(x)))
+        return self.head(y + self.stem.seen)  # type: ignore[no-any-return]
+
+
+class PassedBy(nn.Module):
+    """An activation that a module returns as it got it, and that is read beside that module, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.passes, self.norm, self.other, self.head = (
+            nn.Linear(4, C),
+            nn.Identity(),
+            nn.LayerNorm(C),
+            nn.LayerNorm(C),
+            nn.Linear(C, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x).tanh()
+        return self.head(self.norm(h) + self.other(self.passes(h)))  # type: ignore[no-any-return]
+
+
+class Gained(nn.Module):
+    """A linear with a gain behind it that reads the stream it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(C, C), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * self.gamma  # type: ignore[no-any-return]
+
+
+class Read(Through):
+    """`body` says what is made of the output and the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.start(x)
+        return self.head(self.norm(h)) + cast(Any, self.body)(h)  # type: ignore[no-any-return]
+
+
+def _numpy(h: Tensor) -> Tensor:
+    return torch.tensor(h.detach().numpy().mean())
+
+
+def _list(h: Tensor) -> Tensor:
+    return torch.tensor(h[0, 0].tolist()[1], dtype=h.dtype)
+
+
 def tokens() -> Tensor:
     return torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -237,6 +325,26 @@ FIRES: dict[str, tuple[nn.Module, Callable[[], Tensor], list[str], list[str]]] =
     "no affine": (nn.Sequential(nn.Linear(4, C), nn.LayerNorm(C, elementwise_affine=False)), places(2, 4), ["1"], []),
     "an activation that is called twice": (Again(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
     "a module that returns two": (AfterBoth(), places(2, 5, 4), ["blocks.0.norm", "blocks.1.norm", "norm"], ["blocks"]),
+    "a forward in inference mode": (Serving(nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)), places(2, 5, 4), ["1"], []),
+    "places that numbers pick": (Through(lambda h: h[torch.arange(len(h)), torch.tensor([2, 0])]), places(2, 5, 4), ["norm"], []),
+    "places that numbers pick, in two axes": (Through(lambda h: h[:, torch.tensor([[2, 0], [1, 4]])]), places(2, 5, 4), ["norm"], []),
+    "places that are picked apart": (
+        Through(lambda h: h[:, None].expand(-1, 2, -1, -1)[torch.tensor([1, 0, 1]), :, torch.tensor([2, 0, 1])]),
+        places(2, 5, 4),
+        ["norm"],
+        [],
+    ),
+    "places that a mask picks": (Through(lambda h: h[torch.arange(10).view(2, 5) % 3 == 1]), places(2, 5, 4), ["norm"], []),
+    "a mixture of two places": (Through(lambda h: torch.lerp(h, h.roll(1, 1), 0.3)), places(2, 5, 4), ["norm"], []),
+    "a mixture with a share for each place": (
+        Through(lambda h: torch.lerp(h, h.flip(1), torch.linspace(0, 1, 5, dtype=h.dtype)[:, None])),
+        places(2, 5, 4),
+        ["norm"],
+        [],
+    ),
+    "bags of tokens": (Through(lambda h: h, nn.EmbeddingBag(11, C)), tokens, ["norm"], []),
+    "bags of tokens, summed": (Through(lambda h: h, nn.EmbeddingBag(11, C, mode="sum", padding_idx=1)), tokens, ["norm"], []),
+    "a variance that is read": (Read(lambda h: h.var(-1, keepdim=True) + h.std(-1, keepdim=True)), places(2, 5, 4), ["norm"], []),
     "blocks after one with the norm behind the sum": (after(Post(), Block()), places(2, 5, 4), ["2.norm", "3"], ["1.norm"]),
 }
 
@@ -307,7 +415,58 @@ def shared() -> nn.Module:
     return model
 
 
+def _only(reason: str) -> dict[str, str]:
+    return {"norm": reason}
+
+
+_WRITTEN = "it would take a centring of its own to save that of one LayerNorm: its stream is written by the model itself "
+
 KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
+    "read in the module that returns it": (
+        AfterInside(),
+        places(2, 5, 4),
+        {"stem.norm": "its stream is written by stem (tanh)", "norm": "its stream is written by stem (tanh)"},
+    ),
+    "taken twice": (
+        Twice(),
+        places(2, 5, 4),
+        {"block.norm": "its stream is ", "norm": "it would take a centring of its own to save that of one LayerNorm: "},
+    ),
+    "read by a linear with a gain behind it": (
+        after(Gained()),
+        places(2, 5, 4),
+        {"2": "it would take a centring of its own to save that of one LayerNorm: its stream is also read by 1.linear (a matrix product)"},
+    ),
+    "read beside the module that returns it": (
+        PassedBy(),
+        places(2, 5, 4),
+        {"norm": "its stream is written by the model itself (tanh)", "other": "its stream is written by the model itself (tanh)"},
+    ),
+    "channels that numbers pick": (
+        Through(lambda h: h[..., torch.tensor([1, 0, 2, 2, 4, 5])]),
+        places(2, 5, 4),
+        _only(_WRITTEN + "(index)"),
+    ),
+    "places that are picked for each channel": (
+        Through(lambda h: h[0, torch.arange(6) % 5, torch.arange(6)].expand(2, -1)),
+        places(2, 5, 4),
+        _only("it would take a centring of its own to save that of one LayerNorm"),
+    ),
+    "a mask over the channels": (Through(lambda h: h[h > -9].view(2, 5, C)), places(2, 5, 4), _only("it would take a centring of its own")),
+    "a mixture with a share for each channel": (
+        Through(lambda h: torch.lerp(h, h.roll(1, 1), torch.linspace(0, 1, C, dtype=h.dtype))),
+        places(2, 5, 4),
+        _only(_WRITTEN + "(lerp)"),
+    ),
+    "the largest of each bag": (
+        Through(lambda h: h, nn.EmbeddingBag(11, C, mode="max")),
+        tokens,
+        _only("it would take a centring of its own to save that of one LayerNorm: its stream is written by start (embedding_bag"),
+    ),
+    "a variance over another axis": (Read(lambda h: h.var(1, keepdim=True)[..., :3]), places(2, 5, 4), _only("its stream is also read by")),
+    "a variance over two axes": (Read(lambda h: h.var((1, 2), keepdim=True)), places(2, 5, 4), _only("its stream is also read by")),
+    "read by numpy": (Read(_numpy), places(2, 5, 4), _only("its stream is written into through a view, or read by code outside torch")),
+    "read by Python": (Read(_list), places(2, 5, 4), _only("its stream is written into through a view, or read by code outside torch")),
     "post-norm": (
         nn.Sequential(nn.Linear(4, C), Post()),
         places(2, 5, 4),
@@ -317,7 +476,7 @@ KEPT: dict[str, tuple[nn.Module, Callable[[], Tensor], dict[str, str]]] = {
         nn.Sequential(nn.Linear(4, C), Block(), Merge()),
         places(2, 6, 4),
         {
-            "1.norm": "its stream is also read by 2 (which joins or splits its channels), where its mean counts; leave it",
+            "1.norm": "its stream is also read by 2 (which joins or splits its channels), where its mean may count; leave it",
             "2.norm": "it would take a centring of its own to save that of one LayerNorm: its stream is written by 2 (which joins",
         },
     ),

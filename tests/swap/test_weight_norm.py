@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -292,12 +293,21 @@ def test_it_trains_as_torchs_weight_norm_does() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_its_file_has_plain_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", ["one weight", "all", "no_grad", "inference_mode"])
+def test_its_file_has_plain_layers(frozen: str, tmp_path: Path) -> None:
     model, x = randomise(net(), 3).eval(), torch.randn(2, 3, 8, 9)
-    model[0].weight.requires_grad_(False)
-    export = normswap.export_onnx(normswap.convert(model, x, to="weight-norm"), x, tmp_path / "model.onnx")
+    model.requires_grad_(frozen != "all")
+    model[0].weight.requires_grad_(frozen != "one weight")
+    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(frozen, contextlib.nullcontext)
+    with mode():
+        conversion = normswap.convert(model, x, to="weight-norm")
+        export = normswap.export_onnx(conversion, x, tmp_path / "model.onnx")
+        again = normswap.load(normswap.save(conversion, tmp_path / "converted"), net)
     assert export.parity
     assert [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node] == ["Conv", "Relu", "ConvTranspose"]
+    assert isinstance(again, nn.Module)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_command_converts_a_pickled_model_and_verify_reads_the_directory(tmp_path: Path) -> None:

@@ -49,7 +49,21 @@ def _read_in_place(m: Any, x: Tensor) -> Tensor:
     return m.b(y)  # type: ignore[no-any-return]
 
 
+@torch.inference_mode()
+def _unversioned(m: Any, x: Tensor) -> Tensor:
+    """Tensors that do not tell whether they were written into, as they are here."""
+    y = m.a(x)
+    torch.relu_(y)
+    return m.b(m.norm(y))  # type: ignore[no-any-return]
+
+
+def _sparse(m: Any, x: Tensor) -> Any:
+    return m.b(m.norm(m.a(x))), x.to_sparse()
+
+
 CASES: dict[str, tuple[Any, Around]] = {
+    "in inference mode": (_unversioned, Around(None, False, ())),
+    "beside a sparse output": (_sparse, Around("a", True, ("b",))),
     "alone": (lambda m, x: m.norm(m.a(x)), Around("a", True, ())),
     "in a sum": (lambda m, x: m.norm(x + m.a(x)), Around("a", True, ())),
     "on the left of a sum": (lambda m, x: m.norm(m.a(x) + x), Around("a", True, ())),
