@@ -210,7 +210,7 @@ def _held_out(data: Iterable[Any], held_out: Sequence[Any] | None, module: nn.Mo
         if samples >= HELD_OUT:
             break
     if not found:
-        raise no_batch("the data hold")
+        raise no_batch("the data")
     if source is data:
         return itertools.chain(found, source), found, len(found)
     return data, found, len(found)

@@ -45,9 +45,9 @@ def check_batches(data: Any, what: str = "the data are") -> None:
         raise UsageError(f"{what} {kind_of(data)}; expected an iterable of batches", hint="a single batch: [batch]")
 
 
-def no_batch(what: str = "the calibration data hold") -> UsageError:
+def no_batch(what: str = "the calibration data") -> UsageError:
     """What is raised for data without any."""
-    return UsageError(f"{what} no batch", hint="give at least one; some hundred samples are better")
+    return UsageError(f"{what} hold no batch", hint="give at least one; some hundred samples are better")
 
 
 def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
