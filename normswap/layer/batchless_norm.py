@@ -370,7 +370,7 @@ class BatchlessNorm(nn.Module):
 
         seen: the mean of the producer's input, which may not be padded as x is.
         """
-        check_precision(self)
+        check_precision(self, self._statistics[0].dtype)
         own = self.weight, self.bias, self.mean, self.std_parameter, self.input_mean
         trend = self.trend if torch.is_grad_enabled() else None
         heavy, apart = pair.is_heavy(x, weight, call), functools.partial(self._apart, learns=False)
@@ -581,7 +581,7 @@ class BatchlessNorm(nn.Module):
         """(`statistics`, `given`) of `Training`, (None, ()) if backward is not to train them here. Records the forward pass in the run."""
         if self._is_replicated:
             refuse_replicas()
-        check_precision(self)
+        check_precision(self, self._statistics[0].dtype)
         mean, parameter = self.mean, self.std_parameter
         given = self._input_mean_given(x, settings.share)
         if self.aux == "explicit":

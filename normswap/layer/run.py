@@ -229,12 +229,12 @@ def recomputes() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def check_precision(layer: Layer) -> None:
-    """Record statistics in half precision. The layer never stores them so, but FSDP may gather its parameters in that dtype.
+def check_precision(layer: Layer, dtype: torch.dtype) -> None:
+    """Record statistics in half precision. The layer never stores them so, but FSDP may gather its parameters in that `dtype`.
 
     The step warns, once for all layers of the model: in a forward pass each layer would have to speak for itself.
     """
-    if layer.mean.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+    if dtype.itemsize < 4 and not torch.compiler.is_compiling():
         layer.run.rounded = True
 
 

@@ -195,7 +195,7 @@ def test_a_tracked_instance_norm_is_exact() -> None:
     ("calibration", "message"),
     [
         (None, "an approximate swap starts from data, and none were given"),
-        ([], "no example inputs"),
+        ([], "the calibration data hold no batch"),
         ([torch.randn(2, 4, 9, 9)], "cannot run on the example inputs"),
     ],
 )

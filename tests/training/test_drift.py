@@ -119,7 +119,7 @@ def test_watch_shows_the_last_step(tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     rows = [line.split() for line in done.stdout.splitlines() if line.strip() and "─" not in line]
     assert rows[1] == ["a", "0.1", "0.9", "0", "▅▄"] or rows[1][:4] == ["a", "0.1", "0.9", "0"]
-    assert rows[2][:7] == ["(the", "model)", "0.3", "4", "1", "50", "%"]
+    assert rows[2][:6] == ["(the", "model)", "0.3", "4", "1", "50%"]
     assert done.stdout.splitlines()[-1] == ("step 1, 2 in the file: 1 of 2 layers have a mean z^2 below 0.5 or above 2; 1 dead channels")
 
 
