@@ -33,7 +33,7 @@ from normswap.api.neighbours import Neighbours
 from normswap.api.request import Selection
 from normswap.detect.sites import Plan, Preserves, Rule
 from normswap.errors import SwapError, UsageError, described, one_of
-from normswap.models.batches import MASK, arguments_of, check_batches
+from normswap.models.batches import MASK, arguments_of, check_batches, no_batch
 from normswap.models.copying import copy_for_running
 from normswap.models.programs import Model, as_module
 from normswap.parity.measure import ratio
@@ -135,7 +135,7 @@ def sensitivity(
     batches = list(data) if iter(data) is data or not isinstance(data, Sequence) else data
     module = as_module(model)
     if not batches:
-        raise UsageError("the data hold no batch", hint="give at least one; some hundred samples are better")
+        raise no_batch("the data")
     if example_inputs is None:
         args, kwargs = arguments_of(batches[0], module)
         example_inputs = dict(kwargs) or args

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -56,20 +57,20 @@ def fold_norms(
     from normswap.folding import Constants, fold
 
     constants = Constants(model.graph)
-    affines: list[Affine] = []
-    norms: set[Affine] = set()
-    for node in model.graph.all_nodes():
-        norm = _marked(node, sites) or _spelled_out(node, constants)
-        affine = norm or _bias_of_rms(node, constants)
-        affines += [] if affine is None else [affine]
-        norms |= set() if norm is None else {norm}
-    skeleton = operators(model.graph, {node for affine in norms for node in affine.nodes})
+    found = [
+        (affine, is_norm)
+        for node in model.graph.all_nodes()
+        for affine, is_norm in ((_marked(node, sites) or _spelled_out(node, constants), True), (_bias_of_rms(node, constants), False))
+        if affine is not None
+    ]
+    affines = [affine for affine, _ in found]
+    skeleton = operators(model.graph, {node for affine, is_norm in found if is_norm for node in affine.nodes})
     if not folded:
         kept = {affine.name: UNFOLDED for affine in affines}
     outcomes = fold(model.graph, affines, constants, kept, spatial_thresholds=spatial_thresholds)
     common.RemoveUnusedNodesPass()(model)
     constants.restore_names()
-    of_norms, of_biases = ([o for o, a in zip(outcomes, affines, strict=True) if (a in norms) is wanted] for wanted in (True, False))
+    of_norms, of_biases = ([o for o, (_, is_norm) in zip(outcomes, found, strict=True) if is_norm is wanted] for wanted in (True, False))
     return of_norms, of_biases, skeleton
 
 
@@ -132,9 +133,8 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Affine | None:
 
 def _bias_of_rms(node: ir.Node, constants: Constants) -> Affine | None:
     """The affine that adds the bias of an RMSNorm, with the gain where that is an operator of its own (below opset 23)."""
-    from normswap.folding import Affine
     from normswap.folding.affine import only_use
-    from normswap.folding.find import SPARE
+    from normswap.folding.find import SPARE, affine_of
 
     name = _norm_around(node, RMSNorm)
     if node.op_type != "Add" or name is None:
@@ -142,16 +142,12 @@ def _bias_of_rms(node: ir.Node, constants: Constants) -> Affine | None:
     x, shift = _and_constant(node, constants)
     if x is None or x.shape is None or shift.size == 1:  # eps
         return None
-    nodes, index = [node], list(node.inputs).index(x)
-    scale: Any = np.ones(1)
-    gain = x.producer()
+    nodes, gain = [node], x.producer()
     if gain is not None and gain.op_type == "Mul" and _norm_around(gain, RMSNorm) == name and only_use(x):
-        before, array = _and_constant(gain, constants)
+        before, _ = _and_constant(gain, constants)
         if before is not None and before.shape is not None:
-            nodes, index, scale, x = [gain, node], list(gain.inputs).index(before), array, before
-    rank = len(node.outputs[0].shape or ())
-    scale, shift = (a.astype(np.float64).reshape((1,) * (rank - a.ndim) + a.shape) for a in (scale, shift))
-    return Affine(f"{name}.bias", tuple(nodes), scale, shift, index, wide=x.dtype, spare=SPARE)
+            nodes = [gain, node]
+    return replace(affine_of(nodes, constants), name=f"{name}.bias", spare=SPARE)
 
 
 def _and_constant(node: ir.Node, constants: Constants) -> tuple[ir.Value | None, Any]:

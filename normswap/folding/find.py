@@ -39,7 +39,7 @@ def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
         chain = list(_chain(node, constants))
         if chain:
             done.update(chain)
-            result.append(_affine(chain, constants))
+            result.append(affine_of(chain, constants))
     return result
 
 
@@ -146,7 +146,8 @@ def _place(node: ir.Node, constants: Constants) -> int | None:
     return known.index(False) if sum(known) == 1 else None
 
 
-def _affine(chain: list[ir.Node], constants: Constants) -> Affine:
+def affine_of(chain: list[ir.Node], constants: Constants) -> Affine:
+    """The affine that nodes compute of which each alone reads the output of the one before, named after the first."""
     y = chain[-1].outputs[0]
     assert y.shape is not None
     rank, size = len(y.shape), None

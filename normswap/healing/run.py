@@ -147,12 +147,11 @@ class _Healing:
                 with torch.no_grad():
                     teacher = self.theirs(batch)
                 found = self._loss(self.ours(batch), teacher, batch) * (count / max(total, 1))
-            if not found.requires_grad:
-                raise UsageError(
-                    "the outputs of the model have no gradient, so it cannot be trained",
-                    hint="does its forward run in torch.no_grad() or torch.inference_mode(), or detach what it returns?",
-                )
-            with fast_matmul():
+                if not found.requires_grad:
+                    raise UsageError(
+                        "the outputs of the model have no gradient, so it cannot be trained",
+                        hint="does its forward run in torch.no_grad() or torch.inference_mode(), or detach what it returns?",
+                    )
                 found.backward()  # type: ignore[no-untyped-call]
             loss += found.detach()
         self._summed([loss, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
@@ -181,12 +180,9 @@ class _Healing:
         self.losses.clear()
         error, own = self._on_held_out()
         distance, score = math.sqrt(error), error + own
-        if not state.curve and not math.isfinite(score):
-            what = "the distance to the original" if not math.isfinite(distance) else "loss"
-            raise UsageError(
-                f"{what} is {own if math.isfinite(distance) else distance} on the held-out batches, before any step",
-                hint="calibrate on more or other data" if what != "loss" else "it has to be finite where the models are close",
-            )
+        if not state.curve:
+            _check_finite("the distance to the original", distance, "calibrate on more or other data")
+            _check_finite("loss", own, "it has to be finite where the models are close")
         if state.curve and not distance <= max(WORSE * state.least, FLOOR):
             return self._roll_back()
         if not state.curve or score <= min(point.score for point in state.curve):
@@ -322,6 +318,11 @@ class _Healing:
 
 
 _MORE = "the first 128 samples are held out, as whole batches: give more and smaller batches, x.split(32) of one tensor, or held_out=..."
+
+
+def _check_finite(what: str, number: float, hint: str) -> None:
+    if not math.isfinite(number):
+        raise UsageError(f"{what} is {number} on the held-out batches, before any step", hint=hint)
 
 
 def _own(loss: Loss, batch: Any, student: Seen, teacher: Seen) -> Tensor:

@@ -146,11 +146,9 @@ def put_away(model: nn.Module) -> None:
             weight = cast(Tensor, module.weight)
             trains = any(part.requires_grad for part in cast(Any, module).parametrizations.weight.parameters())
             parametrize.remove_parametrizations(module, "weight")
-            for tensors in (
-                module.__dict__,
-                module._buffers,
-            ):  # where torch puts a weight without a gradient: frozen, or in torch.no_grad()
-                tensors.pop("weight", None)
+            # Where torch puts a weight without a gradient, which is frozen or computed in torch.no_grad().
+            module.__dict__.pop("weight", None)
+            module._buffers.pop("weight", None)
             module.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=trains))
 
 

@@ -500,7 +500,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     alone = _healed(batches(40), tokens=32 * 40, accumulate=2)
     for rank in (0, 1):
         state, curve = torch.load(tmp_path / f"{rank}.pt")
-        # float64, of which the gradients are summed in another order
+        # float64, of which the held-out batches are summed in another order; a step sums two gradients, which has only one
         assert curve == pytest.approx([point.distance for point in alone.curve], rel=1e-12)
         for name, tensor in alone.model.state_dict().items():
-            torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-12)
+            assert torch.equal(state[name], tensor), name

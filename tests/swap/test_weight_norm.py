@@ -307,7 +307,8 @@ def test_its_file_has_plain_layers(frozen: str, tmp_path: Path) -> None:
     assert [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node] == ["Conv", "Relu", "ConvTranspose"]
     assert isinstance(again, nn.Module)
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(x), model(x), rtol=1e-5, atol=1e-6)
+        # two roundings of float32 between 1 and 2, where the largest output is, were measured: 2.4e-7
+        torch.testing.assert_close(again.eval()(x), model(x), rtol=0, atol=3e-7)
 
 
 def test_the_command_converts_a_pickled_model_and_verify_reads_the_directory(tmp_path: Path) -> None:
