@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from normswap.errors import UsageError
 from normswap.models.batches import arguments_of, mask_of, told
-from normswap.models.torch_private import tree_map_only
+from normswap.models.torch_private import in_bfloat16, tree_map_only
 from normswap.models.watching import tensors_in
 
 CONSTANT = 1e-12  # a variance below this share of the mean square is that of one sample, or of a constant: the mean square stands in
@@ -71,12 +71,16 @@ class Side:
         if isinstance(output, Tensor):  # a norm that is fused with a sum returns two
             self._seen.setdefault(name, []).append(output)
 
-    def __call__(self, batch: Any) -> Seen:
-        """Run the model on clones of what the batch has, as a model may write into its inputs."""
+    def __call__(self, batch: Any, *, fast: bool = False) -> Seen:
+        """Run the model on clones of what the batch has, as a model may write into its inputs. fast: in bfloat16, but for its outputs."""
         args, kwargs = tree_map_only(Tensor, torch.clone, arguments_of(batch, self.model))
         self._seen = {}
         with told("data"):
-            result = self.model(*args, **kwargs)
+            if fast:
+                with in_bfloat16():
+                    result = tree_map_only(Tensor, _widened, self.model(*args, **kwargs))
+            else:
+                result = self.model(*args, **kwargs)
         outputs = [_real(t) for t in tensors_in(result) if t.layout is torch.strided and t.dim()]
         outputs = [t for t in outputs if t.is_floating_point()]
         if not outputs:
@@ -144,6 +148,10 @@ class Scales:
         rows, total, squares, _ = self._sums[key]
         square, variance = float(squares) / rows, float(squares) / rows - float((total / rows).square().sum())
         return variance if variance > CONSTANT * square else square or 1.0
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype == torch.bfloat16 else t
 
 
 def _real(t: Tensor) -> Tensor:

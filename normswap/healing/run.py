@@ -27,7 +27,7 @@ from normswap.healing.distance import Scales, Seen, Side, positions
 from normswap.healing.schedule import Budget, factor
 from normswap.healing.state import Point, State, load, save
 from normswap.layer.batchless_norm import BatchlessNorm
-from normswap.models.torch_private import fast_matmul
+from normswap.models.torch_private import multiplies_bfloat16
 
 Loss = Callable[[Any, Any, Any], Tensor]
 Progress = Callable[[float, int, int], None]
@@ -36,6 +36,7 @@ MEASUREMENTS = 20  # along the budget
 WORSE, FLOOR = 4.0, 0.1  # a distance above both WORSE times the smallest one and FLOOR goes back; a high rate alone may double it
 PATIENCE = 3  # roll backs, after which it has diverged
 CACHE = 1 << 28  # bytes of the original's outputs on the held-out batches that are kept; larger ones are computed for each measurement
+ROUNDING = 0.05  # the largest distance of the original in bfloat16 to itself, with which training in bfloat16 is worth its speed
 CLIP = 1.0  # of the norm of all gradients
 BETAS = (0.9, 0.98)
 NORMS = 2.0  # the learning rate of norms and embeddings, as a multiple of the others'
@@ -101,6 +102,7 @@ class _Healing:
         self.settings, self.checkpoint, self.progress = settings, checkpoint, progress
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.fast = False  # whether steps are in bfloat16; measurements never are
         self.weights = trained(ours.model, max(positions(batch, ours.model) for batch in held_out))
         self._device = next(iter(self.weights.values())).device
         self.optimizer = self._new_optimizer()
@@ -110,6 +112,7 @@ class _Healing:
         self._targets = [self._target(batch) for batch in self.held_out]
         if (reason := self.scales.why_unknown()) is not None:
             raise UsageError(reason, hint="give other data, or held_out=...: batches like those that the model is used on")
+        self.fast = multiplies_bfloat16() and self._close_in_bfloat16()
         self.state = self._begin()
         began = time.perf_counter() - self.state.seconds
         ended, diverged = False, self.state.rolled_back > PATIENCE
@@ -141,20 +144,20 @@ class _Healing:
         total = sum(count for _, count in group)
         loss = torch.zeros((), device=self._device)
         for weight in self.weights.values():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_()
+            weight.grad = None
         for batch, count in group[self.rank :: self.workers]:
-            with fast_matmul():
-                with torch.no_grad():
-                    teacher = self.theirs(batch)
-                found = self._loss(self.ours(batch), teacher, batch) * (count / max(total, 1))
-                if not found.requires_grad:
-                    raise UsageError(
-                        "the outputs of the model have no gradient, so it cannot be trained",
-                        hint="does its forward run in torch.no_grad() or torch.inference_mode(), or detach what it returns?",
-                    )
-                found.backward()  # type: ignore[no-untyped-call]
+            found = self._loss(batch, fast=self.fast) * (count / max(total, 1))
+            if not found.requires_grad:
+                raise UsageError(
+                    "the outputs of the model have no gradient, so it cannot be trained",
+                    hint="does its forward run in torch.no_grad() or torch.inference_mode(), or detach what it returns?",
+                )
+            found.backward()  # type: ignore[no-untyped-call]
             loss += found.detach()
-        self._summed([loss, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights.values()]
+        self._summed([loss, *gradients])
+        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+            weight.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
         if not torch.isfinite(norm):
             return False
@@ -166,10 +169,24 @@ class _Healing:
         self.losses.append(loss)
         return True
 
-    def _loss(self, student: Seen, teacher: Seen, batch: Any) -> Tensor:
+    def _loss(self, batch: Any, *, fast: bool) -> Tensor:
+        with torch.no_grad():
+            teacher = self.theirs(batch, fast=fast)
+        student = self.ours(batch, fast=fast)
         errors = self.scales.errors(student, teacher, batch)
         loss = errors.norms + errors.outputs
         return loss if self.settings.loss is None else loss + _own(self.settings.loss, batch, student, teacher)
+
+    def _close_in_bfloat16(self) -> bool:
+        """Whether a step runs in bfloat16, and whether the original there is close to what it is in full precision, on one batch."""
+        batch = self.held_out[0]
+        try:
+            with torch.no_grad():
+                rounding = sum(self.scales.errors(self.theirs(batch, fast=True), self.theirs(batch), batch))
+            self._loss(batch, fast=True).backward()  # type: ignore[no-untyped-call]
+        except Exception:  # the model may mix what is rounded with what is not
+            return False
+        return bool(rounding <= ROUNDING**2)
 
     # --- measured ---------------------------------------------------------------------------------------------------------------------
 

@@ -63,11 +63,12 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "base_of_view",
-    "fast_matmul",
     "format_import_block",
     "forward_from_source",
+    "in_bfloat16",
     "is_functorch_wrapped",
     "keystr",
+    "multiplies_bfloat16",
     "name_in_aten",
     "parameters_of",
     "returned_by",
@@ -151,21 +152,13 @@ def storage_key(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-@contextlib.contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Multiply float32 matrices in bfloat16, summed in float32, on a CPU that has units for it. On others nothing changes.
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has units that multiply matrices of bfloat16 (AMX), many times faster than those of float32."""
+    return torch.cpu._is_amx_tile_supported()
 
-    Attention is then computed as written out: with small matrices torch's fused form takes five times as long in this mode.
-    """
-    if not torch.cpu._is_amx_tile_supported():
+
+@contextlib.contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """Autocast of float32 on a CPU to bfloat16, with attention as written out: torch's fused form takes four times as long backward."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
-        return
-    # Not torch.set_float32_matmul_precision: it is also about GPUs, and neither it nor its getter works beside these settings.
-    settings: Any = cast(Any, torch.backends.mkldnn).matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        settings.fp32_precision = before

@@ -80,7 +80,7 @@ def test_the_model_comes_closer_on_samples_that_it_has_not_seen() -> None:
 
 def test_neither_model_is_touched() -> None:
     before = _state(CONVERSION.model), _state(NET)
-    random, precision = torch.random.get_rng_state(), torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    random = torch.random.get_rng_state()
     found = _healed(tokens=32 * 5)
     assert _same(_state(CONVERSION.model), before[0])
     assert _same(_state(NET), before[1])
@@ -89,7 +89,80 @@ def test_neither_model_is_touched() -> None:
         m._forward_hooks for model in (CONVERSION.model, NET, found.model) for m in model.modules() if isinstance(m, nn.LayerNorm)
     )
     assert all(p.grad is None for p in CONVERSION.model.parameters())
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision  # type: ignore[attr-defined]
+
+
+class _Halves(nn.Module):
+    """Two halves of the channels, each through a net; what is in between, in float32 or rounded, is up to the test."""
+
+    def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.GELU())
+        self.second = nn.Sequential(nn.Linear(24, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x), x))
+
+
+def _cancels(y: Tensor, x: Tensor) -> Tensor:
+    return (y + 1e4) @ torch.eye(y.shape[-1]) - 1e4
+
+
+def _takes_one_dtype(y: Tensor, x: Tensor) -> Tensor:
+    z = torch.zeros_like(y, dtype=x.dtype)
+    z[:, :2] = y[:, :2] @ torch.eye(2)
+    return z.index_put((torch.arange(2),), y[:2] @ torch.eye(y.shape[-1])) + y
+
+
+@pytest.mark.parametrize(
+    ("between", "has_units", "expected"),
+    [
+        (lambda y, x: y, True, {torch.bfloat16}),
+        (lambda y, x: y, False, {torch.float32}),
+        (_cancels, True, {torch.float32}),
+        (_takes_one_dtype, True, {torch.float32}),
+    ],
+    ids=["rounds", "no units", "rounding is large", "raises in bfloat16"],
+)
+def test_steps_are_in_bfloat16_where_the_cpu_has_units_for_it_and_the_model_bears_it(
+    between: Callable[[Tensor, Tensor], Tensor], has_units: bool, expected: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda: has_units)
+    net = _Halves(between).eval()
+    data = [x.float() for x in batches(60)]
+    conversion = normswap.convert(net, calibration=data[:4], approximate=True, repair="none")
+    trained_in, losses_of, measured_in = set[torch.dtype](), set[torch.dtype](), set[torch.dtype]()
+
+    def loss(batch: Any, y: Tensor, t: Tensor) -> Tensor:
+        losses_of.update({y.dtype, t.dtype})
+        return y.sum() * 0
+
+    step, layer = run._Healing._step, nn.Linear.forward
+
+    def in_step(self: Any, group: Any) -> bool:
+        def seen(linear: nn.Linear, x: Tensor) -> Tensor:
+            y = layer(linear, x)
+            trained_in.add(y.dtype)
+            return y
+
+        with monkeypatch.context() as inside:
+            inside.setattr(nn.Linear, "forward", seen)
+            return step(self, group)
+
+    def measured(self: Any) -> tuple[float, float]:
+        with torch.no_grad():
+            measured_in.add(self.ours.model(data[0]).dtype)
+        return on_held_out(self)
+
+    on_held_out = run._Healing._on_held_out
+    monkeypatch.setattr(run._Healing, "_step", in_step)
+    monkeypatch.setattr(run._Healing, "_on_held_out", measured)
+    found = heal(conversion, net, data, tokens=32 * 60, lr=3e-3, held_out=[x.float() for x in HELD_OUT], loss=loss)
+    assert trained_in == expected
+    assert losses_of == measured_in == {torch.float32}
+    assert found.after < 0.9 * found.before
+    assert all(p.dtype == torch.float32 for p in found.model.parameters())
 
 
 def test_the_layers_have_the_statistics_of_what_they_get() -> None:

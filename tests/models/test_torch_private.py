@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -164,22 +163,17 @@ def test_the_code_of_a_graph_can_be_compiled() -> None:
     assert torch.equal(forward(None, torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0])), f"of torch {torch.__version__}"
 
 
-@pytest.fixture
-def precision() -> Iterator[Any]:
-    """The setting of torch, which is put back."""
-    settings: Any = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    yield settings
-    settings.fp32_precision = before
+def test_bfloat16_lasts_as_long_as_its_block_and_leaves_float64() -> None:
+    x = torch.randn(3, 5)
+    with torch_private.in_bfloat16():
+        assert (x @ x.T).dtype == torch.bfloat16
+        assert (x.double() @ x.T.double()).dtype == torch.float64
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert (x @ x.T).dtype == torch.float32
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_fast_matmul_lasts_as_long_as_its_block_and_is_only_where_the_cpu_has_the_units(
-    before: str, precision: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    precision.fp32_precision = before
-    for supported, inside in ((True, "bf16"), (False, before)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda supported=supported: supported)
-        with torch_private.fast_matmul():
-            assert precision.fp32_precision == inside
-        assert precision.fp32_precision == before
+def test_it_is_the_cpu_that_says_whether_it_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
+        assert torch_private.multiplies_bfloat16() is has
