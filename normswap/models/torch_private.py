@@ -153,8 +153,8 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has units that multiply matrices of bfloat16 (AMX), many times faster than those of float32."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether the CPU has instructions that multiply bfloat16, twice to many times as fast as float32. All with AMX have them, too."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from normswap.models import torch_private
 # module -> name -> what it is for
 NAMES: dict[str, dict[str, str]] = {
     "torch": {"_storage_classes": "pickled models cannot be read without running them"},
-    "torch.cpu": {"_is_amx_tile_supported": "healing does not know whether a CPU multiplies in bfloat16"},
+    "torch.cpu": {"_is_avx512_bf16_supported": "healing does not know whether a CPU multiplies in bfloat16"},
     "torch._C": {"PyTorchFileReader": "pickled models cannot be read without running them"},
     "torch._utils": dict.fromkeys(("NAME_MAPPING", "IMPORT_MAPPING"), "pickles of Python 2 cannot be read"),
     "torch._ops": {"OpOverload": "the operators of an exported program are not known"},
@@ -175,5 +175,5 @@ def test_bfloat16_lasts_as_long_as_its_block_and_leaves_float64() -> None:
 
 def test_it_is_the_cpu_that_says_whether_it_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         assert torch_private.multiplies_bfloat16() is has
