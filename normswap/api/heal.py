@@ -18,6 +18,7 @@ from normswap.api.neighbours import Neighbours
 from normswap.api.sensitivity import NEIGHBOURS, number_of
 from normswap.errors import NormswapError, UsageError, one_of
 from normswap.healing import run
+from normswap.healing.losses import KL, kl
 from normswap.healing.run import Loss, Settings
 from normswap.healing.schedule import Budget
 from normswap.healing.state import Point
@@ -83,7 +84,7 @@ def heal(
     minutes: float | None = None,
     tokens: int | None = None,
     held_out: Sequence[Any] | None = None,
-    loss: Loss | None = None,
+    loss: Loss | Literal["kl"] | None = None,
     metric: Metric | Literal["neighbours"] | None = None,
     lr: float = LR,
     accumulate: int = 1,
@@ -101,7 +102,8 @@ def heal(
         learning rate follows the one that is further: it rises over the first tenth and falls as a cosine to 0.
     held_out: batches by which the distance is measured; None: the first of the data, 128 samples, which are not trained on. If the data
         come in another order each time, give some.
-    loss: a term of your own, with the batch, the output of the model, and that of the teacher.
+    loss: a term of your own, with the batch, the output of the model, and that of the teacher. Or "kl", for outputs that are scores of
+        classes or tokens: the KL divergence of their softmax, see `normswap.healing.losses.kl`.
     metric: takes a model, returns a number; measured before and after. Or "neighbours", as in `sensitivity`, on the held-out batches.
     lr: of Adam, for linears and convs; norms and embeddings get twice as much.
     accumulate: batches in a step, of all processes together. Under `torchrun` each process takes its share of them.
@@ -172,7 +174,9 @@ def diverged(healing: Healing[Any]) -> DivergedError:
     )
 
 
-def settings_of(*, minutes: float | None, tokens: int | None, lr: float | None, accumulate: int, loss: Loss | None = None) -> Settings:
+def settings_of(
+    *, minutes: float | None, tokens: int | None, lr: float | None, accumulate: int, loss: Loss | Literal["kl"] | None = None
+) -> Settings:
     """How to heal. lr: None for the usual one. Raises UsageError for a number that is not above 0, and without a budget."""
     lr = LR if lr is None else lr
     if minutes is None and tokens is None:
@@ -181,7 +185,9 @@ def settings_of(*, minutes: float | None, tokens: int | None, lr: float | None, 
         raise UsageError(f"the budget is {minutes} minutes and {tokens} tokens; expected numbers above 0")
     if not 0 < lr < math.inf or not (accumulate >= 1 and accumulate % 1 == 0):
         raise UsageError(f"lr is {lr} and accumulate {accumulate}; expected numbers above 0, and a whole one for accumulate")
-    return Settings(Budget(minutes, tokens), lr, int(accumulate), loss)
+    if isinstance(loss, str):
+        one_of("loss", loss, (KL,))
+    return Settings(Budget(minutes, tokens), lr, int(accumulate), kl if isinstance(loss, str) else loss)
 
 
 def _module_of(model: nn.Module | Conversion[Any]) -> nn.Module:

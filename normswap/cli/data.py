@@ -17,6 +17,8 @@ from normswap.errors import NormswapError, UsageError, described, kind_of
 from normswap.files.load import Loaded, load
 from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
 from normswap.healing.distance import positions
+from normswap.healing.losses import KL
+from normswap.healing.run import Loss
 from normswap.models.batches import check_batches
 from normswap.models.inputs import Inputs, as_batches, parse
 from normswap.models.programs import Model, as_module
@@ -58,6 +60,14 @@ def metric_of(spec: str | None) -> Metric | Literal["neighbours"] | None:
     if spec is None:
         return None
     return NEIGHBOURS if spec == NEIGHBOURS else function_of(spec, "--metric", "a function that takes the model and returns a number")
+
+
+def loss_of(spec: str | None) -> Loss | Literal["kl"] | None:
+    """What --loss names: the loss that is built in, or a function; None without this option."""
+    if spec is None:
+        return None
+    what = "a function that takes a batch, the output, and the original's output, and returns a number"
+    return "kl" if spec == KL else function_of(spec, "--loss", what)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ class Training:
     tokens: Annotated[int | None, typer.Option(metavar="N", help="How many tokens, or samples, to train on.")] = None
     keep: Annotated[int, typer.Option(metavar="K", help="Keep the K norms whose removal alone costs most.")] = 0
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam; default 2e-4.")] = None
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Added to the distance: kl, for outputs that are scores of classes or tokens; or package.module:callable, which takes "
+            "a batch, the output, and that of SRC.",
+        ),
+    ] = None
     accumulate: Annotated[int, typer.Option(metavar="N", help="Batches in a step, of all processes together.")] = 1
     metric: Annotated[
         str | None,
@@ -94,7 +102,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
     """(the report, the directory, an error to raise when both are shown). There is no directory in any process but the first."""
     from normswap.api.convert import with_model
     from normswap.api.heal import diverged, healed, settings_of
-    from normswap.cli.data import Stream, metric_of, stream_of
+    from normswap.cli.data import Stream, loss_of, metric_of, stream_of
     from normswap.errors import UsageError
     from normswap.healing.processes import joined
 
@@ -105,7 +113,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
     if options.keep < 0 or options.length < 1:
         raise UsageError(f"--keep is {options.keep} and --length {options.length}; expected 0 or more, and 1 or more")
     minutes = MINUTES if options.minutes is None and options.tokens is None else options.minutes
-    settings = settings_of(minutes=minutes, tokens=options.tokens, lr=options.lr, accumulate=options.accumulate)
+    settings = settings_of(minutes=minutes, tokens=options.tokens, lr=options.lr, accumulate=options.accumulate, loss=loss_of(options.loss))
     metric = metric_of(options.metric)
     states: list[Path] = []
     stream: Stream

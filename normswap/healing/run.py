@@ -146,7 +146,7 @@ class _Healing:
         for weight in self.weights.values():
             weight.grad = None
         for batch, count in group[self.rank :: self.workers]:
-            found = self._loss(batch, fast=self.fast) * (count / max(total, 1))
+            found = self._loss(batch) * (count / max(total, 1))
             if not found.requires_grad:
                 raise UsageError(
                     "the outputs of the model have no gradient, so it cannot be trained",
@@ -169,10 +169,10 @@ class _Healing:
         self.losses.append(loss)
         return True
 
-    def _loss(self, batch: Any, *, fast: bool) -> Tensor:
+    def _loss(self, batch: Any) -> Tensor:
         with torch.no_grad():
-            teacher = self.theirs(batch, fast=fast)
-        student = self.ours(batch, fast=fast)
+            teacher = self.theirs(batch, fast=self.fast)
+        student = self.ours(batch, fast=self.fast)
         errors = self.scales.errors(student, teacher, batch)
         loss = errors.norms + errors.outputs
         return loss if self.settings.loss is None else loss + _own(self.settings.loss, batch, student, teacher)
@@ -182,8 +182,9 @@ class _Healing:
         batch = self.held_out[0]
         try:
             with torch.no_grad():
-                rounding = sum(self.scales.errors(self.theirs(batch, fast=True), self.theirs(batch), batch))
-            self._loss(batch, fast=True).backward()  # type: ignore[no-untyped-call]
+                teacher = self.theirs(batch, fast=True)
+                rounding = sum(self.scales.errors(teacher, self.theirs(batch), batch))
+            sum(self.scales.errors(self.ours(batch, fast=True), teacher, batch)).backward()  # type: ignore[union-attr]
         except Exception:  # the model may mix what is rounded with what is not
             return False
         return bool(rounding <= ROUNDING**2)
@@ -258,6 +259,7 @@ class _Healing:
             "budget": asdict(self.settings.budget),
             "lr": self.settings.lr,
             "accumulate": self.settings.accumulate,
+            "loss": None if (own := self.settings.loss) is None else getattr(own, "__qualname__", type(own).__qualname__),
             "weights": {name: list(weight.shape) for name, weight in self.weights.items()},
         }
         state = None if self.checkpoint is None else load(self.checkpoint, settings)

@@ -217,6 +217,14 @@ def test_a_loss_of_ones_own_is_added() -> None:
         assert (without.model(x) - NET(x)).mean().abs() < 0.005
 
 
+def test_the_loss_kl_is_added_to_what_is_measured() -> None:
+    found = _healed(loss="kl", tokens=32 * 5)
+    with torch.no_grad():
+        q, p = (torch.log_softmax(net(torch.cat(HELD_OUT)), -1) for net in (CONVERSION.model, NET))
+    divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert found.curve[0].score - found.curve[0].distance ** 2 == pytest.approx(divergence, rel=1e-6)
+
+
 def test_the_metric_is_measured_of_the_original_before_and_after() -> None:
     found = _healed(metric=lambda model: _distance(model, HELD_OUT))
     assert found.metric == pytest.approx((0, found.before, found.after), rel=1e-4, abs=1e-6)
@@ -529,6 +537,7 @@ def test_a_metric_that_ends_in_train_mode_changes_nothing() -> None:
         ({"tokens": None}, "healing needs a budget"),
         ({"tokens": 0}, "the budget is None minutes and 0 tokens; expected numbers above 0"),
         ({"minutes": float("inf")}, "the budget is inf minutes and 1920 tokens; expected numbers above 0"),
+        ({"loss": "kld"}, r"loss is 'kld'; expected one of 'kl'"),
         ({"lr": 0.0}, r"lr is 0\.0 and accumulate 1; expected numbers above 0"),
         ({"tokens": float("nan")}, "the budget is None minutes and nan tokens; expected numbers above 0"),
         ({"lr": float("inf")}, "lr is inf and accumulate 1; expected numbers above 0"),
