@@ -16,13 +16,12 @@ from normswap.report.parity import comparisons_json, comparisons_summary, drift_
 from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
 from normswap.swap.fit import Fit
-from normswap.versions import versions
+from normswap.versions import REPORT_VERSION, versions
 
 if TYPE_CHECKING:
     from normswap.api.heal import Healing
     from normswap.export.to_onnx import Export
 
-SCHEMA_VERSION = 1
 Status = Literal["converted", "planned", "nothing to swap", "parity failed"]
 CALIBRATION = ("layer", "how", "error", "samples", "do not vary", "kurtosis", "position 0", "remarks")
 
@@ -99,7 +98,7 @@ class Report:
             "skips": [{**site_json(skip), "reason": skip.reason} for skip in self.plan.skips],
         }
         content = {
-            "version": SCHEMA_VERSION,
+            "version": REPORT_VERSION,
             "status": self.status,
             "source": self.source,
             "plan": plan,

@@ -62,6 +62,12 @@ def test_the_script_of_the_action(repository: Path, good: subprocess.CompletedPr
     cases = cases_of(repository / "bad.xml")
     assert cases["off.pt against models/digits.pt: layer 1"] == "passed"
     assert cases["off.pt against models/digits.pt: layer 4"] == "failure"
+    shutil.copytree(broken, repository / "broken")
+    worse = check(repository, NORMSWAP_REFERENCE="broken", NORMSWAP_JUNIT="worse.xml", NORMSWAP_TRUST_PACKAGE="one two")
+    assert worse.returncode == 3
+    (annotation,) = [line for line in worse.stdout.splitlines() if line.startswith("::error ")]
+    assert annotation.startswith("::error title=normswap verify::FAILED: 1 of 2 comparisons passed, 1 failed%0Anot the same function: ")
+    assert "%0A  figure    error " in annotation
     missing = check(repository, NORMSWAP_REFERENCE="nothing-here")
     assert missing.returncode == 2
     assert "::error title=normswap verify::error: there is no directory nothing-here" in missing.stdout
