@@ -656,6 +656,29 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_where_its_weights_lie_in_memory_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix product may be rounded by it, and transformers reads weights in place, wherever the file has them. Here it is the output."""
+    code = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.far = nn.Parameter(torch.zeros(64)[6:30])
+
+    def forward(self, x):
+        return self.norm(x) + self.far.data_ptr() % 64
+"""
+    (tmp_path / "save_test_far.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert __import__("save_test_far").Net().far.data_ptr() % 64 != 0
+    _, directory = convert_to_directory("save_test_far:Net", tmp_path / "out", ConvertOptions(inputs=["4x3"], onnx=False))
+    assert (directory / "model.safetensors").is_file()
+
+
 def test_a_model_that_differs_from_itself_is_no_matter(tmp_path: Path) -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
