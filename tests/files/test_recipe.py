@@ -666,7 +666,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
-        self.far = nn.Parameter(torch.zeros(64)[6:30])
+        memory = torch.zeros(256, dtype=torch.uint8).numpy()
+        self.far = nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, offset=24, count=3))
 
     def forward(self, x):
         return self.norm(x) + self.far.data_ptr() % 64
