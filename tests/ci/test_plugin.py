@@ -79,7 +79,7 @@ def test_a_directory_is_a_test_for_its_source_and_one_for_each_file(pytester: py
 def test_a_file_that_was_changed_fails(pytester: pytest.Pytester, broken: Path) -> None:
     done = run(pytester, "--normswap", broken)
     done.assert_outcomes(passed=1, failed=1)
-    done.stdout.fnmatch_lines(["*not the same function: *model.onnx and *digits*", "*figure *", "*cause *", "*starts at 3,*"])
+    done.stdout.fnmatch_lines(["*not the same function: *model.onnx and *digits*", "*figure *", "*cause *", "*starts at 4,*"])
 
 
 def test_what_cannot_be_compared_is_skipped_with_the_reason(pytester: pytest.Pytester, models: Path, tmp_path: Path) -> None:
