@@ -41,6 +41,7 @@ class Report:
     facts     the facts about each norm from an inspection, which the table then shows
     statistics  by the name of a swapped layer, (name, range) of its tensors; the page shows them
     directory   where it is written, as the user named it
+    trust, trust_packages   the word that the user gave to read the source, which what was made of it needs, too
     """
 
     source: str
@@ -55,6 +56,8 @@ class Report:
     facts: Sequence[Facts] = ()
     statistics: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     directory: str = ""
+    trust: bool = False
+    trust_packages: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property

@@ -138,6 +138,10 @@ def test_code_that_nobody_vouched_for_fails_and_says_what_to_do(own: Path) -> No
     assert NET not in sys.modules
 
 
+def test_the_page_says_how_to_load_it(own: Path) -> None:
+    assert f"normswap.load(&#39;out/whole&#39;, trust_packages=[&#39;{NET}&#39;])" in (own / "whole/report.html").read_text()
+
+
 def test_what_was_vouched_for_is_compared(own: Path) -> None:
     assert verify(own / "whole", "--trust-package", NET).exit_code == 0
     assert verify(own / "weights", "--trust-package", NET).exit_code == 3  # to call a function is more than to use its classes

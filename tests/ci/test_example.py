@@ -91,5 +91,7 @@ def test_the_action_and_the_hook_run_what_is_there() -> None:
     assert {f"${{{{ inputs.{name} }}}}" for name in action["inputs"]} == set(compare["env"].values())
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert (hook["entry"], hook["args"], hook["pass_filenames"]) == ("normswap verify", ["."], False)
-    assert all(re.search(hook["files"], name) for name in ("models/a/recipe.json", "recipe.json", "a/model.onnx", "a/model.pt"))
-    assert not any(re.search(hook["files"], name) for name in ("models/report.json", "a/mymodel.onnx"))
+    assert all(
+        re.search(hook["files"], name) for name in ("models/a/recipe.json", "recipe.json", "a/other.onnx", "model.onnx.data", "source.pth")
+    )
+    assert not any(re.search(hook["files"], name) for name in ("models/report.json", "a/myrecipe.json", "a/pt"))
