@@ -44,9 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for folder in _folders(config):
         recipes = sorted(folder.rglob(RECIPE))
         if not recipes:
-            raise pytest.UsageError(
-                f"--normswap {folder}: no converted directory is there; `normswap convert SRC -o DIR` writes one, with a {RECIPE} in it"
-            )
+            what = "no converted directory is there" if folder.is_dir() else "there is no such directory"
+            raise pytest.UsageError(f"--normswap {folder}: {what}; `normswap convert SRC -o DIR` writes one, with a {RECIPE} in it")
         config.args += [path for path in map(str, recipes) if path not in config.args]
 
 

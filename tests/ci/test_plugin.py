@@ -135,6 +135,9 @@ def test_a_folder_without_a_converted_model_is_a_usage_error(pytester: pytest.Py
     done = run(pytester, "--normswap", tmp_path)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines([f"ERROR: --normswap {tmp_path}: no converted directory is there; *"])
+    done = run(pytester, "--normswap", tmp_path / "gone")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"ERROR: --normswap {tmp_path}/gone: there is no such directory; *"])
 
 
 def test_a_recipe_is_only_collected_where_it_was_asked_for(pytester: pytest.Pytester, models: Path) -> None:
