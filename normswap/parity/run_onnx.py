@@ -133,7 +133,7 @@ def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
 
 
 def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -> dict[str, Any]:
-    """The tensors of a probe by the names of the file's inputs. Raises ValueError for one of another shape, which onnxruntime words badly."""
+    """The tensors of a probe by the names of the file's inputs. Raises ValueError for one of another shape."""
     feeds = _feeds(list(declared), probe)
     for name, expected in declared.items():
         found = feeds[name].shape
