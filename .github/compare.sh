@@ -16,6 +16,7 @@ printf '::stop-commands::%s\n%s\n::%s::\n' "$token" "$output" "$token"
 printf '```\n%s\n```\n' "$output" >> "${GITHUB_STEP_SUMMARY:-/dev/null}"
 if [ "$code" -ne 0 ]; then
   failed=$(printf '%s\n' "$output" | sed -n '/^FAILED: \|^not the same function\|^error: /,$p')
+  if [ -z "$failed" ]; then failed="it ended with exit code $code; the log has what it printed"; fi
   failed=${failed//'%'/'%25'}
   printf '::error title=normswap verify::%s\n' "${failed//$'\n'/'%0A'}"
 fi
