@@ -138,8 +138,8 @@ def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -
     for name, expected in declared.items():
         found = feeds[name].shape
         if len(found) != len(expected) or any(isinstance(size, int) and size != given for size, given in zip(expected, found, strict=True)):
-            shape = "x".join(str(size if isinstance(size, int) else size or "?") for size in expected)
-            raise ValueError(f"its input {name} is {shape or 'a number'}, but {'x'.join(map(str, found)) or 'a number'} was given")
+            shape = " x ".join(str(size if isinstance(size, int) else size or "?") for size in expected)
+            raise ValueError(f"its input {name} is {shape or 'a number'}, but {' x '.join(map(str, found)) or 'a number'} was given")
     return feeds
 
 

@@ -71,7 +71,7 @@ def test_the_script_of_the_action(repository: Path, good: subprocess.CompletedPr
     missing = check(repository, NORMSWAP_REFERENCE="nothing-here")
     assert missing.returncode == 2
     assert "::error title=normswap verify::error: there is no directory nothing-here" in missing.stdout
-    (repository / "python").write_text("#!/bin/sh\n[ \"$1\" = -c ] && exec " + sys.executable + ' "$@"\nexit 137\n')
+    (repository / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exec ' + sys.executable + ' "$@"\nexit 137\n')
     (repository / "python").chmod(0o755)
     killed = check(repository, NORMSWAP_REFERENCE="models", PATH=f"{repository}:{os.environ['PATH']}")
     assert killed.returncode == 137

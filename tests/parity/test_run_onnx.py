@@ -33,7 +33,10 @@ def test_a_convolution_is_widened_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "said"),
-    [((2, 3, 5, 6), "its input x is nx3x5x4, but 2x3x5x6 was given"), ((2, 3), "its input x is nx3x5x4, but 2x3 was given")],
+    [
+        ((2, 3, 5, 6), "its input x is n x 3 x 5 x 4, but 2 x 3 x 5 x 6 was given"),
+        ((2, 3), "its input x is n x 3 x 5 x 4, but 2 x 3 was given"),
+    ],
 )
 def test_inputs_of_another_shape_are_named_with_both(shape: tuple[int, ...], said: str, tmp_path: Path) -> None:
     """onnxruntime's first line ends with "for the following indices"."""
