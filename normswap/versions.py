@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
+REPORT_VERSION = 1  # of report.json, as docs/report.md describes it
 PACKAGES = ("normswap", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
 
 

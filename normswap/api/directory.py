@@ -35,6 +35,8 @@ from normswap.swap.apply import swap
 from normswap.swap.rmsnorm import to_rmsnorm
 from normswap.swap.weight_norm import removing
 
+ALIGNMENT = 64  # bytes: where torch's allocator for CPUs begins a tensor
+
 
 def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
@@ -189,8 +191,19 @@ def check_same(model: nn.Module, again: nn.Module, directory: Path, inputs: Inpu
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    copied = copy_for_running(model)  # in eval mode; the forward pass may change its buffers
+    copied = copy_for_running(model, of_parameters=_aligned)  # in eval mode; the forward pass may change its buffers
     return tree_leaves(forward(copied, inputs.args, inputs.kwargs, seed=0))
+
+
+def _aligned(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, at an address at which torch puts new tensors: a matrix product may be rounded differently elsewhere.
+
+    What is read from a file in place, as transformers reads .safetensors, lies wherever the file has it.
+    """
+    plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.device.type == "cpu"
+    if not plain or parameter.data_ptr() % ALIGNMENT == 0:
+        return parameter
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _equal(a: list[Any], b: list[Any]) -> bool:

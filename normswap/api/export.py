@@ -13,7 +13,7 @@ from normswap.export.to_onnx import Dynamic, Export, Settings, Target
 from normswap.export.verified import main_result, verified_export
 from normswap.files import atomic
 from normswap.models.inputs import Inputs
-from normswap.models.programs import Model, as_module
+from normswap.models.programs import Model
 from normswap.parity.result import ParityError, raise_for
 
 
@@ -52,7 +52,7 @@ def export_onnx(
     else:
         if conversion is not None and conversion.drift is None:  # an approximate model is compared with itself
             judgement = conversion.judgement
-        inputs = conversion.inputs if conversion else inputs_of(source, as_module(source))
+        inputs = conversion.inputs if conversion else inputs_of(source, source)
     if inputs is None:
         raise UsageError("no example inputs that the model takes could be inferred", hint="give them: example_inputs=..., or --input")
     with atomic.file(Path(path)) as partial:

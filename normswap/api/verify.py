@@ -50,8 +50,9 @@ def verify(
     If the comparison failed, `first_bad` names the layer or node where the two start to differ. Raises LoadError if a side cannot be read,
     UsageError if the reference cannot run on the inputs or none are known.
     """
-    a, b = sides = [_opened(side, arch, trust_packages, trust) for side in (reference, candidate)]
-    known = _given(sides, inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), sides)), None)
+    loaded = [_loaded(side, arch, trust_packages, trust) for side in (reference, candidate)]
+    a, b = sides = [side if isinstance(side, Path) else as_module(side) for side in loaded]
+    known = _given(sides, inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), loaded)), None)
     if known is None:
         raise UsageError("no inputs are known that both models take", hint="give them: --input 1x3x224x224, or inputs=... in Python")
     sites = []
@@ -85,18 +86,18 @@ def factory_of(arch: str | None) -> Callable[[], nn.Module] | None:
     return None if arch is None else lambda: build(arch)
 
 
-def inputs_of(side: Model | str | Path, opened: nn.Module | Path) -> Inputs | None:
-    """The inputs of one side of a comparison: those with which it was saved, those that an ONNX file declares, or inferred ones."""
-    if isinstance(side, (str, Path)) and Path(side).is_dir():
-        known = read_recipe(Path(side)).example_inputs()
+def inputs_of(named: Model | str | Path, loaded: Model | Path) -> Inputs | None:
+    """The inputs of a model: those in its program, those with which it was saved, those that an ONNX file declares, or inferred ones."""
+    if isinstance(loaded, ExportedProgram) and (stored := inputs_in(loaded)) is not None:
+        return stored
+    if isinstance(named, (str, Path)) and Path(named).is_dir():
+        known = read_recipe(Path(named)).example_inputs()
         if known:
             return known
-    if isinstance(side, ExportedProgram) and (stored := inputs_in(side)) is not None:
-        return stored
-    if isinstance(opened, Path):
-        declared = onnx_inputs(opened)
+    if isinstance(loaded, Path):
+        declared = onnx_inputs(loaded)
         return None if declared is None else Inputs(declared)
-    return infer(opened)
+    return infer(as_module(loaded))
 
 
 def _given(sides: Sequence[nn.Module | Path], inputs: Any) -> Inputs:
@@ -104,10 +105,10 @@ def _given(sides: Sequence[nn.Module | Path], inputs: Any) -> Inputs:
     return as_inputs(inputs) if module is None else given_to(module, inputs)
 
 
-def _opened(side: Model | str | Path, arch: str | None, trust_packages: Sequence[str], trust: bool) -> nn.Module | Path:
-    """One side of a comparison as a module, or as the path of an ONNX file."""
+def _loaded(side: Model | str | Path, arch: str | None, trust_packages: Sequence[str], trust: bool) -> Model | Path:
+    """One side of a comparison as a model, or as the path of an ONNX file."""
     if not isinstance(side, (str, Path)):
-        return as_module(side)
+        return side
     path = Path(side)
     if path.suffix == ".onnx":
         if not path.is_file():
@@ -115,4 +116,4 @@ def _opened(side: Model | str | Path, arch: str | None, trust_packages: Sequence
         external_data.check_locations(path)
         return path
     takes_arch = path.is_dir() or path.suffix in (".safetensors", ".pt", ".pth")  # the other side may need no --arch
-    return as_module(load_any(str(side), arch=arch if takes_arch else None, trust_packages=trust_packages, trust=trust))
+    return load_any(str(side), arch=arch if takes_arch else None, trust_packages=trust_packages, trust=trust)

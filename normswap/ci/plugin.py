@@ -30,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--normswap-trust", action="store_true", help="Import what the recipes of these directories name, and let their files run code."
     )
+    group.addoption(
+        "--normswap-trust-package",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="Let the pickles in these directories use nn.Module classes of PACKAGE. Repeatable.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,9 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for folder in _folders(config):
         recipes = sorted(folder.rglob(RECIPE))
         if not recipes:
-            raise pytest.UsageError(
-                f"--normswap {folder}: no converted directory is there; `normswap convert SRC -o DIR` writes one, with a {RECIPE} in it"
-            )
+            what = "no converted directory is there" if folder.is_dir() else "there is no such directory"
+            raise pytest.UsageError(f"--normswap {folder}: {what}; `normswap convert SRC -o DIR` writes one, with a {RECIPE} in it")
         config.args += [path for path in map(str, recipes) if path not in config.args]
 
 
@@ -50,29 +56,38 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ConvertedD
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k and the like leave some out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [item for item in items if isinstance(item, Comparison)]
+    for item in ours:
+        item.alone = all(each.check.not_run is not None for each in ours)
+
+
 class ConvertedDirectory(pytest.File):
     """A converted directory, by its recipe.json: one test for its source, and one for each ONNX file."""
 
     def collect(self) -> Iterator[Comparison]:
         from normswap.api.check import checks_of
-        from normswap.errors import NormswapError
 
-        try:
-            checks = checks_of(self.path.parent, trust=self.config.getoption("normswap_trust"))
-        except NormswapError as error:
-            raise self.CollectError(str(error)) from error
-        for check in checks:
+        trust, packages = map(self.config.getoption, ("normswap_trust", "normswap_trust_package"))
+        for check in checks_of(self.path.parent, trust=trust, trust_packages=packages):
             yield Comparison.from_parent(self, name=check.name, check=check)
 
 
 class Comparison(pytest.Item):
-    """One comparison of a converted directory, as a test. Skipped, with the reason, where it cannot be made."""
+    """One comparison of a converted directory, as a test. Skipped, with the reason, where it cannot be made.
+
+    alone: no comparison of this run of pytest can be made, and then a skip would be a check that checks nothing.
+    """
 
     def __init__(self, *, check: Check, **known: Any) -> None:
         super().__init__(**known)
         self.check = check
+        self.alone = False
 
     def runtest(self) -> None:
+        if self.alone:
+            pytest.fail(f"nothing can be compared: {self.check.not_run}", pytrace=False)
         if self.check.not_run is not None:
             pytest.skip(self.check.not_run)
         _compare(self, self.check.reference, self.check.candidate, self.check.run)
@@ -106,7 +121,8 @@ def _compare(item: pytest.Item, reference: Any, candidate: Any, run: Callable[[]
     try:
         parity = run()
     except NormswapError as error:
-        pytest.fail(str(error), pytrace=False)
+        said = str(error).replace("--trust", "--normswap-trust") if isinstance(item, Comparison) else str(error)
+        raise pytest.fail.Exception(said, pytrace=False) from None  # or pytest would print what led to it, too
     # not by the fixture record_property, which warns where JUnit files are of the family xunit2
     item.user_properties += [(f"normswap_{name}", value) for name, value in properties(parity).items()]
     if not parity.passed:

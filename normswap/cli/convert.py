@@ -157,6 +157,8 @@ def convert_to_directory(
             healing=healing,
             statistics=statistics_of(conversion.module, conversion.plan),
             directory=str(output),
+            trust=options.trust,
+            trust_packages=options.trust_packages,
         )
         (partial / REPORT).write_text(json.dumps(result.json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(page.html(result), encoding="utf-8")

@@ -27,12 +27,11 @@ def export(
         from normswap.api.export import export_onnx
         from normswap.api.verify import inputs_of
         from normswap.cli.data import opened, parsed
-        from normswap.models.programs import as_module
         from normswap.report.onnx import export_json, export_summary
 
         given = parsed(running.inputs)
         model = opened(source, running)
-        result = export_onnx(model, given or inputs_of(source, as_module(model)), output, **exporting.export_options())
+        result = export_onnx(model, given or inputs_of(source, model), output, **exporting.export_options())
     if as_json:
         print_json(export_json(result))
     else:

@@ -86,12 +86,12 @@ def _of_directories(folder: str, running: Running, **options: Any) -> Iterator[C
     from normswap.errors import NormswapError, UsageError
     from normswap.report.junit import Compared
 
-    if running.inputs or running.arch or running.trust_packages:
-        raise UsageError("--input, --arch and --trust-package are for two models", hint="give CANDIDATE, too")
+    if running.inputs or running.arch:
+        raise UsageError("--input and --arch are for two models", hint="give CANDIDATE, too")
     made: list[Compared] = []
-    for check in all_checks(Path(folder), trust=running.trust):
+    for check in all_checks(Path(folder), trust=running.trust, trust_packages=running.trust_packages):
         if check.not_run is not None:
-            made.append(Compared(check.reference or check.name, check.candidate, not_run=check.not_run))
+            made.append(Compared(check.reference, check.candidate, not_run=check.not_run))
             continue
         try:
             made.append(_timed(check.reference, check.candidate, lambda check=check: check.run(**options)))  # type: ignore[misc]

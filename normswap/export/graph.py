@@ -55,7 +55,7 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
             with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 program: Any = torch.onnx.export(
                     model,
-                    choice.args,
+                    choice.args if choice.kwargs else (*choice.args, {}),  # torch takes a dict at the end for the keyword arguments
                     kwargs=choice.kwargs,
                     dynamic_shapes=choice.shapes,
                     opset_version=opset,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import LoadError
+from normswap.files import call
 from normswap.files.atomic import recover
 from normswap.files.json_file import read_json
 from normswap.layer.batchless_norm import AUXES, BatchlessNorm
@@ -157,7 +158,8 @@ class Recipe:
     source   the SRC from which the model was read
     factory  the spec that builds the original architecture (`torchvision:resnet18`), if there is one
     module   the file with the whole model ("model.pt", "model.pt2"), if the source was a whole model
-    inputs   shape and dtype of each example input
+    inputs   shape and dtype of each tensor of the example inputs
+    call     where these tensors stand, if they are not the arguments themselves: [args, kwargs], as `call.py` writes it
     sites    one object per BatchlessNorm: its names and its form
     replaced      one object per layer that stands where a norm was and is no BatchlessNorm
     weight_norms  one object per conv or linear that has torch's weight norm
@@ -178,6 +180,7 @@ class Recipe:
     centred: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), CENTRED, default=())
     rules: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), RULE, default=())
     training: Sequence[Mapping[str, Any]] = _entry(_or_none(_list), TRAINING, default=())
+    call: Sequence[Any] | None = _entry(_or_none(_list), default=None)
     frozen: Sequence[str] | None = _entry(_or_none(_list_of(_text)), default=None)
     files: Mapping[str, str] | None = _entry(
         _or_none(lambda value: isinstance(value, Mapping) and all(map(_text, value.values()))), default=None
@@ -189,6 +192,9 @@ class Recipe:
             (entry["name"], make(entry["shape"], getattr(torch, entry["dtype"]), high=entry.get("high", HIGH), seed=seed))
             for seed, entry in enumerate(self.inputs)
         ]
+        if self.call is not None:
+            args, kwargs = (call.rebuilt(each, [tensor for _, tensor in named]) for each in self.call)
+            return Inputs(args, kwargs)
         args = tuple(tensor for name, tensor in named if name is None)
         return Inputs(args, {name: tensor for name, tensor in named if name is not None}) if named else None
 
@@ -200,11 +206,13 @@ def write_recipe(
     model: nn.Module, directory: Path, *, source: str | None, factory: str | None, module: str | None, inputs: Inputs | None
 ) -> None:
     """Write the recipe of a model; `seal` adds the other files when all are written."""
+    entries, arguments = ([], None) if inputs is None else _recorded(inputs)
     recipe = Recipe(
         source=source,
         factory=factory,
         module=module,
-        inputs=[] if inputs is None else _recorded(inputs),
+        inputs=entries,
+        call=arguments,
         sites=sites_of(model),
         replaced=replaced_of(model),
         weight_norms=weight_norms_of(model),
@@ -271,12 +279,18 @@ def frozen_of(model: nn.Module) -> list[str]:
     return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def _recorded(inputs: Inputs) -> list[dict[str, Any]]:
-    """The entry `inputs`: shape and dtype of each input, and an upper bound of integers; empty unless each input is a tensor."""
-    named = [*((None, value) for value in inputs.args), *inputs.kwargs.items()]
+def _recorded(inputs: Inputs) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The entries `inputs`: shape and dtype of each tensor, an upper bound of integers; and `call`. Empty if it cannot be recorded."""
+    named: list[tuple[str | None, Any]] = [*((None, value) for value in inputs.args), *inputs.kwargs.items()]
+    arguments = None
     if not all(isinstance(value, Tensor) for _, value in named):
-        return []
-    return [{"name": name, **_values(INPUT, tensor), **_bound(tensor)} for name, tensor in named]
+        tensors: list[Tensor] = []
+        try:
+            arguments = [call.recorded(tuple(inputs.args), tensors), call.recorded(dict(inputs.kwargs), tensors)]
+        except call.NotRecordable:
+            return [], None
+        named = [(None, tensor) for tensor in tensors]
+    return [{"name": name, **_values(INPUT, tensor), **_bound(tensor)} for name, tensor in named], arguments
 
 
 def _bound(tensor: Tensor) -> dict[str, int]:
@@ -361,7 +375,15 @@ def _problem(content: object) -> str | None:
                 return f"one of its {entry.name} lacks its {lacking[0]}"
             if wrong := [name for name, each in fields.items() if name in found and not each.test(found[name])]:
                 return f"one of its {entry.name} has a {wrong[0]} that is not one"
+    arguments = content.get("call")
+    if arguments is not None and not _is_call(arguments, len(content["inputs"])):
+        return "its call is not one"
     return None
+
+
+def _is_call(arguments: list[Any], tensors: int) -> bool:
+    kinds = [list(each) for each in arguments if isinstance(each, dict)]
+    return kinds == [["tuple"], ["dict"]] and all(call.is_recorded(each, tensors) for each in arguments)
 
 
 def check_files(directory: Path, recipe: Recipe, names: Sequence[str]) -> None:

@@ -151,9 +151,13 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
             found[probe.name] = keyed(probe, run(probe))
         except Exception as error:  # the user's model may raise anything
             if probe.name == "example":
+                one_dict = (
+                    "; a dict is taken for keyword arguments, so a model that takes one dict is given ({...},)" if probe.kwargs else ""
+                )
                 raise UsageError(
                     f"the model cannot run on the example inputs{how}: {described(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python), or as the first batch of the data",
+                    hint="give inputs that the model takes with --input (example_inputs in Python), or as the first batch of the data"
+                    + one_dict,
                 ) from error
             dropped.append(f"{probe.name}: {described(error)}")
     return found

@@ -1,8 +1,9 @@
 """Finds where two models start to differ: the first layer, or node of an ONNX file, whose values are not the same.
 
 Both run in float64 at one probe, and the values of their layers or nodes are paired: by name, and those without a common name by aligning
-the two sequences of (class or operator, shape). A pair that differs is skipped if a value computed from it, at most HEALED steps later,
-agrees again: there a layer was folded into its neighbour, and the function is the same.
+the two sequences of (class or operator, shape). A module and a file have too little in common for that: there each value of the module is
+paired with the nearest one of its size in the file, and of several with one partner the nearest counts. A pair that differs is skipped if a
+value computed from it, at most HEALED steps later, agrees again: there a layer was folded into its neighbour, and the function is the same.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Prob
         ours, theirs = (_of_module(m, probe) if isinstance(m, nn.Module) else _of_file(m, probe) for m in (reference, candidate))
     except Exception:  # a model that cannot be run is reported by the comparison
         return None
-    pairs = _pairs(ours, theirs, alike=isinstance(reference, Path) == isinstance(candidate, Path))
+    alike = isinstance(reference, Path) == isinstance(candidate, Path)
+    pairs = _pairs(ours, theirs) if alike else _nearest(ours, theirs)
     errors = {a: distance(theirs[b].tensor, ours[a].tensor) for a, b in pairs}
     readers: dict[int, list[int]] = {}
     for number in errors:
@@ -57,9 +59,10 @@ def locate(reference: nn.Module | Path, candidate: nn.Module | Path, probe: Prob
         """Whether a value computed from this one, in at most `steps` steps, agrees again."""
         return any(errors[n] <= limit or (steps > 1 and heals(n, steps - 1)) for n in readers.get(number, []))
 
+    nearest = {b: a for a, b in sorted(pairs, key=lambda pair: (-errors[pair[0]], -pair[0]))}
     for a, b in pairs:
-        if not errors[a] <= limit and not heals(a):
-            by = "name" if ours[a].name == theirs[b].name else "place"
+        if nearest[b] == a and not errors[a] <= limit and not heals(a):
+            by = "value" if not alike else "name" if ours[a].name == theirs[b].name else "place"
             return Located(ours[a].label, theirs[b].label, errors[a], probe.name, by)
     return None
 
@@ -75,7 +78,8 @@ def _of_module(model: nn.Module, probe: Probe) -> list[_Value]:
     def watch(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not output.is_nested:
-                reads = frozenset(numbers[id(x)] for x in args if isinstance(x, Tensor) and id(x) in numbers)
+                # a block returns what its last layer did: then it reads that, and what reads the block comes after the layer, too
+                reads = frozenset(numbers[id(x)] for x in (*args, output) if isinstance(x, Tensor) and id(x) in numbers)
                 found.append(_Value(name, type(module).__name__, sampled(output), reads - {len(found)}, name))
                 numbers[id(output)] = len(found) - 1
                 given.append(output)
@@ -116,8 +120,20 @@ def _values(path: Path, probe: Probe, names: Sequence[str]) -> Values:
         return onnx_runner(path, "disabled", names)(probe)[1]
 
 
-def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> list[tuple[int, int]]:
-    """(number in ours, number in theirs) of each pair, in order. alike: whether both are modules, or both files."""
+def _nearest(ours: Sequence[_Value], theirs: Sequence[_Value]) -> list[tuple[int, int]]:
+    """(number in ours, number in theirs) of each pair, in order: the value of the same size that is nearest, the first if several are."""
+    sized: dict[int, list[int]] = {}
+    for number, value in enumerate(theirs):
+        sized.setdefault(value.tensor.numel(), []).append(number)
+    return [
+        (number, min(of_size, key=lambda n: distance(theirs[n].tensor, value.tensor)))
+        for number, value in enumerate(ours)
+        if (of_size := sized.get(value.tensor.numel()))
+    ]
+
+
+def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value]) -> list[tuple[int, int]]:
+    """(number in ours, number in theirs) of each pair of two modules, or two files, in order."""
     by_name: dict[str, list[int]] = {}
     for number, value in enumerate(theirs):
         by_name.setdefault(value.name, []).append(number)
@@ -125,7 +141,7 @@ def _pairs(ours: Sequence[_Value], theirs: Sequence[_Value], *, alike: bool) -> 
     names = {ours[number].name for number in named}
 
     def tokens(values: Sequence[_Value]) -> list[str]:
-        return [v.name if v.name in names else f"{v.kind if alike else ''} {tuple(v.tensor.shape)}" for v in values]
+        return [v.name if v.name in names else f"{v.kind} {tuple(v.tensor.shape)}" for v in values]
 
     blocks = difflib.SequenceMatcher(None, tokens(ours), tokens(theirs), autojunk=False).get_matching_blocks()
     placed = {block.a + i: block.b + i for block in blocks for i in range(block.size) if ours[block.a + i].name not in names}

@@ -60,7 +60,7 @@ class Difference:
 class Located:
     """The first layer or node at which two models differ: its name in each, the error there, the probe, and how the two were paired.
 
-    by: "name", or "place" in the order of execution.
+    by: "name", or "place" in the order of execution, or "value", the nearest one of the same size.
     """
 
     reference: str

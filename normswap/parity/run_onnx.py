@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,9 @@ def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
         session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
     if session.get_providers()[0] != provider:  # onnxruntime silently falls back if a provider does not start
         raise RuntimeError(f"{provider} did not start")
-    inputs, outputs = [i.name for i in session.get_inputs()], [output.name for output in session.get_outputs()]
-    return lambda probe: _split(dict(zip(outputs, session.run(None, _feeds(inputs, probe)), strict=True)), count, inner)
+    declared = {i.name: i.shape for i in session.get_inputs()}
+    outputs = [output.name for output in session.get_outputs()]
+    return lambda probe: _split(dict(zip(outputs, session.run(None, _fitting(declared, probe)), strict=True)), count, inner)
 
 
 def onnx_float64_runner(path: Path, inner: Sequence[str] = (), *, nudge: float = 0.0) -> Runner:
@@ -129,6 +130,17 @@ def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
     if len(tensors) != len(names):
         raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(tensors)} tensors were given")
     return {name: tensor.numpy(force=True) for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -> dict[str, Any]:
+    """The tensors of a probe by the names of the file's inputs. Raises ValueError for one of another shape."""
+    feeds = _feeds(list(declared), probe)
+    for name, expected in declared.items():
+        found = feeds[name].shape
+        if len(found) != len(expected) or any(isinstance(size, int) and size != given for size, given in zip(expected, found, strict=True)):
+            shape = " x ".join(str(size if isinstance(size, int) else size or "?") for size in expected)
+            raise ValueError(f"its input {name} is {shape or 'a number'}, but {' x '.join(map(str, found)) or 'a number'} was given")
+    return feeds
 
 
 def corrected_operators(model: Any) -> list[Any]:

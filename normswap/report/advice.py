@@ -113,8 +113,10 @@ def loading(report: Report) -> list[Code]:
     if "recipe.json" in files:
         arguments = [repr(directory)]
         comment = ""
-        if "model.pt2" in files:
+        if "model.pt2" in files or ("model.pt" in files and report.trust):
             arguments.append("trust=True")
+        elif "model.pt" in files and report.trust_packages:
+            arguments.append(f"trust_packages={list(report.trust_packages)!r}")
         elif "model.pt" not in files and not report.source.startswith(_BUILT_BY_NAME):
             arguments.append("factory")
             comment = "  # factory: the function that builds your architecture"

@@ -43,11 +43,14 @@ def check_summary(made: Sequence[Compared]) -> str:
     passed, wrong = sum(each.parity is not None and each.parity.passed for each in made), [each for each in made if _is_wrong(each)]
     lines = [f"{'FAILED: ' if wrong else ''}{passed} of {len(made)} comparisons passed, {len(wrong)} failed"]
     for each in wrong:
-        lines += (
-            failure_text(each.reference, each.candidate, each.parity).splitlines() if each.parity else [f"{each.candidate}: {each.error}"]
-        )
+        lines += (_error_text(each) if each.parity is None else failure_text(each.reference, each.candidate, each.parity)).splitlines()
     lines += [f"  not compared: {each.candidate} and {each.reference}: {each.not_run}" for each in made if each.not_run is not None]
     return text_of(lines)
+
+
+def _error_text(each: Compared) -> str:
+    first, *more = str(each.error).splitlines()
+    return "\n".join((f"error: {each.candidate}: {first}", *(f"  {line}" for line in more)))
 
 
 def _is_wrong(each: Compared) -> bool:

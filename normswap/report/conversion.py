@@ -16,13 +16,12 @@ from normswap.report.parity import comparisons_json, comparisons_summary, drift_
 from normswap.report.tables import Alarm, Good, Listing, table
 from normswap.report.words import ROOT, by_text, figure, site_json, strict, text_of
 from normswap.swap.fit import Fit
-from normswap.versions import versions
+from normswap.versions import REPORT_VERSION, versions
 
 if TYPE_CHECKING:
     from normswap.api.heal import Healing
     from normswap.export.to_onnx import Export
 
-SCHEMA_VERSION = 1
 Status = Literal["converted", "planned", "nothing to swap", "parity failed"]
 CALIBRATION = ("layer", "how", "error", "samples", "do not vary", "kurtosis", "position 0", "remarks")
 
@@ -42,6 +41,7 @@ class Report:
     facts     the facts about each norm from an inspection, which the table then shows
     statistics  by the name of a swapped layer, (name, range) of its tensors; the page shows them
     directory   where it is written, as the user named it
+    trust, trust_packages   the word that the user gave to read the source, which what was made of it needs, too
     """
 
     source: str
@@ -56,6 +56,8 @@ class Report:
     facts: Sequence[Facts] = ()
     statistics: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     directory: str = ""
+    trust: bool = False
+    trust_packages: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
@@ -99,7 +101,7 @@ class Report:
             "skips": [{**site_json(skip), "reason": skip.reason} for skip in self.plan.skips],
         }
         content = {
-            "version": SCHEMA_VERSION,
+            "version": REPORT_VERSION,
             "status": self.status,
             "source": self.source,
             "plan": plan,
@@ -191,11 +193,19 @@ def rows_of(report: Report) -> Iterator[Row]:
 
 
 def report_table(report: Report) -> Listing:
-    """A table with one row for each norm of the model; for an inspection, with the facts about each."""
+    """A table with one row for each norm of the model; for an inspection, with the facts about each. Empty columns are left out."""
     if report.facts:
         return _facts_table(report)
-    rows = ((row.site, row.kind, row.what, row.why_not, _coloured(row)) for row in rows_of(report))
-    return table(("site", "kind", "what", "why not", "max error"), rows, numbers=("max error",), below=("why not",))
+    rows = [(row.site, row.kind, row.what, row.why_not, _coloured(row)) for row in rows_of(report)]
+    return _filled(("site", "kind", "what", "why not", "max error"), rows)
+
+
+def _filled(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Listing:
+    """A table of the columns in which a row says something."""
+    filled = [index for index in range(len(headers)) if not rows or any(row[index] for row in rows)]
+    kept = [headers[index] for index in filled]
+    numbers = [name for name in ("max error",) if name in kept]
+    return table(kept, ([row[index] for index in filled] for row in rows), numbers=numbers, below=("why not",))
 
 
 def _coloured(row: Row) -> str:
@@ -232,7 +242,7 @@ def _repaired(fit: Fit) -> str:
 
 
 def _facts_table(report: Report) -> Listing:
-    """The table of an inspection. Empty columns are left out."""
+    """The table of an inspection."""
     known = {facts.name: facts for facts in report.facts}
     headers = ("site", "kind", "input", "batches", "momentum", "eps", "constant", "folds into", "what", "why not")
     rows = []
@@ -240,8 +250,7 @@ def _facts_table(report: Report) -> Listing:
         facts = known[row.name]
         what = f"{row.what}, or approximate" if facts.approximate and row.what == "kept" else row.what
         rows.append((row.site, row.kind, *_known(facts), facts.folds_into or "none", what, row.why_not))
-    filled = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    return table([headers[index] for index in filled], ([row[index] for index in filled] for row in rows), below=("why not",))
+    return _filled(headers, rows)
 
 
 def _known(facts: Facts) -> tuple[str, str, str, str, str]:

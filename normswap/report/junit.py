@@ -43,7 +43,8 @@ def _suite(root: ET.Element, compared: Compared) -> None:
     if parity is None:
         case = _case(suite, "comparison", "normswap")
         kind = "skipped" if compared.error is None else "error"
-        ET.SubElement(case, kind, message=shown(compared.error or compared.not_run or "", line=True))
+        said = compared.error or compared.not_run or ""
+        ET.SubElement(case, kind, message=shown(said.partition("\n")[0], line=True)).text = shown(said)
     else:
         listed = ET.SubElement(suite, "properties")
         for key, value in properties(parity).items():

@@ -129,7 +129,7 @@ def failure_text(reference: object, candidate: object, parity: Parity) -> str:
         if first.problem is None:
             lines.append(("figure", _figure_of(first)))
         lines.append(("cause", _cause(first)))
-        if parity.located is not None and parity.located.reference != first.name:
+        if parity.located is not None and parity.first_bad != first.name:
             lines.append(("starts at", _place(parity)))
         wrong = [sum(not d.passed for d in rows) for rows in (parity.sites, parity.outputs)]
         total = len(parity.sites), len(parity.outputs)

@@ -62,9 +62,20 @@ def test_the_script_of_the_action(repository: Path, good: subprocess.CompletedPr
     cases = cases_of(repository / "bad.xml")
     assert cases["off.pt against models/digits.pt: layer 1"] == "passed"
     assert cases["off.pt against models/digits.pt: layer 4"] == "failure"
+    shutil.copytree(broken, repository / "broken")
+    worse = check(repository, NORMSWAP_REFERENCE="broken", NORMSWAP_JUNIT="worse.xml", NORMSWAP_TRUST_PACKAGE="one two")
+    assert worse.returncode == 3
+    (annotation,) = [line for line in worse.stdout.splitlines() if line.startswith("::error ")]
+    assert annotation.startswith("::error title=normswap verify::FAILED: 1 of 2 comparisons passed, 1 failed%0Anot the same function: ")
+    assert "%0A  figure    error " in annotation
     missing = check(repository, NORMSWAP_REFERENCE="nothing-here")
     assert missing.returncode == 2
     assert "::error title=normswap verify::error: there is no directory nothing-here" in missing.stdout
+    (repository / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exec ' + sys.executable + ' "$@"\nexit 137\n')
+    (repository / "python").chmod(0o755)
+    killed = check(repository, NORMSWAP_REFERENCE="models", PATH=f"{repository}:{os.environ['PATH']}")
+    assert killed.returncode == 137
+    assert "::error title=normswap verify::it ended with exit code 137; the log has what it printed" in killed.stdout
 
 
 def test_what_a_model_says_is_no_command_of_the_runner(good: subprocess.CompletedProcess[str]) -> None:
@@ -85,5 +96,7 @@ def test_the_action_and_the_hook_run_what_is_there() -> None:
     assert {f"${{{{ inputs.{name} }}}}" for name in action["inputs"]} == set(compare["env"].values())
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert (hook["entry"], hook["args"], hook["pass_filenames"]) == ("normswap verify", ["."], False)
-    assert all(re.search(hook["files"], name) for name in ("models/a/recipe.json", "recipe.json", "a/model.onnx", "a/model.pt"))
-    assert not any(re.search(hook["files"], name) for name in ("models/report.json", "a/mymodel.onnx"))
+    assert all(
+        re.search(hook["files"], name) for name in ("models/a/recipe.json", "recipe.json", "a/other.onnx", "model.onnx.data", "source.pth")
+    )
+    assert not any(re.search(hook["files"], name) for name in ("models/report.json", "a/myrecipe.json", "a/pt"))

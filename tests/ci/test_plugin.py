@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def test_a_directory_is_a_test_for_its_source_and_one_for_each_file(pytester: py
 def test_a_file_that_was_changed_fails(pytester: pytest.Pytester, broken: Path) -> None:
     done = run(pytester, "--normswap", broken)
     done.assert_outcomes(passed=1, failed=1)
-    done.stdout.fnmatch_lines(["*not the same function: *model.onnx and *digits*", "*figure *", "*cause *", "*starts at 3,*"])
+    done.stdout.fnmatch_lines(["*not the same function: *model.onnx and *digits*", "*figure *", "*cause *", "*starts at 4,*"])
 
 
 def test_what_cannot_be_compared_is_skipped_with_the_reason(pytester: pytest.Pytester, models: Path, tmp_path: Path) -> None:
@@ -90,17 +91,53 @@ def test_what_cannot_be_compared_is_skipped_with_the_reason(pytester: pytest.Pyt
     done.stdout.fnmatch_lines(["*its source 'elsewhere/gone.pt' is not here*"])
 
 
-def test_a_recipe_that_is_none_is_an_error(pytester: pytest.Pytester, tmp_path: Path) -> None:
+def test_a_recipe_that_is_none_fails(pytester: pytest.Pytester, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("[]")
     done = run(pytester, "--normswap", tmp_path)
-    done.assert_outcomes(errors=1)
+    done.assert_outcomes(failed=1)
     done.stdout.fnmatch_lines(["*recipe.json is not a recipe that normswap wrote: it is no JSON object*"])
+
+
+def test_a_file_that_is_gone_fails_and_its_message_is_said_once(pytester: pytest.Pytester, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models, tmp_path / "models")
+    (tmp_path / "models/digits/model.onnx").unlink()
+    (tmp_path / "models/digits/model.pt").write_bytes(b"")
+    done = run(pytester, "--normswap", tmp_path)
+    done.assert_outcomes(failed=2)
+    text = done.stdout.str()
+    assert text.count("was written with model.onnx, which is not there any more\nhint: ") == 1
+    assert text.count("model.pt was changed after it was written: its SHA-256 is not the one in recipe.json\nhint: ") == 1
+    assert "exception" not in text
+
+
+def test_if_nothing_can_be_compared_it_fails(pytester: pytest.Pytester, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "digits", tmp_path / "moved")
+    recipe = json.loads((tmp_path / "moved/recipe.json").read_text())
+    del recipe["files"]["model.onnx"]
+    (tmp_path / "moved/model.onnx").unlink()
+    (tmp_path / "moved/recipe.json").write_text(json.dumps(recipe | {"source": "elsewhere/gone.pt"}))
+    pytester.makepyfile("def test(): pass")
+    done = run(pytester, ".", "--normswap", tmp_path)
+    done.assert_outcomes(failed=1, passed=1)
+    done.stdout.fnmatch_lines(["nothing can be compared: its source 'elsewhere/gone.pt' is not here"])
+
+
+def test_a_hint_names_the_options_of_pytest(pytester: pytest.Pytester, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "digits", tmp_path / "own")
+    recipe = tmp_path / "own/recipe.json"
+    recipe.write_text(recipe.read_text().replace('"factory": null', '"factory": "own_code:net"'))
+    done = run(pytester, "--normswap", tmp_path)
+    done.assert_outcomes(failed=2)
+    done.stdout.fnmatch_lines(["*recipe.json names 'own_code:net' as what builds the model*", "hint: --normswap-trust runs it, *"])
 
 
 def test_a_folder_without_a_converted_model_is_a_usage_error(pytester: pytest.Pytester, tmp_path: Path) -> None:
     done = run(pytester, "--normswap", tmp_path)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines([f"ERROR: --normswap {tmp_path}: no converted directory is there; *"])
+    done = run(pytester, "--normswap", tmp_path / "gone")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines([f"ERROR: --normswap {tmp_path}/gone: there is no such directory; *"])
 
 
 def test_a_recipe_is_only_collected_where_it_was_asked_for(pytester: pytest.Pytester, models: Path) -> None:

@@ -52,6 +52,12 @@ def test_a_program_becomes_a_program_and_an_onnx_file_without_norms(program: Pat
     assert {node.op_type for node in onnx.load(converted / "model.onnx").graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 
+def test_two_programs_are_compared_at_the_inputs_that_are_in_them(program: Path, converted: Path) -> None:
+    parity = normswap.verify(program, converted / "model.pt2", trust=True)
+    assert parity
+    assert "example" in parity.probes
+
+
 def test_a_program_cannot_be_reverted(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds an exported program, which cannot be reverted"):
         revert_directory(str(converted), tmp_path / "back.pt2", Loading(trust=True))

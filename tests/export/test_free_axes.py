@@ -165,3 +165,28 @@ def test_one_sample_is_example_enough(path: Path) -> None:
     result = normswap.export_onnx(model, {"input_ids": tokens}, path)
     assert (result.free, result.notes) == (({0: "batch"},), ())
     assert result.parity
+
+
+class OneDict(nn.Module):
+    """Takes what many a data loader gives: one dict; alone, or after a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.norm, self.table = nn.Conv2d(3, 5, 3), norm(5), nn.Linear(4, 5)
+
+    def forward(self, batch: dict[str, Tensor], more: dict[str, Tensor] | None = None) -> Tensor:
+        table = (more or batch)["table"]
+        return self.norm(self.image(batch["image"])).mean((2, 3)) + self.table(table)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_dict_may_be_an_argument(several: bool, path: Path) -> None:
+    image, table = {"image": torch.randn(2, 3, 6, 7)}, {"table": torch.randn(2, 4)}
+    result = normswap.export_onnx(OneDict().eval(), (image, table) if several else (image | table,), path)
+    assert result.parity
+    assert result.free == ({0: "batch"}, {0: "batch"})
+
+
+def test_a_dict_for_a_model_that_takes_one_dict(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unexpected keyword argument[^$]*a model that takes one dict is given \(\{\.\.\.\},\)"):
+        normswap.export_onnx(OneDict().eval(), {"image": torch.randn(2, 3, 6, 7), "table": torch.randn(2, 4)}, path)

@@ -30,7 +30,8 @@ from normswap.cli.convert import ConvertOptions, convert_to_directory
 from normswap.errors import LoadError, SwapError, UsageError
 from normswap.files.converted import unwrapped
 from normswap.files.load import load as load_source
-from normswap.models.inputs import make
+from normswap.files.recipe import read_recipe
+from normswap.models.inputs import Inputs, make
 
 
 def _factory(seed: int = 0) -> nn.Module:
@@ -217,6 +218,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a std": ({"sites": [{"name": "1", "class": "BatchlessNorm", "std": "eval"}]}, "one of its sites has a std that is not one"),
     "a rule": ({"rules": [{"kind": "x", "rule": 7, "sites": []}]}, "one of its rules has a rule that is not one"),
     "rules": ({"rules": {"a": 1}}, "its rules is not one"),
+    "a call with a tensor too many": ({"call": [{"tuple": [{"tensor": 9}]}, {"dict": {}}]}, "its call is not one"),
+    "a call of code": ({"call": [{"tuple": [{"eval": "1"}]}, {"dict": {}}]}, "its call is not one"),
+    "a call without keywords": ({"call": [{"tuple": []}]}, "its call is not one"),
+    "a call with two kinds": ({"call": [{"tuple": [], "list": []}, {"dict": {}}]}, "its call is not one"),
 }
 
 
@@ -599,6 +604,50 @@ def test_an_approximate_model_of_tokens_is_read_back(tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(**tokens(3)), conversion.model(**tokens(3)))
 
 
+class Nested(nn.Module):
+    """Takes a dict with a list in it, a flag and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, batch: dict[str, Any], add: bool, *, scale: float, shift: Tensor | None = None) -> Tensor:
+        first, (second, ids) = batch["first"], batch["more"]
+        assert add and scale == 0.5 and shift is None and ids.dtype == torch.int64 and isinstance(batch["more"], list)  # noqa: PT018
+        return self.norm(first + scale * second) + ids[:, None]  # type: ignore[no-any-return]
+
+
+def test_inputs_that_are_no_tensors_are_read_back(tmp_path: Path) -> None:
+    batch = {"first": torch.randn(4, 3), "more": [torch.randn(4, 3), torch.randint(0, 7, (4,))]}
+    conversion = normswap.convert(randomise(Nested(), 1).eval(), Inputs((batch, True), {"scale": 0.5, "shift": None}))
+    directory = normswap.save(conversion, tmp_path / "saved")
+    again = read_recipe(directory).example_inputs()
+    assert again is not None
+    assert again.args[1] is True
+    assert again.kwargs == {"scale": 0.5, "shift": None}
+    shapes = [tuple(again.args[0]["first"].shape), *(tuple(tensor.shape) for tensor in again.args[0]["more"])]
+    assert shapes == [(4, 3), (4, 3), (4,)]
+    loaded = normswap.load(directory, Nested)
+    assert isinstance(loaded, nn.Module)
+    assert torch.equal(loaded.eval()(batch, True, scale=0.5), conversion.model(batch, True, scale=0.5))
+
+
+def test_inputs_of_a_class_of_ones_own_are_not_recorded(tmp_path: Path) -> None:
+    class Batch(dict[str, Tensor]):
+        pass
+
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return self.norm(batch["x"])  # type: ignore[no-any-return]
+
+    conversion = normswap.convert(Takes().eval(), (Batch(x=torch.randn(4, 3)),))
+    assert read_recipe(normswap.save(conversion, tmp_path / "saved")).example_inputs() is None
+
+
 def test_an_approximate_bert_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import BertConfig, BertModel
 
@@ -654,6 +703,30 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(LoadError, match="what was written cannot be read back as it was: its output for the example inputs differs"):
         convert_to_directory("save_test_unsaved:net", tmp_path / "out", ConvertOptions(inputs=["4x3"], onnx=False))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_where_its_weights_lie_in_memory_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix product may be rounded by it, and transformers reads weights in place, wherever the file has them. Here it is the output."""
+    code = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(3)  # which stays: a swap makes a copy, in other memory
+        memory = torch.zeros(256, dtype=torch.uint8).numpy()
+        self.far = nn.Parameter(torch.frombuffer(memory, dtype=torch.float32, offset=24, count=3))
+
+    def forward(self, x):
+        return self.norm(x) + self.far.data_ptr() % 64
+"""
+    (tmp_path / "save_test_far.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert __import__("save_test_far").Net().far.data_ptr() % 64 != 0
+    _, directory = convert_to_directory("save_test_far:Net", tmp_path / "out", ConvertOptions(inputs=["4x3"], onnx=False))
+    assert (directory / "model.safetensors").is_file()
 
 
 def test_a_model_that_differs_from_itself_is_no_matter(tmp_path: Path) -> None:

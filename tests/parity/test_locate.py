@@ -142,3 +142,38 @@ def test_files_of_one_function_pass(files: tuple[Path, Path]) -> None:
         parity = normswap.verify(*pair, X)
         assert parity
         assert parity.located is None
+
+
+class Acting(nn.BatchNorm2d):
+    """A norm with its activation as a child, as timm has it: the norm returns what the child did, in place or not."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+def deep() -> nn.Module:
+    """Layers of one shape, one after the other, in blocks."""
+    torch.manual_seed(2)
+    blocks = [nn.Sequential(nn.Conv2d(c, 7, 3, padding=1, bias=False), Acting(7)) for c in (3, 7, 7, 7)]
+    return randomise(nn.Sequential(*blocks), 3).eval()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_in_a_file_that_was_folded_the_layer_with_the_fault_is_named(number: int, tmp_path: Path) -> None:
+    """Nothing there has a name of the model: the convolutions hold the norms, and all values have one shape."""
+    normswap.export_onnx(normswap.convert(deep(), X), X, tmp_path / "good.onnx")
+    proto = onnx.load(tmp_path / "good.onnx")
+    convolution = [node for node in proto.graph.node if node.op_type == "Conv"][number]
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.name == convolution.input[2])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + numpy_helper.to_array(bias).dtype.type(1e-3), bias.name))
+    onnx.save(proto, tmp_path / "faulty.onnx")
+    parity = normswap.verify(normswap.convert(deep(), X).model, tmp_path / "faulty.onnx", X)
+    assert parity.located is not None
+    assert parity.located.reference == f"{number}.1.norm"
+    assert parity.located.candidate.startswith(f"{convolution.output[0]} (Conv of ")
+    assert parity.located.by == "value"
+    assert 1e-5 < parity.located.error < 1e-2

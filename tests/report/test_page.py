@@ -232,6 +232,18 @@ def test_how_to_load_it(source: str, files: list[str], code: str) -> None:
     compile(block.text, "page", "exec")
 
 
+@pytest.mark.parametrize(
+    ("word", "code"),
+    [
+        ({"trust_packages": ["mine"]}, "normswap.load('out', trust_packages=['mine'])"),
+        ({"trust": True}, "normswap.load('out', trust=True)"),
+    ],
+)
+def test_what_needed_trust_to_be_read_needs_it_to_be_loaded(word: dict[str, Any], code: str) -> None:
+    (block,) = advice.loading(dataclasses.replace(CONVERTED, source="net.pt", files=["model.pt", "recipe.json"], **word))
+    assert code in block.text
+
+
 def test_how_to_load_the_file() -> None:
     onnx = Export(Path("model.onnx"), 20, {"Conv": 1}, (), {"Conv": 1}, {}, ("x", "the mask"), ("y",))
     *_, block = advice.loading(dataclasses.replace(CONVERTED, files=["recipe.json", "model.onnx"], onnx=onnx))
