@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.api.sensitivity import NEIGHBOURS, Metric
 from normswap.api.verify import load_any
@@ -19,10 +20,11 @@ from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
 from normswap.healing.distance import positions
 from normswap.healing.losses import KL
 from normswap.healing.run import Loss
-from normswap.models.batches import check_batches
-from normswap.models.inputs import Inputs, as_batches, parse
+from normswap.models.batches import check_batches, samples_in
+from normswap.models.inputs import SAMPLES, Inputs, as_batches, parse
 from normswap.models.programs import Model, as_module
 from normswap.models.spec import SPEC, imported
+from normswap.models.torch_private import tree_map_only
 from normswap.rules import DEFAULT_RULES
 from normswap.rules.user_rules import named
 
@@ -90,7 +92,8 @@ class Stream:
 
 
 def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
-    """The batches of --data for a long training: text as it is needed, a factory called again for each epoch, or those of `batches_of`.
+    """The batches of --data for a long training: text as it is needed, a factory called again for each epoch, or those of `batches_of`, of
+    which a single one is cut into smaller ones.
 
     tokenizer: the directory of one, for text. length: tokens of a text at most.
     """
@@ -102,7 +105,19 @@ def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
         return Stream(texts, texts.held_out, module)
     if not path.exists() and SPEC.fullmatch(spec) is not None:
         return Stream(_Calls(spec), None, module)
-    return Stream(batches_of(spec, model), None, module)
+    batches = batches_of(spec, model)
+    return Stream(_cut(batches[0]) if len(batches) == 1 else batches, None, module)
+
+
+def _cut(batch: Any) -> list[Any]:
+    """All samples of a data set, which a file has as one batch, in batches of SAMPLES."""
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+    count = samples_in(args, kwargs)
+
+    def part(t: Tensor, begin: int) -> Tensor:
+        return t[begin : begin + SAMPLES] if t.dim() and len(t) == count else t
+
+    return [tree_map_only(Tensor, functools.partial(part, begin=i), batch) for i in range(0, count, SAMPLES)] or [batch]
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ def load(path: Path, settings: Mapping[str, Any]) -> State | None:
     hint = f"delete {path} to begin anew"
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-        if content.pop("format") != FORMAT:
-            raise ValueError("it is of another version of normswap")
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError("another program wrote it, or another version of normswap")
         state = State(**{**content, "curve": [Point(**point) for point in content["curve"]]})
     except Exception as error:  # torch.load and pickle raise anything
         raise LoadError(f"{path} is not the state of a healing: {first_line(error)}", hint=hint) from error

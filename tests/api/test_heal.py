@@ -372,6 +372,9 @@ def test_the_state_of_another_healing_is_not_gone_on_with(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match=r"state is of a healing with lr 0\.003, and this one has 0\.1") as error:
         _healed(checkpoint=path, lr=0.1)
     assert error.value.hint == f"delete {path} to begin anew"
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(LoadError, match="is not the state of a healing: another program wrote it, or another version of normswap"):
+        _healed(checkpoint=path)
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(LoadError, match="state is not the state of a healing"):
         _healed(checkpoint=path)

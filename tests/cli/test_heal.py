@@ -115,6 +115,19 @@ def test_in_words() -> None:
     assert "written to out" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: {"input": x}, lambda x: [(part,) for part in x.split(32)]], ids=["tensor", "dict", "list"]
+)
+def test_a_file_with_all_samples_is_the_same_as_one_with_batches(wrap: Any) -> None:
+    samples = torch.cat(_batches()[:11])[:340]  # the last batch has 20
+    torch.save(wrap(samples), "samples.pt")
+    result = _heal("--tokens", "640", "--lr", "1e-3", "--json", data=("--data", "samples.pt"))
+    assert result.exit_code == 0, result.output
+    healing = json.loads(result.stdout)["healing"]
+    assert (healing["curve"][-1]["tokens"], healing["epochs"]) == (652, 2)  # 340 - 128 held out: 6 x 32 + 20 in an epoch
+    assert healing["after"] < healing["before"]
+
+
 def test_keep_keeps_the_norms_that_cost_most() -> None:
     ranked = normswap.sensitivity(_net(), _batches()[:8]).layers
     result = _heal("--tokens", "320", "--keep", "1", "--json")
