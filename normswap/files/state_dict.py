@@ -67,9 +67,7 @@ def fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> 
     for prefix in ("module.", "_orig_mod.", "model."):  # DistributedDataParallel, torch.compile, Lightning
         if all(key.startswith(prefix) for key in weights) and not any(key.startswith(prefix) for key in own):
             weights = _without_prefix(weights, prefix)
-    dtypes = {value.dtype for value in weights.values() if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())  # half stays half, double stays double: copying into float32 would round
+    _without_loss(model, weights, name, arch)
     try:
         with quiet(show_warnings=False, print_to=sys.stderr):
             found = model.load_state_dict(weights, strict=True)
@@ -84,6 +82,28 @@ def fill(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> 
             hint="is --arch the right architecture, with the right number of classes?",
         )
     return model
+
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what torch's layers compute in
+
+
+def _without_loss(model: nn.Module, weights: Mapping[str, Any], name: str, arch: str) -> None:
+    """Give the model the dtype of the weights, as half stays half and double stays double: copying into float32 would round.
+
+    Numbers of 8 bits are a way to store weights; every one of them is a float32, too. A real parameter would keep the real part alone of a
+    complex number, of which torch but warns.
+    """
+    tensors = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(dtypes) == 1 and dtypes <= {*COMPUTED}:
+        model.to(dtypes.pop())
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    lost = [key for key, value in tensors.items() if value.is_complex() and key in own and not own[key].is_complex()]
+    if lost:
+        raise LoadError(
+            f"{name} holds complex numbers where {arch} has real ones, which would lose their imaginary parts: {few(lost)}",
+            hint="is --arch the right architecture? If they are 0, save `tensor.real`",
+        )
 
 
 _KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*)"\.', re.DOTALL)

@@ -153,7 +153,8 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
             if probe.name == "example":
                 raise UsageError(
                     f"the model cannot run on the example inputs{how}: {described(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python), or as the first batch of the data",
+                    hint="give inputs that the model takes, in the dtype of its weights, with --input (1x3x64x64:float16, say; "
+                    "example_inputs in Python), or as the first batch of the data",
                 ) from error
             dropped.append(f"{probe.name}: {described(error)}")
     return found

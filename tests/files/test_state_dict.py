@@ -54,6 +54,22 @@ def test_state_dicts_keep_their_dtype(package: Path, dtype: torch.dtype) -> None
     assert load("w.safetensors", arch=f"{NET}:net").model.state_dict()["conv.weight"].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_only_stores_is_not_the_dtype_of_the_model(package: Path, dtype: torch.dtype) -> None:
+    """No norm computes in 8 bits, and float32 has all of their numbers."""
+    stored = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights().items()}
+    safetensors.torch.save_file(stored, package / "w.safetensors")
+    found = load("w.safetensors", arch=f"{NET}:net").model.state_dict()
+    assert found["conv.weight"].dtype == torch.float32
+    assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in stored)
+
+
+def test_imaginary_parts_are_not_lost(package: Path) -> None:
+    torch.save(weights() | {"conv.weight": weights()["conv.weight"] * 1j}, package / "w.pt")
+    text = fails("w.pt", arch=f"{NET}:net")
+    assert "w.pt holds complex numbers where load_test_net:net has real ones, which would lose their imaginary parts: conv.weight" in text
+
+
 def test_state_dicts_that_do_not_fit(package: Path) -> None:
     found = weights()
     del found["norm.weight"]

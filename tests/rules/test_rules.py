@@ -87,6 +87,12 @@ def set_to(norm: Any, **tensors: float) -> Any:
     return norm
 
 
+def in_dtype(norm: Any, **dtypes: torch.dtype) -> Any:
+    for name, dtype in dtypes.items():
+        norm._buffers[name] = getattr(norm, name).to(dtype)
+    return norm
+
+
 class OwnCheck(nn.BatchNorm2d):
     """Takes any rank; `forward` is BatchNorm's."""
 
@@ -340,6 +346,16 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "batch_norm",
         lambda: set_to(nn.BatchNorm2d(C), running_mean=torch.nan),
         "has 1 of 5 values of running_mean that are not finite",
+    ),
+    "variance in 8 bits": (
+        "batch_norm",
+        lambda: in_dtype(nn.BatchNorm2d(C), running_var=torch.float8_e4m3fn),
+        "has a running_var of float8_e4m3fn, which torch does not compute with; convert it to float32",
+    ),
+    "complex mean": (
+        "frozen_batch_norm",
+        lambda: in_dtype(frozen(), running_mean=torch.complex64),
+        "has a running_mean of complex64, which torch does not compute with",
     ),
     "infinite variance": (
         "batch_norm",
