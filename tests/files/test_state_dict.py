@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,20 @@ from torch import nn
 from normswap.errors import LoadError, UsageError
 from normswap.files.build import build
 from normswap.files.load import load
+from normswap.files.state_dict import model_or_state_dict
 
 
 def weights() -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in own_model().state_dict().items()}
+
+
+def without_counters(state: dict[str, torch.Tensor]) -> Any:
+    """Taken out by hand, so that the versions of the modules are still those of layers that have counters."""
+    kept = own_model().state_dict()
+    for key in [key for key in kept if key.endswith("num_batches_tracked")]:
+        del kept[key]
+    kept.update((key, state[key]) for key in kept)
+    return kept
 
 
 WRAPPINGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
@@ -33,6 +44,15 @@ WRAPPINGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "ddp": lambda w: {f"module.{key}": value for key, value in w.items()},
     "compiled": lambda w: {f"_orig_mod.{key}": value for key, value in w.items()},
     "lightning": lambda w: {"state_dict": {f"model.{key}": value for key, value in w.items()}},
+    "compiled of ddp": lambda w: {f"_orig_mod.module.{key}": value for key, value in w.items()},
+    "fsdp": lambda w: {f"_fsdp_wrapped_module.{key}": value for key, value in w.items()},
+    "a part compiled": lambda w: {key.replace("conv.", "conv._orig_mod."): value for key, value in w.items()},
+    "a part in a checkpoint": lambda w: {key.replace("norm.", "norm._checkpoint_wrapped_module."): value for key, value in w.items()},
+    "an attribute of any name": lambda w: {"state_dict": {f"backbone.{key}": value for key, value in w.items()}},
+    "lightning with a loss": lambda w: {"state_dict": {**{f"model.{k}": v for k, v in w.items()}, "loss.weight": torch.ones(5)}},
+    "averaged": lambda w: {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in w.items()}},
+    "two dicts deep": lambda w: {"model": {"state_dict": w}, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}},
+    "without counters": without_counters,
     "ddp of compiled": lambda w: {f"module._orig_mod.{key}": value for key, value in w.items()},
 }
 
@@ -186,6 +206,8 @@ def test_arch_where_there_is_an_architecture(package: Path) -> None:
     ("content", "text"),
     [
         ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "holds 2 models: a, b"),
+        ({"a": {"x": {"w": torch.ones(1)}}, "b": {"y": {"w": torch.ones(1)}}}, "holds 2 models: a.x, b.y"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}}, "holds a dict, neither"),
         ({"epoch": 3}, "holds a dict, neither a model nor a state dict"),
         ({}, "holds a dict"),
         ([torch.ones(1)], "holds a list"),
@@ -201,3 +223,68 @@ def test_files_without_a_model(tmp_path: Path, content: object, text: str) -> No
 def test_a_module_beside_other_things(tmp_path: Path) -> None:
     torch.save({"model": nn.Linear(2, 3), "epoch": 1}, tmp_path / "x.pt")
     assert load(str(tmp_path / "x.pt")).form == "module"
+
+
+def test_two_models_below_two_names(package: Path) -> None:
+    """A student and the average of its weights, in one LightningModule."""
+    torch.save({f"{place}.{key}": value for place in ("student", "ema") for key, value in weights().items()}, package / "w.pt")
+    assert "w.pt holds 2 models: student, ema" in fails("w.pt", arch=f"{NET}:net")
+
+
+def test_a_dict_that_holds_itself_has_no_model() -> None:
+    """Of files of torch.save only those can be that are read with --trust."""
+    found: dict[str, Any] = {"epoch": 3}
+    found["again"] = {"found": found}
+    with pytest.raises(LoadError, match="holds a dict, neither a model nor a state dict"):
+        model_or_state_dict(found, "x.pt")
+
+
+# -- weights in several files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(package: Path) -> Path:
+    """Weights in two parts, as transformers, diffusers and accelerate save them."""
+    state = weights()
+    places = {key: f"model-0000{1 + (i > 2)}-of-00002.safetensors" for i, key in enumerate(state)}
+    for name in {*places.values()}:
+        safetensors.torch.save_file({key: value for key, value in state.items() if places[key] == name}, package / name)
+    path = package / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return path
+
+
+def test_weights_in_parts(index: Path) -> None:
+    found = load(str(index), arch=f"{NET}:net").model.state_dict()
+    saved = {key: value for part in index.parent.glob("*-of-*") for key, value in safetensors.torch.load_file(part).items()}
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(found[key], value) for key, value in saved.items())
+
+
+def test_one_part_names_the_index(index: Path) -> None:
+    with pytest.raises(LoadError, match="does not hold the weights of") as error:
+        load(str(index.parent / "model-00001-of-00002.safetensors"), arch=f"{NET}:net")
+    assert error.value.hint == "it is one part of several: give the .index.json beside it"
+    with pytest.raises(UsageError, match="is a directory") as other:
+        load(str(index.parent))
+    assert other.value.hint == f"give {index}"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "cannot be read as an index of weights"),
+        ("[]", "cannot be read as an index of weights"),
+        ("{}", "cannot be read as an index of weights"),
+        ('{"weight_map": {}}', "names files that do not lie beside it"),
+        ('{"weight_map": {"a": "../w.safetensors"}}', "names files that do not lie beside it"),
+        ('{"weight_map": {"a": 3}}', "names files that do not lie beside it"),
+        ('{"weight_map": {"a": ["w.safetensors"]}}', "names files that do not lie beside it"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "names files that do not lie beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is not there"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "hold other weights: a, conv.bias"),
+    ],
+)
+def test_an_index_that_is_wrong(index: Path, content: str, text: str) -> None:
+    index.write_text(content)
+    assert text in fails(index, arch=f"{NET}:net")
