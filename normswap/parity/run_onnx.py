@@ -147,7 +147,7 @@ def corrected_operators(model: Any) -> list[Any]:
     class BatchNormalization(OpRun):
         op_domain = ""
 
-        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float = 1e-5, **others: Any) -> tuple[Any]:
+        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float, **others: Any) -> tuple[Any]:
             scale, bias, mean, var = (a.reshape(-1, *(1,) * (x.ndim - 2)) for a in (scale, bias, mean, var))
             return ((scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype),)
 
