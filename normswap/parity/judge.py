@@ -52,6 +52,7 @@ per probe and call are kept; the model's outputs are kept whole.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ from normswap.parity.noise import baseline_of, precision_limit
 from normswap.parity.probes import Probe, Runner, probes
 from normswap.parity.reference import Judgement, Key, Reference, Tensors, Truth, keyed, truth_of
 from normswap.parity.result import Parity
-from normswap.parity.run_onnx import onnx_dtypes, onnx_runner, runtime
+from normswap.parity.run_onnx import draws, onnx_dtypes, onnx_runner, runtime
 from normswap.parity.run_torch import OwnTensors, module_runner
 from normswap.parity.same_function import rows_of_module
 from normswap.parity.second_look import look_again, look_at_unjudged
@@ -226,7 +227,10 @@ def compare(
         look_again(judgement, candidate, findings, noise_runner)
         if judgement.float64:
             look_at_unjudged(judgement, candidate, findings, noise_runner)
-    return verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
+    parity = verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
+    if isinstance(candidate, Path) and not parity.passed and (why := draws(candidate)) is not None:
+        return dataclasses.replace(parity, failure=why)
+    return parity
 
 
 def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:

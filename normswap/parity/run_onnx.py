@@ -16,6 +16,7 @@ from normswap.errors import UsageError
 from normswap.parity.kernels import kernels, tensor_of
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.result import RANDOM
 
 if TYPE_CHECKING:
     import onnx
@@ -171,17 +172,20 @@ def onnx_dtypes(path: Path) -> set[torch.dtype]:
 
 
 UNNAMED = {"", "?", "-1", "None", "none"}  # what some tools call every free axis
-RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+DRAWING = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
 def draws(path: Path) -> str | None:
-    """A sentence about a file that draws random numbers; None for any other."""
+    """A sentence about a file that draws random numbers; None for any other, and for one that cannot be read."""
     import onnx_ir as ir
 
-    model = ir.load(str(path))
+    try:
+        model = ir.load(str(path))
+    except Exception:  # whoever runs it says why
+        return None
     nodes = (*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes()))
-    random = sorted({node.op_type for node in nodes if node.op_type in RANDOM})
-    return f"the file draws random numbers ({', '.join(random)}), so no two runs of it can be compared" if random else None
+    random = sorted({node.op_type for node in nodes if node.op_type in DRAWING})
+    return f"the file draws random numbers ({', '.join(random)}), {RANDOM}" if random else None
 
 
 def _numpy_dtype(element_type: int) -> torch.dtype | None:
