@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -288,3 +290,37 @@ def test_one_part_names_the_index(index: Path) -> None:
 def test_an_index_that_is_wrong(index: Path, content: str, text: str) -> None:
     index.write_text(content)
     assert text in fails(index, arch=f"{NET}:net")
+
+
+# -- as torch 0.3 and 0.4 wrote them, under Python 2 ---------------------------------------------------------------------------------------
+
+
+class OldPickler(pickle.Pickler):
+    """What these wrote for a tensor and for an OrderedDict."""
+
+    plain = False
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            args = (obj._typed_storage(), obj.storage_offset(), tuple(obj.shape), obj.stride())
+            return (torch._utils._rebuild_tensor, args) if self.plain else (torch._utils._rebuild_tensor_v2, (*args, False, None))
+        if isinstance(obj, OrderedDict):
+            return OrderedDict, ([[key, value] for key, value in obj.items()],), vars(obj) or None
+        return NotImplemented
+
+
+class OlderPickler(OldPickler):
+    plain = True
+
+
+@pytest.mark.parametrize("pickler", [OldPickler, OlderPickler])
+@pytest.mark.parametrize("make", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}], ids=["bare", "beside others"])
+def test_files_of_torch_0_3_and_0_4(package: Path, make: Callable[[Any], Any], pickler: type[pickle.Pickler]) -> None:
+    """As the weights that come with lpips: they were 'a pickle that wants to run code that nobody vouched for'."""
+    state = without(own_model().state_dict(), "num_batches_tracked")
+    saved = OrderedDict(state)
+    saved._metadata = OrderedDict([("", {"version": 1})])  # type: ignore[attr-defined]
+    module = types.SimpleNamespace(Pickler=pickler, dump=pickle.dump, __name__="pickle")
+    torch.save(make(saved), package / "w.pth", pickle_module=module, _use_new_zipfile_serialization=False)
+    found = load("w.pth", arch=f"{NET}:net").model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
