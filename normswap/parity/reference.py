@@ -20,6 +20,7 @@ from normswap.parity.measure import equal, error, largest
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.rounding import float64_runner, rounded_by
 from normswap.parity.run_onnx import BY_POSITION, draws, onnx_float64_runner, onnx_runner
+from normswap.parity.run_onnx import REFERENCE as EVALUATOR
 from normswap.parity.run_torch import DtypeRecorder, float64_mode, module_runner, tensors_of
 
 
@@ -97,7 +98,12 @@ class Reference:
     def own_runner(self, dtypes: set[torch.dtype] | None = None) -> Runner:
         """Runs it in its own dtype. dtypes: a set to which the dtypes are added in which a module computes."""
         if isinstance(self.model, Path):
-            return onnx_runner(self.model, "disabled")
+            try:
+                return onnx_runner(self.model, "disabled")
+            except Exception as error:
+                if "NOT_IMPLEMENTED" not in str(error):
+                    raise
+                return onnx_runner(self.model, EVALUATOR)  # onnxruntime has no Conv in float64 or bfloat16, for example
         mode = nullcontext if dtypes is None else functools.partial(DtypeRecorder, dtypes)
         return module_runner(copy_for_running(self.model), self.sites, mode)
 

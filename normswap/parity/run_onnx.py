@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +122,22 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int 
 
 def _split(values: dict[str, Any], count: int | None, inner: Sequence[str]) -> tuple[Values, Values]:
     """(the first `count` values, or all, as outputs by position; the inner values by name, large ones sampled)."""
-    outputs = {f"{BY_POSITION}{i}": tensor_of(value) for i, value in enumerate(list(values.values())[:count])}
+    own = enumerate(list(values.values())[:count])
+    outputs = {name: tensor for i, value in own for name, tensor in _tensors(f"{BY_POSITION}{i}", value)}
     return outputs, {name: sampled(tensor_of(values[name])) for name in inner if name in values}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """An output as tensors: each element of a sequence, and for texts, which are equal or not, their checksums."""
+    import numpy as np
+
+    if isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
+    elif (array := np.asarray(value)).dtype.kind in "OUS":
+        yield name, torch.tensor([zlib.crc32(str(text).encode()) for text in array.reshape(-1)]).reshape(array.shape)
+    else:
+        yield name, tensor_of(array)
 
 
 def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:

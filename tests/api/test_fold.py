@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_text import CONV, NORM, NORM3, model_of, saved, tensor
 
 import normswap
@@ -81,3 +81,28 @@ def test_a_file_that_draws_random_numbers_says_so_at_once(op: str, tmp_path: Pat
     }
     assert len(tried) <= 1
     assert (tmp_path / "out.onnx").read_bytes() == source.read_bytes()
+
+
+# -- outputs that are no tensors of numbers, and operators that onnxruntime has not ------------------------------------------------------
+
+
+def test_texts_and_sequences_are_compared_too(tmp_path: Path) -> None:
+    """The labels of a classifier, say."""
+    body = "h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v) q = SequenceConstruct(y, x) z = Identity(names)"
+    names = helper.make_tensor("names", TensorProto.STRING, [2], [b"cat", b"dog"])
+    proto = model_of(body, *CONV, *NORM, names)
+    proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.STRING, [2]))
+    proto.graph.output.append(helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, None))
+    result = normswap.fold_onnx(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx", inputs=["2x3x6x5"])
+    assert result.parity
+    assert "BatchNormalization" not in result.nodes
+    assert [row.name for row in result.parity.outputs] == ["#0", "#1", "#2[0]", "#2[1]"]
+
+
+def test_a_convolution_in_float64_is_run_by_the_evaluator(tmp_path: Path) -> None:
+    wide = (numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float64), t.name) for t in (*CONV, *NORM))
+    proto = model_of("h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)", *wide, inputs="double[b,3,6,5] x")
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    result = normswap.fold_onnx(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    assert result.parity
+    assert result.nodes == {"Conv": 1}
