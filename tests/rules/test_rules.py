@@ -701,3 +701,16 @@ def test_a_container_of_quantised_layers_is_not_a_norm() -> None:
     quantised = type("Conv2d", (nn.Module,), {"__module__": "torch.ao.nn.quantized.modules.conv"})
     assert not normswap.plan(nn.Sequential(ConvNormAct(quantised()), nn.Linear(3, 5))).skips
     assert [s.name for s in normswap.plan(nn.Sequential(ConvNormAct(nn.Identity()), nn.Linear(3, 5))).skips] == ["0"]
+
+
+@pytest.mark.parametrize(("cls", "rest"), [(nn.InstanceNorm1d, (C,)), (nn.InstanceNorm2d, (C, 3)), (nn.InstanceNorm3d, (C, 3, 2))])
+def test_an_instance_norm_of_one_sample_is_not_taken_for_a_batch(cls: type[nn.Module], rest: tuple[int, ...]) -> None:
+    """InstanceNorm takes (C, *space), too, and here axis 1 has as many numbers as there are channels."""
+    norm = cls(C, track_running_stats=True)
+    norm.running_mean = torch.arange(float(C))
+    model = nn.Sequential(norm).eval()
+    x = torch.randn(C, *rest)
+    conversion = normswap.convert(model, x[None])
+    torch.testing.assert_close(conversion.model(x[None])[0], model(x))
+    with pytest.raises(ValueError, match=rf"^{cls.__name__} takes an input of shape \(5, 5.*for one sample.*give it x\[None\]"):
+        conversion.model(x)
