@@ -18,6 +18,7 @@ from normswap.models.copying import copy_for_running, to_float64
 from normswap.parity.limits import CHOICE, SCALE_SHARE, Precision
 from normswap.parity.measure import equal, error, largest
 from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.result import NO_NOISE
 from normswap.parity.rounding import float64_runner, rounded_by
 from normswap.parity.run_onnx import BY_POSITION, draws, onnx_float64_runner, onnx_runner
 from normswap.parity.run_onnx import REFERENCE as EVALUATOR
@@ -111,7 +112,7 @@ class Reference:
         """Runs it in float64, with the numbers that it stores."""
         if isinstance(self.model, Path):
             if (why := draws(self.model)) is not None:
-                raise UsageError(f"the model cannot be run in float64: {why}")
+                raise UsageError(f"the model cannot be run in float64: {why}", hint=NO_NOISE)
             return onnx_float64_runner(self.model)
         module = self.unrounded or self.model
         return module_runner(copy_for_running(module, to_float64), self.sites, float64_mode(module, probes))
