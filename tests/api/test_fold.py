@@ -57,8 +57,9 @@ def test_axes_of_one_name_get_one_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", ["6,5", "height,width"])
 def test_a_file_that_runs_at_a_batch_of_one_alone(sizes: str, tmp_path: Path) -> None:
-    body = "h = Conv(x, w, c) k = BatchNormalization(h, s, t, m, v) y = Reshape(k, q)"
-    proto = model_of(body, *CONV, *NORM, numpy_helper.from_array(np.array([1, 4, -1]), "q"), inputs=f"float[b,3,{sizes}] x")
+    body = "h = Conv(x, w, c) k = BatchNormalization(h, s, t, m, v) q = Squeeze(k, first) p = Abs(q) y = Unsqueeze(p, first)"
+    first = numpy_helper.from_array(np.array([0]), "first")
+    proto = model_of(body, *CONV, *NORM, first, inputs=f"float[b,3,{sizes}] x")
     result = normswap.fold_onnx(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
     assert result.parity
     assert "BatchNormalization" not in result.nodes
