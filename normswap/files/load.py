@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from normswap.errors import LoadError, UsageError, first_line
+from normswap.errors import LoadError, UsageError, few, first_line
 from normswap.files.build import SPECS, build, is_spec, near, stem_of
+from normswap.files.json_file import read_json
 from normswap.files.pickles.read import open_archive, read, read_trusted
 from normswap.files.state_dict import fill, model_or_state_dict
 from normswap.layer.batchless_norm import AUXES, PARAMETER_OF_FORM, BatchlessNorm, Source
@@ -30,6 +31,8 @@ from normswap.layer.formulas import REDUCTIONS, STATS, STD_FORMS
 from normswap.models import wellformed
 from normswap.models.quiet import quiet
 from normswap.models.spec import make_working_directory_importable
+
+INDEX = ".index.json"  # the end of the name of a file that lists where weights lie that were saved in parts
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def _existing_file(source: str) -> Path:
             raise UsageError(
                 f"{source} was converted already", hint="give the model that it was made from; normswap revert undoes a conversion"
             )
-        hint = f"hf:{source} loads it" if (path / "config.json").is_file() else "give a file in it"
+        index = next(iter(sorted(path.glob(f"*{INDEX}"))), None)
+        hint = f"hf:{source} loads it" if (path / "config.json").is_file() else f"give {index or 'a file in it'}"
         raise UsageError(f"{source} is a directory", hint=hint)
     if not path.is_file():
         models = near(source) if re.fullmatch(r"\w+", source) else []
@@ -102,6 +106,8 @@ def _read(path: Path, trust_packages: Sequence[str], trust: bool) -> Any:
     """An ExportedProgram, an nn.Module, or a state dict."""
     if path.suffix == ".onnx":
         raise LoadError(f"{path.name} is an ONNX file; a PyTorch model is needed", hint="give the PyTorch model that it was exported from")
+    if path.name.endswith(INDEX):
+        return _read_parts(path, trust_packages, trust)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -132,6 +138,31 @@ def _read(path: Path, trust_packages: Sequence[str], trust: bool) -> Any:
         if (name := _malformed_batchless_norm(found)) is not None:
             raise LoadError(f"{path.name} has a BatchlessNorm {name} as normswap makes none", hint="convert the original model again")
     return found
+
+
+def _read_parts(path: Path, trust_packages: Sequence[str], trust: bool) -> dict[str, Any]:
+    """The weights in all files beside an index (model.safetensors.index.json), which lists the file of each weight."""
+    hint = "copy the directory again; an index has a weight_map: the name of a file beside it for each weight"
+    try:
+        index = read_json(path)
+        files = dict(index["weight_map"])  # type: ignore[index]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{path.name} cannot be read as an index of weights: {first_line(error)}", hint=hint) from error
+    names = sorted({name for name in files.values() if isinstance(name, str) and name == Path(name).name and not name.endswith(INDEX)})
+    if not names or {*names} != {*files.values()}:
+        raise LoadError(f"{path.name} names files that do not lie beside it", hint=hint)
+    weights: dict[str, Any] = {}
+    for name in names:
+        part = path.parent / name
+        if not part.is_file():
+            raise LoadError(f"{path.name} names {name}, which is not there", hint=hint)
+        found = _read(part, trust_packages, trust)
+        if not isinstance(found, dict):
+            raise LoadError(f"{name} holds a whole model, and not the part that {path.name} says", hint=hint)
+        weights |= found
+    if weights.keys() != files.keys():
+        raise LoadError(f"the files of {path.name} hold other weights: {few(sorted(weights.keys() ^ files.keys()))}", hint=hint)
+    return weights
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

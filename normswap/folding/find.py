@@ -21,6 +21,7 @@ from normswap.folding.linear import FLOATS
 ELEMENTWISE = ("Mul", "Div", "Add", "Sub")
 SPARE = 1 << 16  # bytes of shared weights that may be stored a second time to fold a single product or sum, which is no norm
 PARAMETERS = ("scale", "bias", "mean", "variance")  # inputs 1 to 4 of a BatchNormalization
+EPSILON = float(np.float32(1e-5))  # of a BatchNormalization that has none: an attribute is a float32, in a file in float64, too
 NORM = re.compile(r"norm(?!al(?!iz))|^lrn$", re.IGNORECASE)  # LayerNormalization, SkipLayerNorm, LRN; not RandomNormal
 PER_SAMPLE = (
     "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with "
@@ -171,7 +172,7 @@ def _step(node: ir.Node, rank: int, constants: Constants) -> tuple[Array, Array,
             assert array is not None
             vectors.append(array.astype(np.float64).reshape(1, -1, *(1,) * (rank - 2)) if rank > 1 else array.astype(np.float64))
         weight, bias, mean, var = vectors
-        factor = weight / np.sqrt(var + node.attributes.get_float("epsilon", 1e-5))
+        factor = weight / np.sqrt(var + node.attributes.get_float("epsilon", EPSILON))
         return factor, bias - mean * factor, np.sqrt(mean**2 + var)
     place = _place(node, constants)
     assert place is not None

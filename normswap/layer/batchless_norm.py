@@ -60,6 +60,14 @@ def _shape(x: Tensor, sizes: Sequence[int], axes: tuple[int, ...]) -> tuple[int,
     return formulas.axes_shape(sizes, axes, ndim)
 
 
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def _unbatched(cls: type[nn.Module]) -> int:
+    """The rank of a single sample, without a batch, which this InstanceNorm takes as well."""
+    return next(rank for rank, base in enumerate(INSTANCE_NORMS, 2) if issubclass(cls, base))
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, axes: tuple[int, ...]) -> Tensor:
     """x * scale + shift, where scale and shift have the sizes of x on `axes`."""
     shape = _shape(x, scale.shape, axes)
@@ -525,6 +533,11 @@ class BatchlessNorm(nn.Module):
         return (self.num_features,) if isinstance(self.num_features, int) else tuple(self.num_features)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.source is not None and issubclass(self.source.cls, INSTANCE_NORMS) and input.dim() == _unbatched(self.source.cls):
+            raise ValueError(
+                f"{self.source.cls.__name__} takes an input of shape {tuple(input.shape)} for one sample, and the BatchlessNorm in its "
+                "place takes batches alone: give it x[None]"
+            )
         if not self.training:
             scale, shift = self.affine_map()
             return _affine(input, scale.expand(self.sizes), shift.expand(self.sizes), self.channel_axis)

@@ -52,6 +52,7 @@ per probe and call are kept; the model's outputs are kept whole.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ from normswap.parity.noise import baseline_of, precision_limit
 from normswap.parity.probes import Probe, Runner, probes
 from normswap.parity.reference import Judgement, Key, Reference, Tensors, Truth, keyed, truth_of
 from normswap.parity.result import Parity
-from normswap.parity.run_onnx import onnx_dtypes, onnx_runner, runtime
+from normswap.parity.run_onnx import draws, onnx_dtypes, onnx_runner, runtime
 from normswap.parity.run_torch import OwnTensors, module_runner
 from normswap.parity.same_function import rows_of_module
 from normswap.parity.second_look import look_again, look_at_unjudged
@@ -156,8 +157,8 @@ def _run_all(make: Callable[[], Runner], asked: Sequence[Probe], dropped: list[s
                 )
                 raise UsageError(
                     f"the model cannot run on the example inputs{how}: {described(error)}",
-                    hint="give inputs that the model takes with --input (example_inputs in Python), or as the first batch of the data"
-                    + one_dict,
+                    hint="give inputs that the model takes, in the dtype of its weights, with --input (1x3x64x64:float16, say; "
+                    "example_inputs in Python), or as the first batch of the data" + one_dict,
                 ) from error
             dropped.append(f"{probe.name}: {described(error)}")
     return found
@@ -229,7 +230,10 @@ def compare(
         look_again(judgement, candidate, findings, noise_runner)
         if judgement.float64:
             look_at_unjudged(judgement, candidate, findings, noise_runner)
-    return verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
+    parity = verdict(judgement, findings, runtime(level) if is_file else str(judgement.precision.dtype), is_file=is_file)
+    if isinstance(candidate, Path) and not parity.passed and (why := draws(candidate)) is not None:
+        return dataclasses.replace(parity, failure=why)
+    return parity
 
 
 def _own_runner(candidate: nn.Module, sites: Sequence[str], original: nn.Module | None) -> Runner:

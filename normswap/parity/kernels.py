@@ -20,10 +20,10 @@ AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 
 
-def _tensor(array: Any) -> Tensor:
-    """The array as a tensor, copied if torch would warn of it (not writeable) or refuse it (negative strides)."""
-    whole = np.ascontiguousarray(array)
-    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
+def tensor_of(array: Any) -> Tensor:
+    """The array as a tensor, copied if torch would warn of it (not writeable) or refuse it (negative strides, be it along an axis of 1)."""
+    given = np.asarray(array)
+    return torch.from_numpy(given if given.flags.writeable and min(given.strides, default=0) >= 0 else given.copy())
 
 
 def _by_axis(attributes: Mapping[str, Any], name: str, rank: int, otherwise: int) -> tuple[int, ...]:
@@ -57,9 +57,9 @@ def _conv(inputs: Sequence[Any], attributes: Mapping[str, Any], *, transposed: b
     )
     if any(extra >= max(stride, dilation) for extra, stride, dilation in zip(more, strides, dilations, strict=True)):
         return None
-    given = _tensor(x) if transposed else _padded(_tensor(x), attributes)
-    bias, groups = None if b is None else _tensor(b), attributes.get("group") or 1
-    y = torch.convolution(given, _tensor(w), bias, strides, (0,) * rank, dilations, transposed, more, groups)
+    given = tensor_of(x) if transposed else _padded(tensor_of(x), attributes)
+    bias, groups = None if b is None else tensor_of(b), attributes.get("group") or 1
+    y = torch.convolution(given, tensor_of(w), bias, strides, (0,) * rank, dilations, transposed, more, groups)
     for axis, (begin, end) in enumerate(zip(*_pads(attributes, rank), strict=True), 2):
         y = y.narrow(axis, begin, y.shape[axis] - begin - end) if transposed else y
     return y
@@ -72,7 +72,7 @@ def _max_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | 
         return None
     rank = x.ndim - 2
     strides, dilations = (_by_axis(attributes, name, rank, 1) for name in ("strides", "dilations"))
-    padded = _padded(_tensor(x), attributes, -torch.inf)
+    padded = _padded(tensor_of(x), attributes, -torch.inf)
     y = MAX_POOLS[rank](padded, tuple(attributes["kernel_shape"]), stride=strides, dilation=dilations, ceil_mode=up)
     for axis, (begin, stride) in enumerate(zip(_pads(attributes, rank)[0], strides, strict=True), 2):
         # In ONNX no window starts in the padding at the end; torch, for which that padding is part of the input, may add one.
@@ -91,7 +91,7 @@ def _average_pool(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tenso
             _padded(values, attributes), tuple(attributes["kernel_shape"]), stride=_by_axis(attributes, "strides", rank, 1)
         )
 
-    y = mean(_tensor(x))
+    y = mean(tensor_of(x))
     whole = attributes.get("count_include_pad") or not any(attributes.get("pads") or ())
     return y if whole else y / mean(torch.ones(x.shape, dtype=y.dtype))
 
@@ -107,7 +107,7 @@ def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | No
     wanted = list(scales) if given else [] if sizes is None else [b / a for a, b in zip(x.shape, sizes, strict=True)]
     if len(wanted) != x.ndim or any(s != int(s) or s < 1 for s in wanted):
         return None
-    y = _tensor(x)
+    y = tensor_of(x)
     for axis, scale in enumerate(wanted):
         y = y.repeat_interleave(int(scale), axis)
     return y

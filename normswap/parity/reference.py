@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import UsageError
 from normswap.models.copying import copy_for_running, to_float64
 from normswap.parity.limits import CHOICE, SCALE_SHARE, Precision
 from normswap.parity.measure import equal, error, largest
 from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.result import NO_NOISE
 from normswap.parity.rounding import float64_runner, rounded_by
-from normswap.parity.run_onnx import BY_POSITION, onnx_float64_runner, onnx_runner
+from normswap.parity.run_onnx import BY_POSITION, draws, onnx_float64_runner, onnx_runner
+from normswap.parity.run_onnx import REFERENCE as EVALUATOR
 from normswap.parity.run_torch import DtypeRecorder, float64_mode, module_runner, tensors_of
 
 
@@ -96,13 +99,20 @@ class Reference:
     def own_runner(self, dtypes: set[torch.dtype] | None = None) -> Runner:
         """Runs it in its own dtype. dtypes: a set to which the dtypes are added in which a module computes."""
         if isinstance(self.model, Path):
-            return onnx_runner(self.model, "disabled")
+            try:
+                return onnx_runner(self.model, "disabled")
+            except Exception as error:
+                if "NOT_IMPLEMENTED" not in str(error):
+                    raise
+                return onnx_runner(self.model, EVALUATOR)  # onnxruntime has no Conv in float64 or bfloat16, for example
         mode = nullcontext if dtypes is None else functools.partial(DtypeRecorder, dtypes)
         return module_runner(copy_for_running(self.model), self.sites, mode)
 
     def float64_runner(self, probes: Sequence[Probe]) -> Runner:
         """Runs it in float64, with the numbers that it stores."""
         if isinstance(self.model, Path):
+            if (why := draws(self.model)) is not None:
+                raise UsageError(f"the model cannot be run in float64: {why}", hint=NO_NOISE)
             return onnx_float64_runner(self.model)
         module = self.unrounded or self.model
         return module_runner(copy_for_running(module, to_float64), self.sites, float64_mode(module, probes))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from normswap.errors import NormswapError
 
 NOTHING_FINITE = "has no finite value to compare"
+RANDOM = "so no two runs of it can be compared"  # the end of a failure that is of random numbers
+NO_NOISE = "make the random numbers an input of the model; `--no-onnx` writes the converted model without an ONNX file"
 
 
 def worst(errors: Iterable[float]) -> float:
@@ -179,6 +181,8 @@ def raise_for(
     bad = next((d for d in (*parity.sites, *parity.outputs) if not d.passed), None)
     if parity.failure is not None or bad is None:
         what = parity.failure or "nothing was compared"
+        if what.endswith(RANDOM):
+            failed, hint = "not judged", NO_NOISE
     elif bad.problem is not None:
         what = f"{bad.name} {bad.problem}"
         if bad.unjudged is not None or bad.problem == NOTHING_FINITE:

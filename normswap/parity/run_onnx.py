@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from normswap.errors import UsageError
-from normswap.parity.kernels import kernels
+from normswap.parity.kernels import kernels, tensor_of
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
+from normswap.parity.result import RANDOM
 
 if TYPE_CHECKING:
     import onnx
@@ -121,8 +123,22 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int 
 
 def _split(values: dict[str, Any], count: int | None, inner: Sequence[str]) -> tuple[Values, Values]:
     """(the first `count` values, or all, as outputs by position; the inner values by name, large ones sampled)."""
-    outputs = {f"{BY_POSITION}{i}": torch.as_tensor(value) for i, value in enumerate(list(values.values())[:count])}
-    return outputs, {name: sampled(torch.as_tensor(values[name])) for name in inner if name in values}
+    own = enumerate(list(values.values())[:count])
+    outputs = {name: tensor for i, value in own for name, tensor in _tensors(f"{BY_POSITION}{i}", value)}
+    return outputs, {name: sampled(tensor_of(values[name])) for name in inner if name in values}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """An output as tensors: each element of a sequence, and for texts, which are equal or not, their checksums."""
+    import numpy as np
+
+    if isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
+    elif (array := np.asarray(value)).dtype.kind in "OUS":
+        yield name, torch.tensor([zlib.crc32(str(text).encode()) for text in array.reshape(-1)]).reshape(array.shape)
+    else:
+        yield name, tensor_of(array)
 
 
 def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
@@ -159,7 +175,7 @@ def corrected_operators(model: Any) -> list[Any]:
     class BatchNormalization(OpRun):
         op_domain = ""
 
-        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float = 1e-5, **others: Any) -> tuple[Any]:
+        def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: float, **others: Any) -> tuple[Any]:
             scale, bias, mean, var = (a.reshape(-1, *(1,) * (x.ndim - 2)) for a in (scale, bias, mean, var))
             return ((scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype),)
 
@@ -182,6 +198,23 @@ def onnx_dtypes(path: Path) -> set[torch.dtype]:
     return {known[dtype] for dtype in found & known.keys()}
 
 
+UNNAMED = {"", "?", "-1", "None", "none"}  # what some tools call every free axis
+DRAWING = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+
+
+def draws(path: Path) -> str | None:
+    """A sentence about a file that draws random numbers; None for any other, and for one that cannot be read."""
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(str(path))
+    except Exception:  # whoever runs it says why
+        return None
+    nodes = (*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes()))
+    random = sorted({node.op_type for node in nodes if node.op_type in DRAWING})
+    return f"the file draws random numbers ({', '.join(random)}), {RANDOM}" if random else None
+
+
 def _numpy_dtype(element_type: int) -> torch.dtype | None:
     """The dtype of an ONNX element type; None if numpy has no such numbers."""
     import numpy as np
@@ -196,18 +229,20 @@ def _numpy_dtype(element_type: int) -> torch.dtype | None:
 def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Tensor, ...] | None:
     """Seeded inputs of the shapes that a file declares.
 
-    batch: the size of a dynamic first axis; free: the size of other dynamic axes. If `free` is None and there are such axes, returns None.
+    batch: the size of a dynamic first axis, and of each axis that has the name of one; free: the size of other dynamic axes. If `free` is
+    None and there are such axes, returns None.
+
     Raises UsageError for an input that is not a tensor, or whose element type numpy does not have.
     """
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     constants = {i.name for i in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    first = {axis.dim_param for value in inputs for axis in value.type.tensor_type.shape.dim[:1]} - UNNAMED
     generator = torch.Generator().manual_seed(0)
     found = []
-    for value in graph.input:
-        if value.name in constants:
-            continue
+    for value in inputs:
         kind = value.type.tensor_type
         dtype = _numpy_dtype(kind.elem_type)
         if dtype is None:
@@ -217,8 +252,10 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
                 f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
                 hint="files can only be compared on tensors of numbers",
             )
-        known = (dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in kind.shape.dim)
-        sizes = [size or (batch if i == 0 else free) for i, size in enumerate(known)]
+        sizes = [
+            dim.dim_value if dim.dim_value > 0 else batch if i == 0 or dim.dim_param in first else free
+            for i, dim in enumerate(kind.shape.dim)
+        ]
         shape = [size for size in sizes if size is not None]
         if len(shape) < len(sizes):
             return None

@@ -55,6 +55,10 @@ def why_not_statistics(
     if mean.numel() == 0:
         return "has no channels, so there is nothing to replace; leave it"
     for name, statistic in zip(names, (mean, var), strict=True):
+        if statistic.is_complex() or (statistic.is_floating_point() and statistic.itemsize < 2):
+            return (
+                f"has a {name} of {str(statistic.dtype).removeprefix('torch.')}, which torch does not compute with; convert it to float32"
+            )
         bad = int((~statistic.isfinite()).sum())
         if bad:
             return (

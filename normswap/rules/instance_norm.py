@@ -2,7 +2,7 @@
 
 With track_running_stats=True InstanceNorm in eval mode is BatchNorm in eval mode: the formula of `batch_norm.py`.
 Shapes: x (N, C, *space); every parameter (C,). An unbatched x (C, *space) has its channels elsewhere, and is refused by the layer when it
-is called.
+is called, also where axis 1 happens to have as many.
 
 Source: Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
 """

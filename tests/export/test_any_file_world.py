@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from onnx.numpy_helper import from_array
+from onnx.numpy_helper import from_array, to_array
 from onnx_text import CONV, NORM, NORM3, model_of, run, saved, tensor
 from typer.testing import CliRunner
 
@@ -664,3 +664,18 @@ def test_a_real_file(
         assert got.shape == want.shape
         if tolerance is not None:  # the detector's own rounding is 3 % at noise: its map is 1e-6 there
             np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+def test_a_norm_without_an_epsilon_has_the_float32_next_to_1e_5(opset: int, tmp_path: Path) -> None:
+    """All attributes are float32. In a file in float64 the two differ by more than rounding."""
+    proto = model_of(
+        "h = MatMul(x, w) y = BatchNormalization(h, s, t, m, v)",
+        *(from_array(to_array(t).astype(np.float64), t.name) for t in (tensor("w", 6, 4), *NORM)),
+        inputs="double[2,6] x",
+        imports=f'"": {opset}',
+    )
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.DOUBLE, [2, 4]))
+    folded = fold_onnx(str(saved(tmp_path / "in.onnx", proto)), tmp_path / "out.onnx")
+    assert folded.comparisons.passed
+    assert "BatchNormalization" not in folded.nodes

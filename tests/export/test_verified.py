@@ -16,6 +16,7 @@ from onnx.numpy_helper import from_array
 from torch import Tensor, nn
 
 import normswap
+from fixtures.nets import randomise
 from normswap.api.fold import fold_onnx
 from normswap.export.any_file import fold
 from normswap.export.to_onnx import Program, Settings
@@ -242,3 +243,25 @@ def test_a_flat_input_at_which_nothing_can_be_learnt_is_dropped_and_named(tmp_pa
     assert compare(judgement, path).probes[-2:] == ("batch 1 x 1000", "batch 1, all 3")
     assert compare(linear, nn.Linear(3, 2)).probes == ("example", "batch 1", "batch 3", "batch 1 x 0.001", "batch 1 x 1000")
     assert compare(linear, nn.Linear(3, 2)).dropped == ()
+
+
+class Samples(nn.Module):
+    """As a variational autoencoder does: what it puts out depends on random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x)).mean((2, 3))
+        return h + torch.randn_like(h)
+
+
+def test_a_model_that_draws_random_numbers_is_not_called_wrong(tmp_path: Path) -> None:
+    conversion = normswap.convert(randomise(Samples(), 0).eval(), torch.randn(2, 3, 6, 5))
+    drawn = r"is not judged: the file draws random numbers \(RandomNormalLike\), so no two runs of it can be compared"
+    with pytest.raises(ParityError, match=drawn) as error:
+        normswap.export_onnx(conversion, path=tmp_path / "m.onnx")
+    assert error.value.hint is not None
+    assert error.value.hint.startswith("make the random numbers an input of the model")
+    assert list(tmp_path.iterdir()) == []

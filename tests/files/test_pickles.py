@@ -159,6 +159,16 @@ GADGETS: dict[str, tuple[bytes, str]] = {
         ),
         "_rebuild_from_type_v2",
     ),
+    "an OrderedDict of pairs with a layer as a key": (
+        call("collections.OrderedDict", b"](](" + module() + num(1) + b"ee"),
+        "a dict with the key",
+    ),
+    "an OrderedDict of what is no pairs": (call("collections.OrderedDict", b"](](" + text("a") + b"ee"), "OrderedDict"),
+    "a Counter of pairs": (call("collections.Counter", b"](](" + text("a") + num(1) + b"ee"), "Counter"),
+    "an old tensor past its storage": (
+        name("torch._utils._rebuild_tensor") + tensor(size=4)[len(name("torch._utils._rebuild_tensor_v2")) : -len(ordered()) - 3] + b"tR",
+        "_rebuild_tensor",
+    ),
     "hooks on a tensor": (tensor(hooks=ordered(a=F_RELU)), "_rebuild_tensor_v2"),
     "hooks on a tensor, filled later": (
         tensor(hooks=ordered() + b"q\x01") + b"0h\x01"[1:] + b"(" + text("a") + F_RELU + b"u" + b"\x86",

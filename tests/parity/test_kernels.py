@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from normswap.parity.kernels import kernels
+from normswap.parity.kernels import kernels, tensor_of
 
 
 def same(op: str, x: Any, constants: dict[str, Any], **attributes: Any) -> None:
@@ -88,3 +88,9 @@ def test_resize_to_whole_multiples(way: str, nearest: str, scales: list[float]) 
 
 def test_linear_resize_is_the_evaluators() -> None:
     same("Resize", drawn(1, 2, 3, 4), {"roi": np.zeros(0), "scales": np.array([1, 1, 2, 2], np.float32)}, mode="linear")
+
+
+def test_what_the_evaluator_reversed_is_a_tensor() -> None:
+    """numpy calls an array contiguous that is reversed along an axis of size 1, and torch refuses it."""
+    for array in (drawn(3, 4)[:, ::-1], drawn(2, 3, 1)[..., ::-1], np.float64(3), np.array(2)):
+        np.testing.assert_array_equal(tensor_of(array).numpy(), array)

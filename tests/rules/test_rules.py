@@ -87,6 +87,12 @@ def set_to(norm: Any, **tensors: float) -> Any:
     return norm
 
 
+def in_dtype(norm: Any, **dtypes: torch.dtype) -> Any:
+    for name, dtype in dtypes.items():
+        norm._buffers[name] = getattr(norm, name).to(dtype)
+    return norm
+
+
 class OwnCheck(nn.BatchNorm2d):
     """Takes any rank; `forward` is BatchNorm's."""
 
@@ -340,6 +346,16 @@ DECLINES: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "batch_norm",
         lambda: set_to(nn.BatchNorm2d(C), running_mean=torch.nan),
         "has 1 of 5 values of running_mean that are not finite",
+    ),
+    "variance in 8 bits": (
+        "batch_norm",
+        lambda: in_dtype(nn.BatchNorm2d(C), running_var=torch.float8_e4m3fn),
+        "has a running_var of float8_e4m3fn, which torch does not compute with; convert it to float32",
+    ),
+    "complex mean": (
+        "frozen_batch_norm",
+        lambda: in_dtype(frozen(), running_mean=torch.complex64),
+        "has a running_mean of complex64, which torch does not compute with",
     ),
     "infinite variance": (
         "batch_norm",
@@ -685,3 +701,16 @@ def test_a_container_of_quantised_layers_is_not_a_norm() -> None:
     quantised = type("Conv2d", (nn.Module,), {"__module__": "torch.ao.nn.quantized.modules.conv"})
     assert not normswap.plan(nn.Sequential(ConvNormAct(quantised()), nn.Linear(3, 5))).skips
     assert [s.name for s in normswap.plan(nn.Sequential(ConvNormAct(nn.Identity()), nn.Linear(3, 5))).skips] == ["0"]
+
+
+@pytest.mark.parametrize(("cls", "rest"), [(nn.InstanceNorm1d, (C,)), (nn.InstanceNorm2d, (C, 3)), (nn.InstanceNorm3d, (C, 3, 2))])
+def test_an_instance_norm_of_one_sample_is_not_taken_for_a_batch(cls: type[nn.Module], rest: tuple[int, ...]) -> None:
+    """InstanceNorm takes (C, *space), too, and here axis 1 has as many numbers as there are channels."""
+    norm = cls(C, track_running_stats=True)
+    norm.running_mean = torch.arange(float(C))
+    model = nn.Sequential(norm).eval()
+    x = torch.randn(C, *rest)
+    conversion = normswap.convert(model, x[None])
+    torch.testing.assert_close(conversion.model(x[None])[0], model(x))
+    with pytest.raises(ValueError, match=rf"^{cls.__name__} takes an input of shape \(5, 5.*for one sample.*give it x\[None\]"):
+        conversion.model(x)

@@ -45,7 +45,7 @@ class List:
 
 @dataclass(eq=False)
 class Dict:
-    """A dict, or what OrderedDict() and Counter() make."""
+    """A dict, or what OrderedDict() and Counter() make, and OrderedDict([[key, value], ...]), as Python 2 pickled it."""
 
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
@@ -150,6 +150,16 @@ class UnknownOpcode(Exception):
     """An instruction that torch's weights-only unpickler does not have."""
 
 
+def _pairs(path: str, args: Any) -> list[tuple[Any, Any]] | None:
+    """The items of the dict that a call of this class makes; None if it makes none, or with other arguments than torch.save writes."""
+    match path, args:
+        case (("collections.OrderedDict" | "collections.Counter"), Tuple(items=[])):
+            return []
+        case "collections.OrderedDict", Tuple(items=[List(items=pairs)]) if all(isinstance(p, List) and len(p.items) == 2 for p in pairs):
+            return [(pair.items[0], pair.items[1]) for pair in pairs]
+    return None
+
+
 class Interpreter:
     """Runs the opcodes of torch's weights-only unpickler, and no others. `made` lists all descriptions in order."""
 
@@ -218,8 +228,8 @@ class Interpreter:
 
     def reduce(self) -> None:
         args, func = self.stack.pop(), self.stack.pop()
-        makes_dict = isinstance(func, Global) and func.path in ("collections.OrderedDict", "collections.Counter")
-        self.make(Dict() if makes_dict and isinstance(args, Tuple) and not args.items else Call(func, args))
+        pairs = _pairs(func.path, args) if isinstance(func, Global) else None
+        self.make(Call(func, args) if pairs is None else Dict(pairs))
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]

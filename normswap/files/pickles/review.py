@@ -304,7 +304,9 @@ def _is_flat(thing: Any) -> bool:
 def _takes_tensor(args: Tuple) -> bool:
     match args.items:
         case [Storage() as storage, int(offset), Tuple() as size, Tuple() as stride, bool(), hooks, *meta]:
-            if not (_are_sizes(size) and _are_sizes(stride) and len(size.items) == len(stride.items) and offset >= 0 and _is_empty(hooks)):
+            if not (_are_sizes(size) and _are_sizes(stride) and len(size.items) == len(stride.items) and offset >= 0):
+                return False
+            if not (hooks is None or _is_empty(hooks)):  # None: torch 0.4
                 return False
             if not (meta in ([], [None]) or (len(meta) == 1 and _is_empty(meta[0]))):
                 return False
@@ -313,6 +315,11 @@ def _takes_tensor(args: Tuple) -> bool:
             # torch would silently grow the storage to any size that the tensor needs
             return bool(numel == 0 or (last < storage.numel and numel <= max(storage.numel, MAX_EXPANSION)))
     return False
+
+
+def _takes_plain_tensor(args: Tuple) -> bool:
+    """The form before torch 0.4, without a gradient and hooks."""
+    return len(args.items) == 4 and _takes_tensor(Tuple([*args.items, False, None]))
 
 
 def _takes_parameter(args: Tuple) -> bool:
@@ -353,6 +360,7 @@ def _takes(*kinds: type) -> Callable[[Tuple], bool]:
 
 
 CALLS: Mapping[str, Callable[[Tuple], bool]] = {
+    "torch._utils._rebuild_tensor": _takes_plain_tensor,
     "torch._utils._rebuild_tensor_v2": _takes_tensor,
     "torch._utils._rebuild_parameter": _takes_parameter,
     "torch._utils._rebuild_parameter_with_state": _takes_parameter,
