@@ -153,9 +153,11 @@ def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -
     feeds = _feeds(list(declared), probe)
     for name, expected in declared.items():
         found = feeds[name].shape
+        if not expected:  # a number, or of a shape that the file does not give: onnxruntime says the same of both
+            continue
         if len(found) != len(expected) or any(isinstance(size, int) and size != given for size, given in zip(expected, found, strict=True)):
             shape = " x ".join(str(size if isinstance(size, int) else size or "?") for size in expected)
-            raise ValueError(f"its input {name} is {shape or 'a number'}, but {' x '.join(map(str, found)) or 'a number'} was given")
+            raise ValueError(f"its input {name} is {shape}, but {' x '.join(map(str, found)) or 'a number'} was given")
     return feeds
 
 
@@ -230,7 +232,7 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
     """Seeded inputs of the shapes that a file declares.
 
     batch: the size of a dynamic first axis, and of each axis that has the name of one; free: the size of other dynamic axes. If `free` is
-    None and there are such axes, returns None.
+    None and there are such axes, returns None, as it does where the file does not say how many axes an input has.
 
     Raises UsageError for an input that is not a tensor, or whose element type numpy does not have.
     """
@@ -252,6 +254,8 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
                 f"the input {value.name} of {path} is a {name}, and numpy has no such numbers to run it on",
                 hint="files can only be compared on tensors of numbers",
             )
+        if not kind.HasField("shape"):
+            return None
         sizes = [
             dim.dim_value if dim.dim_value > 0 else batch if i == 0 or dim.dim_param in first else free
             for i, dim in enumerate(kind.shape.dim)
