@@ -4,8 +4,8 @@ A value is centred if it is replaced by C v = v - mean of v over its channels. I
 
     read     everything that reads it does not see its mean (a LayerNorm over these channels, a softmax), or passes it on to a value that is
              centred as well. An output of the model is seen
-    written  everything that it is made of is centred: at last parameters, which are centred once and for all. Or it is cut: the mean is taken
-             out of it there
+    written  everything that it is made of is centred: at last parameters, which are centred once and for all. Or it is cut: the mean is
+             taken out of it there
 
 `solve` starts from all that are connected with the input of a LayerNorm, and takes away. A connected part of the set stays if it takes the
 centring out of more LayerNorms than it puts cuts in. `streams.py` asks it about torch's operators, `export/rmsnorm.py` about ONNX's.

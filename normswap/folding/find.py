@@ -26,6 +26,10 @@ PER_SAMPLE = (
     "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with "
     "`normswap convert --approximate`"
 )
+NO_RANK = (
+    "its rank is not known, as nothing around it tells the shape of its input: give the inputs of the file their sizes "
+    "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
+)
 TRAINING = "it is in training mode, so it normalizes by the statistics of each batch: export the model again in eval mode (`model.eval()`)"
 
 
@@ -81,10 +85,7 @@ def _why(node: ir.Node, constants: Constants) -> str:
             return f"its {name} has {array.ndim} dimensions, so it is not one number per channel"
     x, y = node.inputs[0], node.outputs[0]
     if y.shape is None:
-        return (
-            "its rank is not known, as nothing around it tells the shape of its input: give the inputs of the file their sizes "
-            "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
-        )
+        return NO_RANK
     if x is None or y.dtype is None or y.dtype.numpy().name not in FLOATS:
         return "the type of its output is not known, or not a floating-point type"
     return "it has no axis of channels" if len(y.shape) < 2 else "its statistics do not have one number for each channel of its input"

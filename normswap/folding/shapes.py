@@ -6,6 +6,8 @@ at an operator of another domain, and at a shape that is computed at run time. T
     Conv, ConvTranspose     have the rank of their weight, and its channels
     Gemm                    has rank 2
     BatchNormalization      has one shape at both ends, with its channels on axis 1
+    LayerNormalization      has one shape at both ends, with the channels of its weight on the last axis, if it is over that
+    Slice                   leaves the axes as they are that it does not cut, whatever it cuts off
     ReLU and the like       have one shape at both ends
 """
 
@@ -74,6 +76,10 @@ def _by_layer(node: ir.Node) -> bool:
         return False
     if node.op_type in UNARY:
         return _alike(x, y)
+    if node.op_type == "Slice":
+        sizes, axes = _sizes(x), tensor_of(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+        cut = [] if sizes is None or axes is None else [int(a) % len(sizes) for a in axes.numpy().reshape(-1)]
+        return bool(cut) and _meet(y, [None if a in cut else size for a, size in enumerate(sizes or ())]) | _same_type(x, y)
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     shape = None if weight is None else _sizes(weight)
     if weight is None or shape is None:
@@ -81,6 +87,12 @@ def _by_layer(node: ir.Node) -> bool:
     if node.op_type == "BatchNormalization":
         rank = len(_sizes(x) or _sizes(y) or ())
         channels = [[None, shape[0], *[None] * (rank - 2)]] if len(shape) == 1 < rank else []
+        return _alike(x, y) | any([_meet(value, sizes) for value in (x, y) for sizes in channels])  # noqa: C419  each is to be met
+    if node.op_type == "LayerNormalization":
+        rank = len(_sizes(x) or _sizes(y) or ())
+        channels = (
+            [[*[None] * (rank - 1), shape[0]]] if len(shape) == 1 <= rank and node.attributes.get_int("axis", -1) in (-1, rank - 1) else []
+        )
         return _alike(x, y) | any([_meet(value, sizes) for value in (x, y) for sizes in channels])  # noqa: C419  each is to be met
     if node.op_type == "Gemm" and len(shape) == 2:
         ins, outs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
