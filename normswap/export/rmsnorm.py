@@ -108,7 +108,7 @@ def convert(graph: ir.Graph, norms: Sequence[Norm], constants: Constants, kept: 
             made.biases += writer.rms_norm(norm)
             made.outcomes.append(Outcome(norm.name, HOW, left=(RMS_NORM,)))
         else:
-            writer.without_centring(norm)
+            made.biases += writer.without_centring(norm)
             made.outcomes.append(Outcome(norm.name, HOW))
     return made
 
@@ -377,16 +377,21 @@ class _Writer:
         if last is not made and array is not None:
             yield replace(affine_of([last], self.constants), name=f"{norm.name}.bias", spare=SPARE)
 
-    def without_centring(self, norm: Norm) -> None:
+    def without_centring(self, norm: Norm) -> Iterator[Affine]:
+        """Remove the difference from the mean; the sum with the bias, if the rest of a LayerNorm is behind it, in operators."""
         from normswap.folding.affine import replace_value
+        from normswap.folding.find import SPARE, affine_of, gain_of
 
         mean, *subs = norm.nodes
         x = mean.inputs[0]
         assert x is not None
+        tails = [gain_of(reader, self.constants) for sub in subs for reader in sub.outputs[0].consumers()]
         for sub in subs:
             replace_value(sub.outputs[0], x, [sub])
         assert mean.graph is not None
         mean.graph.remove(mean, safe=True)
+        for _, bias in (tail for tail in tails if len(tail) > 1):
+            yield replace(affine_of([bias], self.constants), name=f"{norm.name}.bias", spare=SPARE)
 
     def _node(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr], wish: str) -> ir.Node:
         import onnx_ir as ir

@@ -410,6 +410,28 @@ def test_a_weight_that_a_caller_may_replace_stays(tmp_path: Path) -> None:
     assert error(tmp_path / "in.onnx", tmp_path / "out.onnx", changed) <= LIMIT
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_norm_in_a_branch(inside: bool, tmp_path: Path) -> None:
+    """A stream that is written before an If, and one that is written inside it."""
+    proto = made(f"{START} {BLOCK} k = Add(h, e) {END} w_ = Relu(square) on = Greater(half, none)", dtype="float")
+    inner = [node for node in proto.graph.node if node.output[0] in ("n", "u", "u1", "r", "d", "e", "k", "m", "y")]
+    inner += [node for node in proto.graph.node if node.output[0] in ("h0", "h")] if inside else []
+    inner.sort(key=lambda node: [n.output[0] for n in proto.graph.node].index(node.output[0]))
+    kept = [node for node in proto.graph.node if node not in inner and node.output[0] != "w_"]
+    shape = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    branch = onnx.helper.make_graph(inner, "then", [], [shape])
+    other = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "other"], ["y2"])], "else", [], [onnx.helper.make_tensor_value_info("y2", 1, None)]
+    )
+    proto.graph.initializer.append(from_array(np.ones((4, 3), np.float32), "other"))
+    del proto.graph.node[:]
+    proto.graph.node.extend([*kept, onnx.helper.make_node("If", ["on"], ["out"], then_branch=branch, else_branch=other)])
+    proto.graph.output[0].name = "out"
+    result = folded(proto, tmp_path, 1e-5)
+    assert set(norms_of(result).values()) == {""}
+    assert result.nodes["RMSNormalization"] == 2
+
+
 def test_a_bias_that_others_read_has_a_copy_of_its_own(tmp_path: Path) -> None:
     """Exporters store equal constants once: a bias of 0 is that of many layers."""
     proto = made(
@@ -432,6 +454,20 @@ def test_names_stay(tmp_path: Path) -> None:
     assert {"w", "c", "w1", "w2", "w3", "s"} <= {tensor.name for tensor in new.graph.initializer}
     mean = to_array(next(t for t in new.graph.initializer if t.name == "w2")).mean(1)
     assert np.abs(mean).max() <= 1e-6
+
+
+def test_a_fold_leaves_a_norm_in_operators_as_runtimes_know_it(tmp_path: Path) -> None:
+    """They compute ReduceMean, Sub, Pow ... Mul, Add in one, and lost it where the Mul and the Add were folded."""
+    proto = made(f"{START} {OLD} {spelled_out('k', 'm')} y = MatMul(mq, w3)", opset=13, dtype="float")
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, source)
+    for to_rmsnorm, name in ((False, "LayerNormalization"), (True, "SimplifiedLayerNormalization")):
+        fold(source, target, to_rmsnorm=to_rmsnorm)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
+        onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+        assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node].count(name) == 1
+    assert any(node.op_type == "Add" and "t" in node.input for node in onnx.load(source).graph.node)
 
 
 # -- the opset --------------------------------------------------------------------------------------------------------------------------
@@ -594,7 +630,7 @@ def test_vit(opset: int | None, operators: int, tmp_path: Path) -> None:
     assert result.nodes.get("RMSNormalization", 0) == operators
     assert "LayerNormalization" not in result.nodes
     assert "Sub" not in result.nodes
-    assert sum(site.name.endswith(".bias") and not site.left for site in result.sites) == operators  # all biases are folded
+    assert sum(site.name.endswith(".bias") and not site.left for site in result.sites) == 5  # all biases are folded
     assert result.parity
     for size in (1, 3):
         feeds = {onnx.load(source).graph.input[0].name: torch.randn(size, 3, 32, 32).numpy()}
