@@ -259,8 +259,8 @@ class _Graph:
                         return True
                     seen.add(given)
                     pending.append(given)
-            if node is not None and not node.inputs and node.op_type != "Constant":
-                return True  # RandomNormal, or an If
+            if node is not None and ((not node.inputs and node.op_type != "Constant") or _has_a_graph(node)):
+                return True  # RandomNormal, or an If, whose branches may read anything
         return False
 
     def not_written(self, pair: Pair) -> str:
@@ -275,6 +275,12 @@ class _Graph:
                 return f"its stream is written with {value.name}, of which others read a part or another form"
             return f"its stream is written with {value.name}, which {self.constants.why_not(value)}"
         return IS_INPUT if node is None else written_by(called(node))
+
+
+def _has_a_graph(node: ir.Node) -> bool:
+    import onnx_ir as ir
+
+    return any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values())
 
 
 # --- the rewrite ------------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
         "nodes_before": dict(result.before),
         **attributes(result, "nodes", "bytes_before", "bytes"),
         "sites": outcomes_json(result),
+        "layer_norms": None if result.layer_norms is None else list(result.layer_norms),
         **attributes(result, "notes"),
         **_measured(result),
         "versions": versions(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from hypothesis import strategies as st
 from onnx import parser
 from onnx.numpy_helper import from_array, to_array
 from torch import nn
+from typer.testing import CliRunner
 
 import tests.support.torchvision_shim  # noqa: F401
 from fixtures import streams
 from normswap.api.fold import fold_onnx
+from normswap.cli.app import app
 from normswap.errors import UsageError
 from normswap.export.any_file import Folded, fold
 
@@ -558,6 +562,24 @@ def test_to_is_rmsnorm_or_nothing(tmp_path: Path) -> None:
     assert plain.nodes["LayerNormalization"] == 2
     with pytest.raises(UsageError, match=r"to is 'layernorm'"):
         fold_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", to="layernorm")  # type: ignore[arg-type]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(made(block("k = Add(h, e)"), dtype="float"), source)
+    result = CliRunner().invoke(app, ["fold", str(source), "-o", str(target), "--to", "rmsnorm"])
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 LayerNorms became RMSNorm" in result.output
+    assert "note: written in opset 23" in result.output
+    assert re.search(r"^ *m +its mean into all that comes before it +RMSNormalization", result.output, re.MULTILINE)
+    found = json.loads(CliRunner().invoke(app, ["fold", str(source), "-o", str(target), "--to", "rmsnorm", "--json"]).stdout)
+    assert found["status"] == "folded"
+    assert found["layer_norms"] == ["n", "m"]
+    assert [(site["how"], site["left"]) for site in found["sites"] if site["name"] in ("n", "m")] == [("rmsnorm", ["RMSNormalization"])] * 2
+    assert (found["nodes_before"]["LayerNormalization"], found["nodes"]["RMSNormalization"]) == (2, 2)
+    assert found["parity"]["passed"]
+    result = CliRunner().invoke(app, ["fold", str(source), "-o", str(target), "--to", "layernorm"])
+    assert result.exit_code == 2
 
 
 # -- files of torch's exporters ----------------------------------------------------------------------------------------------------------
