@@ -136,6 +136,7 @@ def _operator(node: ir.Node, constants: Constants) -> Norm:
 def _spelled_out(node: ir.Node, constants: Constants) -> Norm | None:
     """x - ReduceMean(x), and nothing else reads the mean: how LayerNorm starts where it is written in operators."""
     from normswap.folding.channels import axes_of
+    from normswap.folding.find import NO_RANK
 
     x, mean = node.inputs[0], node.outputs[0]
     axes = axes_of(node, constants)
@@ -144,10 +145,13 @@ def _spelled_out(node: ir.Node, constants: Constants) -> Norm | None:
         return None
     if any(sub.op_type != CENTRING[1] or sub.domain != "" or sub.inputs[0] is not x or sub.inputs[1] is not mean for sub in subs):
         return None
-    why = _unfit(x, axes[0], constants)
+    name = str(node.name or mean.name)
+    if x is None or x.shape is None:
+        return Norm(name, (node, *subs), why=NO_RANK)
+    why = _unfit(x, axes[0] % len(x.shape), constants)
     if any(sub.outputs[0].is_graph_output() for sub in subs):
         why = "its result is an output of the model; leave it"
-    return Norm(str(node.name or mean.name), (node, *subs), axes[0], why)
+    return Norm(name, (node, *subs), axes[0] % len(x.shape), why)
 
 
 def _unfit(x: ir.Value | None, axis: int, constants: Constants) -> str | None:

@@ -71,14 +71,12 @@ def is_floating(value: ir.Value | None) -> bool:
 
 
 def axes_of(node: ir.Node, constants: Constants) -> list[int] | None:
-    """The axes of a Reduce operator; None if it reduces all, or they are not known."""
-    x = node.inputs[0]
+    """The axes of a Reduce operator, as it has them; None if it reduces all, or they are not known."""
     given = node.inputs[1] if len(node.inputs) > 1 else None
     array = constants.of(given)
-    if x is None or x.shape is None or (given is not None and array is None):
+    if given is not None and array is None:
         return None
-    axes = node.attributes.get_ints("axes", ()) if array is None else array.reshape(-1)
-    return [int(a) % len(x.shape) for a in axes] or None
+    return [int(a) for a in (node.attributes.get_ints("axes", ()) if array is None else array.reshape(-1))] or None
 
 
 def _sizes(node: ir.Node, place: int, constants: Constants) -> tuple[int | str | None, ...]:
@@ -165,6 +163,7 @@ def _reduced(node: ir.Node, axis: int, constants: Constants) -> list[Place] | No
     if gone is None:
         return None
     rank = len(_sizes(node, 0, constants))
+    gone = [a % rank for a in gone]
     left = [a for a in range(rank) if node.attributes.get_int("keepdims", 1) or a not in gone]
     return None if left[axis] in gone else [(0, left[axis])]
 

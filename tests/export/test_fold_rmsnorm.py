@@ -361,6 +361,7 @@ def test_behind_what_sees_the_mean_the_stream_is_cut(tmp_path: Path) -> None:
         ("m0 = LayerNormalization(token, s) m = Add(m0, h) y = MatMul(m, w3)", {}, "its input is a constant; leave it"),
         ("m0 = ReduceMean(h, minus) y = Sub(h, m0)", {"opset": 18}, "its result is an output of the model; leave it"),
         ("hh = Reshape(h, some) m = LayerNormalization(hh, s) y = Relu(m)", {}, "its rank is not known"),
+        ("hh = Reshape(h, some) m = ReduceMean <axes=[-1]> (hh) d = Sub(hh, m) y = Relu(d)", {}, "its rank is not known"),
     ],
 )
 def test_norms_that_stay_by_themselves(body: str, options: dict[str, Any], why: str, tmp_path: Path) -> None:
