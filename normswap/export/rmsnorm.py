@@ -185,6 +185,8 @@ class _Graph:
             return [] if node is None or node.op_type == "Constant" else None
         if node is None:
             return None
+        if node in self.centrings and node.op_type == CENTRING[1] and self.centrings[node].axis == axis:
+            return []  # x - mean(x)
         found = needed(node, slot.index() or 0, axis, self.constants)
         return None if found is None else [(self._slot(node, place), a) for place, a in found]
 

@@ -178,6 +178,8 @@ SEES = {
     "the larger of two": ("h2 = Neg(h) k = Max(h, h2)", f"{ITS_OWN}Max"),
     "a product with itself": ("k = Mul(h, h)", f"{ITS_OWN}Mul"),
     "divided by it": ("k = Div(one_, h)", f"{ITS_OWN}Div"),
+    "a number divided by it": ("k = Div(half, h)", f"{ITS_OWN}Div"),
+    "its mean as an output": ("z = ReduceMean <axes=[-1]> (h) k = Sub(h, z)", f"{ITS_OWN}Sub"),
     "running sums along the channels": ("k = CumSum(h, two_)", f"{ITS_OWN}CumSum"),
 }
 
@@ -206,7 +208,7 @@ def test_passes_it_on(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", SEES)
 def test_stays_where_the_mean_counts(case: str, tmp_path: Path) -> None:
     body, why = SEES[case]
-    outputs = "y h" if case == "an output" else "y z" if " z = " in body else "y"
+    outputs = "y h" if case == "an output" else "y z" if " z = " in f" {body}" else "y"
     result = folded((made(f"{START} {body} {END}", outputs=outputs)), tmp_path)
     reason = norms_of(result)["m"]
     assert reason.startswith(why)
@@ -219,6 +221,13 @@ def test_nothing_to_do_is_a_copy(tmp_path: Path) -> None:
     result = folded(made(f"{START} k = Identity(h) {END}", outputs="y h"), tmp_path)
     assert result.nodes == result.before
     assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+def test_a_difference_from_the_mean_has_none(tmp_path: Path) -> None:
+    body = "h0 = Tanh(x) hm = ReduceMean <axes=[-1]> (h0) k = Sub(h0, hm) m = LayerNormalization(k, s) y = MatMul(m, w3)"
+    result = folded(made(body, "x[b,5,6]"), tmp_path)
+    assert {name: bool(reason) for name, reason in norms_of(result).items()} == {"hm": True, "m": False}
+    assert result.nodes == {"Tanh": 1, "ReduceMean": 1, "Sub": 1, "RMSNormalization": 1, "MatMul": 1}
 
 
 def test_behind_what_sees_the_mean_the_stream_is_cut(tmp_path: Path) -> None:
