@@ -6,11 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from normswap.errors import ExportError, UsageError
+from normswap.errors import ExportError, UsageError, one_of
 from normswap.export.any_file import Folded, fold, shapes_asked, sizes_known
 from normswap.export.verified import Attempt, clear, comparisons, main_result, measured, search
 from normswap.files import atomic, external_data
@@ -25,12 +25,15 @@ from normswap.parity.run_onnx import LEVELS, draws, onnx_inputs, onnx_runner
 SIZES = (64, 48, 32, 128, 224, 320)  # sizes to try, in this order, for the dynamic axes of a file
 
 
-def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Folded:
+def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None, to: Literal["rmsnorm"] | None = None) -> Folded:
     """Fold the normalization in the ONNX file `source` into its layers, verify that the function is the same, and write it to `path`.
 
     inputs: on which both files are run: a tensor, a tuple with a tensor for each input of the graph, or specs as the command takes them,
         ["2x3x224x224", "2x16:int64"]. None: random numbers of the dtypes and sizes that the file declares; dynamic axes get the first size
         in SIZES at which the file runs. Inputs and outputs keep their names, dtypes and shapes.
+    to: "rmsnorm" also makes an RMSNormalization of each LayerNormalization whose input can lose its mean: the mean is taken out of all
+        constants that write the stream. The new file has opset 23 at least, where RMSNormalization is. What cannot be done stays, with a
+        reason in `sites`. docs/rmsnorm.md has what is exact.
 
     Returns a description of the new file: where each norm went, operators before and after, and the measurement. If there is nothing to
     fold, `path` is a copy of `source`. A fold after which the comparison fails is rolled back, and named.
@@ -38,6 +41,8 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
     Raises LoadError if `source` is not a valid ONNX file, UsageError if no inputs are known on which it runs, ExportError if `path` cannot
     be written, ParityError if the new file computes something else. None of them leaves a file.
     """
+    if to is not None:
+        one_of("to", to, ("rmsnorm",))
     given = _given(inputs)
     source, output = Path(source), Path(path)
     if source.is_file():
@@ -73,7 +78,7 @@ def fold_onnx(source: str | Path, path: str | Path, *, inputs: Any = None) -> Fo
 
     def tried_with(kept: Mapping[str, str], *, shorten: bool) -> Attempt[tuple[Folded, Comparisons]]:
         clear(partial)
-        result = fold(source, partial, kept=kept, shorten=shorten)
+        result = fold(source, partial, kept=kept, shorten=shorten, to_rmsnorm=to == "rmsnorm")
         if not result.changed:
             return Attempt((result, Comparisons()), True)
         why = _unlike_itself(judged(), source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,10 @@ def fold(
     output: OutputFile,
     *,
     inputs: Annotated[list[str] | None, INPUT] = None,
+    to: Annotated[
+        Literal["rmsnorm"] | None,
+        typer.Option(help="Also, exactly: rmsnorm, a LayerNorm whose input can lose its mean becomes an RMSNorm (opset 23)."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -27,7 +31,7 @@ def fold(
         from normswap.api.fold import fold_onnx
         from normswap.report.onnx import fold_json, fold_summary, fold_table, operators_table
 
-        result = fold_onnx(source, output, inputs=inputs)
+        result = fold_onnx(source, output, inputs=inputs, to=to)
     if as_json:
         print_json(fold_json(source, result))
     else:

@@ -1,24 +1,19 @@
 """Which values of a model can lose their mean over the channels, so that the LayerNorms that read them need not take it out themselves.
 
-A value is centred if it is replaced by C v = v - mean of v over its channels. It can be if
-
-    read     everything that reads it does not see its mean (a LayerNorm over these channels, a softmax), or passes it on to a value that is
-             centred as well. An output of the model is seen
-    written  everything that it is made of is centred (`channels.needed`): at last parameters, which are centred once and for all.
-             A gain (LayerScale) goes into the weight before it first. Or it is cut: a hook of the module that makes or takes it centres it
-
-`streams` finds the largest set of values for which all of this holds: it starts from all that are connected with the input of a LayerNorm,
-and takes away. A connected part of the set stays if it takes the centring out of more LayerNorms than it puts cuts in.
+`centred.py` has what that means, and finds the largest set of values for which it holds. Here is what it needs to know about torch: what an
+operator of a recorded forward pass reads and writes (`channels.needed`), that a gain (LayerScale) goes into the weight before it first, and
+that a value is cut by a hook of the module that makes or takes it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from normswap.detect.centred import IS_INPUT, IS_OUTPUT, read_by, solve, written_by
 from normswap.detect.channels import Pair, is_blind, needed
 from normswap.models.copying import shared_parameters
 from normswap.models.recording import Op, Record, Value
@@ -69,10 +64,12 @@ class Streams:
 
 def streams(model: nn.Module, record: Record, wanted: Iterable[Op]) -> Streams:
     """The streams of a model, from a record of one forward pass of it. wanted: the calls native_layer_norm that are worth the effort."""
-    return _Search(model, record).solve(list(wanted))
+    return _Graph(model, record).streams(list(wanted))
 
 
-class _Search:
+class _Graph:
+    """A recorded forward pass, as `centred.solve` asks about it."""
+
     def __init__(self, model: nn.Module, record: Record) -> None:
         self.names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         self.shared = shared_parameters(model)
@@ -83,9 +80,6 @@ class _Search:
         for op in record.ops:
             if op.name in ("mul", "mul_"):
                 self._find_fold(op)
-        self.operands: dict[Pair, list[Pair] | None] = {}
-        self.results: dict[Pair, list[Pair] | None] = {}
-        self.why: dict[Pair, str] = {}
 
     # --- the gains -----------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +132,7 @@ class _Search:
 
     # --- one value -----------------------------------------------------------------------------------------------------------------
 
-    def _operands(self, pair: Pair) -> list[Pair] | None:
+    def operands(self, pair: Pair) -> list[Pair] | None:
         value, axis = pair
         if pair in self.folds:
             return self.folds[pair][0]
@@ -146,26 +140,30 @@ class _Search:
             return [] if self._is_own(value) else None
         return needed(value.op, value.index, axis)
 
-    def _results(self, pair: Pair) -> list[Pair] | None:
-        """The values that have to be centred if a pair is; None, with the reason in `why`, if something sees its mean."""
+    def results(self, pair: Pair) -> list[Pair] | str:
         value = pair[0]
         if value.spoiled:
-            self.why[pair] = "its stream is written into through a view, or read by code outside torch"
-        elif value.is_output:
-            self.why[pair] = "its stream is an output of the model, of which the mean would be missing"
-        elif self.hooked and (seen := [c.name for c in (*value.returned, *(c for c, _ in value.taken)) if c.name in self.hooked]):
-            self.why[pair] = f"its stream is seen by hooks of {seen[0] or 'the model'}"
-        if pair in self.why:
-            return None
+            return "its stream is written into through a view, or read by code outside torch"
+        if value.is_output:
+            return IS_OUTPUT
+        if self.hooked and (seen := [c.name for c in (*value.returned, *(c for c, _ in value.taken)) if c.name in self.hooked]):
+            return f"its stream is seen by hooks of {seen[0] or 'the model'}"
         results: list[Pair] = []
         for op, _ in value.uses:
             found = self._through(op, pair)
             if found is None:
-                where = op.stack[-1].name if op.stack else ""
-                self.why[pair] = f"its stream is also read by {where or 'the model itself'} ({_words(op)}), where its mean may count"
-                return None
+                return read_by(_where(op))
             results += found
         return list(dict.fromkeys(results))
+
+    def not_written(self, pair: Pair) -> str:
+        op, value = pair[0].op, pair[0]
+        if op is not None:
+            return written_by(_where(op))
+        return IS_INPUT if value.tensor is None else "its stream starts from a tensor that modules share, or that is no parameter"
+
+    def can_cut(self, pair: Pair) -> bool:
+        return self._cut(pair) is not None
 
     def _through(self, op: Op, pair: Pair) -> list[Pair] | None:
         value, axis = pair
@@ -200,84 +198,12 @@ class _Search:
 
     # --- all of them ---------------------------------------------------------------------------------------------------------------
 
-    def solve(self, wanted: Sequence[Op]) -> Streams:
-        inputs = {id(op): (op.args[0], len(op.args[0].shape) - 1) for op in wanted}
-        on = self._universe(inputs.values())
-        cuts = {pair: self._cut(pair) for pair in on}
-        self._take_away(on, cuts)
-        found, dropped = Streams(), set[Pair]()
-        parts = _parts(on, self.operands)
-        for part in parts:
-            readers = [key for key, pair in inputs.items() if pair in part]
-            needs = [pair for pair in part if not self._made_of_centred(pair, on)]
-            if readers and len(needs) < len(readers):
-                self._add(found, part, [cut for pair in needs if (cut := cuts[pair]) is not None])
-            else:
-                reason = self._too_many(needs, on, len(readers))
-                for pair in part:
-                    self.why.setdefault(pair, reason)
-                dropped.update(part)
-        found.reasons = {key: None if pair in on and pair not in dropped else self.why[pair] for key, pair in inputs.items()}
+    def streams(self, wanted: Sequence[Op]) -> Streams:
+        centred = solve(self, {id(op): (op.args[0], len(op.args[0].shape) - 1) for op in wanted})
+        found = Streams(reasons=centred.reasons)
+        for part in centred.parts:
+            self._add(found, part.pairs, [cut for pair in part.cuts if (cut := self._cut(pair)) is not None])
         return found
-
-    def _universe(self, starts: Iterable[Pair]) -> dict[Pair, None]:
-        universe: dict[Pair, None] = {}
-        queue = list(starts)
-        while queue:
-            pair = queue.pop()
-            if pair not in universe:
-                universe[pair] = None
-                self.operands[pair], self.results[pair] = self._operands(pair), self._results(pair)
-                queue += [*(self.operands[pair] or ()), *(self.results[pair] or ())]
-        return universe
-
-    def _made_of_centred(self, pair: Pair, on: Mapping[Pair, None]) -> bool:
-        operands = self.operands[pair]
-        return operands is not None and all(each in on for each in operands)
-
-    def _take_away(self, on: dict[Pair, None], cuts: Mapping[Pair, Cut | None]) -> None:
-        """Take away each pair for which the rules do not hold, with the reason, until none is left of these."""
-        axes = Counter(id(value) for value, _ in on)
-        for pair in [pair for pair in on if axes[id(pair[0])] > 1]:
-            self.why.setdefault(pair, "its stream is normalized over more than one of its axes")
-            del on[pair]
-        changed = True
-        while changed:
-            changed = False
-            for pair in list(on):
-                reason = self._why_not(pair, on, cuts[pair] is not None)
-                if reason is not None:
-                    self.why.setdefault(pair, reason)
-                    del on[pair]
-                    changed = True
-
-    def _why_not(self, pair: Pair, on: Mapping[Pair, None], cuttable: bool) -> str | None:
-        results = self.results[pair]
-        if results is None:
-            return self.why[pair]
-        lost = next((each for each in results if each not in on), None)
-        if lost is not None:
-            return self.why[lost]
-        return None if cuttable or self._made_of_centred(pair, on) else self._why_not_written(pair, on)
-
-    def _why_not_written(self, pair: Pair, on: Mapping[Pair, None]) -> str:
-        lost = next((each for each in self.operands[pair] or () if each not in on), None)
-        if lost is not None:
-            return self.why[lost]
-        op, value = pair[0].op, pair[0]
-        if op is None:
-            own = value.tensor is not None
-            return (
-                "its stream starts from a tensor that modules share, or that is no parameter" if own else "its stream starts from an input"
-            )
-        where = op.stack[-1].name if op.stack else ""
-        return f"its stream is written by {where or 'the model itself'} ({_words(op)}), which has no weight to take the mean out of"
-
-    def _too_many(self, needs: Sequence[Pair], on: Mapping[Pair, None], readers: int) -> str:
-        why = next((self._why_not_written(pair, on) for pair in needs), "")
-        many = "a centring of its own" if len(needs) == 1 else f"{len(needs)} centrings"
-        norms = "one LayerNorm" if readers == 1 else f"{readers} LayerNorms"
-        return f"it would take {many} to save that of {norms}: {why}"
 
     def _add(self, found: Streams, part: Sequence[Pair], cuts: Iterable[Cut]) -> None:
         found.cuts += cuts
@@ -292,8 +218,10 @@ class _Search:
         return self.names[id(value.tensor)]
 
 
-def _words(op: Op) -> str:
-    return _WORDS.get(op.name, op.name.strip("_"))
+def _where(op: Op) -> str:
+    """An operator in a reason: the module that calls it, and what it does."""
+    name = op.stack[-1].name if op.stack else ""
+    return f"{name or 'the model itself'} ({_WORDS.get(op.name, op.name.strip('_'))})"
 
 
 def _size(value: Value) -> int:
@@ -301,23 +229,3 @@ def _size(value: Value) -> int:
     for each in value.shape:
         size *= each
     return size
-
-
-def _parts(on: Mapping[Pair, None], operands: Mapping[Pair, list[Pair] | None]) -> list[list[Pair]]:
-    """The connected parts of a set of pairs."""
-    first: dict[Pair, Pair] = {pair: pair for pair in on}
-
-    def root(pair: Pair) -> Pair:
-        while first[pair] != pair:
-            first[pair] = first[first[pair]]
-            pair = first[pair]
-        return pair
-
-    for pair in on:
-        for each in operands[pair] or ():
-            if each in on:
-                first[root(each)] = root(pair)
-    parts: dict[Pair, list[Pair]] = {}
-    for pair in on:
-        parts.setdefault(root(pair), []).append(pair)
-    return list(parts.values())

@@ -3,8 +3,9 @@
 1. The file is read and checked, and the shapes of its values are inferred (`folding/shapes.py`).
 2. Operators that do nothing are removed (`folding/noops.py`).
 3. Its affines are found (`folding/find.py`) and folded where that is exact (`folding/decide.py`).
-4. If any could be, the new graph is shortened (`simplify.py`) and written in the opset that the file had; if none, the file is copied as
-   it is.
+4. With `to="rmsnorm"`, its LayerNorms become RMSNorms where that is exact (`rmsnorm.py`), in opset 23, and their biases are folded.
+5. If anything could be done, the new graph is shortened (`simplify.py`) and written, else in the opset that the file had; if nothing, the
+   file is copied as it is.
 
 `verify` then says whether the two files are the same function, before the new one gets its name.
 """
@@ -16,13 +17,15 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normswap.errors import ExportError, LoadError, first_line
+from normswap.export import rmsnorm
 from normswap.export.file import write
 from normswap.export.norms import operators
+from normswap.export.opset import NEWER_OPSET, raise_opset
 from normswap.export.simplify import norms_stay, simplify
 from normswap.files import external_data
 from normswap.parity.result import Comparisons, Parity
@@ -47,6 +50,7 @@ class Folded:
     before, nodes  how often each operator occurs in the file that came in, and in the one that was written
     bytes_before, bytes  how large they are, with the files that their weights lie in
     sites          a `normswap.folding.Outcome` for each affine, and for each norm that is no affine
+    layer_norms    the names of those of the sites that RMSNorms were to be made of, None if that was not asked for
     notes          why nothing was folded, if the sites do not say it
     parity         the result of comparing the two files, None before that
     comparisons    the results of all comparisons of the new file
@@ -59,6 +63,7 @@ class Folded:
     bytes: int
     sites: tuple[Outcome, ...] = ()
     notes: tuple[str, ...] = ()
+    layer_norms: tuple[str, ...] | None = None
     parity: Parity | None = None
     comparisons: Comparisons = field(default_factory=Comparisons, repr=False)
 
@@ -72,8 +77,18 @@ class Folded:
         return any(site.touched or site.rewritten for site in self.sites)
 
 
-def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, shorten: bool = True) -> Folded:
-    """Write `source`, folded, to `target`. kept: affines that stay as they are, by name, and why. shorten: whether to simplify the graph.
+def fold(
+    source: Path,
+    target: Path,
+    *,
+    kept: Mapping[str, str] | None = None,
+    shorten: bool = True,
+    to_rmsnorm: bool = False,
+    refused: str | None = None,
+) -> Folded:
+    """Write `source`, folded, to `target`. kept: sites that stay as they are, by name, and why. shorten: whether to simplify the graph.
+
+    to_rmsnorm: whether to make RMSNorms of LayerNorms. refused: why RMSNormalization cannot be written, where it cannot.
 
     Raises LoadError if `source` is no valid ONNX file, ExportError if `target` cannot be written or the graph cannot be shortened.
     """
@@ -84,6 +99,8 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
     from normswap.folding import fold as fold_affines
     from normswap.folding.find import affines, others
 
+    again = functools.partial(fold, source, target, shorten=shorten, to_rmsnorm=to_rmsnorm)
+    kept = {} if kept is None else kept
     proto = read(source)
     size = _size(source)
     model = ir.load(str(source))
@@ -92,23 +109,36 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     open_to_callers, notes = _listed(model)
     constants = Constants(model.graph)
-    if constants.opset < OLDEST:
+    if (opset := constants.opset) < OLDEST:
         convert = f"`onnx.version_converter.convert_version(model, {MODERN})` makes a newer file of it"
-        reason = f"the file has opset {constants.opset}, and files older than opset {OLDEST} are left as they are: {convert}"
+        reason = f"the file has opset {opset}, and files older than opset {OLDEST} are left as they are: {convert}"
         return _copied(source, target, before, _other_norms(others(model, (), constants, reason), ()), (reason,))
+    raised = to_rmsnorm and opset < NEWER_OPSET and rmsnorm.LAYER_NORM in before and refused is None
+    if raised and (why := raise_opset(model)) is not None:
+        return again(kept=kept, refused=f"RMSNormalization needs opset {NEWER_OPSET}, and the file cannot be raised to it: {why}")
+    constants = Constants(model.graph)
     with _unknown(model, open_to_callers):
         shapes.infer(model)
     noops.remove(model.graph, constants)
     found = affines(model.graph, constants)
-    rest = others(model, found, constants)
-    sites = tuple(fold_affines(model.graph, found, constants, kept))
-    others_kept = _other_norms(rest, [site.name for site in sites])
+    norms = rmsnorm.find(model.graph, constants, [site.name for site in found]) if to_rmsnorm else []
+    taken = {node for norm in norms for node in norm.nodes}
+    rest = [(node, reason) for node, reason in others(model, found, constants) if node not in taken]
+    sites = fold_affines(model.graph, found, constants, kept)
+    made = rmsnorm.convert(model.graph, norms, constants, kept, refused)
+    if raised and not made.operators:
+        stay = {site.name: site.reason for site in made.outcomes if not site.how}
+        return again(kept={**kept, **stay}, refused="no LayerNorm of the file can be an RMSNorm")
+    sites = [*sites, *made.outcomes, *fold_affines(model.graph, made.biases, constants, kept)]
+    everything = (*sites, *_other_norms(rest, [site.name for site in sites]))
+    layer_norms = tuple(norm.name for norm in norms) if to_rmsnorm else None
     if not any(site.touched or site.rewritten for site in sites):
         note = (
             f"{len(open_to_callers)} of its weights are inputs that a caller may replace: "
             "`onnx_ir.passes.common.RemoveInitializersFromInputsPass` makes constants of them"
         )
-        return _copied(source, target, before, (*sites, *others_kept), (note,) if open_to_callers else ())
+        copied = _copied(source, target, before, everything, (note,) if open_to_callers else ())
+        return replace(copied, layer_norms=layer_norms)
     common.RemoveUnusedNodesPass()(model)
     constants.restore_names()
     if shorten:
@@ -119,7 +149,9 @@ def fold(source: Path, target: Path, *, kept: Mapping[str, str] | None = None, s
     _check(model, declared)
     nodes = dict(operators(model.graph).most_common())
     after = write(model, target, edit=declared)
-    return Folded(target, before, nodes, size, after, (*sites, *others_kept), notes)
+    if raised:
+        notes = (*notes, f"written in opset {NEWER_OPSET}, which has RMSNormalization; the file has opset {opset}")
+    return Folded(target, before, nodes, size, after, everything, (*notes, *made.notes), layer_norms)
 
 
 def _listed(model: ir.Model) -> tuple[list[str], tuple[str, ...]]:

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,18 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from normswap.errors import ExportError
+from normswap.errors import ExportError, first_line
 from normswap.export.cuda import Missing
 from normswap.models.quiet import quiet
 from normswap.models.watching import forward
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 Made = TypeVar("Made")
 
 DEFAULT_OPSET = 20
+NEWER_IR_VERSION = 10  # the lowest IR version of a file in NEWER_OPSET: what torch gives it
 TORCH_OPSET = 18  # the lowest that torch.onnx.export writes by itself
 NEWER_OPSET = 23  # has Attention and RMSNormalization; from 24 on, most operators that only move values have no CUDA kernel yet
 # What is one operator from NEWER_OPSET on.
@@ -75,3 +79,21 @@ def newer_if_better(make: Callable[[int], Made], without_kernel: Callable[[Made]
         lost = Counter(node.op for node in missing) - Counter(node.op for node in without_kernel(other))
         why, made = f"in opset {NEWER_OPSET}, {' and '.join(sorted(lost))} would be without a CUDA kernel", other
     return made, DEFAULT_OPSET, f"opset {DEFAULT_OPSET}: {why}"
+
+
+def raise_opset(model: ir.Model) -> str | None:
+    """Raise an ONNX model to NEWER_OPSET, in place. Returns why that is not possible, a clause; the model may be half raised then."""
+    from onnxscript.version_converter import ConvertVersionPass
+
+    if model.functions:  # the converter would inline them, and a runtime may have a kernel of their name
+        return "it has functions: `onnx.inliner.inline_local_functions` makes ordinary parts of the graph of them"
+    names = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    try:
+        with quiet():
+            ConvertVersionPass(NEWER_OPSET, fallback=True)(model)
+    except Exception as error:  # of the converter, which does not know every operator
+        return first_line(error)
+    if model.graph.opset_imports.get("") != NEWER_OPSET or names != [value.name for value in (*model.graph.inputs, *model.graph.outputs)]:
+        return "ONNX's converter has no rule for one of its operators"
+    model.ir_version = max(model.ir_version, NEWER_IR_VERSION)
+    return None

@@ -47,10 +47,20 @@ def simplify(model: ir.Model) -> None:
                 # Functions are not inlined, as a runtime may have a kernel of their name.
                 optimizer.optimize_ir(model, should_fold=lambda node: True if _is_smaller(node) else None, inline=False)
                 common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            _without_allowzero(model)
             changed = [node for node in list(model.graph) if node.domain == "" and node.op_type in _RULES and _RULES[node.op_type](node)]
             common.RemoveUnusedNodesPass()(model)
             if not changed and model.graph.num_nodes() == before:
                 break
+
+
+def _without_allowzero(model: ir.Model) -> None:
+    """Take off the attribute of Reshape that onnxscript sets in files of any opset, and that ONNX has from opset 14 on."""
+    if model.graph.opset_imports.get("", 0) < 14:
+        for node in model.graph.all_nodes():
+            numbers = _numbers(node.inputs[1]) if node.op_type == "Reshape" and node.domain == "" else None
+            if numbers is not None and numbers.all():  # it tells what a 0 means
+                node.attributes.pop("allowzero", None)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,14 @@ class Constants:
             self._wanted[made] = wanted
         return made
 
+    def instead(self, value: ir.Value, array: Array, name: str) -> ir.Value:
+        """A new constant in the place of `value`, rounded to its dtype; `restore_names` gives it that name, if it is free then."""
+        made = self._register(name, array.astype(self._dtype_of(value), copy=False))
+        self._wanted[made] = self._wanted.get(value, str(value.name))
+        if made.dtype == ir.DataType.FLOAT16:
+            note_precise(made, array)
+        return made
+
     def bias(self, weight: ir.Value, array: Array, dtype: npt.DTypeLike) -> ir.Value:
         """A new bias for the layer of `weight`, rounded to `dtype`. Its name is made from the name that the weight had before the fold."""
         name = str(self._wanted.get(weight, weight.name))
@@ -163,7 +171,7 @@ class Constants:
             array = _scaled(weight, factors, view)
             made = None if array is None else self._register(f"{weight.name}_folded", array.astype(self._dtype_of(weight), copy=False))
             if made is not None:
-                self._wanted[made] = str(weight.name)
+                self._wanted[made] = self._wanted.get(weight, str(weight.name))
             if made is not None and array is not None and PRECISE in weight.meta:
                 note_precise(made, array)  # another norm may be folded into it
             self._made[key] = made

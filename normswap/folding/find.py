@@ -4,7 +4,8 @@ norms, each with the reason why it is no affine.
     BatchNormalization    s = scale / sqrt(var + epsilon),  t = B - mean * s
     a chain               s <- s * k, t <- t * k for a Mul; t <- t + k for an Add; likewise Div and Sub
 
-The Add of a bias after a MatMul is part of that layer, and no affine. Neither is arithmetic on values with less than two axes.
+The Add of a bias after a MatMul is part of that layer, and no affine. Neither is arithmetic on values with less than two axes, nor the gain
+of a norm that is written in operators, by which runtimes know the norm: they compute all of it in one.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ PER_SAMPLE = (
     "its statistics are those of each input, so it cannot be folded: to be rid of it, convert the model that the file was made from with "
     "`normswap convert --approximate`"
 )
+NO_RANK = (
+    "its rank is not known, as nothing around it tells the shape of its input: give the inputs of the file their sizes "
+    "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
+)
 TRAINING = "it is in training mode, so it normalizes by the statistics of each batch: export the model again in eval mode (`model.eval()`)"
 
 
 def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
     """The affines of the graph, in its order."""
-    done: set[ir.Node] = set()
+    done = {each for node in graph.all_nodes() for each in gain_of(node, constants)}
     result = []
     for node in graph.all_nodes():
         if node in done:
@@ -42,6 +47,40 @@ def affines(graph: ir.Graph, constants: Constants) -> list[Affine]:
             done.update(chain)
             result.append(affine_of(chain, constants))
     return result
+
+
+def gain_of(div: ir.Node, constants: Constants) -> list[ir.Node]:
+    """The gain of a norm that is written in operators: the Mul with a constant behind the Div of d / sqrt(mean(d^2) + eps).
+
+    If d is a difference, x - mean(x), it is a LayerNorm, and the Add of a bias behind the Mul is its part, too.
+    """
+    if div.op_type != "Div" or div.domain != "" or div.inputs[0] is None:
+        return []
+    d, square = div.inputs[0], _made_by(div.inputs[1], "Sqrt", "Add", "ReduceMean")
+    power = None if square is None else square.inputs[0]
+    by = None if power is None else power.producer()
+    if by is None or by.op_type not in ("Pow", "Mul") or by.inputs[0] is not d or (by.op_type == "Mul" and by.inputs[1] is not d):
+        return []
+    found: list[ir.Node] = []
+    centred = d.producer()
+    for op_type in ("Mul", "Add") if centred is not None and centred.op_type == "Sub" else ("Mul",):
+        value = found[-1].outputs[0] if found else div.outputs[0]
+        reader = next(iter(value.consumers()), None)
+        if not only_use(value) or reader is None or reader.op_type != op_type or _place(reader, constants) is None:
+            break
+        found.append(reader)
+    return found
+
+
+def _made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node with the last of these types on the way back from a value through nodes of these types."""
+    node = None
+    given = [value]
+    for op_type in op_types:
+        makers = [each.producer() for each in given if each is not None]
+        node = next((maker for maker in makers if maker is not None and maker.op_type == op_type), None)
+        given = [] if node is None else list(node.inputs)
+    return node
 
 
 def is_norm(node: ir.Node) -> bool:
@@ -82,10 +121,7 @@ def _why(node: ir.Node, constants: Constants) -> str:
             return f"its {name} has {array.ndim} dimensions, so it is not one number per channel"
     x, y = node.inputs[0], node.outputs[0]
     if y.shape is None:
-        return (
-            "its rank is not known, as nothing around it tells the shape of its input: give the inputs of the file their sizes "
-            "(`onnx.tools.update_model_dims`), and write it again with `onnx.shape_inference.infer_shapes`"
-        )
+        return NO_RANK
     if x is None or y.dtype is None or y.dtype.numpy().name not in FLOATS:
         return "the type of its output is not known, or not a floating-point type"
     return "it has no axis of channels" if len(y.shape) < 2 else "its statistics do not have one number for each channel of its input"

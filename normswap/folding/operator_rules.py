@@ -13,6 +13,7 @@ r"""How an affine moves through an operator (a ReLU, a sum, a pooling): what eac
     moving values (layouts.py)  moved likewise              moved likewise                  itself
     the affine y = s x + t      any; none 0 at y            any                             s a_x / a_y,  (s c_x + t - c_y) / a_y
       if it is gone             a_y = s a_x                 c_y = s c_x + t                 nothing
+    Shape, Size                 any                         any                             itself
     anything else               1                           0                               itself
 
 The rules that are shared by several operators, one file for each kind, have their own tables: layouts, elementwise, activations, spatial.
@@ -27,6 +28,7 @@ from normswap.folding import activations, einsum, elementwise, layouts, spatial
 from normswap.folding.activations import threshold_of
 from normswap.folding.affine import Affine, Array, called, fits
 from normswap.folding.basis import Change, Conflict, Imprecise, Rule, Use, give_shift
+from normswap.folding.channels import METADATA
 from normswap.folding.linear import FLOATS, Linear, describe, why_not
 
 NONLINEAR = frozenset(
@@ -150,6 +152,10 @@ def around(layer: Linear, change: Change) -> tuple[Array, Array, Array, Array]:
     )
 
 
+def _sees_no_number(node: ir.Node, change: Change) -> None:
+    """The rule of Shape and Size."""
+
+
 # -- the affines themselves ------------------------------------------------------------------------------------------------------------
 
 
@@ -172,4 +178,5 @@ RULES: dict[str, Rule] = {
     **spatial.RULES,
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _linear),
     "Einsum": einsum.spread,
+    **dict.fromkeys(METADATA, _sees_no_number),
 }

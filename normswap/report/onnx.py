@@ -23,6 +23,7 @@ WAYS = {
     "stream_shift": "into what reads it and what comes before",
     "threshold": "through a ReLU into what reads it",
     "into_producers": "into all that comes before it",
+    "rmsnorm": "its mean into all that comes before it",
 }
 
 
@@ -75,6 +76,7 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
         "nodes_before": dict(result.before),
         **attributes(result, "nodes", "bytes_before", "bytes"),
         "sites": outcomes_json(result),
+        "layer_norms": None if result.layer_norms is None else list(result.layer_norms),
         **attributes(result, "notes"),
         **_measured(result),
         "versions": versions(),
@@ -83,10 +85,15 @@ def fold_json(source: str, result: Folded) -> dict[str, Any]:
 
 def fold_summary(result: Folded) -> str:
     """The result of folding one ONNX file, as plain text."""
-    gone = sum(not site.left for site in result.sites)
+    asked = frozenset(result.layer_norms or ())
+    sites = [site for site in result.sites if site.name not in asked]
+    gone = sum(not site.left for site in sites)
     before, after = (sum(nodes.values()) for nodes in (result.before, result.nodes))
     unchanged = "nothing was folded: what could be was rolled back, as it did not pass" if result.rolled_back else "nothing to fold"
-    lines = [f"folded {gone} of {len(result.sites)}: {before} nodes before, {after} after" if result.changed else unchanged]
+    lines = [f"folded {gone} of {len(sites)}: {before} nodes before, {after} after" if result.changed else unchanged]
+    if result.layer_norms is not None:
+        made = sum(site.name in asked and bool(site.how) for site in result.sites)
+        lines.append(f"  {made} of {len(asked)} LayerNorms became RMSNorm")
     lines += comparisons_summary(result.comparisons.parities, result.comparisons.not_run)
     lines += [f"  note: {note}" for note in result.notes]
     return text_of([*lines, f"  {'wrote' if result.changed else 'copied to'} {result.path}"])

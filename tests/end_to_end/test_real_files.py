@@ -130,3 +130,12 @@ def test_the_packages_are_pinned(repository: Path) -> None:
     assert {*wanted} <= {*pinned}
     carried = {package for file in FILES if file.name in OF_THE_TEST_EXTRA for package in (file.package, *file.needs)}
     assert carried - {"transformers"} == {*wanted}
+
+
+def test_layer_norms_of_a_real_file_become_rms_norms(tmp_path: Path) -> None:
+    """In operators, behind a Reshape to a shape that is computed; the stream starts with an activation."""
+    result = fold_onnx(real("PaddleOCR recognition").file(), tmp_path / "out.onnx", inputs=["1x3x48x96"], to="rmsnorm")
+    assert len(result.layer_norms or ()) == 5
+    assert sum(site.how == "rmsnorm" for site in result.sites) == 5
+    assert result.nodes["Sub"] == 1  # the activation is centred
+    assert result.parity

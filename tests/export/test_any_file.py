@@ -105,6 +105,14 @@ def test_folds(case: str, tmp_path: Path) -> None:
     assert [value.name for value in (*made.graph.input, *made.graph.output)] == ["x", "y"]
 
 
+def test_a_weight_that_is_folded_twice_keeps_its_name(tmp_path: Path) -> None:
+    """It was called k_folded: the second fold did not know the name before the first."""
+    body = "z = Tanh(x) f = BatchNormalization(z, s, t, m, v) q = Conv(f, k) n = BatchNormalization(q, s, t, m, v) y = Relu(n)"
+    source = saved(tmp_path / "in.onnx", model_of(body, *NORM3, tensor("k", 3, 3, 1, 1)))
+    assert fold(source, tmp_path / "out.onnx").nodes == {"Tanh": 1, "Conv": 1, "Relu": 1}
+    assert [t.name for t in onnx.load(tmp_path / "out.onnx").graph.initializer] == ["k", "k_bias"]
+
+
 def test_a_file_of_torchs_exporter(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = randomise(PreActivation(), 3).eval()
