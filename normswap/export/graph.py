@@ -19,7 +19,7 @@ from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.names import NO_ONNX, unused
 from normswap.layer.export_operator import inject_operator
 from normswap.models.quiet import quiet
-from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_unflatten
+from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -100,8 +100,7 @@ AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, spatial: bool = False) -> list[_Choice]:
     """The choices of free axes to try, the one that frees the most first."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    leaves, structure = tree_flatten(dict(bound.arguments))
+    leaves, structure = tree_flatten(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None for leaf in leaves]
     batch = next((size for size in sizes if size is not None), None)
     fixed = _Choice(None, args, kwargs)
@@ -114,9 +113,9 @@ def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     def choice(shapes: Any, free: Sequence[bool], *, spatial: bool = False) -> _Choice:
         # Of an axis of size 1 torch may take for granted that it broadcasts, so the graph is made of two samples.
-        twice = [torch.cat([leaf, leaf]) if batch == 1 and is_free else leaf for leaf, is_free in zip(leaves, free, strict=True)]
-        given = inspect.BoundArguments(bound.signature, tree_unflatten(twice, structure))
-        return _Choice(shapes, given.args, dict(given.kwargs), spatial)
+        twice = {id(leaf): torch.cat([leaf, leaf]) for leaf, is_free in zip(leaves, free, strict=True) if batch == 1 and is_free}
+        more_args, more_kwargs = tree_map_only(Tensor, lambda t: twice.get(id(t), t), (args, kwargs))
+        return _Choice(shapes, more_args, more_kwargs, spatial)
 
     choices = [choice(tree_unflatten([{0: "batch"} if is_free else None for is_free in free], structure), free) for free in batches]
     wider: list[_Choice] = []

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,14 +143,17 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
-    tensors = probe.tensors()
-    if len(tensors) != len(names):
-        raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(tensors)} tensors were given")
-    return {name: tensor.numpy(force=True) for name, tensor in zip(names, tensors, strict=True)}
+    """The tensors of a probe by the names of the file's inputs: keyword arguments of such a name, the others in order."""
+    named = {name: t for name, t in probe.kwargs.items() if isinstance(t, Tensor) and name in names}
+    others = replace(probe, kwargs={name: value for name, value in probe.kwargs.items() if name not in named}).tensors()
+    if len(named) + len(others) != len(names):
+        raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(named) + len(others)} tensors were given")
+    in_order = iter(others)
+    return {name: (named[name] if name in named else next(in_order)).numpy(force=True) for name in names}
 
 
 def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -> dict[str, Any]:
-    """The tensors of a probe by the names of the file's inputs. Raises ValueError for one of another shape."""
+    """`_feeds`. Raises ValueError for a tensor of another shape than the file says."""
     feeds = _feeds(list(declared), probe)
     for name, expected in declared.items():
         found = feeds[name].shape

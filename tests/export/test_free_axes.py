@@ -190,3 +190,33 @@ def test_a_dict_may_be_an_argument(several: bool, path: Path) -> None:
 def test_a_dict_for_a_model_that_takes_one_dict(path: Path) -> None:
     with pytest.raises(UsageError, match=r"unexpected keyword argument[^$]*a model that takes one dict is given \(\{\.\.\.\},\)"):
         normswap.export_onnx(OneDict().eval(), {"image": torch.randn(2, 3, 6, 7), "table": torch.randn(2, 4)}, path)
+
+
+class Sentences(nn.Module):
+    """Takes what a tokenizer of BERT gives, under other places: ids, types, mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.words, self.types = nn.Embedding(11, 8), nn.Embedding(3, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        return (self.words(input_ids) + self.types(token_type_ids)) * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_keyword_arguments_in_another_order_than_the_models(samples: int, path: Path) -> None:
+    ids, types, mask = torch.randint(11, (samples, 7)), torch.randint(3, (samples, 7)), torch.arange(7).lt(5).long().repeat(samples, 1)
+    batch = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    result = normswap.export_onnx(Sentences().eval(), batch, path)
+    assert result.parity
+    assert result.free == ({0: "batch"},) * 3
+    assert [i.name for i in onnx.load(path).graph.input] == list(batch)
+
+
+def test_a_file_gets_keyword_arguments_by_their_names(path: Path) -> None:
+    ids, types, mask = torch.randint(11, (2, 7)), torch.randint(3, (2, 7)), torch.arange(7).lt(5).long().repeat(2, 1)
+    normswap.export_onnx(Sentences().eval(), (ids, mask, types), path)
+    again = {"token_type_ids": types, "attention_mask": mask, "input_ids": ids}
+    assert normswap.verify(Sentences().eval(), path, again)
+    assert normswap.verify(Sentences().eval(), path, (ids, mask, types))
