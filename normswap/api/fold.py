@@ -20,7 +20,7 @@ from normswap.parity.noise import baseline_of
 from normswap.parity.probes import Probe
 from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, raise_for
-from normswap.parity.run_onnx import LEVELS, draws, onnx_inputs, onnx_runner
+from normswap.parity.run_onnx import LEVELS, NO_KERNEL, draws, onnx_inputs, onnx_runner
 
 SIZES = (64, 48, 32, 128, 224, 320)  # sizes to try, in this order, for the dynamic axes of a file
 
@@ -125,7 +125,7 @@ def _declared(path: Path) -> Inputs | None:
 def _unlike_itself(judgement: Judgement, path: Path) -> str | None:
     """Why a comparison of the file with itself fails, and so that of every fold with it; None if it does not fail."""
     found = (baseline_of(judgement, path, level).wrong for level in LEVELS)
-    return next((why for why in found if why is not None and "NOT_IMPLEMENTED" not in why), None)
+    return next((why for why in found if why is not None and NO_KERNEL not in why), None)
 
 
 def _runs(path: Path, inputs: tuple[torch.Tensor, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
 from normswap.healing.distance import positions
 from normswap.healing.losses import KL
 from normswap.healing.run import Loss
-from normswap.models.batches import check_batches, samples_in
+from normswap.models.batches import arguments_of, check_batches, samples_in
 from normswap.models.inputs import SAMPLES, Inputs, as_batches, parse
 from normswap.models.programs import Model, as_module
 from normswap.models.spec import SPEC, imported
@@ -106,13 +106,12 @@ def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
     if not path.exists() and SPEC.fullmatch(spec) is not None:
         return Stream(_Calls(spec), None, module)
     batches = batches_of(spec, model)
-    return Stream(_cut(batches[0]) if len(batches) == 1 else batches, None, module)
+    return Stream(_cut(batches[0], module) if len(batches) == 1 else batches, None, module)
 
 
-def _cut(batch: Any) -> list[Any]:
+def _cut(batch: Any, model: nn.Module) -> list[Any]:
     """All samples of a data set, which a file has as one batch, in batches of SAMPLES."""
-    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
-    count = samples_in(args, kwargs)
+    count = samples_in(*arguments_of(batch, model))
 
     def part(t: Tensor, begin: int) -> Tensor:
         return t[begin : begin + SAMPLES] if t.dim() and len(t) == count else t

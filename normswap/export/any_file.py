@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from normswap.errors import ExportError, LoadError, first_line
 from normswap.export import rmsnorm
 from normswap.export.file import write
+from normswap.export.names import unused
 from normswap.export.norms import operators
 from normswap.export.opset import NEWER_OPSET, raise_opset
 from normswap.export.simplify import norms_stay, simplify
@@ -172,8 +172,7 @@ def _other_norms(norms: Sequence[tuple[ir.Node, str]], taken: Sequence[str]) -> 
 
     names, found = set(taken), []
     for node, reason in norms:
-        plain = str(node.name or node.outputs[0].name)
-        name = next(name for name in itertools.chain([plain], (f"{plain}_{i}" for i in itertools.count(1))) if name not in names)
+        name = unused(str(node.name or node.outputs[0].name), names)
         names.add(name)
         found.append(Outcome(name, left=(f"{node.domain}::{node.op_type}" if node.domain else node.op_type,), reason=reason))
     return tuple(found)

@@ -7,7 +7,6 @@ Pow ...) needs its first two no more: any x - mean(x) is x where x has no mean.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normswap.detect.centred import IS_INPUT, IS_OUTPUT, Part, read_by, solve, written_by
+from normswap.export.names import unused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,7 +77,7 @@ def find(graph: ir.Graph, constants: Constants, taken: Sequence[str]) -> list[No
         elif node.domain == "" and node.op_type == CENTRING[0]:
             norm = _spelled_out(node, constants)
         if norm is not None:
-            name = next(n for n in itertools.chain([norm.name], (f"{norm.name}_{i}" for i in itertools.count(1))) if n not in names)
+            name = unused(norm.name, names)
             names.add(name)
             found.append(replace(norm, name=name))
     return found
@@ -408,7 +408,7 @@ class _Writer:
     def _node(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr], wish: str) -> ir.Node:
         import onnx_ir as ir
 
-        name = next(n for n in itertools.chain([wish], (f"{wish}_{i}" for i in itertools.count(1))) if n not in self.names)
+        name = unused(wish, self.names)
         self.names.add(name)  # onnxruntime wants each node to have a name of its own
         node = ir.Node("", op_type, inputs, attributes, name=name)
         node.outputs[0].name = self.constants.fresh(f"{name}_output")

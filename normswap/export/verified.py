@@ -28,7 +28,7 @@ from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
 from normswap.parity.reference import Judgement
 from normswap.parity.result import Comparisons, Parity
-from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, REFERENCE, runtime
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, NO_KERNEL, REFERENCE, runtime
 
 if TYPE_CHECKING:
     from normswap.folding import Outcome
@@ -149,9 +149,9 @@ def comparisons(
     levels = MORE_LEVELS if thorough else LEVELS
     for level in levels:
         parity = compare(judgement, path, level=level, only_like_example=not dynamic, baseline=baseline)
-        if parity.failure is not None and "NOT_IMPLEMENTED" in parity.failure:
+        if parity.failure is not None and NO_KERNEL in parity.failure:
             # onnxruntime has no float64 kernel for Conv, for example. The file is verified in onnx's evaluator then.
-            reason = f"onnxruntime cannot run this file ({parity.failure.rpartition('NOT_IMPLEMENTED')[2].strip(' :')[:120]})"
+            reason = f"onnxruntime cannot run this file ({parity.failure.rpartition(NO_KERNEL)[2].strip(' :')[:120]})"
             not_run |= {runtime(name): reason for name in levels if runtime(name) not in parities}
             notes = (f"{reason}, so it was verified in {runtime(REFERENCE)}",)
             break

@@ -49,6 +49,10 @@ class Errors(NamedTuple):
     norms: Tensor
     outputs: Tensor
 
+    @property
+    def both(self) -> Tensor:
+        return self.norms + self.outputs
+
 
 class Side:
     """A model, and hooks that see what its norms put out. To be used as a context."""
@@ -100,7 +104,7 @@ class Scales:
     def add(self, teacher: Seen, batch: Any) -> None:
         """Add what the original put out for one batch."""
         for key, t in _named(teacher):
-            t, channels = _counted(t, mask_in(batch), self._axes(key))
+            t, channels = counted(t, mask_in(batch), self._axes(key))
             free = [axis for axis in range(t.dim()) if axis not in channels]
             finite = t.isfinite()
             t = t.double().where(finite, 0)
@@ -124,7 +128,7 @@ class Scales:
                     f"{what} a tensor of shape {tuple(y.shape)}, and in the original one of shape {tuple(targets[key].shape)}",
                     hint="is it the original that the model was converted from?",
                 )
-            (y, channels), (t, _) = (_counted(each, mask, self._axes(key)) for each in (y, targets[key]))
+            (y, channels), (t, _) = (counted(each, mask, self._axes(key)) for each in (y, targets[key]))
             rows = max(t.numel() // max(math.prod(t.shape[axis] for axis in channels), 1), 1)  # of a batch of padding none counts
             difference = y - t if y.dtype == torch.float64 else y.float() - t.float()
             if not t.sum().isfinite():  # one pass over t, where looking at each number takes five
@@ -164,7 +168,7 @@ def _named(seen: Seen) -> Iterator[tuple[tuple[str, int], Tensor]]:
         yield from (((name, number), t) for number, t in enumerate(calls))
 
 
-def _counted(t: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> tuple[Tensor, set[int]]:
+def counted(t: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> tuple[Tensor, set[int]]:
     """(the positions of t that count, the axes of its channels)."""
     channels = {axis % t.dim() for axis in axes} if t.dim() > 1 else set()
     if mask is not None and t.shape == mask.shape:  # a number for each position

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import UsageError
-from normswap.healing.distance import mask_in
+from normswap.healing.distance import counted, mask_in
 from normswap.models.watching import tensors_in
 
 KL = "kl"
@@ -27,8 +27,8 @@ def kl(batch: Any, output: Any, expected: Any) -> Tensor:
     """The mean KL divergence of the model's distribution from the original's, in nats. Raises UsageError without a floating output."""
     q, p = (torch.log_softmax(_logits(each), -1) for each in (output, expected))
     each = (p.exp() * (p - q)).where(p.isfinite(), 0).sum(-1)
-    mask = mask_in(batch)
-    return each.mean() if mask is None or mask.shape != each.shape else each[mask.to(each.device)].sum() / max(int(mask.sum()), 1)
+    rows, _ = counted(each, mask_in(batch), ())
+    return rows.sum() / max(rows.numel(), 1)
 
 
 def _logits(output: Any) -> Tensor:

@@ -173,8 +173,7 @@ class _Healing:
         with torch.no_grad():
             teacher = self.theirs(batch, fast=self.fast)
         student = self.ours(batch, fast=self.fast)
-        errors = self.scales.errors(student, teacher, batch)
-        loss = errors.norms + errors.outputs
+        loss = self.scales.errors(student, teacher, batch).both
         return loss if self.settings.loss is None else loss + _own(self.settings.loss, batch, student, teacher)
 
     def _close_in_bfloat16(self) -> bool:
@@ -183,8 +182,8 @@ class _Healing:
         try:
             with torch.no_grad():
                 teacher = self.theirs(batch, fast=True)
-                rounding = sum(self.scales.errors(teacher, self.theirs(batch), batch))
-            sum(self.scales.errors(self.ours(batch, fast=True), teacher, batch)).backward()  # type: ignore[union-attr]
+                rounding = self.scales.errors(teacher, self.theirs(batch), batch).both
+            self.scales.errors(self.ours(batch, fast=True), teacher, batch).both.backward()  # type: ignore[no-untyped-call]
         except Exception:  # the model may mix what is rounded with what is not
             return False
         return bool(rounding <= ROUNDING**2)

@@ -20,7 +20,7 @@ from normswap.parity.measure import equal, error, largest
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.result import NO_NOISE
 from normswap.parity.rounding import float64_runner, rounded_by
-from normswap.parity.run_onnx import BY_POSITION, draws, onnx_float64_runner, onnx_runner
+from normswap.parity.run_onnx import BY_POSITION, NO_KERNEL, draws, onnx_float64_runner, onnx_runner
 from normswap.parity.run_onnx import REFERENCE as EVALUATOR
 from normswap.parity.run_torch import DtypeRecorder, float64_mode, module_runner, tensors_of
 
@@ -102,7 +102,7 @@ class Reference:
             try:
                 return onnx_runner(self.model, "disabled")
             except Exception as error:
-                if "NOT_IMPLEMENTED" not in str(error):
+                if NO_KERNEL not in str(error):
                     raise
                 return onnx_runner(self.model, EVALUATOR)  # onnxruntime has no Conv in float64 or bfloat16, for example
         mode = nullcontext if dtypes is None else functools.partial(DtypeRecorder, dtypes)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LEVELS = ("disabled", "all")  # of onnxruntime's graph optimisation
 MORE_LEVELS = ("disabled", "basic", "extended", "all")
 REFERENCE = "reference"  # in place of a level: onnx's own evaluator, which has every kernel in every dtype, and is slow
+NO_KERNEL = "NOT_IMPLEMENTED"  # in what onnxruntime says of an operator that it cannot run in a dtype, as Conv in float64
 PROVIDER = "ExecutionProvider"  # a level with this ending names an execution provider, which runs the file at the highest level
 CPU = f"CPU{PROVIDER}"
 BY_POSITION = "#"  # an ONNX file has outputs by position: "#0", "#1" ...

@@ -488,7 +488,7 @@ def exported(model: nn.Module, x: torch.Tensor, path: Path, opset: int | None) -
     """By torch's exporter of today, or by that of TorchScript in an opset."""
     shown = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # those of the exporters
         if opset is None:
             torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False, dynamic_shapes=({0: "batch"},))
         else:
