@@ -40,7 +40,21 @@ def repository() -> Path:
     return Path(__file__).parent.parent
 
 
-os.environ.pop("COLUMNS", None)  # which `-n 2` sets for its workers: tests read what a pipe is given
+# What the caller's environment says of terminals and of CI: tests read what a pipe is given, and pytest and rich write more or less, wide
+# or coloured, where one of these is set. (`-n 2` sets COLUMNS for its workers; CI makes pytest's summary repeat whole messages.)
+for name in (
+    "COLUMNS",
+    "LINES",
+    "CI",
+    "BUILD_NUMBER",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "PY_COLORS",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+    "PYTEST_ADDOPTS",
+):
+    os.environ.pop(name, None)
 
 # A shell starts what runs in the background with Ctrl-C ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
