@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from normswap.rules.user_rules import batchless_from_data as batchless_from_data
     from normswap.rules.user_rules import batchless_from_statistics as batchless_from_statistics
     from normswap.swap.revert import revert as revert
+    from normswap.training.centring import keep_centred as keep_centred
     from normswap.training.drift import Drift as Drift
     from normswap.training.drift import drift as drift
     from normswap.training.groups import norm_keys as norm_keys
@@ -87,6 +88,7 @@ _HOMES = {
     "attach": "training.loss",
     "aux_loss": "training.loss",
     "masked": "training.loss",
+    "keep_centred": "training.centring",
     "MicroBatches": "training.micro",
     "backward_in_micro_batches": "training.micro",
     "for_opacus": "training.opacus",

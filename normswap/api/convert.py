@@ -62,6 +62,7 @@ class Conversion(Generic[M]):
     fits       how well each layer could be calibrated or re-estimated; empty if none was
     pairs      which conv or linear layer each norm is coupled to, or why it is not coupled
     judgement  the truths of the original, to compare further candidates (an ONNX file) with
+    centred    with to="rmsnorm": (name, axis) of each parameter whose mean was taken out, for `keep_centred`
     """
 
     model: M
@@ -73,6 +74,7 @@ class Conversion(Generic[M]):
     drift: Parity | None = None
     fits: tuple[Fit, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    centred: tuple[tuple[str, int], ...] = ()
 
     def raise_if_failed(self) -> None:
         """Raise ParityError unless the model is the same function as the original, or, if approximate, within max_drift of it."""
@@ -277,12 +279,14 @@ def convert_unchecked(model: M, request: Request, progress: Callable[[int, int],
 def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: Resolve) -> Conversion[M]:
     """The conversion to another target than BatchlessNorm, where every swap is exact and a norm that has none stays."""
     make: Callable[[nn.Module], nn.Module]
+    centred: tuple[tuple[str, int], ...] = ()
     if request.to == "rmsnorm":
         inputs = _needed(resolve())
         rms = plan_rmsnorm(
             module, _plan(module, resolve, _with(request, _all_exact(request.rules)), approximate=False), inputs.args, inputs.kwargs
         )
         planned, sites, make = rms.plan, rms.comparable, functools.partial(with_rmsnorms, planned=rms)
+        centred = tuple(rms.streams.centred)
     else:
         selection = _with(request, (*request.rules, batchless.RULE))  # a BatchlessNorm is among the norms that are found
         planned = _plan(module, resolve, selection, approximate=False, advice="leave it")
@@ -293,7 +297,7 @@ def _converted_exactly(model: M, module: nn.Module, request: Request, resolve: R
     judgement = judge(module, inputs.args, inputs.kwargs, sites=sites)
     converted = make(module)
     parity = compare(judgement, converted, original=module)
-    return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement)
+    return Conversion(like(model, converted, inputs), converted, planned, parity, inputs, judgement, centred=centred)
 
 
 def _with(selection: Selection, rules: Sequence[Rule]) -> Selection:

@@ -17,7 +17,7 @@ from normswap.detect.sites import Plan, Rule, Site, Swap
 from normswap.errors import LoadError, UnsafePickleError, UsageError
 from normswap.files import atomic
 from normswap.files.build import build, builds_without_code
-from normswap.files.converted import WEIGHTS, difference, load_weights, same_bits, unwrapped
+from normswap.files.converted import WEIGHTS, difference, load_weights, plain, same_bits, unwrapped
 from normswap.files.converted import save as save_directory
 from normswap.files.load import load as load_source
 from normswap.files.recipe import RECIPE, Recipe, check_files, frozen_of, read_recipe, seal, training_of
@@ -42,10 +42,10 @@ def save(model: nn.Module | Conversion[Any], directory: str | Path) -> Path:
     """Write recipe.json and model.safetensors into `directory`, whole or not at all; `load` reads them.
 
     The files are read back and compared with the model bit for bit before the directory appears. A model inside torch.compile or
-    DistributedDataParallel is saved without the wrapper.
+    DistributedDataParallel is saved without the wrapper, and a weight that `keep_centred` parametrized as a plain one.
     """
     conversion = model if isinstance(model, Conversion) else None
-    module = unwrapped(conversion.module if conversion else as_module(model))  # type: ignore[arg-type]
+    module = plain(unwrapped(conversion.module if conversion else as_module(model)))  # type: ignore[arg-type]
     with atomic.directory(Path(directory)) as partial:
         save_directory(module, partial, inputs=conversion.inputs if conversion else None)
         recipe = read_recipe(partial)

@@ -21,8 +21,9 @@ from normswap.files.atomic import writing
 from normswap.files.recipe import MODES, RECIPE, Recipe, replaced_of, sites_of, weight_norms_of, write_recipe
 from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.parametrized import put_back
 from normswap.layer.producer import PRODUCERS, inputs_of
-from normswap.layer.rms_norm import centre
+from normswap.layer.rms_norm import centre, kept_centred
 from normswap.models.copying import copy_with, on_meta, unclear_names
 from normswap.models.inputs import Inputs
 
@@ -35,6 +36,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while type(model).__module__.startswith(WRAPPERS):
         (model,) = model.children()
     return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model, or a copy in which the weights that `keep_centred` parametrized are plain ones."""
+    if not kept_centred(model):
+        return model
+    whole = copy_with(model, {})
+    for module, name in kept_centred(whole):
+        put_back(module, name)
+    return whole
 
 
 # --- written ----------------------------------------------------------------------------------------------------------------------------

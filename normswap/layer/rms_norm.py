@@ -11,10 +11,11 @@ Source: Zhang & Sennrich 2019, arXiv:1910.07467; that the two are equal on strea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class RMSNorm(nn.RMSNorm):
@@ -47,6 +48,26 @@ class RMSNorm(nn.RMSNorm):
 def centred(x: Tensor, axis: int) -> Tensor:
     """x - mean of x over one axis."""
     return x - x.mean(axis, keepdim=True)
+
+
+class Centred(nn.Module):
+    """The parametrization W = C V of torch: V without its mean over one axis."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return centred(weight, self.axis)
+
+
+def kept_centred(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every weight of a model that a `Centred` computes, as the module that has it and its name there."""
+    found: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        named = cast(Any, module).parametrizations.items() if parametrize.is_parametrized(module) else ()
+        found += [(module, name) for name, parts in named if [type(part) for part in parts] == [Centred]]
+    return found
 
 
 class CentreOutput:

@@ -27,6 +27,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.layer.parametrized import put_back
 from normswap.layer.producer import PRODUCERS, TRANSPOSED, filters, groups_of, outputs_of
 
 
@@ -139,17 +140,7 @@ def put_away(model: nn.Module) -> None:
     """Put the weight norms of a model into its weights, in place: the same function, in layers that torch can pickle and fold."""
     for module in model.modules():
         if is_over_outputs(module):
-            # torch removes the weight from the class that it made for the layer, which the copies of the layer have in common.
-            cls = type(module)
-            own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-            module.__class__ = type(cls.__name__, cls.__bases__, own)
-            weight = cast(Tensor, module.weight)
-            trains = any(part.requires_grad for part in cast(Any, module).parametrizations.weight.parameters())
-            parametrize.remove_parametrizations(module, "weight")
-            # Where torch puts a weight without a gradient, which is frozen or computed in torch.no_grad().
-            module.__dict__.pop("weight", None)
-            module._buffers.pop("weight", None)
-            module.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=trains))
+            put_back(module, "weight")
 
 
 def _is_split(producer: nn.Module) -> bool:
