@@ -45,7 +45,7 @@ class Graph:
 
 def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
     """The graph of a model in eval mode, from its example inputs. Raises ExportError if torch cannot make one."""
-    marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
+    translations = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity(), torch.ops.aten.rsub.Scalar: _onnx_rsub()}
     choices = [_Choice(None, args, kwargs)]
     if dynamic != "none" and isinstance(model, nn.Module):
         choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
@@ -59,7 +59,7 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
                     kwargs=choice.kwargs,
                     dynamic_shapes=choice.shapes,
                     opset_version=opset,
-                    custom_translation_table=marks,
+                    custom_translation_table=translations,
                     dynamo=True,
                     verbose=False,
                 )
@@ -151,6 +151,20 @@ def _onnx_identity() -> Callable[..., Any]:
     from onnxscript import opset20
 
     return lambda shift, *rest, **options: opset20.Identity(shift)
+
+
+def _onnx_rsub() -> Callable[..., Any]:
+    """The translation of other - alpha x, for a number. torch's own fails for a mask in integers and 1.0: it calls aten.sub of a number."""
+    from onnx_ir import DataType
+    from onnxscript import opset20 as op
+
+    def rsub(x: Any, other: Any, alpha: Any = 1) -> Any:
+        if isinstance(other, float) and not x.dtype.is_floating_point():
+            x = op.Cast(x, to=DataType.FLOAT)
+        x = x if alpha == 1 else op.Mul(x, op.CastLike(alpha, x))
+        return op.Sub(op.CastLike(other, x), x)
+
+    return rsub
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

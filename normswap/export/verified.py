@@ -21,7 +21,7 @@ from normswap.export import cuda
 from normswap.export.float16 import arguments, halved
 from normswap.export.to_onnx import Export, Program, Settings
 from normswap.files.recipe import recipe_hash
-from normswap.models.inputs import Inputs
+from normswap.models.inputs import Inputs, notes_on
 from normswap.models.programs import Model, as_module
 from normswap.parity.judge import compare, judge
 from normswap.parity.limits import CAP
@@ -55,7 +55,7 @@ def verified_export(
     settings = Settings(**options)
     judged = functools.partial(_judged, model, inputs, half=settings.half)
     reference = judged() if judgement is None or settings.half else judgement
-    notes = list[str]()
+    notes = notes_on(inputs, as_module(model), fixed=settings.dynamic != "spatial")
     if settings.half:
         noise = max((truth.noise for key, truth in reference.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:

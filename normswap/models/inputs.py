@@ -76,14 +76,59 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 
 def infer(model: nn.Module) -> Inputs | None:
-    """Inputs of the first guessed shape that a forward pass accepts; None if none is. Model, statistics and random state do not change."""
+    """Inputs of the first guessed shape that a forward pass accepts; None if none is. Model, statistics and random state do not change.
+
+    A model that takes `input_ids` and an `attention_mask`, as tokenizers of transformers give them, gets both, by name.
+    """
     trial = _trial(model)
     if trial is None:
         return None
     for guess in _guesses(model):
-        if _accepts(trial, guess):
-            return Inputs((guess,), origin="inferred")
+        for inputs in (*_with_mask(model, guess), Inputs((guess,), origin="inferred")):
+            if _accepts(trial, inputs):
+                return inputs
     return None
+
+
+_IDS, _MASK = "input_ids", "attention_mask"
+
+
+def _with_mask(model: nn.Module, guess: Tensor) -> list[Inputs]:
+    if guess.dtype is torch.int64 and guess.dim() == 2 and {_IDS, _MASK} <= set(_tensors_taken(model)):
+        mask = torch.ones_like(guess)
+        mask[:, mask.shape[1] - mask.shape[1] // 4 :] = 0  # as after a shorter text, so that a file that ignores the mask is found out
+        return [Inputs(kwargs={_IDS: guess, _MASK: mask}, origin="inferred")]
+    return []
+
+
+def _tensors_taken(model: nn.Module) -> list[str]:
+    """The names of the arguments of a model that may be tensors: those that are said to be, and those of which nothing is said."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward in C
+        return []
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named if p.annotation is p.empty or "Tensor" in str(p.annotation)]
+
+
+def notes_on(inputs: Inputs, model: nn.Module, *, fixed: bool) -> list[str]:
+    """What a file with inferred tokens does not take, though the model does. fixed: whether the number of tokens is."""
+    given = [*inputs.args, *inputs.kwargs.values()]
+    if inputs.origin != "inferred" or given[0].dtype is not torch.int64:
+        return []
+    taken = _tensors_taken(model)
+    present = [*taken[: len(inputs.args)], *inputs.kwargs]
+    missing = [name for name in taken if name not in present]
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    notes = (
+        [f"texts have {given[0].shape[1]} tokens in this file, as its inputs were inferred: --dynamic spatial frees their number"]
+        if fixed
+        else []
+    )
+    if missing:
+        lacks = f"the file takes {' and '.join(present)}, not {', '.join(missing[:3])}{more}, as its inputs were inferred"
+        notes.append(f"{lacks}: give all that you call the model with, --input FILE.npz with the names, to have them")
+    return notes
 
 
 def _trial(model: nn.Module) -> nn.Module | None:
@@ -98,11 +143,11 @@ def _trial(model: nn.Module) -> nn.Module | None:
     return trial
 
 
-def _accepts(trial: nn.Module, guess: Tensor) -> bool:
+def _accepts(trial: nn.Module, inputs: Inputs) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            forward(trial, (guess,), {})
+            forward(trial, inputs.args, inputs.kwargs)
         except Exception:  # whatever the model raises, it does not accept the guess
             return False
     return True

