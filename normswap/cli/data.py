@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from normswap.api.sensitivity import NEIGHBOURS, Metric
 from normswap.api.verify import load_any
-from normswap.cli.options import Loading
+from normswap.cli.options import Loading, Running
 from normswap.detect.sites import Rule
 from normswap.errors import NormswapError, UsageError, described, kind_of
+from normswap.files.images import Images, image_files, preparation
 from normswap.files.load import Loaded, load
 from normswap.files.texts import Texts, paragraphs_of, text_files, tokenizer_of
 from normswap.healing.distance import positions
@@ -74,11 +76,15 @@ def loss_of(spec: str | None) -> Loss | Literal["kl"] | None:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a model is healed on. held_out: batches that `batches` does not have; None if the first of those are to be held out."""
+    """What a model is healed on.
+
+    held_out: batches that `batches` does not have; None if the first of those are to be held out. note: how they were prepared
+    """
 
     batches: Iterable[Any]
     held_out: Sequence[Any] | None
     model: nn.Module
+    note: str | None = None
 
     def first(self, count: int) -> list[Any]:
         """The first batches, of so many positions or a few more."""
@@ -91,15 +97,22 @@ class Stream:
         return found
 
 
-def stream_of(spec: str, model: Model, tokenizer: str, length: int) -> Stream:
-    """The batches of --data for a long training: text as it is needed, a factory called again for each epoch, or those of `batches_of`, of
-    which a single one is cut into smaller ones.
+def stream_of(spec: str, model: Model, source: str, running: Running, tokenizer: str | None, length: int) -> Stream:
+    """The batches of --data for a long training: text and images as they are needed, a factory called again for each epoch, or those of
+    `batches_of`, of which a single one is cut into smaller ones.
 
-    tokenizer: the directory of one, for text. length: tokens of a text at most.
+    source, running: where the model is from, and its input, which say how it takes images. tokenizer: the directory of one, for text; None:
+    the source. length: tokens of a text at most. Where a directory has texts and images, what there is more of is meant.
     """
     path, module = Path(spec), as_module(model)
-    if path.exists() and (files := text_files(path)):
-        known = tokenizer_of(tokenizer)
+    files, pictures = (text_files(path), image_files(path)) if path.exists() else ([], [])
+    if len(pictures) > len(files):
+        given = next((x for x in (parse(running.inputs).args if running.inputs else ()) if isinstance(x, Tensor) and x.dim() == 4), None)
+        prepare, words = preparation(module, [each for each in (source, running.arch) if each], None if given is None else given.shape)
+        images = Images(pictures, prepare, next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+        return Stream(images, images.held_out, module, f"{len(pictures)} images, {words}")
+    if files:
+        known = tokenizer_of(tokenizer or source.removeprefix("hf:"))
         most = getattr(getattr(module, "config", None), "max_position_embeddings", None) or length
         texts = Texts(paragraphs_of(files), known, length=min(length, most, known.model_max_length))
         return Stream(texts, texts.held_out, module)
@@ -147,7 +160,7 @@ def batches_of(spec: str, model: Model) -> Sequence[Any]:
         if not files:
             raise UsageError(
                 f"--data {spec} {'holds' if path.is_dir() else 'is'} no .pt, .npz or .npy file",
-                hint="each file is one batch, or a list of them; heal takes text files, too, called .txt or .md",
+                hint="each file is one batch, or a list of them; heal takes images, and text files called .txt or .md, too",
             )
         return [batch for file in files for batch in _batches_in(file, as_module(model))]
     if SPEC.fullmatch(spec) is None:

@@ -37,7 +37,8 @@ class Training:
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Text files or a directory of them, for an hf: model or with --tokenizer; or as for convert. The first part calibrates.",
+            help="A directory of images; text files or a directory of them, for an hf: model or with --tokenizer; or as for convert. "
+            "The first part calibrates.",
         ),
     ] = None
     minutes: Annotated[float | None, typer.Option(metavar="M", help=f"How long to train; default {MINUTES:g}, without --tokens.")] = None
@@ -122,7 +123,7 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
 
     def request_of(request: Request, loaded: Loaded) -> Request:
         nonlocal stream, calibration
-        stream = stream_of(options.data or "", loaded.model, options.tokenizer or source.removeprefix("hf:"), options.length)
+        stream = stream_of(options.data or "", loaded.model, source, options, options.tokenizer, options.length)
         calibration = stream.first(CALIBRATION)
         request = replace(request, calibration=calibration, approximate=True)
         return replace(request, exclude=(*request.exclude, *_kept(loaded.model, request, options.keep, progress)))
@@ -135,6 +136,8 @@ def _healed(source: str, output: Path | None, options: HealOptions, progress: Pr
             raise UsageError("no norm is swapped, so there is nothing to heal", hint="normswap inspect says why each one stays")
         if conversion.drift is None:
             raise UsageError("every swap is exact, so there is nothing to heal", hint="normswap convert does it, and needs no data")
+        if stream.note is not None:
+            conversion = replace(conversion, plan=replace(conversion.plan, notes=(*conversion.plan.notes, stream.note)))
         directory = Path(os.path.abspath(output or f"{loaded.stem}.normswap"))
         states.append(directory.with_name(f"{directory.name}.healing"))
         found = healed(

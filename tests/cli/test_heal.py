@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_shim  # noqa: F401
 from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
 import normswap
 from normswap.cli.app import app
+from normswap.cli.data import stream_of
+from normswap.cli.options import Running
+from normswap.errors import UsageError
 from normswap.healing import run
 
 FACTORY = """
@@ -236,3 +240,20 @@ def test_text_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     result = _heal(data=("--data", "texts"))
     assert result.exit_code == 2
     assert "is not a directory with a tokenizer" in result.stderr
+
+
+def test_a_directory_of_images_is_prepared_as_the_model_says(tmp_path: Path) -> None:
+    import timm
+    from PIL import Image
+
+    for number in range(12):
+        Image.new("RGB", (50, 40), (number, 0, 255)).save(tmp_path / f"{number}.png")
+    (tmp_path / "README.md").write_text("what these are\n\nand where they are from")
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+    stream = stream_of(str(tmp_path), model, "model.pt", Running(inputs=["1x3x32x32"]), None, 128)
+    assert [tuple(batch.shape) for batch in stream.batches] == [(11, 3, 32, 32)]
+    assert [tuple(batch.shape) for batch in stream.held_out or ()] == [(1, 3, 32, 32)]
+    assert stream.note is not None
+    assert stream.note.startswith("12 images, as timm prepares them: input_size (3, 32, 32), mean (0.5, 0.5, 0.5)")
+    with pytest.raises(UsageError, match="how Sequential takes images is not known"):
+        stream_of(str(tmp_path), nn.Sequential(), "model.pt", Running(), None, 128)
