@@ -17,13 +17,13 @@ from normswap.files import atomic, external_data
 from normswap.files.build import build
 from normswap.files.load import load as load_source
 from normswap.files.recipe import read_recipe, sites_of
-from normswap.models.inputs import Inputs, as_inputs, infer
+from normswap.models.inputs import Inputs, as_inputs, infer, tensors_taken
 from normswap.models.programs import Model, as_module, inputs_in
 from normswap.parity.judge import compare, judge
 from normswap.parity.limits import SAME
 from normswap.parity.locate import locate
 from normswap.parity.result import Parity
-from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, onnx_inputs
+from normswap.parity.run_onnx import LEVELS, MORE_LEVELS, input_names, onnx_inputs
 
 
 def verify(
@@ -53,6 +53,9 @@ def verify(
     loaded = [_loaded(side, arch, trust_packages, trust) for side in (reference, candidate)]
     a, b = sides = [side if isinstance(side, Path) else as_module(side) for side in loaded]
     known = _given(sides, inputs) if inputs is not None else next(filter(None, map(inputs_of, (reference, candidate), loaded)), None)
+    module, file = (next((side for side in sides if isinstance(side, kind)), None) for kind in (nn.Module, Path))
+    if known is not None and isinstance(module, nn.Module) and isinstance(file, Path):
+        known = _as_taken(known, module, file)
     if known is None:
         raise UsageError("no inputs are known that both models take", hint="give them: --input 1x3x224x224, or inputs=... in Python")
     sites = []
@@ -96,8 +99,24 @@ def inputs_of(named: Model | str | Path, loaded: Model | Path) -> Inputs | None:
             return known
     if isinstance(loaded, Path):
         declared = onnx_inputs(loaded)
-        return None if declared is None else Inputs(declared)
+        return None if declared is None else Inputs(declared, origin="declared")
     return infer(as_module(loaded))
+
+
+def _as_taken(known: Inputs, module: nn.Module, file: Path) -> Inputs:
+    """Inferred inputs of a model without those that an ONNX file lacks, and with those that it takes more, by the names of arguments."""
+    taken, names = tensors_taken(module), input_names(file)
+    if known.origin not in ("inferred", "declared") or not set(names) <= set(taken):
+        return known
+    given = {**dict(zip(names if known.origin == "declared" else taken, known.args, strict=False)), **known.kwargs}
+    if set(names) == set(given):
+        return dataclasses.replace(known, args=(), kwargs=given)
+    declared = onnx_inputs(file, batch=1, free=next(iter(given.values())).shape[-1])
+    if declared is None:
+        return known
+    own = dict(zip(names, declared, strict=True))
+    same = {name: x for name, x in given.items() if name in own and x.shape == own[name].shape}
+    return dataclasses.replace(known, args=(), kwargs={**own, **same})
 
 
 def _given(sides: Sequence[nn.Module | Path], inputs: Any) -> Inputs:

@@ -52,7 +52,7 @@ class Inputs:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    origin: str = "given"  # 'given', 'inferred', or 'program': the example inputs that an ExportedProgram carries
+    origin: str = "given"  # or 'inferred'; 'declared', by an ONNX file; 'program': the example inputs that an ExportedProgram carries
     listed: tuple[Any, ...] = ()  # the elements of a list in a file, the first of which gave args or kwargs; see `as_batches`
 
 
@@ -94,14 +94,14 @@ _IDS, _MASK = "input_ids", "attention_mask"
 
 
 def _with_mask(model: nn.Module, guess: Tensor) -> list[Inputs]:
-    if guess.dtype is torch.int64 and guess.dim() == 2 and {_IDS, _MASK} <= set(_tensors_taken(model)):
+    if guess.dtype is torch.int64 and guess.dim() == 2 and {_IDS, _MASK} <= set(tensors_taken(model)):
         mask = torch.ones_like(guess)
         mask[:, mask.shape[1] - mask.shape[1] // 4 :] = 0  # as after a shorter text, so that a file that ignores the mask is found out
         return [Inputs(kwargs={_IDS: guess, _MASK: mask}, origin="inferred")]
     return []
 
 
-def _tensors_taken(model: nn.Module) -> list[str]:
+def tensors_taken(model: nn.Module) -> list[str]:
     """The names of the arguments of a model that may be tensors: those that are said to be, and those of which nothing is said."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -116,7 +116,7 @@ def notes_on(inputs: Inputs, model: nn.Module, *, fixed: bool) -> list[str]:
     given = [*inputs.args, *inputs.kwargs.values()]
     if inputs.origin != "inferred" or given[0].dtype is not torch.int64:
         return []
-    taken = _tensors_taken(model)
+    taken = tensors_taken(model)
     present = [*taken[: len(inputs.args)], *inputs.kwargs]
     missing = [name for name in taken if name not in present]
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -233,6 +233,19 @@ def _numpy_dtype(element_type: int) -> torch.dtype | None:
         return None
 
 
+def input_names(path: Path) -> list[str]:
+    """The names of the inputs that a file has to be given."""
+    return [value.name for value in _declared(path)]
+
+
+def _declared(path: Path) -> list[Any]:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {i.name for i in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
+
+
 def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Tensor, ...] | None:
     """Seeded inputs of the shapes that a file declares.
 
@@ -243,9 +256,7 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
     """
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    constants = {i.name for i in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constants]
+    inputs = _declared(path)
     first = {axis.dim_param for value in inputs for axis in value.type.tensor_type.shape.dim[:1]} - UNNAMED
     generator = torch.Generator().manual_seed(0)
     found = []
