@@ -122,7 +122,7 @@ def opened(
             f"{directory / RECIPE} names {recipe.factory!a} as what builds the model, and to import that is to run code of its choice",
             hint=f"if it is your own: --arch {recipe.factory} (factory=... in Python); --trust (trust=True) takes the directory's word",
         )
-    model = as_module(build(recipe.factory) if factory is None else factory())  # type: ignore[arg-type]
+    model = unwrapped(as_module(build(recipe.factory) if factory is None else factory()))  # type: ignore[arg-type]
     if on_meta(model):
         raise LoadError(
             f"the given architecture is on the meta device, which has no memory that the weights in {directory} could go to",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.names import NO_ONNX, unused
 from normswap.layer.export_operator import inject_operator
 from normswap.models.quiet import quiet
-from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
+from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_map, tree_map_only, tree_unflatten
+from normswap.models.watching import held
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,7 +54,7 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
     failures: list[Exception] = []
     for choice in choices:
         try:
-            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _with_outputs_of_onnx(model):
                 program: Any = torch.onnx.export(
                     model,
                     choice.args if choice.kwargs else (*choice.args, {}),  # torch takes a dict at the end for the keyword arguments
@@ -77,6 +79,40 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
     specs = exported.graph_signature.input_specs
     inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
     return Graph(program.model, inputs, _output_names(exported), _reads(exported), tuple(notes))
+
+
+@contextlib.contextmanager
+def _with_outputs_of_onnx(model: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Lets a model, within the context, return what ONNX can hold. (The outputs of a program are already what torch.export takes.)"""
+    if isinstance(model, ExportedProgram):
+        yield
+        return
+    handle = model.register_forward_hook(lambda module, args, output: _outputs_of_onnx(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _outputs_of_onnx(output: Any) -> Any:
+    """The output with numbers as tensors, objects of other classes than torch's containers as dicts, and None for what is neither."""
+
+    def one(leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, Tensor):
+            return leaf
+        for kinds, dtype in _NUMBERS:
+            if isinstance(leaf, kinds):
+                return torch.scalar_tensor(cast(float, leaf), dtype=dtype)  # torch takes a SymInt there, too
+        return {key: _outputs_of_onnx(value) for key, value in held(leaf).items()} or None
+
+    return tree_map(one, output)
+
+
+_NUMBERS = (
+    ((bool, torch.SymBool), torch.bool),
+    ((int, torch.SymInt), torch.int64),
+    ((float, torch.SymFloat), torch.float64),
+)  # as `parity.run_torch.named_tensors` has them
 
 
 def _reads(program: ExportedProgram) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 _ABOUT_TORCH: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # raised when torch copies its own pytree spec
+    (RuntimeWarning, r"Guards may run slower on Python 3\.13\.0"),  # nothing that is traced here is run with guards
     (UserWarning, r"# The axis name: batch will not be used"),  # for a second input, which shares the axis of the first
 )
 

@@ -23,7 +23,18 @@ Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 def tensor_of(array: Any) -> Tensor:
     """The array as a tensor, copied if torch would warn of it (not writeable) or refuse it (negative strides, be it along an axis of 1)."""
     given = np.asarray(array)
+    if given.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not know
+        return tensor_of(given.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(given if given.flags.writeable and min(given.strides, default=0) >= 0 else given.copy())
+
+
+def array_of(tensor: Tensor) -> Any:
+    """The tensor as an array, for onnx and onnxruntime. numpy itself has no bfloat16; that of ml_dtypes is the one that onnx knows."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return tensor.numpy(force=True)
 
 
 def _by_axis(attributes: Mapping[str, Any], name: str, rank: int, otherwise: int) -> tuple[int, ...]:

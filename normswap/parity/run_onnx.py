@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import UsageError
-from normswap.parity.kernels import kernels, tensor_of
+from normswap.parity.kernels import array_of, kernels, tensor_of
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.result import RANDOM
@@ -63,6 +63,8 @@ def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
         session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
     if session.get_providers()[0] != provider:  # onnxruntime silently falls back if a provider does not start
         raise RuntimeError(f"{provider} did not start")
+    if any(value.type == "tensor(bfloat16)" for value in (*session.get_inputs(), *session.get_outputs())):
+        raise RuntimeError(f"{NO_KERNEL} : in Python it takes and returns no bfloat16")
     declared = {i.name: i.shape for i in session.get_inputs()}
     outputs = [output.name for output in session.get_outputs()]
     return lambda probe: _split(dict(zip(outputs, session.run(None, _fitting(declared, probe)), strict=True)), count, inner)
@@ -150,7 +152,7 @@ def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
     if len(named) + len(others) != len(names):
         raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(named) + len(others)} tensors were given")
     in_order = iter(others)
-    return {name: (named[name] if name in named else next(in_order)).numpy(force=True) for name in names}
+    return {name: array_of(named[name] if name in named else next(in_order)) for name in names}
 
 
 def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -> dict[str, Any]:
