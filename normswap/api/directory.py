@@ -82,6 +82,11 @@ def load(
     """
     trust = trust or trust_pickle
     directory = Path(directory)
+    if factory is not None and (isinstance(factory, nn.Module) or not callable(factory)):
+        raise UsageError(
+            f"factory is a {type(factory).__name__}; expected a function that builds the original model, and takes nothing",
+            hint="factory=lambda: model",
+        )
     recipe = read_recipe(directory)
     pickled = recipe.module if factory is None else None
     check_files(directory, recipe, [name for name in (pickled, WEIGHTS) if name is not None])

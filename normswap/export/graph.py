@@ -47,7 +47,7 @@ class Graph:
 
 def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
     """The graph of a model in eval mode, from its example inputs. Raises ExportError if torch cannot make one."""
-    marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity()}
+    marks = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity(), torch.ops.aten.scalar_tensor.default: _onnx_number()}
     choices = [_Choice(None, args, kwargs)]
     if dynamic != "none" and isinstance(model, nn.Module):
         choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
@@ -187,6 +187,24 @@ def _onnx_identity() -> Callable[..., Any]:
     from onnxscript import opset20
 
     return lambda shift, *rest, **options: opset20.Identity(shift)
+
+
+@functools.cache
+def _onnx_number() -> Callable[..., Any]:
+    """The translation of `scalar_tensor`, as which torch writes a number in a model's code: rounded once, to the dtype that is asked for.
+
+    That of onnxscript rounds it to float32 first, so that the file of a float64 model computes with 0.10000000149 where the model has 0.1.
+    """
+    import onnx
+    from onnxscript import opset20
+    from onnxscript.function_libs.torch_lib.ops.core import aten_scalar_tensor
+
+    def number(s: Any, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
+        if isinstance(s, (int, float)) and dtype == onnx.TensorProto.DOUBLE:
+            return opset20.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.DOUBLE, (), [s]))
+        return aten_scalar_tensor(s, dtype=dtype)
+
+    return number
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

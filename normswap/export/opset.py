@@ -54,7 +54,8 @@ def wants_newer(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwarg
 
     Errors of the pass are ignored: the export will raise them.
     """
-    if any(tensor.dtype is torch.bfloat16 for tensor in tensors_in((model.state_dict(), args, dict(kwargs)))):
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    if any(tensor.dtype is torch.bfloat16 for tensor in tensors_in((dict(state), args, dict(kwargs)))):
         return True
     if isinstance(model, ExportedProgram):
         return any(node.target in _FUNCTIONS for node in model.graph.nodes)

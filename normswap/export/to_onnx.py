@@ -124,13 +124,13 @@ class Settings:
         import onnx
 
         one_of("the target", self.target, get_args(Target))
+        newest = onnx.defs.onnx_opset_version()
+        if self.opset is not None and not (isinstance(self.opset, int) and 7 <= self.opset <= newest):
+            raise UsageError(f"there is no opset {self.opset!r} to export to; expected one from 7 to {newest}")
         if self.target == "cuda" and self.opset is not None and self.opset < TORCH_OPSET:
             raise UsageError(f"the target 'cuda' cannot be converted to opset {self.opset}", hint=f"opset {TORCH_OPSET} and above can be")
         if self.freedom not in get_args(Dynamic):
             raise UsageError(f"dynamic is {self.dynamic!r}; expected True, False or one of {', '.join(map(repr, get_args(Dynamic)))}")
-        newest = onnx.defs.onnx_opset_version()
-        if self.opset is not None and not 7 <= self.opset <= newest:
-            raise UsageError(f"there is no opset {self.opset} to export to; expected one from 7 to {newest}")
 
     @property
     def freedom(self) -> Dynamic:

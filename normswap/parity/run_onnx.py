@@ -225,12 +225,12 @@ def draws(path: Path) -> str | None:
 
 
 def _numpy_dtype(element_type: int) -> torch.dtype | None:
-    """The dtype of an ONNX element type; None if numpy has no such numbers."""
+    """The dtype of an ONNX element type; None if it is not of numbers that torch and numpy, with ml_dtypes, both have."""
     import numpy as np
     import onnx
 
     try:
-        return torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(element_type))).dtype
+        return tensor_of(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(element_type))).dtype
     except (KeyError, TypeError):
         return None
 
@@ -278,7 +278,8 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
 def _widen(model: Any, nudge: float = 0.0) -> None:
     """Convert float32, float16 and bfloat16 to float64 everywhere in an ONNX model: tensors, declared types, casts.
 
-    nudge: the largest relative change of each number, which is moved at random.
+    nudge: the largest relative change of each number, which is moved at random. A number in an attribute, such as the slope of a LeakyRelu,
+    is a float32 in a file of any dtype, and becomes one of its neighbours.
     """
     import numpy as np
     import onnx
@@ -287,14 +288,21 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
     narrow = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     generator = np.random.default_rng(0)
 
+    def nudged(values: Any) -> Any:
+        if not nudge or not values.size:
+            return values
+        size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
+        # Whole numbers are not moved: they were not rounded, and some are sizes, or the factors of a Resize.
+        rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
+        return values + nudge * rounded * generator.uniform(-1, 1, values.shape)
+
+    def neighbour(number: float) -> float:
+        towards = np.float32(generator.choice([-np.inf, np.inf]))
+        return float(number if not nudge or number == round(number) else np.nextafter(np.float32(number), towards))
+
     def widen_tensor(tensor: Any) -> None:
         if tensor.data_type in narrow:
-            values = numpy_helper.to_array(tensor).astype("float64")
-            if nudge and values.size:
-                size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
-                # Whole numbers are not moved: they were not rounded, and some are sizes, or the factors of a Resize.
-                rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
-                values = values + nudge * rounded * generator.uniform(-1, 1, values.shape)
+            values = nudged(numpy_helper.to_array(tensor).astype("float64"))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     def widen_graph(graph: Any) -> None:
@@ -309,8 +317,12 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
         for node in nodes:
             for attribute in node.attribute:
                 if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
-                    values = np.asarray(onnx.helper.get_attribute_value(attribute), np.float64)
+                    values = nudged(np.asarray(onnx.helper.get_attribute_value(attribute), np.float64))
                     attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
+                elif attribute.type == onnx.AttributeProto.FLOAT:
+                    attribute.f = neighbour(attribute.f)
+                elif attribute.type == onnx.AttributeProto.FLOATS:
+                    attribute.floats[:] = map(neighbour, attribute.floats)
                 elif attribute.type == onnx.AttributeProto.TENSOR:
                     widen_tensor(attribute.t)
                 elif attribute.type == onnx.AttributeProto.GRAPH:

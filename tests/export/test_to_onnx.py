@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.optim import swa_utils
 
+import normswap
 from normswap.errors import ExportError, NormswapError, UsageError
 from normswap.export.to_onnx import Export, export
 from normswap.export.verified import verified_export
@@ -393,6 +394,32 @@ def test_the_models_own_warnings_are_not_swallowed(path: Path) -> None:
 # -- precision -----------------------------------------------------------------------------------------------------------------
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.1 + torch.where(x > 0.3, 0.7, x) / 3.3
+
+
+ACTIVATIONS = (nn.GELU(), nn.GELU("tanh"), nn.Hardswish(), nn.Hardsigmoid(), nn.LeakyReLU(0.2), nn.ELU(0.3), nn.CELU(0.7), Scaled())
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_a_file_in_float64_is_as_exact_as_onnx_can_be(path: Path, activation: nn.Module, conv: bool) -> None:
+    """A number in the code is a float64. One in an attribute (the slope of a LeakyRelu) is a float32 in any file, and rounded."""
+    first = nn.Conv2d(3, 5, 2) if conv else nn.Linear(3, 5)
+    model = normalised(nn.Sequential(first, nn.BatchNorm2d(5) if conv else nn.BatchNorm1d(5), activation)).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64) if conv else torch.randn(4, 3, dtype=torch.float64)
+    _, compared = verified_export(model, Inputs((x,)), path)
+    assert compared.failed is None
+    if isinstance(activation, (nn.GELU, nn.Hardswish, Scaled)) and (conv or str(activation) != str(nn.GELU("tanh"))):
+        # onnxruntime, which has a kernel if there is no conv, has the numbers of that GELU in float32
+        assert normswap.verify(model, path, x)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[0].bias.add_(1e-5)
+    assert not normswap.verify(wrong, path, x)
+
+
 def test_float64_stays_float64(path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.ReLU(), norm(5)).double()
     x = torch.randn(2, 3, 9, 8).double()
@@ -503,10 +530,11 @@ def test_another_opset_than_asked_for_is_an_error(path: Path, monkeypatch: pytes
         export(nn.Sequential(nn.Conv2d(3, 5, 3), norm(5)), (torch.randn(2, 3, 9, 8),), {}, path, opset=16)
 
 
-@pytest.mark.parametrize("opset", [6, 999])
-def test_an_opset_that_does_not_exist(opset: int, path: Path) -> None:
-    with pytest.raises(UsageError, match=f"there is no opset {opset}"):
-        export(norm(3), (torch.randn(2, 3),), {}, path, opset=opset)
+@pytest.mark.parametrize("opset", [6, 999, "20"])
+@pytest.mark.parametrize("target", ["portable", "cuda"])
+def test_an_opset_that_does_not_exist(opset: Any, target: str, path: Path) -> None:
+    with pytest.raises(UsageError, match=f"there is no opset {opset!r}"):
+        export(norm(3), (torch.randn(2, 3),), {}, path, opset=opset, target=target)
 
 
 # -- batch size, names ----------------------------------------------------------------------------------------------------------

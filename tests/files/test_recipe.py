@@ -111,6 +111,12 @@ def test_a_factory_may_wrap_the_model(wrap: Callable[[nn.Module], nn.Module], tm
     assert torch.equal(loaded(x), conversion.model(x))
 
 
+@pytest.mark.parametrize("factory", [nn.Linear(2, 2), "package.module:factory"])
+def test_a_factory_is_a_function(factory: Any, saved: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(UsageError, match=f"^factory is a {type(factory).__name__}; expected a function that builds"):
+        normswap.load(saved[1], factory)
+
+
 def test_a_model_with_one_child_is_no_wrapper() -> None:
     class Own(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
