@@ -82,6 +82,11 @@ def load(
     """
     trust = trust or trust_pickle
     directory = Path(directory)
+    if factory is not None and (isinstance(factory, nn.Module) or not callable(factory)):
+        raise UsageError(
+            f"factory is a {type(factory).__name__}; expected a function that builds the original model, and takes nothing",
+            hint="factory=lambda: model",
+        )
     recipe = read_recipe(directory)
     pickled = recipe.module if factory is None else None
     check_files(directory, recipe, [name for name in (pickled, WEIGHTS) if name is not None])
@@ -122,7 +127,7 @@ def opened(
             f"{directory / RECIPE} names {recipe.factory!a} as what builds the model, and to import that is to run code of its choice",
             hint=f"if it is your own: --arch {recipe.factory} (factory=... in Python); --trust (trust=True) takes the directory's word",
         )
-    model = as_module(build(recipe.factory) if factory is None else factory())  # type: ignore[arg-type]
+    model = unwrapped(as_module(build(recipe.factory) if factory is None else factory()))  # type: ignore[arg-type]
     if on_meta(model):
         raise LoadError(
             f"the given architecture is on the meta device, which has no memory that the weights in {directory} could go to",

@@ -34,7 +34,7 @@ def export_onnx(
     example_inputs: as for `convert`; not needed for a Conversion.
     target: "portable", operators of ONNX alone, in the form that is fastest wherever it was measured; "cuda", also fused operators of
         onnxruntime, each with a definition in ONNX operators for other runtimes.
-    opset: of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there.
+    opset: of the file; None: 20, or 23 if the model calls scaled_dot_product_attention, which is one operator there, or is in bfloat16.
     dynamic: the dynamic axes: "batch" (True), "spatial" (also height and width, or the length; verified at other sizes than the
         example's), or "none" (False).
     half: weights, inputs and outputs in float16; else dtypes stay.

@@ -36,6 +36,11 @@ class Selection:
     exclude: Sequence[str] = ()
     rules: Sequence[Rule] = field(default_factory=_default_rules)
 
+    def __post_init__(self) -> None:
+        for name, what in (("include", "patterns"), ("exclude", "patterns"), ("rules", "rules")):
+            if not isinstance(value := getattr(self, name), Iterable):
+                raise UsageError(f"{name} is {value!r:.60}; expected a list or tuple of {what}", hint=f"{name}=[...]; [] for none")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request(Selection):
@@ -54,6 +59,7 @@ class Request(Selection):
     coupling: Coupling = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         from normswap.layer.batchless_norm import AUXES
         from normswap.layer.formulas import STATS, STD_FORMS
         from normswap.swap.calibrate import REESTIMATE, REPAIRS
@@ -67,8 +73,8 @@ class Request(Selection):
             self._check_of_batchless()
         if self.reestimate is not None:
             one_of("reestimate", self.reestimate, REESTIMATE)
-        if self.max_drift is not None and not self.max_drift >= 0:
-            raise UsageError(f"max_drift is {self.max_drift}; expected a number that is 0 or more")
+        if self.max_drift is not None and not (isinstance(self.max_drift, (int, float)) and self.max_drift >= 0):
+            raise UsageError(f"max_drift is {self.max_drift!r}; expected a number that is 0 or more")
         if self.calibration is None and (self.may_differ or self.reestimate is not None):
             what = "statistics are re-estimated" if self.reestimate is not None else "an approximate swap starts"
             raise UsageError(f"{what} from data, and none were given", hint="give calibration=..., or --data on the command line")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from normswap.errors import ExportError, first_words
 from normswap.export.names import DOMAIN, NO_ONNX, unused
 from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET
+from normswap.models.quiet import quiet
 from normswap.parity.run_onnx import opset_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def tidy(model: ir.Model, input_names: Sequence[str], output_names: Sequence[str
     from onnx_ir.passes import common
 
     graph = model.graph
-    common.DeduplicateInitializersPass()(model)
+    with quiet():  # it logs each constant that it leaves, as it is an output
+        common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)  # unused constants, too
     model.opset_imports.pop(DOMAIN, None)
 
@@ -91,5 +93,5 @@ def check(model: ir.Model) -> None:
         common.CheckerPass(full_check=True)(model)
     except Exception as error:
         line = first_words(error.__cause__ or error)
-        hint = "most operators take bfloat16 from opset 22 on" if "bfloat16" in line else NO_ONNX
+        hint = "most operators take bfloat16 from opset 22 on: --opset 22 (opset=22 in Python)" if "bfloat16" in line else NO_ONNX
         raise ExportError(f"the ONNX graph that torch made is not valid: {line}", hint=hint) from error

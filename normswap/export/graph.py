@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from normswap.export.marks import mark_operator, onnx_mark
 from normswap.export.names import NO_ONNX, unused
 from normswap.layer.export_operator import inject_operator
 from normswap.models.quiet import quiet
-from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_map_only, tree_unflatten
+from normswap.models.torch_private import MappingKey, tree_flatten, tree_flatten_with_path, tree_map, tree_map_only, tree_unflatten
+from normswap.models.watching import held
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,14 +47,19 @@ class Graph:
 
 def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, dynamic: Dynamic) -> Graph:
     """The graph of a model in eval mode, from its example inputs. Raises ExportError if torch cannot make one."""
-    translations = {mark_operator(): onnx_mark(), inject_operator(): _onnx_identity(), torch.ops.aten.rsub.Scalar: _onnx_rsub()}
+    translations = {
+        mark_operator(): onnx_mark(),
+        inject_operator(): _onnx_identity(),
+        torch.ops.aten.rsub.Scalar: _onnx_rsub(),
+        torch.ops.aten.scalar_tensor.default: _onnx_number(),
+    }
     choices = [_Choice(None, args, kwargs)]
     if dynamic != "none" and isinstance(model, nn.Module):
         choices = _dynamic_shapes(model, args, kwargs, spatial=dynamic == "spatial")
     failures: list[Exception] = []
     for choice in choices:
         try:
-            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _with_outputs_of_onnx(model):
                 program: Any = torch.onnx.export(
                     model,
                     choice.args if choice.kwargs else (*choice.args, {}),  # torch takes a dict at the end for the keyword arguments
@@ -77,6 +84,40 @@ def graph_of(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: 
     specs = exported.graph_signature.input_specs
     inputs = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
     return Graph(program.model, inputs, _output_names(exported), _reads(exported), tuple(notes))
+
+
+@contextlib.contextmanager
+def _with_outputs_of_onnx(model: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Lets a model, within the context, return what ONNX can hold. (The outputs of a program are already what torch.export takes.)"""
+    if isinstance(model, ExportedProgram):
+        yield
+        return
+    handle = model.register_forward_hook(lambda module, args, output: _outputs_of_onnx(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _outputs_of_onnx(output: Any) -> Any:
+    """The output with numbers as tensors, objects of other classes than torch's containers as dicts, and None for what is neither."""
+
+    def one(leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, Tensor):
+            return leaf
+        for kinds, dtype in _NUMBERS:
+            if isinstance(leaf, kinds):
+                return torch.scalar_tensor(cast(float, leaf), dtype=dtype)  # torch takes a SymInt there, too
+        return {key: _outputs_of_onnx(value) for key, value in held(leaf).items()} or None
+
+    return tree_map(one, output)
+
+
+_NUMBERS = (
+    ((bool, torch.SymBool), torch.bool),
+    ((int, torch.SymInt), torch.int64),
+    ((float, torch.SymFloat), torch.float64),
+)  # as `parity.run_torch.named_tensors` has them
 
 
 def _reads(program: ExportedProgram) -> frozenset[str]:
@@ -155,16 +196,35 @@ def _onnx_identity() -> Callable[..., Any]:
 
 def _onnx_rsub() -> Callable[..., Any]:
     """The translation of other - alpha x, for a number. torch's own fails for a mask in integers and 1.0: it calls aten.sub of a number."""
-    from onnx_ir import DataType
+    import onnx
     from onnxscript import opset20 as op
 
     def rsub(x: Any, other: Any, alpha: Any = 1) -> Any:
+        dtype = int(x.dtype)
         if isinstance(other, float) and not x.dtype.is_floating_point():
-            x = op.Cast(x, to=DataType.FLOAT)
-        x = x if alpha == 1 else op.Mul(x, op.CastLike(alpha, x))
-        return op.Sub(op.CastLike(other, x), x)
+            x, dtype = op.Cast(x, to=onnx.TensorProto.FLOAT), onnx.TensorProto.FLOAT
+        number, factor = (op.Constant(value=onnx.helper.make_tensor("", dtype, (), [each])) for each in (other, alpha))
+        return op.Sub(number, x if alpha == 1 else op.Mul(x, factor))
 
     return rsub
+
+
+@functools.cache
+def _onnx_number() -> Callable[..., Any]:
+    """The translation of `scalar_tensor`, as which torch writes a number in a model's code: rounded once, to the dtype that is asked for.
+
+    That of onnxscript rounds it to float32 first, so that the file of a float64 model computes with 0.10000000149 where the model has 0.1.
+    """
+    import onnx
+    from onnxscript import opset20
+    from onnxscript.function_libs.torch_lib.ops.core import aten_scalar_tensor
+
+    def number(s: Any, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
+        if isinstance(s, (int, float)) and dtype == onnx.TensorProto.DOUBLE:
+            return opset20.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.DOUBLE, (), [s]))
+        return aten_scalar_tensor(s, dtype=dtype)
+
+    return number
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

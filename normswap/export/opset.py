@@ -1,4 +1,5 @@
-"""The opset in which an ONNX file is written: DEFAULT_OPSET, or NEWER_OPSET if the model calls what is one operator only from there on."""
+"""The opset in which an ONNX file is written: DEFAULT_OPSET, or NEWER_OPSET if the model calls what is one operator only from there on, or
+computes in bfloat16, which most operators take only there."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.errors import ExportError, first_line
 from normswap.export.cuda import Missing
 from normswap.models.quiet import quiet
-from normswap.models.watching import forward
+from normswap.models.watching import forward, tensors_in
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,8 +49,14 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def calls_newer(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether one forward pass of a copied model calls attention or rms_norm of torch. Errors are ignored: the export will raise them."""
+def wants_newer(model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copied model holds or takes bfloat16, or one forward pass calls attention or rms_norm of torch.
+
+    Errors of the pass are ignored: the export will raise them.
+    """
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    if any(tensor.dtype is torch.bfloat16 for tensor in tensors_in((dict(state), args, dict(kwargs)))):
+        return True
     if isinstance(model, ExportedProgram):
         return any(node.target in _FUNCTIONS for node in model.graph.nodes)
     watch = _Watch()
@@ -73,7 +80,10 @@ def newer_if_better(make: Callable[[int], Made], without_kernel: Callable[[Made]
         missing = without_kernel(made)
         if not missing:
             return made, NEWER_OPSET, None
-        other = make(DEFAULT_OPSET)
+        try:
+            other = make(DEFAULT_OPSET)
+        except ExportError:  # DEFAULT_OPSET lacks what the model needs: most operators in bfloat16, say
+            return made, NEWER_OPSET, None
         if len(without_kernel(other)) >= len(missing):
             return made, NEWER_OPSET, None
         lost = Counter(node.op for node in missing) - Counter(node.op for node in without_kernel(other))

@@ -35,8 +35,9 @@ from normswap.export.graph import Dynamic as Dynamic
 from normswap.export.graph import Graph, graph_of
 from normswap.export.marks import Site, copied, mark
 from normswap.export.norms import alike, fold_norms, operators, shorten
-from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, calls_newer, newer_if_better
+from normswap.export.opset import DEFAULT_OPSET, TORCH_OPSET, newer_if_better, wants_newer
 from normswap.export.simplify import norms_stay, simplify
+from normswap.files.converted import unwrapped
 from normswap.layer import weight_norm
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.parity.result import Comparisons, Parity
@@ -102,7 +103,8 @@ class Settings:
     target    "portable": operators of ai.onnx alone, in the form that was fastest wherever it was measured. "cuda": also fused operators of
               onnxruntime, which the file defines as functions (`fused_conv.py`), and a maximum with a constant in the place of a
               BatchNormalization and its ReLU between convolutions
-    opset     of the file. Unless given, DEFAULT_OPSET, or NEWER_OPSET if the model calls attention or rms_norm of torch
+    opset     of the file. Unless given, DEFAULT_OPSET, or NEWER_OPSET if the model calls attention or rms_norm of torch, or computes
+              in bfloat16
     dynamic   which axes are free. "batch" (True): dimension 0 of every input tensor that has there the size of the first one. "spatial":
               also the dimensions after the channels, or the length of a sequence. "none" (False)
     half      whether weights, inputs and outputs are float16. The folds are computed from the unrounded weights, and rounded once
@@ -122,13 +124,13 @@ class Settings:
         import onnx
 
         one_of("the target", self.target, get_args(Target))
+        newest = onnx.defs.onnx_opset_version()
+        if self.opset is not None and not (isinstance(self.opset, int) and 7 <= self.opset <= newest):
+            raise UsageError(f"there is no opset {self.opset!r} to export to; expected one from 7 to {newest}")
         if self.target == "cuda" and self.opset is not None and self.opset < TORCH_OPSET:
             raise UsageError(f"the target 'cuda' cannot be converted to opset {self.opset}", hint=f"opset {TORCH_OPSET} and above can be")
         if self.freedom not in get_args(Dynamic):
             raise UsageError(f"dynamic is {self.dynamic!r}; expected True, False or one of {', '.join(map(repr, get_args(Dynamic)))}")
-        newest = onnx.defs.onnx_opset_version()
-        if self.opset is not None and not 7 <= self.opset <= newest:
-            raise UsageError(f"there is no opset {self.opset} to export to; expected one from 7 to {newest}")
 
     @property
     def freedom(self) -> Dynamic:
@@ -168,11 +170,11 @@ class Program:
                 "an ExportedProgram computes in the dtypes that it was exported with", hint="convert the module it came from to float16"
             )
         if isinstance(model, nn.Module):
-            model = copied(model)
+            model = unwrapped(copied(model))
             weight_norm.put_away(model)
             if settings.half:
                 precise, model, (args, kwargs) = model, halved(model), arguments((args, dict(kwargs)))
-        newer = settings.opset is None and calls_newer(model, args, kwargs)
+        newer = settings.opset is None and wants_newer(model, args, kwargs)
         if isinstance(model, nn.Module):
             self.sites = mark(model)
         if precise is not None:

@@ -24,6 +24,7 @@ from normswap.files.recipe import recipe_hash
 from normswap.models.inputs import Inputs, notes_on
 from normswap.models.programs import Model, as_module
 from normswap.parity.judge import compare, judge
+from normswap.parity.kernels import array_of
 from normswap.parity.limits import CAP
 from normswap.parity.probes import LARGE, Probe, probes, resized
 from normswap.parity.reference import Judgement
@@ -178,7 +179,7 @@ def with_provider(
         return dataclasses.replace(result, cuda=known), Comparisons(found.parities, {**found.not_run, runtime(provider): why})
     parity = compare(judgement, result.path, level=provider, only_like_example=not result.dynamic, baseline=baseline)
     if parity.failure is None:
-        arrays = [tensor.numpy(force=True) for tensor in judgement.probes[0].tensors()]
+        arrays = [array_of(tensor) for tensor in judgement.probes[0].tensors()]
         placed = cuda.run(result.path, arrays, {site.name: site.left for site in result.sites}, provider=provider)
         result = dataclasses.replace(result, cuda=dataclasses.replace(result.cuda, run=placed, why=""))
     return result, Comparisons({**found.parities, parity.candidate: parity}, found.not_run)

@@ -174,7 +174,9 @@ def _from_transformers(directory: str) -> nn.Module:
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"transformers cannot load {directory}: {first_line(error)}") from error
+        cause = error.__cause__ or error  # transformers hides what went wrong in one of its imports
+        unfit = mismatched_torchvision(cause) if isinstance(cause, Exception) else None
+        raise unfit or LoadError(f"transformers cannot load {directory}: {first_line(error)}") from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -68,7 +68,9 @@ def as_inputs(example_inputs: Any) -> Inputs:
         return Inputs(kwargs=dict(example_inputs))
     raise UsageError(
         f"example inputs are a tensor, a tuple or a dict of keyword arguments, not a {type(example_inputs).__name__}",
-        hint="a model that takes one list is called with ([a, b],)",
+        hint="torch.from_numpy makes a tensor of it"
+        if isinstance(example_inputs, np.ndarray)
+        else "a model that takes one list is called with ([a, b],)",
     )
 
 

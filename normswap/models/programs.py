@@ -26,7 +26,10 @@ def as_module(model: nn.Module | ExportedProgram) -> nn.Module:
             raise SwapError(f"the program {problem[0]}", hint=problem[1])
         return model.module()
     if not isinstance(model, nn.Module):
-        raise UsageError(f"a model is a torch.nn.Module or an ExportedProgram, not {type(model).__name__}: {str(model)[:60]!r}")
+        raise UsageError(
+            f"a model is a torch.nn.Module or an ExportedProgram, not {type(model).__name__}: {str(model)[:60]!r}",
+            hint="give its model: conversion.model" if isinstance(getattr(model, "model", None), nn.Module) else None,
+        )
     if (problem := wellformed.problem(model)) is not None:
         raise SwapError(f"the model {problem[0]}", hint=problem[1])
     return model

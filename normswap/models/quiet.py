@@ -12,6 +12,7 @@ from typing import TextIO
 _ABOUT_TORCH: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),  # raised when torch copies its own pytree spec
     (UserWarning, r"# The axis name: \w+ will not be used"),  # for a second input, which shares the axis of the first
+    (RuntimeWarning, r"Guards may run slower on Python 3\.13\.0"),  # nothing that is traced here is run with guards
 )
 
 

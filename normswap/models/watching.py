@@ -82,13 +82,26 @@ def _random_states_kept(model: nn.Module, *given: Any) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, and in the attributes of dataclasses in them, which models may return."""
+def held(leaf: Any) -> Mapping[Any, Any]:
+    """What an object holds that is no container of torch's: a dataclass its fields, a mapping its items, another its attributes."""
+    if isinstance(leaf, (Tensor, type, nn.Module)):
+        return {}
+    if dataclasses.is_dataclass(leaf):
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    if isinstance(leaf, Mapping):
+        return leaf
+    return vars(leaf) if hasattr(leaf, "__dict__") and not callable(leaf) else {}
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors in nested containers and in objects of any class, which models may take and return. seen: the ids of these objects."""
+    seen = set() if seen is None else seen
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from (part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor))
+        elif (parts := held(leaf)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from tensors_in(list(parts.values()), seen)
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -23,7 +23,18 @@ Kernel = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 def tensor_of(array: Any) -> Tensor:
     """The array as a tensor, copied if torch would warn of it (not writeable) or refuse it (negative strides, be it along an axis of 1)."""
     given = np.asarray(array)
+    if given.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not know
+        return tensor_of(given.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(given if given.flags.writeable and min(given.strides, default=0) >= 0 else given.copy())
+
+
+def array_of(tensor: Tensor) -> Any:
+    """The tensor as an array, for onnx and onnxruntime. numpy itself has no bfloat16; that of ml_dtypes is the one that onnx knows."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return tensor.numpy(force=True)
 
 
 def _by_axis(attributes: Mapping[str, Any], name: str, rank: int, otherwise: int) -> tuple[int, ...]:
@@ -113,6 +124,25 @@ def _resize(inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor | No
     return y
 
 
+# Activations in the dtype of their input. onnx's evaluator (1.23) computes an erf in float32, and has 1/6 and the like in float32.
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "Erf": torch.erf,
+    "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
+    "HardSwish": F.hardswish,
+}
+
+
+def _activation(name: str) -> type[Any]:
+    from onnx.reference.op_run import OpRun
+
+    def _run(self: Any, x: Any, **attributes: Any) -> Any:
+        given = tensor_of(x)
+        wide = given if given.dtype in (torch.float32, torch.float64) else given.float()
+        return (array_of(_ACTIVATIONS[name](wide, **attributes).to(given.dtype)),)
+
+    return type(name, (OpRun,), {"op_domain": "", "_run": _run})
+
+
 @functools.cache
 def kernels() -> tuple[type[Any], ...]:
     """Operator classes for the argument `new_ops` of onnx's evaluator."""
@@ -124,6 +154,7 @@ def kernels() -> tuple[type[Any], ...]:
         _operator("MaxPool", op_max_pool.MaxPool, _max_pool),
         _operator("AveragePool", op_average_pool.AveragePool_19, _average_pool),
         _operator("Resize", op_resize.Resize, _resize),
+        *map(_activation, _ACTIVATIONS),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import UsageError
-from normswap.parity.kernels import kernels, tensor_of
+from normswap.parity.kernels import array_of, kernels, tensor_of
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
 from normswap.parity.result import RANDOM
@@ -63,6 +63,8 @@ def onnx_runner(path: Path, level: str, inner: Sequence[str] = ()) -> Runner:
         session = onnxruntime.InferenceSession(str(opened), options, providers=chosen)
     if session.get_providers()[0] != provider:  # onnxruntime silently falls back if a provider does not start
         raise RuntimeError(f"{provider} did not start")
+    if any(value.type == "tensor(bfloat16)" for value in (*session.get_inputs(), *session.get_outputs())):
+        raise RuntimeError(f"{NO_KERNEL} : in Python it takes and returns no bfloat16")
     declared = {i.name: i.shape for i in session.get_inputs()}
     outputs = [output.name for output in session.get_outputs()]
     return lambda probe: _split(dict(zip(outputs, session.run(None, _fitting(declared, probe)), strict=True)), count, inner)
@@ -150,7 +152,7 @@ def _feeds(names: Sequence[str], probe: Probe) -> dict[str, Any]:
     if len(named) + len(others) != len(names):
         raise ValueError(f"the file has {len(names)} inputs ({', '.join(names)}), but {len(named) + len(others)} tensors were given")
     in_order = iter(others)
-    return {name: (named[name] if name in named else next(in_order)).numpy(force=True) for name in names}
+    return {name: array_of(named[name] if name in named else next(in_order)) for name in names}
 
 
 def _fitting(declared: Mapping[str, Sequence[int | str | None]], probe: Probe) -> dict[str, Any]:
@@ -223,12 +225,12 @@ def draws(path: Path) -> str | None:
 
 
 def _numpy_dtype(element_type: int) -> torch.dtype | None:
-    """The dtype of an ONNX element type; None if numpy has no such numbers."""
+    """The dtype of an ONNX element type; None if it is not of numbers that torch and numpy, with ml_dtypes, both have."""
     import numpy as np
     import onnx
 
     try:
-        return torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(element_type))).dtype
+        return tensor_of(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(element_type))).dtype
     except (KeyError, TypeError):
         return None
 
@@ -287,7 +289,8 @@ def onnx_inputs(path: Path, batch: int = 2, free: int | None = None) -> tuple[Te
 def _widen(model: Any, nudge: float = 0.0) -> None:
     """Convert float32, float16 and bfloat16 to float64 everywhere in an ONNX model: tensors, declared types, casts.
 
-    nudge: the largest relative change of each number, which is moved at random.
+    nudge: the largest relative change of each number, which is moved at random. A number in an attribute, such as the slope of a LeakyRelu,
+    is a float32 in a file of any dtype, and becomes one of its neighbours.
     """
     import numpy as np
     import onnx
@@ -296,14 +299,21 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
     narrow = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     generator = np.random.default_rng(0)
 
+    def nudged(values: Any) -> Any:
+        if not nudge or not values.size:
+            return values
+        size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
+        # Whole numbers are not moved: they were not rounded, and some are sizes, or the factors of a Resize.
+        rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
+        return values + nudge * rounded * generator.uniform(-1, 1, values.shape)
+
+    def neighbour(number: float) -> float:
+        towards = np.float32(generator.choice([-np.inf, np.inf]))
+        return float(number if not nudge or number == round(number) else np.nextafter(np.float32(number), towards))
+
     def widen_tensor(tensor: Any) -> None:
         if tensor.data_type in narrow:
-            values = numpy_helper.to_array(tensor).astype("float64")
-            if nudge and values.size:
-                size = np.abs(np.nan_to_num(values, posinf=0, neginf=0))
-                # Whole numbers are not moved: they were not rounded, and some are sizes, or the factors of a Resize.
-                rounded = np.where(values == np.round(values), 0.0, np.maximum(size, size.mean()))
-                values = values + nudge * rounded * generator.uniform(-1, 1, values.shape)
+            values = nudged(numpy_helper.to_array(tensor).astype("float64"))
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     def widen_graph(graph: Any) -> None:
@@ -318,8 +328,12 @@ def _widen(model: Any, nudge: float = 0.0) -> None:
         for node in nodes:
             for attribute in node.attribute:
                 if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
-                    values = np.asarray(onnx.helper.get_attribute_value(attribute), np.float64)
+                    values = nudged(np.asarray(onnx.helper.get_attribute_value(attribute), np.float64))
                     attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(values)))
+                elif attribute.type == onnx.AttributeProto.FLOAT:
+                    attribute.f = neighbour(attribute.f)
+                elif attribute.type == onnx.AttributeProto.FLOATS:
+                    attribute.floats[:] = map(neighbour, attribute.floats)
                 elif attribute.type == onnx.AttributeProto.TENSOR:
                     widen_tensor(attribute.t)
                 elif attribute.type == onnx.AttributeProto.GRAPH:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.errors import SwapError
 from normswap.models.float64 import in_float64
 from normswap.models.torch_private import is_functorch_wrapped, keystr, tree_flatten_with_path
-from normswap.models.watching import forward
+from normswap.models.watching import forward, held
 from normswap.parity.limits import coarsest
 from normswap.parity.measure import sampled
 from normswap.parity.probes import Probe, Runner, Values
@@ -114,13 +113,8 @@ def named_tensors(output: Any, path: str = "output", within: tuple[int, ...] = (
             found[name] = leaf.detach() if leaf.layout is torch.strided else leaf.detach().to_dense()
         elif isinstance(leaf, (bool, int, float)):
             found[name] = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in dataclasses.fields(leaf):
-                found |= named_tensors(getattr(leaf, field.name), f"{name}.{field.name}")
-        elif isinstance(leaf, Mapping):
-            for key, value in leaf.items():
-                found |= named_tensors(value, f"{name}[{key!r}]")
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf) and id(leaf) not in within:
-            for attribute, value in vars(leaf).items():
-                found |= named_tensors(value, f"{name}.{attribute}", (*within, id(leaf)))
+        elif id(leaf) not in within:
+            for key, value in held(leaf).items():
+                step = f"[{key!r}]" if isinstance(leaf, Mapping) else f".{key}"
+                found |= named_tensors(value, f"{name}{step}", (*within, id(leaf)))
     return found

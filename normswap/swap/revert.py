@@ -27,7 +27,8 @@ def revert(model: M, *, skip: bool = False) -> M:
     """
     if not isinstance(model, nn.Module):
         raise SwapError(
-            f"a {type(model).__name__} cannot be reverted: it is not an nn.Module", hint="an exported program: keep the original one"
+            f"a {type(model).__name__} cannot be reverted: it is not an nn.Module",
+            hint="give its model: conversion.model; of an exported program, keep the original one",
         )
     layers = {m: name for name, m in model.named_modules() if isinstance(m, BatchlessNorm)}
     valueless = next((name for layer, name in layers.items() if on_meta(layer)), None)

@@ -12,7 +12,7 @@ from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.export_operator import adopt, inject_operator
 from normswap.layer.optimizer_step import MARK, PACE, STATISTICS
 from normswap.layer.run import Layer, pace_of, watch_passes
-from normswap.training.loss import layers_of
+from normswap.training.loss import check_is_module, layers_of
 
 
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, batch: int | None = None) -> list[dict[str, Any]]:
@@ -65,6 +65,7 @@ def norm_keys(model: nn.Module) -> list[str]:
     For federated training that keeps the norms of each client local (FedBN): chosen by class, so that no layer is missed for its name. The
     keys of an activation inside such a layer are not among them.
     """
+    check_is_module(model)
     keys = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (BatchlessNorm, _NormBase)):

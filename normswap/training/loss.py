@@ -15,10 +15,15 @@ from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.train_pass import signed
 
 
-def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
-    """Every BatchlessNorm of a model under its first name, which warnings then use. Raises UsageError if there is none."""
+def check_is_module(model: object) -> None:
+    """Raise UsageError for what is no module, such as a Conversion."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"a {type(model).__name__} has no layers", hint="give the model: conversion.model, or program.module()")
+
+
+def layers_of(model: nn.Module) -> dict[str, BatchlessNorm]:
+    """Every BatchlessNorm of a model under its first name, which warnings then use. Raises UsageError if there is none."""
+    check_is_module(model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, BatchlessNorm)}
     if not found:
         raise UsageError(

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import UsageError
-from normswap.training.loss import layers_of
+from normswap.training.loss import check_is_module, layers_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def backward_in_micro_batches(
     Raises UsageError unless there is one of size and max_bytes and a batch, and if one sample keeps more than max_bytes (what came before
     it has then been added to the gradients).
     """
+    check_is_module(model)
     if not batch or any(not isinstance(t, Tensor) or t.dim() == 0 or len(t) != len(batch[0]) for t in batch) or not len(batch[0]):
         raise UsageError("a batch is one or more tensors with the same number of samples, at least one, in dimension 0")
     if (size is None) == (max_bytes is None) or (size if max_bytes is None else max_bytes) < 1:  # type: ignore[operator]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normswap.errors import UsageError
 from normswap.layer import formulas
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
-from normswap.training.loss import layers_of
+from normswap.training.loss import check_is_module, layers_of
 
 
 class PrivateNorm(BatchlessNorm):
@@ -90,6 +90,7 @@ def for_opacus(model: nn.Module) -> nn.Module:
         from opacus.grad_sample import register_grad_sampler
     except ImportError as error:
         raise UsageError("private training needs Opacus, which is not installed", hint="pip install 'normswap[private]'") from error
+    check_is_module(model)
     private = copy.deepcopy(model).train()
     for name, layer in layers_of(private).items():
         trained = any(p.requires_grad for p in (layer.mean, layer.std_parameter))

@@ -107,3 +107,13 @@ def test_a_convolution_in_float64_is_run_by_the_evaluator(tmp_path: Path) -> Non
     result = normswap.fold_onnx(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
     assert result.parity
     assert result.nodes == {"Conv": 1}
+
+
+def test_a_file_in_bfloat16_is_run_by_the_evaluator(tmp_path: Path) -> None:
+    narrow = (helper.make_tensor(t.name, TensorProto.BFLOAT16, t.dims, numpy_helper.to_array(t).ravel()) for t in (*CONV, *NORM))
+    proto = model_of("h = Conv(x, w, c) y = BatchNormalization(h, s, t, m, v)", *narrow, inputs="bfloat16[b,3,6,5] x", imports='"": 22')
+    proto.graph.output[0].type.tensor_type.elem_type = TensorProto.BFLOAT16
+    result = normswap.fold_onnx(saved(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    assert result.parity
+    assert result.nodes == {"Conv": 1}
+    assert normswap.verify(tmp_path / "in.onnx", tmp_path / "out.onnx")

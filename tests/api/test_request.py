@@ -69,6 +69,10 @@ def test_the_command_knows_the_words_that_python_knows(options: Any, option: str
         ({"coupling": "all"}, "coupling is 'all'; expected one of 'auto', 'none'"),
         ({"reestimate": "all"}, "reestimate is 'all'; expected one of 'exact', 'adapt'"),
         ({"max_drift": -1.0}, "max_drift is -1.0; expected a number that is 0 or more"),
+        ({"max_drift": "0.1"}, "max_drift is '0.1'; expected a number that is 0 or more"),
+        ({"include": None}, "include is None; expected a list or tuple of patterns"),
+        ({"exclude": 3}, "exclude is 3; expected a list or tuple of patterns"),
+        ({"rules": None}, "rules is None; expected a list or tuple of rules"),
         ({"max_drift": 0.1}, "an approximate swap starts from data, and none were given"),
     ],
 )
@@ -76,3 +80,9 @@ def test_what_means_nothing_is_refused_before_anything_is_done(options: dict[str
     with pytest.raises(UsageError) as error:
         Request(**({"calibration": [torch.ones(2, 3)]} if "max_drift is" in message else {}), **options)
     assert error.value.message == message
+
+
+def test_one_rule_is_no_list_of_rules() -> None:
+    for verb in (normswap.convert, normswap.plan):
+        with pytest.raises(UsageError, match=r"^rules is Rule\(.*; expected a list or tuple of rules"):
+            verb(torch.nn.BatchNorm1d(3), torch.ones(2, 3), rules=DEFAULT_RULES[0])  # type: ignore[operator]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import normswap
 from fixtures.architectures import GPT, ViT
 from normswap.errors import ExportError, UsageError
-from normswap.export.opset import calls_newer
+from normswap.export.opset import wants_newer
 from normswap.export.to_onnx import Export, export
 
 
@@ -161,10 +161,10 @@ def test_a_call_is_seen(make: Callable[[], nn.Module]) -> None:
     args = (torch.randint(13, (2, 9)),) if make is GPT else (torch.randn(2, 3, 12, 12),) if make is ViT else (torch.randn(2, 7, 6),)
     model = make().eval()
     state = torch.get_rng_state()
-    assert calls_newer(model, args, {})
+    assert wants_newer(model, args, {})
     assert torch.equal(torch.get_rng_state(), state)
     program = torch.export.export(model, args)
-    assert calls_newer(program, args, {}) == ("scaled_dot_product" in program.graph_module.code)
+    assert wants_newer(program, args, {}) == ("scaled_dot_product" in program.graph_module.code)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_call_is_seen(make: Callable[[], nn.Module]) -> None:
     ],
 )
 def test_no_call_is_seen_where_there_is_none(model: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
-    assert not calls_newer(model.eval(), (torch.randn(3, 7, 6),), {})
+    assert not wants_newer(model.eval(), (torch.randn(3, 7, 6),), {})
     assert capfd.readouterr() == ("", "")
 
 
@@ -187,7 +187,7 @@ def test_looking_leaves_the_inputs_alone() -> None:
             return x.zero_()
 
     x = torch.ones(2, 3)
-    assert not calls_newer(Writes().eval(), (x,), {})
+    assert not wants_newer(Writes().eval(), (x,), {})
     assert bool((x == 1).all())
 
 
@@ -205,7 +205,7 @@ def test_looking_is_silent(action: Literal["default", "always", "error"], capfd:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(action)
-        assert calls_newer(Talks().eval(), (torch.randn(2, 3, 5),), {})
+        assert wants_newer(Talks().eval(), (torch.randn(2, 3, 5),), {})
     assert caught == []
     assert capfd.readouterr() == ("", "")
 

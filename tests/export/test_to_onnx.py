@@ -9,7 +9,9 @@ import random
 import subprocess
 import sys
 import weakref
+from collections import UserDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,17 @@ import torch
 from exported import LEVELS, assert_same, flat, norm, normalised, runner
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.optim import swa_utils
 
+import normswap
 from normswap.errors import ExportError, NormswapError, UsageError
 from normswap.export.to_onnx import Export, export
+from normswap.export.verified import verified_export
 from normswap.layer.batchless_norm import BatchlessNorm, BatchlessNormAct
+from normswap.models.inputs import Inputs
+from normswap.parity.judge import compare, judge
+from normswap.parity.run_onnx import REFERENCE
+from normswap.parity.run_torch import named_tensors
 
 
 @pytest.fixture
@@ -385,6 +394,32 @@ def test_the_models_own_warnings_are_not_swallowed(path: Path) -> None:
 # -- precision -----------------------------------------------------------------------------------------------------------------
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.1 + torch.where(x > 0.3, 0.7, x) / 3.3
+
+
+ACTIVATIONS = (nn.GELU(), nn.GELU("tanh"), nn.Hardswish(), nn.Hardsigmoid(), nn.LeakyReLU(0.2), nn.ELU(0.3), nn.CELU(0.7), Scaled())
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_a_file_in_float64_is_as_exact_as_onnx_can_be(path: Path, activation: nn.Module, conv: bool) -> None:
+    """A number in the code is a float64. One in an attribute (the slope of a LeakyRelu) is a float32 in any file, and rounded."""
+    first = nn.Conv2d(3, 5, 2) if conv else nn.Linear(3, 5)
+    model = normalised(nn.Sequential(first, nn.BatchNorm2d(5) if conv else nn.BatchNorm1d(5), activation)).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64) if conv else torch.randn(4, 3, dtype=torch.float64)
+    _, compared = verified_export(model, Inputs((x,)), path)
+    assert compared.failed is None
+    if isinstance(activation, (nn.GELU, nn.Hardswish, Scaled)) and (conv or str(activation) != str(nn.GELU("tanh"))):
+        # onnxruntime, which has a kernel if there is no conv, has the numbers of that GELU in float32
+        assert normswap.verify(model, path, x)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[0].bias.add_(1e-5)
+    assert not normswap.verify(wrong, path, x)
+
+
 def test_float64_stays_float64(path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.ReLU(), norm(5)).double()
     x = torch.randn(2, 3, 9, 8).double()
@@ -422,9 +457,29 @@ def test_a_norm_that_half_precision_cannot_hold_stays(path: Path) -> None:
 def test_bfloat16_needs_an_opset_that_has_it(path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5)).bfloat16(), torch.randn(2, 3, 9, 8).bfloat16()
     with pytest.raises(ExportError, match="bfloat16") as caught:
-        export(model, (x,), {}, path)
-    assert caught.value.hint == "most operators take bfloat16 from opset 22 on"
+        export(model, (x,), {}, path, opset=20)
+    assert caught.value.hint == "most operators take bfloat16 from opset 22 on: --opset 22 (opset=22 in Python)"
     assert export(model, (x,), {}, path, opset=22).folded == ("1",)
+    assert export(model.float(), (x.float(),), {}, path).opset == 20
+
+
+@pytest.mark.parametrize("pool", [False, True])  # in opset 23 MaxPool has no CUDA kernel, and in 20 there is no Conv in bfloat16
+def test_a_model_in_bfloat16_is_written_in_an_opset_that_has_it_and_verified(path: Path, pool: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), norm(5), nn.MaxPool2d(2) if pool else nn.ReLU(), nn.Conv2d(5, 4, 1)).bfloat16()
+    x = torch.randn(2, 3, 9, 8).bfloat16()
+    result, compared = verified_export(model, Inputs((x,)), path)
+    assert (result.opset, result.folded) == (23, ("1",))
+    assert compared.failed is None
+    assert list(compared.parities) == ["onnx's reference evaluator"]
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[3].bias.add_(0.5)
+    assert not compare(judge(wrong, (x,), {}), path, level=REFERENCE)
+
+
+def test_a_file_of_bfloat16_that_has_kernels_is_verified(path: Path) -> None:
+    x = torch.randn(2, 3).bfloat16()
+    assert verified_export(Net(lambda m, x: x.transpose(0, 1)).bfloat16(), Inputs((x,)), path)[1].failed is None
 
 
 def test_weights_are_rounded_once_from_float64(path: Path) -> None:
@@ -475,10 +530,11 @@ def test_another_opset_than_asked_for_is_an_error(path: Path, monkeypatch: pytes
         export(nn.Sequential(nn.Conv2d(3, 5, 3), norm(5)), (torch.randn(2, 3, 9, 8),), {}, path, opset=16)
 
 
-@pytest.mark.parametrize("opset", [6, 999])
-def test_an_opset_that_does_not_exist(opset: int, path: Path) -> None:
-    with pytest.raises(UsageError, match=f"there is no opset {opset}"):
-        export(norm(3), (torch.randn(2, 3),), {}, path, opset=opset)
+@pytest.mark.parametrize("opset", [6, 999, "20"])
+@pytest.mark.parametrize("target", ["portable", "cuda"])
+def test_an_opset_that_does_not_exist(opset: Any, target: str, path: Path) -> None:
+    with pytest.raises(UsageError, match=f"there is no opset {opset!r}"):
+        export(norm(3), (torch.randn(2, 3),), {}, path, opset=opset, target=target)
 
 
 # -- batch size, names ----------------------------------------------------------------------------------------------------------
@@ -534,6 +590,65 @@ def test_names_are_those_of_the_model(path: Path) -> None:
 def test_several_outputs_are_numbered(path: Path) -> None:
     result = exported(Net(lambda m, x: (m.norm(m.conv(x)), [x.mean(1), x.sum(1)])), path, 3, 3, 9, 8)
     assert result.output_names == ("output", "output_1", "output_2")
+
+
+@dataclass
+class Inner:
+    raw: Tensor
+    name: str = "raw"
+
+
+@dataclass
+class Outcome:
+    logits: Tensor
+    inner: Inner
+    more: dict[str, Any]
+
+
+class Holder:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+HELD: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[str, ...]]] = {
+    "a dataclass": (
+        lambda y, raw: Outcome(y, Inner(raw), {"mean": y.mean((2, 3)), "none": None}),
+        ("logits", "inner_raw", "more_mean"),
+    ),
+    "an object": (lambda y, raw: Holder(y=y, raw=raw, label="x"), ("y", "raw")),
+    "an object in a list": (lambda y, raw: [y, Holder(raw=raw)], ("output", "raw")),
+    "a mapping": (lambda y, raw: UserDict(y=y, raw=raw), ("y", "raw")),
+    "a text": (lambda y, raw: {"y": y, "kind": "image", "raw": raw}, ("y", "raw")),
+    "numbers": (lambda y, raw: (y, 3, True, 2.5), ("output", "output_1", "output_2", "output_3")),
+    "sizes": (lambda y, raw: (y, y.shape[0], y.shape[0] * 2, y.shape[2:]), tuple(f"output{i}" for i in ("", "_1", "_2", "_3", "_4"))),
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_outputs_in_objects_and_numbers_are_in_the_file(what: str, path: Path) -> None:
+    make, names = HELD[what]
+    model = Net(lambda m, x: (lambda raw: make(m.norm(raw), raw))(m.conv(x))).eval()
+    result, compared = verified_export(model, Inputs((torch.randn(3, 3, 9, 8),)), path)
+    assert result.output_names == names
+    assert result.dynamic
+    assert compared.failed is None
+    assert not model._forward_hooks
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 9, 8)
+        with torch.no_grad():
+            want = named_tensors(model(x)).values()
+        for got, expected in zip(run(path, (x,)), want, strict=True):
+            assert got.dtype == expected.numpy().dtype
+            np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), swa_utils.AveragedModel], ids=["compile", "average"])
+def test_a_wrapped_model_has_the_names_of_what_it_wraps(wrap: Callable[[nn.Module], nn.Module], path: Path) -> None:
+    model = Named().eval()
+    image, extra = torch.randn(3, 3, 9, 8), torch.randn(3, 2)
+    result, compared = verified_export(wrap(model), Inputs((image, extra)), path)
+    assert compared.failed is None
+    assert (result.input_names, result.folded) == (("image", "extra_0"), ("norm",))
 
 
 def test_an_input_that_only_looks_like_a_batch(path: Path) -> None:
@@ -727,7 +842,7 @@ def test_a_norm_that_is_called_by_keyword(tmp_path: Path) -> None:
     assert export(ByName(), (torch.randn(2, 3, 9, 8),), {}, tmp_path / "m.onnx").folded == ("norm",)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("alpha", [1, 2])
 def test_a_number_minus_a_mask(dtype: torch.dtype, alpha: int, tmp_path: Path) -> None:
     """`1.0 - mask`, with which models of transformers begin, of integers: torch's own export ends in an error."""
@@ -738,8 +853,9 @@ def test_a_number_minus_a_mask(dtype: torch.dtype, alpha: int, tmp_path: Path) -
             self.conv, self.norm = nn.Conv1d(3, 5, 1), norm(5)
 
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-            return self.norm(self.conv(x)), torch.rsub(mask, 1.0, alpha=alpha), torch.rsub(mask, 2, alpha=alpha)
+            return self.norm(self.conv(x)), torch.rsub(mask, number, alpha=alpha), torch.rsub(mask, 2, alpha=alpha)
 
+    number = 0.1 if dtype is torch.float64 else 1.0  # which float32 would round
     mask = torch.tensor([[1, 1, 0, 2], [0, 1, 1, 1]]).to(dtype)
     model, given = Masked().eval(), (torch.randn(2, 3, 4), mask)
     assert export(model, given, {}, tmp_path / "m.onnx").folded == ("norm",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -115,6 +116,21 @@ def test_mismatched_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         text = fails("torchvision:resnet18")
     assert "are builds that do not fit each other" in text
     assert "install both from the same place" in text
+
+
+def test_what_transformers_hides_of_a_mismatched_torchvision_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'BertModel'. Are this object's requirements defined correctly?") from error
+
+    (tmp_path / "config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoConfig.from_pretrained", hidden)
+        text = fails(f"hf:{tmp_path}")
+    assert "are builds that do not fit each other" in text
+    assert "operator torchvision::nms does not exist" in text
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

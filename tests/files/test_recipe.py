@@ -103,6 +103,20 @@ def test_a_wrapped_model_is_saved_as_what_it_wraps(wrap: Callable[[nn.Module], n
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("wrap", [_compiled, nn.DataParallel, swa_utils.AveragedModel], ids=["compile", "DataParallel", "AveragedModel"])
+def test_a_factory_may_wrap_the_model(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path, x: Tensor) -> None:
+    conversion = normswap.convert(wrap(_factory(1)).eval(), x)
+    loaded = normswap.load(normswap.save(conversion, tmp_path / "out"), lambda: wrap(_factory(2)))
+    assert isinstance(loaded, nn.Module)
+    assert torch.equal(loaded(x), conversion.model(x))
+
+
+@pytest.mark.parametrize("factory", [nn.Linear(2, 2), "package.module:factory"])
+def test_a_factory_is_a_function(factory: Any, saved: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(UsageError, match=f"^factory is a {type(factory).__name__}; expected a function that builds"):
+        normswap.load(saved[1], factory)
+
+
 def test_a_model_with_one_child_is_no_wrapper() -> None:
     class Own(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,3 +141,14 @@ def test_tensors_are_found_in_containers_and_dataclasses() -> None:
 
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     assert [t.numel() for t in tensors_in({"a": [a, 7], "b": Output(b, [c, "x"])})] == [1, 2, 3]
+    assert [t.numel() for t in tensors_in(Output(a, [Output(b, [c])]))] == [1, 2, 3]
+
+
+def test_tensors_are_found_in_objects_of_any_class_but_modules_once() -> None:
+    class Holder:
+        pass
+
+    holder, layer = Holder(), nn.Linear(2, 2)
+    holder.own, holder.more, holder.layer = torch.zeros(1), UserDict(x=torch.zeros(2)), layer  # type: ignore[attr-defined]
+    holder.self = holder  # type: ignore[attr-defined]
+    assert [t.numel() for t in tensors_in([holder, layer, Holder, len, holder, 3, None])] == [1, 2]

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from normswap.parity.kernels import kernels, tensor_of
+from normswap.parity.kernels import array_of, kernels, tensor_of
 
 
 def same(op: str, x: Any, constants: dict[str, Any], **attributes: Any) -> None:
@@ -94,3 +96,31 @@ def test_what_the_evaluator_reversed_is_a_tensor() -> None:
     """numpy calls an array contiguous that is reversed along an axis of size 1, and torch refuses it."""
     for array in (drawn(3, 4)[:, ::-1], drawn(2, 3, 1)[..., ::-1], np.float64(3), np.array(2)):
         np.testing.assert_array_equal(tensor_of(array).numpy(), array)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("op", "attributes", "want"),
+    [
+        ("Erf", {}, torch.erf),
+        ("Gelu", {}, F.gelu),
+        ("Gelu", {"approximate": "tanh"}, lambda x: F.gelu(x, approximate="tanh")),
+        ("HardSwish", {}, F.hardswish),
+    ],
+)
+def test_an_activation_is_computed_in_the_dtype_of_its_input(op: str, attributes: dict[str, Any], want: Any, dtype: torch.dtype) -> None:
+    x = torch.from_numpy(4 * drawn(3, 5)).to(dtype)
+    kind = helper.np_dtype_to_tensor_dtype(array_of(x).dtype)
+    ends = [helper.make_tensor_value_info(name, kind, [3, 5]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"], **attributes)], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    (y,) = ReferenceEvaluator(model, new_ops=list(kernels())).run(None, {"x": array_of(x)})
+    torch.testing.assert_close(tensor_of(y), want(x.double()).to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_bfloat16_goes_to_numpy_and_back() -> None:
+    x = torch.tensor([[1.5, -2.0, 3e38], [0.1, torch.inf, 0.0]], dtype=torch.bfloat16)
+    for tensor in (x, x.T, x[:, 1:], x[0, 0]):
+        assert array_of(tensor).dtype.name == "bfloat16"
+        assert torch.equal(tensor_of(array_of(tensor)), tensor)
+    assert array_of(x.float()).dtype == np.float32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 import normswap
 from fixtures.nets import randomise
 from normswap.layer.batchless_norm import BatchlessNorm
+from normswap.models.watching import tensors_in
 from normswap.training.couple import Pair
 
 
@@ -125,3 +128,29 @@ def test_a_conv_that_changes_its_output_is_not_coupled() -> None:
     conversion = normswap.convert(net(Doubled(3, 4, 2), nn.BatchNorm2d(4)), images(2, 3, 5, 6))
     why_not = "has no producer: its input does not come straight from a conv or linear layer"
     assert conversion.pairs == (Pair("norm", reason=why_not),)
+
+
+class Held:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+@dataclass
+class Nested:
+    value: Any
+
+
+@pytest.mark.parametrize("hold", [lambda raw: Held(raw=raw), lambda raw: UserDict(raw=raw), lambda raw: Nested(Nested(raw))])
+def test_a_conv_whose_output_the_model_returns_in_an_object_is_not_coupled(hold: Callable[[Tensor], Any]) -> None:
+    # In train mode a coupled conv gives the output of its norm, which the caller would find in the object.
+    class Features(Net):
+        def forward(self, x: Tensor) -> Any:
+            raw = self.layer(x)
+            return self.norm(raw), hold(raw)
+
+    model = randomise(Features(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), plain), 5).eval()
+    converted = normswap.convert(model, images(2, 3, 6, 6))
+    assert [pair.producer for pair in converted.pairs] == [None]
+    x = images(2, 3, 6, 6)
+    (_, trained), (_, evaluated) = converted.model.train()(x), converted.model.eval()(x)
+    torch.testing.assert_close(*(next(tensors_in(held)) for held in (trained, evaluated)))

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import normswap
-from normswap.errors import UsageError
+from normswap.errors import NormswapError, UsageError
 from normswap.layer.batchless_norm import BatchlessNorm
 from normswap.layer.formulas import STATS, STD_FORMS, Stats, StdForm
 from normswap.layer.producer import filters, response
@@ -675,6 +675,28 @@ def test_wrong_masks(mask: Tensor, message: str) -> None:
 def test_aux_loss_of_what_has_none(model: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         normswap.aux_loss(model())
+
+
+VERBS: dict[str, Callable[[Any], Any]] = {
+    "aux_loss": normswap.aux_loss,
+    "attach": lambda given: normswap.attach(given, accumulate=2),
+    "backward_in_micro_batches": lambda given: normswap.backward_in_micro_batches(given, lambda x: x.sum(), X, size=1),
+    "convert": lambda given: normswap.convert(given, X),
+    "drift": normswap.drift,
+    "for_opacus": normswap.for_opacus,
+    "norm_keys": normswap.norm_keys,
+    "param_groups": lambda given: normswap.param_groups(given, lr=0.1),
+    "revert": normswap.revert,
+    "verify": lambda given: normswap.verify(converted(), given, X),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_conversion_in_the_place_of_its_model_is_refused_with_a_hint(verb: str) -> None:
+    given = normswap.convert(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).eval(), torch.randn(4, 3))
+    with pytest.raises(NormswapError, match="Conversion") as caught:
+        VERBS[verb](given)
+    assert "conversion.model" in str(caught.value.hint)
 
 
 def test_aux_loss_after_a_forward_pass_that_does_not_count() -> None:
