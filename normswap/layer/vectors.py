@@ -24,51 +24,53 @@ ENDLESS = 1e10  # stands for |W| of a dead filter, as nothing along W is taken o
 
 
 class Forward(NamedTuple):
-    """The rows for the forward pass.
+    """The rows for the forward pass, which has the sums of x and of x^2.
 
     k, shift            of the convolution
-    alpha, delta        as above; square, cross, level: alpha^2, 2 alpha delta and delta^2, so that z^2 = square x^2 + cross x + level
-    to_kept             z as it is kept for backward is to_kept x + kept_level
-    minus_std           by_mean of the statistics is minus_std <z>; by_parameter is fit + slope <z^2>
+    to_kept, kept_level z as it is kept for backward is to_kept x + kept_level
+    by_...              (by_mean, by_parameter, of_trend), (3, C), is by_level + by_first <x>, plus by_second <x^2> in the last two: the
+                        gradients of the statistics, and what the gradient by the norm's weight has beyond the sum of r z, per element
+    square, level       <z^2> of a sample is the sum of square (<x>, <x^2>) over channels (C, 2), plus level, a scalar; both over C
     """
 
     k: Tensor
     shift: Tensor
-    alpha: Tensor
-    delta: Tensor
-    square: Tensor
-    cross: Tensor
-    level: Tensor
     to_kept: Tensor
     kept_level: Tensor
-    minus_std: Tensor
-    fit: Tensor
-    slope: Tensor
-    zero: Tensor
+    by_level: Tensor
+    by_first: Tensor
+    by_second: Tensor
+    square: Tensor
+    level: Tensor
 
 
 class Backward(NamedTuple):
-    """The rows for the backward pass.
+    """The rows for the backward pass, which has h, and p: <G, W> / |W| if the weight is scaled, else the sum of r z.
 
     k                   of the convolution
     norm, k_norm        |W| of a filter that is alive, else ENDLESS; times k if the weight is scaled
-    inverse_std, lag    1 / std and (<W, a> + b - mean) / std
-    gamma, inverse      the norm's weight, and 1 over it, 0 where it is 0
-    slope, level        the trend over -gamma, for z; kept_slope, kept_level: for z as it is kept
+    by_h, by_p          (the sum of r z, -gamma times it, -gamma h), (3, C), is by_h h, plus by_p p in the first two
+    inverse             1 over the norm's weight, 0 where it is 0
+    kept_trend          (slope, level), (C, 2): the trend over -gamma, for z as it is kept
+    to_gamma_z          gamma z, summed, is the sum of to_gamma_z (u, 1), (C, 2), for z as it is kept, u
+    kept_z              z over gamma is kept_z (u, 1), (C, 2)
+    a                   the mean input of the producer, see `producer.spread`
+    z_level, z_first, z_second   (z^2, z), (C, 2), is z_level + z_first x, plus z_second x^2 in the first
     """
 
     k: Tensor
     norm: Tensor
     k_norm: Tensor
-    inverse_std: Tensor
-    lag: Tensor
-    gamma: Tensor
-    minus_gamma: Tensor
+    by_h: Tensor
+    by_p: Tensor
     inverse: Tensor
-    slope: Tensor
-    level: Tensor
-    kept_slope: Tensor
-    kept_level: Tensor
+    kept_trend: Tensor
+    to_gamma_z: Tensor
+    kept_z: Tensor
+    z_level: Tensor
+    z_first: Tensor
+    z_second: Tensor
+    a: Tensor
 
 
 class Options(NamedTuple):
@@ -79,13 +81,13 @@ class Options(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The rows of a layer, stacked, and what they were computed from."""
+    """The rows of a layer, and what they were computed from."""
 
     anchor: Anchor
     marks: tuple[Mark, ...]
     options: Options
-    forward: Tensor
-    backward: Tensor
+    forward: Forward
+    backward: Backward
 
 
 def bits(options: Options, dtype: torch.dtype) -> bool:
@@ -148,20 +150,37 @@ def _computed(layers: list[Any], anchors: list[Anchor], options: Options) -> lis
     to_kept, kept_level, unit, offset = alpha, delta, 1.0, 0
     if bits(options, dtype):  # a conversion to an integer rounds down
         to_kept, kept_level, unit, offset = alpha * STEPS, delta * STEPS + (ZERO + 0.5), 1 / STEPS, ZERO
+    square, cross, level = alpha.square(), 2 * alpha * delta, delta.square()
     half = torch.ones_like(std) * formulas.slope_of_log(parameter, first.std) * -0.5
     fit = (first._eps * inverse_std.square() - 1) * (alpha != 0) * half
-    forward = Forward(k, shift, alpha, delta, alpha.square(), 2 * alpha * delta, delta.square(), to_kept, kept_level, -std, fit, half, zero)
     norm = torch.where(coupling.alive(std, weight_norm, first._eps), weight_norm, ENDLESS)
     inverse = torch.where(gamma == 0, 0, 1 / gamma)
-    slope = level = zero
-    if first.trend is not None:
-        slope, level = (foreach.stack([layer.trend for layer in layers], 1) * -inverse).unbind(0)
-    lag, kept = (output_mean - mean) * inverse_std, slope * unit
-    k_norm = norm if options.heavy else norm * k
-    backward = Backward(k, norm, k_norm, inverse_std, lag, gamma, -gamma, inverse, slope, level, kept, level - kept * offset)
+    # the trend over gamma
+    slope, base = (zero, zero) if first.trend is None else (foreach.stack([layer.trend for layer in layers], 1) * inverse).unbind(0)
+    by_level = -std * delta, torch.addcmul(fit, half, level), torch.addcmul(slope * level, base, delta)
+    by_first = -std * alpha, half * cross, torch.addcmul(slope * cross, base, alpha)
+    by_second = half * square, slope * square
+    lag, of_p, k_norm = (output_mean - mean) * inverse_std, norm * inverse_std, norm * k
+    if options.heavy:
+        lag, of_p, k_norm = zero, torch.ones_like(std), norm
+    by_h, by_p = (lag, -gamma * lag, -gamma), (of_p, -gamma * of_p)
+    pairs = (
+        *((cross, square), (-slope * unit, slope * unit * offset - base), (gamma * unit, gamma * (-unit * offset))),
+        *((inverse * unit, inverse * (-unit * offset)), (level, delta), (cross, alpha)),
+    )
     sizes = [len(each) for each in means]
-    parts = (torch.split(torch.stack(rows), sizes, 1) for rows in (forward, backward))
-    return [Prepared(each, _marks(layer), options, *rows) for layer, each, *rows in zip(layers, anchors, *parts, strict=True)]
+    rows = torch.stack([k, shift, to_kept, kept_level, *by_level, *by_first, *by_second, norm, k_norm, *by_h, *by_p, inverse, square])
+    both = torch.stack([each for pair in pairs for each in pair]).view(len(pairs), 2, -1).transpose(1, 2).contiguous()
+    found = []
+    parts = (t.split_with_sizes(sizes, 1) for t in (rows, both))
+    for layer, anchor, r, p, total in zip(layers, anchors, *parts, foreach.total(level, means).unbind(), strict=True):
+        k, shift, to_kept, kept_level, *_, norm, k_norm, _, _, _, _, _, inverse, square = r.unbind()
+        forward = Forward(k, shift, to_kept, kept_level, r[4:7], r[7:10], r[10:12], p[0], total)
+        _, trend, to_gamma_z, kept_z, z_level, z_first = p.unbind()
+        rest = z_level, z_first, square, anchor.spread
+        backward = Backward(k, norm, k_norm, r[14:17], r[17:19], inverse, trend, to_gamma_z, kept_z, *rest)
+        found.append(Prepared(anchor, _marks(layer), options, forward, backward))
+    return found
 
 
 def _inverse(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
