@@ -89,13 +89,13 @@ class Kept(NamedTuple):
     """What forward keeps for backward besides its inputs.
 
     z                  the normalized input, in 8 bits; None if nothing needs it
-    by                 (by_mean, by_parameter, of_trend) of `vectors.Forward`, for a loss scale of 1
+    total              the sums of x and of x^2, (C, 2)
     factor             f of each sample, see `sample_limit`; d_factor: its derivative by z over z, times -(the size of a sample)
-    sums               of x and of x^2, (samples, C, 2). These three are None where no sample is limited
+    sums               those of each sample, (samples, C, 2). These three are None where no sample is limited
     """
 
     z: Any
-    by: Any
+    total: Any
     factor: Any
     d_factor: Any
     sums: Any
@@ -117,9 +117,9 @@ class Pair(torch.autograd.Function):
             y = torch.addcmul(_per_channel(rows.shift, call), x, _per_channel(rows.k, call)).to(dtype)
         else:
             x = y = _convolution(i.x, (i.weight * _per_filter(rows.k, i.weight, call)).to(dtype), rows.shift.to(dtype), call)
-        y, kept, factor = _measured(y, x, rows, i, s)
+        y, kept, factor, number = _measured(y, x, rows, i, s)
         # The rows are there between the passes, too, for the next ones: a pass keeps nothing by referring to them.
-        ctx.settings, ctx.prepared = s, prepared
+        ctx.settings, ctx.prepared, ctx.number = s, prepared, number
         ctx.save_for_backward(*i, *kept)
         ctx.set_materialize_grads(False)
         if factor is not None:
@@ -130,7 +130,11 @@ class Pair(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
         i, kept, s, rows = Inputs(*saved[:INPUTS]), Kept(*saved[INPUTS:]), ctx.settings, ctx.prepared.backward
-        given = kept.by, i.by_input_mean
+        # In memory of their own, not in what is kept: the same graph may be passed again.
+        first, second = kept.total.unbind(1)
+        by_statistics = torch.addcmul(rows.by_level, rows.by_first, first, value=1 / max(ctx.number, 1))
+        by_statistics[1:].addcmul_(rows.by_second, second, value=1 / max(ctx.number, 1))
+        given = formulas.times(by_statistics, s.share * min(ctx.number, 1)), i.by_input_mean
         by_statistics, by_input_mean = given if i.scale is None else [each * i.scale for each in given]
         # Each with a version of its own, although they share their memory: who writes to one has not written to the other.
         by_mean, by_parameter, of_trend = (each.data for each in by_statistics.unbind())
@@ -143,12 +147,14 @@ class Pair(torch.autograd.Function):
         return *by[:5], by_mean, by_parameter, by_input_mean, by[5], *(None,) * 4
 
 
-def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tuple[Tensor, Kept, Tensor | None]:
-    """(y with its samples limited, what backward needs, the factor of each sample). x: an output of the convolution."""
+def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tuple[Tensor, Kept, Tensor | None, int]:
+    """(y with its samples limited, what backward needs, the factor of each sample, how many values a channel has).
+
+    x: an output of the convolution.
+    """
     call, dtype = s.call, rows.k.dtype
     flat = _flat(x, call)
     samples, channels, size = flat.shape
-    number = samples * size
     # per sample and channel; a sum over the last axis and a norm over it are the fastest reductions on a CPU
     sums = flat.new_empty(samples, channels, 2, dtype=dtype)
     torch.sum(flat, 2, dtype=dtype, out=sums[..., 0])
@@ -159,15 +165,13 @@ def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tu
     if factor is not None and d_factor is not None:
         centre = y.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
         y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
-    first, second = sums.sum(0).unbind(1)
-    by = torch.addcmul(rows.by_level, rows.by_first, first, value=1 / max(number, 1))
-    by[1:].addcmul_(rows.by_second, second, value=1 / max(number, 1))
-    by = formulas.times(by, s.share * min(number, 1))
     z = None
     if i.trend is not None or d_factor is not None or s.heavy:
-        z = torch.addcmul(_per_channel(rows.kept_level, call), x, _per_channel(rows.to_kept, call))
-        z = z.clamp_(0, 255).to(torch.uint8) if vectors.bits(Options(x.dtype, s.heavy), dtype) else z
-    return y, Kept(z, by, *((None,) * 3 if d_factor is None else (factor, d_factor, sums))), factor
+        z = _line(x, rows.to_kept, rows.kept_level, rows, call)
+        # Signed: a CPU takes nine times as long to convert to the other 8 bits.
+        z = z.round_().clamp_(-128, 127).to(torch.int8) if vectors.bits(Options(x.dtype, s.heavy), dtype) else z
+    of_limit = (None,) * 3 if d_factor is None else (factor, d_factor, sums)
+    return y, Kept(z, sums.sum(0), *of_limit), factor, samples * size
 
 
 def _limit(sums: Tensor, size: int, rows: Forward) -> tuple[Tensor, Tensor | None]:
@@ -247,24 +251,20 @@ def _left(g: Tensor, rows: Backward, i: Inputs, kept: Kept, s: Settings) -> tupl
     if i.trend is None and kept.sums is None:
         return g, _sums(g, call, dtype), None
     part = 0.0 if i.trend is None else s.share / max(g.numel() // len(rows.k), 1)
-    trend = rows.kept_trend if i.scale is None else rows.kept_trend * i.scale
+    slope, level = (rows.trend if i.scale is None else rows.trend * i.scale).unbind()
+    u, total = kept.z.to(g.dtype), _sums(g, call, dtype)
     if kept.sums is None:
-        slope, level = (_per_channel(each, call) for each in trend.unbind(1))
-        return torch.add(g, torch.addcmul(level, kept.z, slope), alpha=part).to(g.dtype), _sums(g, call, dtype), None
-    u = kept.z.to(g.dtype)
-    samples, channels, size = _flat(g, call).shape
-    along = torch.empty_like(kept.sums)
-    torch.sum(_flat(g * u, call), 2, dtype=dtype, out=along[..., 0])
-    torch.sum(_flat(g, call), 2, dtype=dtype, out=along[..., 1])
+        return torch.add(g, _line(u, slope, level, rows, call), alpha=part).to(g.dtype), total, None
+    _, channels, size = _flat(g, call).shape
+    along = _flat(g * u, call).sum(2, dtype=dtype)
     inverse = -1 / max(size * channels, 1)
-    d = torch.addmv(kept.d_factor, along.flatten(1), rows.to_gamma_z.flatten(), beta=0, alpha=inverse).mul_(kept.d_factor)
-    line = torch.addr(trend.flatten(), d, rows.kept_z.flatten(), beta=part).view(samples, channels, 2)
-    slope, level = (_per_both(each, g, call) for each in line.unbind(2))
-    r = torch.addcmul(level, u, slope).addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype)
+    d = torch.addmv(kept.d_factor, along, rows.of_gamma, beta=0, alpha=inverse).mul_(kept.d_factor)
+    slope = _per_both(torch.addr(slope, d, rows.of_inverse, beta=part), g, call)
+    r = (u * slope).add_(_per_channel(level, call), alpha=part).addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype)
     first, second = torch.mv(kept.sums.flatten(1).t(), d).view(channels, 2).unbind(1)
     of_limit = (rows.z_first * first[:, None]).addcmul_(rows.z_level, d.sum(), value=size)
     of_limit[:, 0].addcmul_(rows.z_second, second)
-    return r, along[..., 1].sum(0), of_limit
+    return r, total, of_limit
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------------------------
@@ -278,6 +278,15 @@ def _flat(t: Tensor, call: Call) -> Tensor:
 def per_sample(v: Tensor, t: Tensor, call: Call) -> Tensor:
     """One number per sample, shaped to broadcast against the output t."""
     return v.view(-1, *(1,) * (t.dim() - 1)) if call.dims else v.view(*t.shape[:-1], 1)
+
+
+def _line(t: Tensor, slope: Tensor, level: Tensor, rows: Forward | Backward, call: Call) -> Tensor:
+    """slope t + level, for an output t, with one slope and level per channel."""
+    if t.dtype != slope.dtype or not t.numel():
+        return (t * _per_channel(slope, call)).add_(_per_channel(level, call))
+    # A batch norm in eval mode, of which a CPU makes one fast loop.
+    of = t if call.dims else t.reshape(-1, t.shape[-1])
+    return torch.native_batch_norm(of, slope, level, rows.zero, rows.one, False, 0.0, 0.0)[0].view(t.shape)
 
 
 def _per_both(v: Tensor, t: Tensor, call: Call) -> Tensor:

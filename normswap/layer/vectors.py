@@ -19,17 +19,15 @@ from normswap.layer import coupling, following, foreach, formulas
 from normswap.layer.following import Anchor, Mark, mark
 from normswap.layer.fsdp import is_part
 
-STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
+STEPS = 16  # z = u / STEPS, where u is an integer from -128 to 127
 ENDLESS = 1e10  # stands for |W| of a dead filter, as nothing along W is taken out of its gradient
 
 
 class Forward(NamedTuple):
-    """The rows for the forward pass, which has the sums of x and of x^2.
+    """The rows for the forward pass.
 
     k, shift            of the convolution
-    to_kept, kept_level z as it is kept for backward is to_kept x + kept_level
-    by_...              (by_mean, by_parameter, of_trend), (3, C), is by_level + by_first <x>, plus by_second <x^2> in the last two: the
-                        gradients of the statistics, and what the gradient by the norm's weight has beyond the sum of r z, per element
+    to_kept, kept_level z as it is kept for backward is to_kept x + kept_level             zero, one: these
     square, level       <z^2> of a sample is the sum of square (<x>, <x^2>) over channels (C, 2), plus level, a scalar; both over C
     """
 
@@ -37,23 +35,23 @@ class Forward(NamedTuple):
     shift: Tensor
     to_kept: Tensor
     kept_level: Tensor
-    by_level: Tensor
-    by_first: Tensor
-    by_second: Tensor
+    zero: Tensor
+    one: Tensor
     square: Tensor
     level: Tensor
 
 
 class Backward(NamedTuple):
-    """The rows for the backward pass, which has h, and p: <G, W> / |W| if the weight is scaled, else the sum of r z.
+    """The rows for the backward pass, which has <x> and <x^2>, h, and p: <G, W> / |W| if the weight is scaled, else the sum of r z.
 
     k                   of the convolution
     norm, k_norm        |W| of a filter that is alive, else ENDLESS; times k if the weight is scaled
     by_h, by_p          (the sum of r z, -gamma times it, -gamma h), (3, C), is by_h h, plus by_p p in the first two
+    by_level, by_first, by_second   (by_mean, by_parameter, of_trend), (3, C), is by_level + by_first <x>, plus by_second <x^2> in the last
+                        two: the gradients of the statistics, and what the gradient by the norm's weight has beyond the sum of r z
     inverse             1 over the norm's weight, 0 where it is 0
-    kept_trend          (slope, level), (C, 2): the trend over -gamma, for z as it is kept
-    to_gamma_z          gamma z, summed, is the sum of to_gamma_z (u, 1), (C, 2), for z as it is kept, u
-    kept_z              z over gamma is kept_z (u, 1), (C, 2)
+    trend               (slope, level), (2, C): the trend over -gamma, for z as it is kept
+    of_gamma, of_inverse   gamma and 1 over gamma, for z as it is kept         zero, one: these
     a                   the mean input of the producer, see `producer.spread`
     z_level, z_first, z_second   (z^2, z), (C, 2), is z_level + z_first x, plus z_second x^2 in the first
     """
@@ -63,10 +61,15 @@ class Backward(NamedTuple):
     k_norm: Tensor
     by_h: Tensor
     by_p: Tensor
+    by_level: Tensor
+    by_first: Tensor
+    by_second: Tensor
     inverse: Tensor
-    kept_trend: Tensor
-    to_gamma_z: Tensor
-    kept_z: Tensor
+    trend: Tensor
+    of_gamma: Tensor
+    of_inverse: Tensor
+    zero: Tensor
+    one: Tensor
     z_level: Tensor
     z_first: Tensor
     z_second: Tensor
@@ -147,9 +150,9 @@ def _computed(layers: list[Any], anchors: list[Anchor], options: Options) -> lis
         alpha, delta = formulas.affine_of(without_bias, std, None, None)
     else:
         alpha, delta = _inverse(gamma, beta, options.dtype)
-    to_kept, kept_level, unit, offset = alpha, delta, 1.0, 0
-    if bits(options, dtype):  # a conversion to an integer rounds down
-        to_kept, kept_level, unit, offset = alpha * STEPS, delta * STEPS + (ZERO + 0.5), 1 / STEPS, ZERO
+    to_kept, kept_level, unit = alpha, delta, 1.0
+    if bits(options, dtype):
+        to_kept, kept_level, unit = alpha * STEPS, delta * STEPS, 1 / STEPS
     square, cross, level = alpha.square(), 2 * alpha * delta, delta.square()
     half = torch.ones_like(std) * formulas.slope_of_log(parameter, first.std) * -0.5
     fit = (first._eps * inverse_std.square() - 1) * (alpha != 0) * half
@@ -164,21 +167,18 @@ def _computed(layers: list[Any], anchors: list[Anchor], options: Options) -> lis
     if options.heavy:
         lag, of_p, k_norm = zero, torch.ones_like(std), norm
     by_h, by_p = (lag, -gamma * lag, -gamma), (of_p, -gamma * of_p)
-    pairs = (
-        *((cross, square), (-slope * unit, slope * unit * offset - base), (gamma * unit, gamma * (-unit * offset))),
-        *((inverse * unit, inverse * (-unit * offset)), (level, delta), (cross, alpha)),
-    )
-    sizes = [len(each) for each in means]
-    rows = torch.stack([k, shift, to_kept, kept_level, *by_level, *by_first, *by_second, norm, k_norm, *by_h, *by_p, inverse, square])
-    both = torch.stack([each for pair in pairs for each in pair]).view(len(pairs), 2, -1).transpose(1, 2).contiguous()
+    own = inverse, -slope * unit, -base, gamma * unit, inverse * unit, square
+    pairs = torch.stack([cross, square, level, delta, cross, alpha]).view(3, 2, -1).transpose(1, 2).contiguous()
+    one, sizes = torch.ones_like(std), [len(each) for each in means]
+    rows = torch.stack([k, shift, to_kept, kept_level, zero, one, *by_level, *by_first, *by_second, norm, k_norm, *by_h, *by_p, *own])
     found = []
-    parts = (t.split_with_sizes(sizes, 1) for t in (rows, both))
+    parts = (t.split_with_sizes(sizes, 1) for t in (rows, pairs))
     for layer, anchor, r, p, total in zip(layers, anchors, *parts, foreach.total(level, means).unbind(), strict=True):
-        k, shift, to_kept, kept_level, *_, norm, k_norm, _, _, _, _, _, inverse, square = r.unbind()
-        forward = Forward(k, shift, to_kept, kept_level, r[4:7], r[7:10], r[10:12], p[0], total)
-        _, trend, to_gamma_z, kept_z, z_level, z_first = p.unbind()
-        rest = z_level, z_first, square, anchor.spread
-        backward = Backward(k, norm, k_norm, r[14:17], r[17:19], inverse, trend, to_gamma_z, kept_z, *rest)
+        of_square, z_level, z_first = p.unbind()
+        forward = Forward(r[0], r[1], r[2], r[3], r[4], r[5], of_square, total)
+        of_statistics = r[6:9], r[9:12], r[12:14]
+        rest = r[24], r[25], r[4], r[5], z_level, z_first, r[26], anchor.spread
+        backward = Backward(r[0], r[14], r[15], r[16:19], r[19:21], *of_statistics, r[21], r[22:24], *rest)
         found.append(Prepared(anchor, _marks(layer), options, forward, backward))
     return found
 
