@@ -383,9 +383,11 @@ class BatchlessNorm(nn.Module):
         trend = self.trend if torch.is_grad_enabled() else None
         heavy, apart = pair.is_heavy(x, weight, call), functools.partial(self._apart, learns=False)
         prepared = vectors.of(self, Options(x.dtype, heavy))
-        inputs = pair.Inputs(x, weight, bias, *own, trend, seen, self.run.scale, prepared.forward, prepared.backward)
         settings = pair.Settings(call, heavy, self._settings().share, self._limits, apart)
-        y, factor = pair.Pair.apply(*inputs, settings)  # type: ignore[no-untyped-call]
+        away = cast(Tensor, self.input_mean).detach() - seen.to(self.mean.dtype)
+        by_input_mean = formulas.times(away, settings.share if x.numel() else 0)
+        inputs = pair.Inputs(x, weight, bias, *own, trend, by_input_mean, self.run.scale)
+        y, factor = pair.Pair.apply(*inputs, prepared, settings)  # type: ignore[no-untyped-call]
         self.run.factor = None if factor is None else pair.per_sample(factor, y, call)
         self.run.mark_pending()
         if torch.is_grad_enabled():

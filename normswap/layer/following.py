@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from normswap.layer import coupling, foreach, formulas
 from normswap.layer.coupling import Snapshot
 from normswap.layer.fsdp import is_part
-from normswap.layer.producer import filters, groups_of, response
+from normswap.layer.producer import filters, groups_of, response, spread
 from normswap.layer.run import Layer, place_of
 
 Mark = tuple[int, int, int]  # which tensor it is, its version, and where its memory is
@@ -35,11 +35,12 @@ Mark = tuple[int, int, int]  # which tensor it is, its version, and where its me
 class Anchor(NamedTuple):
     """What a producer was like when the mean and std of its layer were last right.
 
-    response, weight_norm   <W, a> and |W|, one number per filter each; output_mean: <W, a> + b
-    producer, input_mean    the marks of W and b, and of a          own: of mean and the std's parameter
+    output_mean, weight_norm   <W, a> + b and |W|, one number per filter each
+    spread                     a in the shape of a row of W, see `producer.spread`
+    producer, input_mean       the marks of W and b, and of a          own: of mean and the std's parameter
     """
 
-    response: Tensor
+    spread: Tensor
     output_mean: Tensor
     weight_norm: Tensor
     producer: tuple[Mark, ...]
@@ -132,15 +133,16 @@ def _stacked(anchors: list[Anchor]) -> Snapshot:
 
 @torch.no_grad()
 def _anchor(layer: Layer, *, moved: bool = False) -> Anchor:
-    """The anchor of now. |W| is computed again only if W has moved; moved: it has."""
+    """The anchor of now. |W| is computed again only if W has moved; moved: W has moved since the anchor was taken, and a has not."""
     weight, bias = _tensors(layer)
     producer = cast(nn.Module, layer.producer_in_training)
     input_mean, known, marks = cast(Tensor, layer.input_mean), layer.run.anchor, _marks(layer)
     rows = filters(producer, input_mean.dtype)
     same = not moved and known is not None and known.producer[0] == marks[0][0] and not is_part(weight)
     weight_norm = cast(Anchor, known).weight_norm if same else torch.linalg.vector_norm(rows, dim=1)
-    answer = response(rows, input_mean, groups_of(producer))
-    return Anchor(answer, answer if bias is None else answer + bias.to(answer.dtype), weight_norm, *marks)
+    row = cast(Anchor, known).spread if moved and known.input_mean == marks[1] else spread(input_mean, rows.shape[1], groups_of(producer))
+    answer = response(rows, row, groups_of(producer))
+    return Anchor(row, answer if bias is None else answer + bias.to(answer.dtype), weight_norm, *marks)
 
 
 def _tensors(layer: Layer) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from normswap.layer.fsdp import is_part
+
 Item = TypeVar("Item")
 
 
@@ -28,7 +30,7 @@ def unstack(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> list[Tens
     """The inverse of `stack`: views of the stacked tensor in the shapes of `like`."""
     if len(like) == 1:
         return [stacked]
-    parts = torch.split(stacked, [math.prod(each.shape[axis:]) for each in like], axis)
+    parts = torch.split(stacked, _sizes(like, axis), axis)
     return [part if each.dim() == axis + 1 else part.view(each.shape) for part, each in zip(parts, like, strict=True)]
 
 
@@ -36,8 +38,21 @@ def expand(numbers: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:
     """`numbers`, one along `axis` for each tensor of `like`, each repeated for all values of its tensor: of the shape of `stack(like)`."""
     if len(like) == 1:
         return numbers
-    each = zip(numbers.unbind(axis), like, strict=True)
-    return torch.cat([number[..., None].expand(*t.shape[:axis], math.prod(t.shape[axis:])) for number, t in each], axis)
+    sizes = _sizes(like, axis)
+    return numbers.repeat_interleave(torch.tensor(sizes, device=numbers.device), axis, output_size=sum(sizes))
+
+
+def total(stacked: Tensor, like: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """The sum over each tensor of `like` of what is stacked so: one number along `axis` for each, as `expand` takes them."""
+    if is_part(stacked):
+        return stacked.sum(list(range(axis, stacked.dim())), keepdim=True)
+    lengths, flat = torch.tensor(_sizes(like, axis), device=stacked.device), stacked.reshape(*stacked.shape[:axis], -1)
+    found = torch.segment_reduce(flat.movedim(axis, 0), "sum", lengths=lengths).movedim(0, axis)  # each as if it were alone
+    return found if len(like) > 1 else found.view(*stacked.shape[:axis], *(1,) * (stacked.dim() - axis))
+
+
+def _sizes(like: Sequence[Tensor], axis: int) -> list[int]:
+    return [math.prod(each.shape[axis:]) for each in like]
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:

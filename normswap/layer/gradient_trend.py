@@ -71,10 +71,7 @@ def stepped(trend: Tensor, by_trend: Tensor, square: Tensor, pace: float = 1.0, 
     of = each or [trend]
     a = -by_trend / torch.stack([square.clamp(min=1), torch.ones_like(square)])
 
-    def over_channels(t: Tensor) -> Tensor:
-        return foreach.stack([part.sum(tuple(range(1, part.dim())), keepdim=True) for part in foreach.unstack(t, of, 1)], 1)
-
-    along, length = over_channels(a * trend), over_channels(trend * trend)
+    along, length = (foreach.total(t, of, 1) for t in (a * trend, trend * trend))
     # An outlier must not make the trend more than 2.5 times as long, nor turn it around.
     growth = (along / length.clamp(min=torch.finfo(trend.dtype).tiny)).clamp(-1, 3) * (LENGTH * pace)
     return trend + RATE * a + foreach.expand(growth, of, 1) * trend

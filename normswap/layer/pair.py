@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normswap.layer import formulas, producer, sample_limit, vectors
+from normswap.layer import formulas, sample_limit, vectors
 from normswap.layer.train_pass import signed
 from normswap.layer.vectors import Backward, Forward, Options
 
@@ -68,8 +68,8 @@ class Inputs(NamedTuple):
     """The tensors of a pass, in the order in which autograd gets them. None for each that does not apply.
 
     weight, producer_bias   of the producer            gamma, beta             of the norm
-    mean, parameter         of the norm's statistics   seen                    the mean of the producer's input in this pass
-    scale                   of the loss; None for 1    forward, backward       `vectors.Forward` and `vectors.Backward`, stacked
+    mean, parameter         of the norm's statistics   by_input_mean           the gradient of input_mean, for a loss scale of 1
+    scale                   of the loss; None for 1
     """
 
     x: Any
@@ -81,159 +81,155 @@ class Inputs(NamedTuple):
     parameter: Any
     input_mean: Any
     trend: Tensor | None
-    seen: Any
+    by_input_mean: Any
     scale: Tensor | None
-    forward: Any
-    backward: Any
 
 
 class Kept(NamedTuple):
     """What forward keeps for backward besides its inputs.
 
     z                  the normalized input, in 8 bits; None if nothing needs it
-    first, second      the sums of z and of z^2 per channel
-    by_...             the gradients of the statistics, for a loss scale of 1
-    factor, d_factor   of each sample, see `sample_limit`; None without a limit
-    of_samples         the sums of z, then those of z^2, (samples, 2 * channels); None where no sample is limited
+    total              the sums of x and of x^2, (C, 2)
+    factor             f of each sample, see `sample_limit`; d_factor: its derivative by z over z, times -(the size of a sample)
+    sums               those of each sample, (samples, C, 2). These three are None where no sample is limited
     """
 
     z: Any
-    first: Any
-    second: Any
-    by_mean: Any
-    by_parameter: Any
-    by_input_mean: Any
+    total: Any
     factor: Any
     d_factor: Any
-    of_samples: Any
+    sums: Any
 
 
 INPUTS = len(Inputs._fields)
 
 
 class Pair(torch.autograd.Function):
-    """The pass of a pair: (y, the factor of each sample or None). Its inputs are the fields of `Inputs`, and `Settings`."""
+    """The pass of a pair: (y, the factor of each sample or None). Its inputs are the fields of `Inputs`, `Prepared` and `Settings`."""
 
     @staticmethod
     @signed
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        i, s = Inputs(*inputs[:INPUTS]), inputs[INPUTS]
-        rows, dtype, call = Forward(*i.forward.unbind(0)), i.x.dtype, s.call
+        i, prepared, s = Inputs(*inputs[:INPUTS]), *inputs[INPUTS:]
+        rows, dtype, call = prepared.forward, i.x.dtype, s.call
         if s.heavy:
             x = _convolution(i.x, i.weight.to(dtype), None, call)
             y = torch.addcmul(_per_channel(rows.shift, call), x, _per_channel(rows.k, call)).to(dtype)
         else:
             x = y = _convolution(i.x, (i.weight * _per_filter(rows.k, i.weight, call)).to(dtype), rows.shift.to(dtype), call)
-        y, kept = _measured(y, x, rows, i, s)
+        y, kept, factor, number = _measured(y, x, rows, i, s)
         # The rows are there between the passes, too, for the next ones: a pass keeps nothing by referring to them.
-        ctx.settings, ctx.rows = s, i.backward
-        ctx.save_for_backward(*i._replace(forward=None, backward=None), *kept)
-        if kept.factor is not None:
-            ctx.mark_non_differentiable(kept.factor)
-        return y, kept.factor
+        ctx.settings, ctx.prepared, ctx.number = s, prepared, number
+        ctx.save_for_backward(*i, *kept)
+        ctx.set_materialize_grads(False)
+        if factor is not None:
+            ctx.mark_non_differentiable(factor)
+        return y, factor
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as a checkpoint refuses a second time
-        i, kept, s = Inputs(*saved[:INPUTS])._replace(backward=ctx.rows), Kept(*saved[INPUTS:]), ctx.settings
-        given = (kept.by_mean, kept.by_parameter, kept.by_input_mean)
-        given = given if i.scale is None else tuple(each * i.scale for each in given)
-        by = _by_inputs_twice(g, i, s) if torch.is_grad_enabled() else _by_inputs(g, i, kept, s, need_x=ctx.needs_input_grad[0])
-        return *by[:5], *given, by[5], *(None,) * 5
+        i, kept, s, rows = Inputs(*saved[:INPUTS]), Kept(*saved[INPUTS:]), ctx.settings, ctx.prepared.backward
+        # In memory of their own, not in what is kept: the same graph may be passed again.
+        first, second = kept.total.unbind(1)
+        by_statistics = torch.addcmul(rows.by_level, rows.by_first, first, value=1 / max(ctx.number, 1))
+        by_statistics[1:].addcmul_(rows.by_second, second, value=1 / max(ctx.number, 1))
+        given = formulas.times(by_statistics, s.share * min(ctx.number, 1)), i.by_input_mean
+        by_statistics, by_input_mean = given if i.scale is None else [each * i.scale for each in given]
+        # Each with a version of its own, although they share their memory: who writes to one has not written to the other.
+        by_mean, by_parameter, of_trend = (each.data for each in by_statistics.unbind())
+        if g is None:
+            by: tuple[Tensor | None, ...] = (None,) * 6
+        elif torch.is_grad_enabled():
+            by = _by_inputs_twice(g, i, s)
+        else:
+            by = _by_inputs(g, rows, i, kept, of_trend, s, need_x=ctx.needs_input_grad[0])
+        return *by[:5], by_mean, by_parameter, by_input_mean, by[5], *(None,) * 4
 
 
-def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tuple[Tensor, Kept]:
-    """(y with its samples limited, what backward needs). x: an output of the convolution, from which `rows` tell z."""
+def _measured(y: Tensor, x: Tensor, rows: Forward, i: Inputs, s: Settings) -> tuple[Tensor, Kept, Tensor | None, int]:
+    """(y with its samples limited, what backward needs, the factor of each sample, how many values a channel has).
+
+    x: an output of the convolution.
+    """
     call, dtype = s.call, rows.k.dtype
     flat = _flat(x, call)
     samples, channels, size = flat.shape
-    number = samples * size
     # per sample and channel; a sum over the last axis and a norm over it are the fastest reductions on a CPU
-    first, second = flat.sum(2, dtype=dtype), torch.linalg.vector_norm(flat, dim=2, dtype=dtype).square()
-    factor = d_factor = of_samples = None
+    sums = flat.new_empty(samples, channels, 2, dtype=dtype)
+    torch.sum(flat, 2, dtype=dtype, out=sums[..., 0])
+    torch.linalg.vector_norm(flat, dim=2, dtype=dtype, out=sums[..., 1]).square_()
+    factor = d_factor = None
     if s.limits:
-        factor, d_factor, of_samples = _limit(first, second, size, rows)
-    if factor is None or of_samples is None:
-        first, second = _sums_of_z(first.sum(0), second.sum(0), number, rows)
-    else:
-        first, second = of_samples.sum(0).view(2, channels).unbind(0)
-        centre = first.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
+        factor, d_factor = _limit(sums, size, rows)
+    if factor is not None and d_factor is not None:
+        centre = y.new_zeros(()) if i.beta is None else _per_channel(i.beta, call)
         y = torch.lerp(centre.to(y.dtype), y, per_sample(factor, y, call).to(y.dtype))
-    share, number = s.share * min(number, 1), max(number, 1)
-    by_mean = torch.addcmul(rows.zero, first, rows.minus_std, value=share / number)
-    by_parameter = formulas.times(torch.addcmul(rows.fit, second, rows.slope, value=1 / number), share)
-    by_input_mean = formulas.times(i.input_mean - i.seen.to(dtype), share)
     z = None
-    if i.trend is not None or of_samples is not None or s.heavy:
-        z = torch.addcmul(_per_channel(rows.kept_level, call), x, _per_channel(rows.to_kept, call))
-        z = z.clamp_(0, 255).to(torch.uint8) if vectors.bits(Options(x.dtype, s.heavy), dtype) else z
-    return y, Kept(z, first, second, by_mean, by_parameter, by_input_mean, factor, d_factor, of_samples)
+    if i.trend is not None or d_factor is not None or s.heavy:
+        z = _line(x, rows.to_kept, rows.kept_level, rows, call)
+        # Signed: a CPU takes nine times as long to convert to the other 8 bits.
+        z = z.round_().clamp_(-128, 127).to(torch.int8) if vectors.bits(Options(x.dtype, s.heavy), dtype) else z
+    of_limit = (None,) * 3 if d_factor is None else (factor, d_factor, sums)
+    return y, Kept(z, sums.sum(0), *of_limit), factor, samples * size
 
 
-def _limit(first: Tensor, second: Tensor, size: int, rows: Forward) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(f, its derivative by z over z, the sums of z and then of z^2) of each sample, see `sample_limit`; no sums if no sample is limited.
-
-    first, second: the sums of x and x^2, (samples, channels).
-    """
-    inverse = 1 / max(size * first.shape[1], 1)
-    square = torch.addmv(rows.level.sum().expand(len(first)), second, rows.square, beta=size * inverse, alpha=inverse)
-    square = square.addmv_(first, rows.cross, alpha=inverse).clamp_(min=sample_limit.LIMIT**2)
-    factor = sample_limit.factor_of(square)
-    limited = factor < 1
+def _limit(sums: Tensor, size: int, rows: Forward) -> tuple[Tensor, Tensor | None]:
+    """(f, its derivative as in `Kept`) of each sample, see `sample_limit`; None if no sample is limited. sums: as in `Kept`."""
+    inverse = 1 / max(size * sums.shape[1], 1)
+    square = torch.addmv(rows.level.expand(len(sums)), sums.flatten(1), rows.square.flatten(), beta=size * inverse, alpha=inverse)
     # A GPU is not asked, as the CPU would have to wait for it; nor a tensor without content, as FakeTensor is.
-    if factor.device.type == "cpu" and type(factor) is Tensor and not bool(limited.any()):
-        return factor, None, None
-    d_factor = (factor / square).mul_(limited).mul_(-inverse)
-    return factor, d_factor, torch.cat(_sums_of_z(first, second, size, rows), 1)
+    known = square.device.type == "cpu" and type(square) is Tensor
+    if known and (not square.numel() or float(square.max()) <= sample_limit.LIMIT**2):
+        return torch.ones_like(square), None
+    factor = sample_limit.factor_of(square)
+    return factor, torch.where(square > sample_limit.LIMIT**2, factor / square, 0)
 
 
-def _sums_of_z(first: Tensor, second: Tensor, number: int, rows: Forward) -> tuple[Tensor, Tensor]:
-    """(sum of z, sum of z^2), from the sums of x and of x^2 over this number of elements."""
-    of_square = torch.addcmul(torch.addcmul(rows.level * number, first, rows.cross), second, rows.square)
-    return torch.addcmul(rows.delta * number, first, rows.alpha), of_square
-
-
-def _by_inputs(g: Tensor, i: Inputs, kept: Kept, s: Settings, *, need_x: bool) -> tuple[Tensor | None, ...]:
+def _by_inputs(
+    g: Tensor, rows: Backward, i: Inputs, kept: Kept, of_trend: Tensor, s: Settings, *, need_x: bool
+) -> tuple[Tensor | None, ...]:
     """The gradients by x, W, b, weight, bias and trend, for the gradient g by y."""
-    call, rows, x = s.call, Backward(*i.backward.unbind(0)), i.x
+    call, x = s.call, i.x
     dtype = rows.k.dtype
-    left = _left(g, rows, i, kept, s)
+    r, total, of_limit = _left(g, rows, i, kept, s)
     if s.heavy:
-        h = _sums(left.r, call, dtype)
-        scaled = (left.r * _per_channel(rows.k, call)).to(g.dtype)
+        over = (0, *range(2, r.dim())) if call.dims else list(range(r.dim() - 1))
+        h, p = r.sum(over, dtype=dtype), (r * kept.z).sum(over, dtype=dtype)
+        scaled = (r * _per_channel(rows.k, call)).to(g.dtype)
         gx, G, _ = _by_convolution(scaled, x, i.weight.to(x.dtype), call, need_x=need_x, need_h=False)
-        along = _sums(left.r * kept.z, call, dtype)  # of r z
         by_w, _ = _by_weight(G, rows.k * h, None, rows, i, s)  # with k in G and h
     else:
         weight = (i.weight * _per_filter(rows.k, i.weight, call)).to(x.dtype)
-        gx, G, h = _by_convolution(left.r, x, weight, call, need_x=need_x, need_h=True)
+        gx, G, h = _by_convolution(r, x, weight, call, need_x=need_x, need_h=True)
         h = h.to(dtype)
-        by_w, P = _by_weight(G, h, rows.k, rows, i, s)
-        along = torch.addcmul(rows.lag * h, P, rows.inverse_std)
-    by_trend = None
-    if i.trend is not None:
-        by_trend = torch.stack([along, h]).mul_(rows.minus_gamma)
-        by_trend = by_trend if left.of_limit is None else by_trend + left.of_limit
+        by_w, p = _by_weight(G, h, rows.k, rows, i, s)
+    by = rows.by_h * h
+    by[:2].addcmul_(rows.by_p, p)
+    by_gamma, by_trend = by[0].add_(of_trend), by[1:]
+    if of_limit is not None:
+        by_trend += of_limit.t()
+        by_gamma.addcmul_(of_limit[:, 0], rows.inverse, value=-1)
     by_bias = None if i.producer_bias is None else torch.zeros_like(i.producer_bias)
-    by_gamma = None if i.gamma is None else along if left.of_trend is None else along - left.of_trend
-    return gx, by_w, by_bias, by_gamma, None if i.beta is None else left.total, by_trend
+    by_beta = None if i.beta is None else total
+    return gx, by_w, by_bias, None if i.gamma is None else by_gamma.data, by_beta, None if i.trend is None else by_trend.data
 
 
 def _by_weight(G: Tensor, h: Tensor, k: Tensor | None, rows: Backward, i: Inputs, s: Settings) -> tuple[Tensor, Tensor]:
-    """(k (G' - <G', W> / |W|^2 W), <G', W>), with G' = G - h a, which takes the memory of G. k: None for 1."""
+    """(k (G' - <G', W> / |W|^2 W), <G', W> / |W|), with G' = G - h a, which takes the memory of G. k: None for 1."""
     call, w = s.call, i.weight.to(h.dtype)
     G = G.to(w.dtype)
     if call.groups == 1 and not call.transposed and G.is_contiguous():
-        G.flatten(1).addr_(h, producer.spread(i.input_mean, w[0].numel(), 1)[0], alpha=-1)
+        G.flatten(1).addr_(h, rows.a[0], alpha=-1)
     else:
-        G.addcmul_(_per_filter(-h, w, call), _per_input(i.input_mean, w, call))
+        G.addcmul_(_per_filter(h, w, call), _per_input(i.input_mean, w, call), value=-1)
     if not call.transposed and w.is_contiguous() and G.is_contiguous() and w.device.type in ("cpu", "cuda"):
         norm, k_norm = (_per_filter(t, w, call) for t in (rows.norm, rows.k_norm))
         by_w, along = torch.ops.aten._weight_norm_interface_backward(G, w, k_norm, norm, 0)
-        return by_w.to(i.weight.dtype), along.flatten() * rows.norm
-    P = _over_filters(G * w, call)
-    by_w = G.addcmul_(_per_filter(-P / rows.norm.square(), w, call), w)
-    return (by_w if k is None else by_w * _per_filter(k, w, call)).to(i.weight.dtype), P
+        return by_w.to(i.weight.dtype), along.flatten()
+    p = _over_filters(G * w, call) / rows.norm
+    by_w = G.addcmul_(_per_filter(-p / rows.norm, w, call), w)
+    return (by_w if k is None else by_w * _per_filter(k, w, call)).to(i.weight.dtype), p
 
 
 def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, ...]:
@@ -245,45 +241,30 @@ def _by_inputs_twice(g: Tensor, i: Inputs, s: Settings) -> tuple[Tensor | None, 
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-class Left(NamedTuple):
-    """What is left of the gradient g.
+def _left(g: Tensor, rows: Backward, i: Inputs, kept: Kept, s: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(r, the sum of g per channel, what comes through the factors of the samples).
 
-    r           in the shape of g
-    total       the sum of g, per channel
-    of_trend    what the sum of r z has beyond the gradient by weight
-    of_limit    (the sum of weight r z, that of weight r), each per channel, as far as they come through the factors of the samples
-    of_trend and of_limit are None where there is neither trend nor limited sample.
+    r is what is left of g when the trend is taken out, and with what comes through the factors. The last is (the sum of weight r z, that of
+    weight r), (C, 2), as far as they come through the factors; None where no sample is limited.
     """
-
-    r: Tensor
-    total: Tensor
-    of_trend: Tensor | None
-    of_limit: Tensor | None
-
-
-def _left(g: Tensor, rows: Backward, i: Inputs, kept: Kept, s: Settings) -> Left:
-    """What is left of g when the trend is taken out, and with what comes through the factors of the samples."""
     call, dtype = s.call, rows.k.dtype
-    if i.trend is None and kept.of_samples is None:
-        return Left(g, _sums(g, call, dtype), None, None)
-    u = kept.z.to(g.dtype)  # z = (u - zero) unit
+    if i.trend is None and kept.sums is None:
+        return g, _sums(g, call, dtype), None
     part = 0.0 if i.trend is None else s.share / max(g.numel() // len(rows.k), 1)
-    trend = i.backward[Backward._fields.index("slope") :] * part
-    slope, level, kept_slope, kept_level = (trend if i.scale is None else trend * i.scale).unbind(0)
-    of_trend = (level * kept.first).addcmul_(slope, kept.second)
-    if kept.of_samples is None:
-        line = torch.addcmul(_per_channel(kept_level, call), u, _per_channel(kept_slope, call))
-        return Left(line.add_(g).to(g.dtype), _sums(g, call, dtype), of_trend, None)
-    unit, zero = (1.0, 0.0) if kept.z.is_floating_point() else (1 / vectors.STEPS, vectors.ZERO)
-    total = _flat(g, call).sum(2, dtype=dtype)
-    along = torch.sub(_flat(g * u, call).sum(2, dtype=dtype), total, alpha=zero)  # the sums of g z / unit
-    d = torch.mv(along, rows.gamma).mul_(kept.d_factor)
-    of_limit = torch.mv(kept.of_samples.t(), d * unit).view(2, -1).flip(0)
-    of_trend = torch.addcmul(of_trend, of_limit[0], rows.inverse)
-    by_sample = torch.outer(d * unit**2, rows.inverse)
-    kept_slope, kept_level = by_sample + kept_slope, torch.sub(kept_level, by_sample, alpha=zero)
-    line = torch.addcmul(_per_both(kept_level, g, call), u, _per_both(kept_slope, g, call))
-    return Left(line.addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype), total.sum(0), of_trend, of_limit)
+    slope, level = (rows.trend if i.scale is None else rows.trend * i.scale).unbind()
+    u, total = kept.z.to(g.dtype), _sums(g, call, dtype)
+    if kept.sums is None:
+        return torch.add(g, _line(u, slope, level, rows, call), alpha=part).to(g.dtype), total, None
+    _, channels, size = _flat(g, call).shape
+    along = _flat(g * u, call).sum(2, dtype=dtype)
+    inverse = -1 / max(size * channels, 1)
+    d = torch.addmv(kept.d_factor, along, rows.of_gamma, beta=0, alpha=inverse).mul_(kept.d_factor)
+    slope = _per_both(torch.addr(slope, d, rows.of_inverse, beta=part), g, call)
+    r = (u * slope).add_(_per_channel(level, call), alpha=part).addcmul_(g, per_sample(kept.factor, g, call)).to(g.dtype)
+    first, second = torch.mv(kept.sums.flatten(1).t(), d).view(channels, 2).unbind(1)
+    of_limit = (rows.z_first * first[:, None]).addcmul_(rows.z_level, d.sum(), value=size)
+    of_limit[:, 0].addcmul_(rows.z_second, second)
+    return r, total, of_limit
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------------------------
@@ -297,6 +278,15 @@ def _flat(t: Tensor, call: Call) -> Tensor:
 def per_sample(v: Tensor, t: Tensor, call: Call) -> Tensor:
     """One number per sample, shaped to broadcast against the output t."""
     return v.view(-1, *(1,) * (t.dim() - 1)) if call.dims else v.view(*t.shape[:-1], 1)
+
+
+def _line(t: Tensor, slope: Tensor, level: Tensor, rows: Forward | Backward, call: Call) -> Tensor:
+    """slope t + level, for an output t, with one slope and level per channel."""
+    if t.dtype != slope.dtype or not t.numel():
+        return (t * _per_channel(slope, call)).add_(_per_channel(level, call))
+    # A batch norm in eval mode, of which a CPU makes one fast loop.
+    of = t if call.dims else t.reshape(-1, t.shape[-1])
+    return torch.native_batch_norm(of, slope, level, rows.zero, rows.one, False, 0.0, 0.0)[0].view(t.shape)
 
 
 def _per_both(v: Tensor, t: Tensor, call: Call) -> Tensor:

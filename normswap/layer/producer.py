@@ -69,9 +69,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def spread(input_mean: Tensor, size: int, groups: int) -> Tensor:
-    """The input mean in the shape of a row, (groups, size): each number once for each position of the kernel."""
+    """The input mean in the shape of a row, (groups, size): each number once for each position of the kernel. What is so already, stays."""
     per_group = input_mean.view(groups, -1, 1)
-    return per_group.expand(-1, -1, size // per_group.shape[1]).reshape(groups, size)
+    return per_group.expand(-1, -1, size // per_group.shape[1]).contiguous().view(groups, size)
 
 
 # --- the input mean ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ knows the number of backward passes since the last step, and what was done to th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import os
@@ -249,6 +250,13 @@ def refuse_replicas() -> NoReturn:
 # --- backward ---------------------------------------------------------------------------------------------------------------------------
 
 
+def _call(method: weakref.WeakMethod[Any], t: Tensor) -> None:
+    """Call the method, unless its object is gone."""
+    known = method()
+    if known is not None:
+        known(t)
+
+
 class Passes:
     """Counts the backward passes that have reached a parameter since it last stepped or lost its gradient.
 
@@ -264,8 +272,13 @@ class Passes:
         self.kept: Tensor | None = None  # a copy of the gradient, as the last pass left it
         self.grad: Tensor | None = None
         self.added = False
-        parameter.register_hook(self._arrives)  # type: ignore[no-untyped-call]
-        parameter.register_post_accumulate_grad_hook(self._has_passed)  # type: ignore[no-untyped-call]
+        # The hooks stay as long as the parameter, which may outlive the run: copies of a model that share its parameters come and go.
+        hooks: list[Any] = [
+            parameter.register_hook(functools.partial(_call, weakref.WeakMethod(self._arrives))),  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(functools.partial(_call, weakref.WeakMethod(self._has_passed))),  # type: ignore[no-untyped-call]
+        ]
+        for hook in hooks:
+            weakref.finalize(self, hook.remove).atexit = False
 
     def _arrives(self, gradient: Tensor) -> None:
         with _passing:

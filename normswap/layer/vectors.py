@@ -19,7 +19,7 @@ from normswap.layer import coupling, following, foreach, formulas
 from normswap.layer.following import Anchor, Mark, mark
 from normswap.layer.fsdp import is_part
 
-STEPS, ZERO = 16, 128  # z = (u - ZERO) / STEPS, where u is an integer from 0 to 255
+STEPS = 16  # z = u / STEPS, where u is an integer from -128 to 127
 ENDLESS = 1e10  # stands for |W| of a dead filter, as nothing along W is taken out of its gradient
 
 
@@ -27,48 +27,53 @@ class Forward(NamedTuple):
     """The rows for the forward pass.
 
     k, shift            of the convolution
-    alpha, delta        as above; square, cross, level: alpha^2, 2 alpha delta and delta^2, so that z^2 = square x^2 + cross x + level
-    to_kept             z as it is kept for backward is to_kept x + kept_level
-    minus_std           by_mean of the statistics is minus_std <z>; by_parameter is fit + slope <z^2>
+    to_kept, kept_level z as it is kept for backward is to_kept x + kept_level             zero, one: these
+    square, level       <z^2> of a sample is the sum of square (<x>, <x^2>) over channels (C, 2), plus level, a scalar; both over C
     """
 
     k: Tensor
     shift: Tensor
-    alpha: Tensor
-    delta: Tensor
-    square: Tensor
-    cross: Tensor
-    level: Tensor
     to_kept: Tensor
     kept_level: Tensor
-    minus_std: Tensor
-    fit: Tensor
-    slope: Tensor
     zero: Tensor
+    one: Tensor
+    square: Tensor
+    level: Tensor
 
 
 class Backward(NamedTuple):
-    """The rows for the backward pass.
+    """The rows for the backward pass, which has <x> and <x^2>, h, and p: <G, W> / |W| if the weight is scaled, else the sum of r z.
 
     k                   of the convolution
     norm, k_norm        |W| of a filter that is alive, else ENDLESS; times k if the weight is scaled
-    inverse_std, lag    1 / std and (<W, a> + b - mean) / std
-    gamma, inverse      the norm's weight, and 1 over it, 0 where it is 0
-    slope, level        the trend over -gamma, for z; kept_slope, kept_level: for z as it is kept
+    by_h, by_p          (the sum of r z, -gamma times it, -gamma h), (3, C), is by_h h, plus by_p p in the first two
+    by_level, by_first, by_second   (by_mean, by_parameter, of_trend), (3, C), is by_level + by_first <x>, plus by_second <x^2> in the last
+                        two: the gradients of the statistics, and what the gradient by the norm's weight has beyond the sum of r z
+    inverse             1 over the norm's weight, 0 where it is 0
+    trend               (slope, level), (2, C): the trend over -gamma, for z as it is kept
+    of_gamma, of_inverse   gamma and 1 over gamma, for z as it is kept         zero, one: these
+    a                   the mean input of the producer, see `producer.spread`
+    z_level, z_first, z_second   (z^2, z), (C, 2), is z_level + z_first x, plus z_second x^2 in the first
     """
 
     k: Tensor
     norm: Tensor
     k_norm: Tensor
-    inverse_std: Tensor
-    lag: Tensor
-    gamma: Tensor
-    minus_gamma: Tensor
+    by_h: Tensor
+    by_p: Tensor
+    by_level: Tensor
+    by_first: Tensor
+    by_second: Tensor
     inverse: Tensor
-    slope: Tensor
-    level: Tensor
-    kept_slope: Tensor
-    kept_level: Tensor
+    trend: Tensor
+    of_gamma: Tensor
+    of_inverse: Tensor
+    zero: Tensor
+    one: Tensor
+    z_level: Tensor
+    z_first: Tensor
+    z_second: Tensor
+    a: Tensor
 
 
 class Options(NamedTuple):
@@ -79,13 +84,13 @@ class Options(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The rows of a layer, stacked, and what they were computed from."""
+    """The rows of a layer, and what they were computed from."""
 
     anchor: Anchor
     marks: tuple[Mark, ...]
     options: Options
-    forward: Tensor
-    backward: Tensor
+    forward: Forward
+    backward: Backward
 
 
 def bits(options: Options, dtype: torch.dtype) -> bool:
@@ -145,23 +150,37 @@ def _computed(layers: list[Any], anchors: list[Anchor], options: Options) -> lis
         alpha, delta = formulas.affine_of(without_bias, std, None, None)
     else:
         alpha, delta = _inverse(gamma, beta, options.dtype)
-    to_kept, kept_level, unit, offset = alpha, delta, 1.0, 0
-    if bits(options, dtype):  # a conversion to an integer rounds down
-        to_kept, kept_level, unit, offset = alpha * STEPS, delta * STEPS + (ZERO + 0.5), 1 / STEPS, ZERO
+    to_kept, kept_level, unit = alpha, delta, 1.0
+    if bits(options, dtype):
+        to_kept, kept_level, unit = alpha * STEPS, delta * STEPS, 1 / STEPS
+    square, cross, level = alpha.square(), 2 * alpha * delta, delta.square()
     half = torch.ones_like(std) * formulas.slope_of_log(parameter, first.std) * -0.5
     fit = (first._eps * inverse_std.square() - 1) * (alpha != 0) * half
-    forward = Forward(k, shift, alpha, delta, alpha.square(), 2 * alpha * delta, delta.square(), to_kept, kept_level, -std, fit, half, zero)
     norm = torch.where(coupling.alive(std, weight_norm, first._eps), weight_norm, ENDLESS)
     inverse = torch.where(gamma == 0, 0, 1 / gamma)
-    slope = level = zero
-    if first.trend is not None:
-        slope, level = (foreach.stack([layer.trend for layer in layers], 1) * -inverse).unbind(0)
-    lag, kept = (output_mean - mean) * inverse_std, slope * unit
-    k_norm = norm if options.heavy else norm * k
-    backward = Backward(k, norm, k_norm, inverse_std, lag, gamma, -gamma, inverse, slope, level, kept, level - kept * offset)
-    sizes = [len(each) for each in means]
-    parts = (torch.split(torch.stack(rows), sizes, 1) for rows in (forward, backward))
-    return [Prepared(each, _marks(layer), options, *rows) for layer, each, *rows in zip(layers, anchors, *parts, strict=True)]
+    # the trend over gamma
+    slope, base = (zero, zero) if first.trend is None else (foreach.stack([layer.trend for layer in layers], 1) * inverse).unbind(0)
+    by_level = -std * delta, torch.addcmul(fit, half, level), torch.addcmul(slope * level, base, delta)
+    by_first = -std * alpha, half * cross, torch.addcmul(slope * cross, base, alpha)
+    by_second = half * square, slope * square
+    lag, of_p, k_norm = (output_mean - mean) * inverse_std, norm * inverse_std, norm * k
+    if options.heavy:
+        lag, of_p, k_norm = zero, torch.ones_like(std), norm
+    by_h, by_p = (lag, -gamma * lag, -gamma), (of_p, -gamma * of_p)
+    own = inverse, -slope * unit, -base, gamma * unit, inverse * unit, square
+    pairs = torch.stack([cross, square, level, delta, cross, alpha]).view(3, 2, -1).transpose(1, 2).contiguous()
+    one, sizes = torch.ones_like(std), [len(each) for each in means]
+    rows = torch.stack([k, shift, to_kept, kept_level, zero, one, *by_level, *by_first, *by_second, norm, k_norm, *by_h, *by_p, *own])
+    found = []
+    parts = (t.split_with_sizes(sizes, 1) for t in (rows, pairs))
+    for layer, anchor, r, p, total in zip(layers, anchors, *parts, foreach.total(level, means).unbind(), strict=True):
+        of_square, z_level, z_first = p.unbind()
+        forward = Forward(r[0], r[1], r[2], r[3], r[4], r[5], of_square, total)
+        of_statistics = r[6:9], r[9:12], r[12:14]
+        rest = r[24], r[25], r[4], r[5], z_level, z_first, r[26], anchor.spread
+        backward = Backward(r[0], r[14], r[15], r[16:19], r[19:21], *of_statistics, r[21], r[22:24], *rest)
+        found.append(Prepared(anchor, _marks(layer), options, forward, backward))
+    return found
 
 
 def _inverse(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from typing import Any
 
@@ -388,3 +389,60 @@ def test_the_arguments_of_each_function() -> None:
     assert found[2:] == (None, Call(0))
     assert call_of(torch.relu, (x,), {}) is None
     assert math.prod(found[1].shape) == 72
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_graph_that_is_passed_again_gives_the_same_gradients(attached: bool) -> None:
+    """What the first pass gave to the gradients, and what others then wrote to them, is not read by the next one."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval(), torch.randn(4, 3, 8, 8)
+    model = normswap.convert(plain, x).model.train()
+    optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.01))
+    model(x).square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+    if attached:
+        normswap.attach(model, scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    loss = model(3 * x).square().mean()
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert all(first[f"1.{name}"].any() for name in ("mean", "log_std", "input_mean", "trend"))
+    for passes in (2, 3):
+        loss.backward(retain_graph=True)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, passes * first[name])
+    model.zero_grad(set_to_none=False)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, first[name])
+
+
+def test_who_writes_to_one_gradient_has_not_written_to_another() -> None:
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(4, 3, 8, 8)
+    model = normswap.convert(plain, x).model.train()
+    model(x).square().mean().backward()
+    gradients: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
+    before = {name: (grad._version, grad.clone()) for name, grad in gradients.items()}
+    gradients["1.mean"].mul_(7)
+    gradients["1.weight"].mul_(7)
+    for name, (version, value) in before.items():
+        if name not in ("1.mean", "1.weight"):
+            assert gradients[name]._version == version
+            assert torch.equal(gradients[name], value)
+
+
+def test_copies_that_share_parameters_leave_no_hooks() -> None:
+    """Each run has hooks on a parameter; they go with the run, also where the parameter stays."""
+    layer = normswap.BatchlessNorm(3, aux="auto").train()
+    layer(torch.randn(2, 3, 4)).sum().backward()
+    hooks: Any = layer.log_std._post_accumulate_grad_hooks
+    before = len(hooks)
+    for _ in range(3):
+        other = normswap.BatchlessNorm(3, aux="auto").train()
+        other.log_std, other.mean = layer.log_std, layer.mean
+        other(torch.randn(2, 3, 4)).sum().backward()
+        assert len(hooks) == before + 1
+        del other
+        gc.collect()
+    assert len(hooks) == before == 1
