@@ -56,7 +56,7 @@ def verified_export(
     settings = Settings(**options)
     judged = functools.partial(_judged, model, inputs, half=settings.half)
     reference = judged() if judgement is None or settings.half else judgement
-    notes = notes_on(inputs, as_module(model), fixed=settings.dynamic != "spatial")
+    notes = notes_on(inputs, model, fixed=settings.dynamic != "spatial") if isinstance(model, nn.Module) else []
     if settings.half:
         noise = max((truth.noise for key, truth in reference.truths.items() if not key.site), default=0.0)
         if not noise <= CAP[torch.float16]:
