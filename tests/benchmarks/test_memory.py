@@ -71,23 +71,23 @@ def test_tensors_without_content_give_the_peak_of_real_ones(row: str) -> None:
     model, one = model_of(row), row == "one at a time"
     fake = without_content(copy.deepcopy(model))
     counted = Step(model, torch.randn(6, 3, 20, 28), one_at_a_time=one).peak()
-    # of coupled layers, three numbers per filter, which are seen on real tensors alone
-    anchors = 0 if row == "BatchNorm" else 3 * (11 + 13) * 4
     with FAKE:
-        assert Step(fake, torch.empty(6, 3, 20, 28), one_at_a_time=one).peak() == counted - anchors
+        assert Step(fake, torch.empty(6, 3, 20, 28), one_at_a_time=one).peak() == counted
     assert counted > 3 * sum(p.nbytes for p in model.parameters() if p.dim() > 1)
 
 
 def test_a_peak_holds_what_is_kept_for_backward() -> None:
-    """The two counters agree, up to what a layer knows of its weight, one number per filter, which lived before: it is in one of them."""
+    """The two counters agree, without the rows that are prepared for the passes, which lived before."""
     model, x = model_of("converted").train(), torch.randn(5, 3, 20, 28)
-    own = (*model.parameters(), *model.buffers(), x)
     model(x)
+    prepared = [layer.run.prepared for layer in model.modules() if isinstance(layer, BatchlessNorm)]
+    rows = [t for each in prepared for t in (*each.forward, *each.backward)]
+    own = (*model.parameters(), *model.buffers(), *rows, x)
     with Live(*own) as live, kept_for_backward(own) as kept:
         before = live.bytes
         loss = F.cross_entropy(model(x), torch.zeros(5, 4, 6, dtype=torch.int64))
         lives = live.bytes - before
-    assert abs(lives - sum(kept.values())) < 0.01 * lives
+    assert abs(lives - sum(kept.values())) <= 8  # the loss, and a number beside it
     loss.backward()  # type: ignore[no-untyped-call]
 
 
