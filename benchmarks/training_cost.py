@@ -4,8 +4,8 @@
 
 Convolutions and products of matrices count as two operations per multiplication and sum, as in torch.utils.flop_counter. Any other operator
 counts one for each element that it writes or reads, whichever are more: a sum those that it reads, a sum of two tensors those that it
-writes; a batch norm those of its parts; a `foreach` as many operators as it is handed tensors, as it runs on a CPU. Views are free. The
-tensors have no content (FakeTensor), so the largest step takes seconds.
+writes; a batch norm in train mode those of its parts; a `foreach` as many operators as it is handed tensors, as it runs on a CPU. Views are
+free. The tensors have no content (FakeTensor), so the largest step takes seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ FLOPS = {**flop_registry, ATEN.mv: lambda matrix, vector, out_val: 2 * matrix.nu
 PARTS = get_decompositions([ATEN.native_batch_norm, ATEN.native_batch_norm_backward])
 
 
+def _in_eval_mode(func: Any, args: Any) -> bool:
+    """Whether a batch norm is one with given statistics, which is one scale and one shift: an operator like any other."""
+    return func is ATEN.native_batch_norm.default and not args[5]
+
+
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations of every operator that runs, by its name; and how many operators run (`runs`), with a batch norm as one."""
 
@@ -53,7 +58,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in PARTS:
+        if func in PARTS and not _in_eval_mode(func, args):
             before = self.runs
             with self:
                 result = PARTS[func](*args, **kwargs)
