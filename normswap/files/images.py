@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import LoadError, UsageError, first_line
+from normswap.files.texts import HELD_OUT, files_below
+from normswap.models.inputs import SAMPLES
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-BATCH = 32
-HELD_OUT = 128  # images
 TORCHVISION = "torchvision:"
 
 
 def image_files(path: Path) -> list[Path]:
     """The image, or those in a directory and below it, by name."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [p for p in found if p.suffix.lower() in ENDINGS and p.is_file()]
+    return files_below(path, ENDINGS)
 
 
 def preparation(model: nn.Module, specs: Iterable[str], shape: Sequence[int] | None = None) -> tuple[Callable[[Any], Tensor], str]:
@@ -72,7 +71,7 @@ def _processor(directory: str) -> tuple[Callable[[Any], Tensor], str]:
 class Images:
     """The images of some files, again and again. `held_out` has some that `__iter__` does not.
 
-    prepare: PIL image -> tensor. dtype: of the batches, which have BATCH images each. held_out: images; at most a tenth of all.
+    prepare: PIL image -> tensor. dtype: of the batches, which have SAMPLES images each. held_out: images; at most a tenth of all.
     """
 
     def __init__(self, files: Sequence[Path], prepare: Callable[[Any], Tensor], dtype: torch.dtype, *, held_out: int = HELD_OUT) -> None:
@@ -95,8 +94,8 @@ class Images:
         return self._batches(random.Random(self.epoch).sample(self._files, len(self._files)))
 
     def _batches(self, files: Sequence[Path]) -> Iterator[Tensor]:
-        for start in range(0, len(files), BATCH):
-            yield torch.stack([self._read(file) for file in files[start : start + BATCH]]).to(self.dtype)
+        for start in range(0, len(files), SAMPLES):
+            yield torch.stack([self._read(file) for file in files[start : start + SAMPLES]]).to(self.dtype)
 
     def _read(self, file: Path) -> Tensor:
         from PIL import Image

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ TOKENS = 1024  # of a batch: as many steps as pay
 HELD_OUT = 128  # samples
 
 
+def files_below(path: Path, endings: Collection[str]) -> list[Path]:
+    """The file, or those in a directory and below it, by name, whose names end so."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [p for p in found if p.suffix.lower() in endings and p.is_file()]
+
+
 def text_files(path: Path) -> list[Path]:
     """The text file, or those in a directory and below it, by name."""
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    return [path] if path.suffix.lower() in ENDINGS else []
+    return files_below(path, ENDINGS)
 
 
 def tokenizer_of(directory: str) -> Any:

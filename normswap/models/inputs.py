@@ -122,11 +122,11 @@ def notes_on(inputs: Inputs, model: nn.Module, *, fixed: bool) -> list[str]:
     present = [*taken[: len(inputs.args)], *inputs.kwargs]
     missing = [name for name in taken if name not in present]
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    notes = (
-        [f"texts have {given[0].shape[1]} tokens in this file, as its inputs were inferred: --dynamic spatial frees their number"]
-        if fixed
-        else []
-    )
+    notes = []
+    if fixed:
+        notes.append(
+            f"texts have {given[0].shape[1]} tokens in this file, as its inputs were inferred: --dynamic spatial frees their number"
+        )
     if missing:
         lacks = f"the file takes {' and '.join(present)}, not {', '.join(missing[:3])}{more}, as its inputs were inferred"
         notes.append(f"{lacks}: give all that you call the model with, --input FILE.npz with the names, to have them")

@@ -94,7 +94,8 @@ def test_the_file_of_a_sentence_encoder_takes_what_its_tokenizer_gives(tmp_path:
         expected = model(**given).last_hidden_state.numpy()
     session = ort.InferenceSession(tmp_path / "m.onnx")
     (found, *_) = session.run(None, {name: given[name].numpy() for name in exported.input_names})
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(np.abs(expected).max()))
+    # torch and onnxruntime round each for themselves through six blocks: 6e-6 of the largest value here
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", [name for name in NORMS if name != "basic-pitch"])
